@@ -1,0 +1,2 @@
+//! The command flea.
+fn main() {}

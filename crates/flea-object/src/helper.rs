@@ -1,0 +1,82 @@
+//! The helper functions a program may call, with Linux's numbers (include/uapi/linux/bpf.h).
+
+macro_rules! helpers {
+    ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
+        /// A helper that this build implements.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[repr(u32)]
+        pub enum Helper { $($(#[$doc])* $name = $number,)* }
+
+        impl Helper {
+            /// All of them, by number.
+            pub const ALL: &'static [Helper] = &[$(Helper::$name,)*];
+
+            /// The helper with Linux's number `id`.
+            #[must_use]
+            pub const fn from_id(id: i32) -> Option<Self> {
+                match id { $($number => Some(Self::$name),)* _ => None }
+            }
+
+            /// Its C name.
+            #[must_use]
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$name => $text,)* }
+            }
+        }
+    };
+}
+
+helpers! {
+    /// `void *bpf_map_lookup_elem(map, key)`
+    MapLookupElem = 1, "bpf_map_lookup_elem";
+    /// `long bpf_map_update_elem(map, key, value, flags)`
+    MapUpdateElem = 2, "bpf_map_update_elem";
+    /// `long bpf_map_delete_elem(map, key)`
+    MapDeleteElem = 3, "bpf_map_delete_elem";
+    /// `u64 bpf_ktime_get_ns()`: CLOCK_MONOTONIC
+    KtimeGetNs = 5, "bpf_ktime_get_ns";
+    /// `long bpf_trace_printk(fmt, fmt_size, a, b, c)`
+    TracePrintk = 6, "bpf_trace_printk";
+    /// `u32 bpf_get_prandom_u32()`
+    GetPrandomU32 = 7, "bpf_get_prandom_u32";
+    /// `u32 bpf_get_smp_processor_id()`
+    GetSmpProcessorId = 8, "bpf_get_smp_processor_id";
+    /// `u64 bpf_get_current_pid_tgid()`: tgid << 32 | tid
+    GetCurrentPidTgid = 14, "bpf_get_current_pid_tgid";
+    /// `u64 bpf_get_current_uid_gid()`: gid << 32 | uid
+    GetCurrentUidGid = 15, "bpf_get_current_uid_gid";
+    /// `long bpf_get_current_comm(buf, size)`
+    GetCurrentComm = 16, "bpf_get_current_comm";
+    /// `long bpf_probe_read_user(dst, size, src)`
+    ProbeReadUser = 112, "bpf_probe_read_user";
+    /// `long bpf_probe_read_user_str(dst, size, src)`
+    ProbeReadUserStr = 114, "bpf_probe_read_user_str";
+    /// `u64 bpf_ktime_get_boot_ns()`: CLOCK_BOOTTIME
+    KtimeGetBootNs = 125, "bpf_ktime_get_boot_ns";
+    /// `long bpf_ringbuf_output(map, data, size, flags)`
+    RingbufOutput = 130, "bpf_ringbuf_output";
+    /// `void *bpf_ringbuf_reserve(map, size, flags)`
+    RingbufReserve = 131, "bpf_ringbuf_reserve";
+    /// `void bpf_ringbuf_submit(data, flags)`
+    RingbufSubmit = 132, "bpf_ringbuf_submit";
+    /// `void bpf_ringbuf_discard(data, flags)`
+    RingbufDiscard = 133, "bpf_ringbuf_discard";
+    /// `u64 bpf_ringbuf_query(map, flags)`
+    RingbufQuery = 134, "bpf_ringbuf_query";
+    /// `u64 bpf_get_func_ip(ctx)`
+    GetFuncIp = 173, "bpf_get_func_ip";
+    /// `u64 bpf_get_attach_cookie(ctx)`
+    GetAttachCookie = 174, "bpf_get_attach_cookie";
+    /// `long bpf_trace_vprintk(fmt, fmt_size, data, data_len)`
+    TraceVprintk = 177, "bpf_trace_vprintk";
+    /// `long bpf_get_func_arg(ctx, n, value)`
+    GetFuncArg = 183, "bpf_get_func_arg";
+    /// `long bpf_get_func_ret(ctx, value)`
+    GetFuncRet = 184, "bpf_get_func_ret";
+    /// `long bpf_get_func_arg_cnt(ctx)`
+    GetFuncArgCnt = 185, "bpf_get_func_arg_cnt";
+    /// kfunc `bool bpf_session_is_return(ctx)`; numbered by us, outside Linux's helpers.
+    SessionIsReturn = 0x7f00_0001, "bpf_session_is_return";
+    /// kfunc `u64 *bpf_session_cookie(ctx)`; numbered by us.
+    SessionCookie = 0x7f00_0002, "bpf_session_cookie";
+}

@@ -1,0 +1,6 @@
+//! eBPF objects: ELF, maps, programs, instructions.
+#![forbid(unsafe_code)]
+
+pub mod helper;
+pub mod insn;
+pub mod spec;

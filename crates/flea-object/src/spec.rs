@@ -1,0 +1,98 @@
+//! What an object declares: maps and programs. Plain data; nothing here is verified yet.
+
+use crate::insn::Insn;
+
+/// A loaded object: the input of a session.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Object {
+    /// `.maps`, then one per global data section that is used.
+    pub maps: Vec<MapSpec>,
+    /// One per `SEC("kind/target")` function.
+    pub programs: Vec<Program>,
+    /// The `license` section.
+    pub license: Option<String>,
+}
+
+/// Index into [`Object::maps`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct MapIdx(pub u32);
+
+/// A map, as the object describes it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MapSpec {
+    /// The variable's name; `.rodata`, `.data`, `.bss` (and `.rodata.x`) for global data.
+    pub name: String,
+    /// The type.
+    pub kind: MapKind,
+    /// Bytes per key; 4 for arrays, 0 for ring buffers.
+    pub key_size_bytes: u32,
+    /// Bytes per value; 0 for ring buffers.
+    pub value_size_bytes: u32,
+    /// Elements; bytes for a ring buffer (a power of two, at least 4096).
+    pub max_entries: u32,
+    /// `BPF_F_*` as given.
+    pub flags: u32,
+    /// Initial bytes of element 0 (global data).
+    pub init: Option<Vec<u8>>,
+    /// Programs may only read it (`.rodata`, `BPF_F_RDONLY_PROG`).
+    pub read_only: bool,
+}
+
+/// Map types, with Linux's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u32)]
+pub enum MapKind {
+    /// `BPF_MAP_TYPE_HASH`
+    Hash = 1,
+    /// `BPF_MAP_TYPE_ARRAY`
+    Array = 2,
+    /// `BPF_MAP_TYPE_PERCPU_HASH`
+    PerCpuHash = 5,
+    /// `BPF_MAP_TYPE_PERCPU_ARRAY`
+    PerCpuArray = 6,
+    /// `BPF_MAP_TYPE_RINGBUF`
+    RingBuf = 27,
+}
+
+/// One program: a main function and the functions it calls.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Program {
+    /// The C function's name.
+    pub name: String,
+    /// The section, e.g. `fentry/malloc`.
+    pub section: String,
+    /// When it runs.
+    pub kind: ProgramKind,
+    /// What follows the slash: `FUNC` or `MODULE:FUNC`, with globs in `.multi` forms.
+    pub target: Option<String>,
+    /// The main function first, then the functions it reaches, linked: every call is
+    /// [`crate::insn::PSEUDO_CALL`] with a resolved `imm`, every map reference a
+    /// [`crate::insn::PSEUDO_MAP`] or [`crate::insn::PSEUDO_MAP_VALUE`].
+    pub insns: Vec<Insn>,
+    /// Source lines from `.BTF.ext`, sorted by instruction; may be empty.
+    pub lines: Vec<SourceLine>,
+}
+
+/// When a program runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ProgramKind {
+    /// At entry, with the arguments.
+    Fentry,
+    /// At exit, with the arguments and the result.
+    Fexit,
+    /// At both, with a u64 carried between them.
+    Fsession,
+}
+
+/// The source line of an instruction and those after it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SourceLine {
+    /// Index into [`Program::insns`].
+    pub insn_idx: u32,
+    /// File name as compiled.
+    pub file: String,
+    /// 1-based.
+    pub line: u32,
+    /// The line's text.
+    pub text: String,
+}

@@ -1,0 +1,91 @@
+//! What the verifier proved of an accepted program, for the compiler.
+
+use flea_object::{helper::Helper, insn::Insn, spec::MapIdx};
+
+/// An accepted program. Only [`crate::verify`] makes one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verified {
+    pub(crate) insns: Vec<Insn>,
+    pub(crate) facts: Vec<Fact>,
+    pub(crate) functions: Vec<Function>,
+}
+
+impl Verified {
+    /// The instructions, as they came.
+    #[must_use]
+    pub fn insns(&self) -> &[Insn] {
+        &self.insns
+    }
+
+    /// One fact per instruction (a `lddw`'s second half is [`Fact::Unreachable`]).
+    #[must_use]
+    pub fn facts(&self) -> &[Fact] {
+        &self.facts
+    }
+
+    /// The functions: the main one first.
+    #[must_use]
+    pub fn functions(&self) -> &[Function] {
+        &self.functions
+    }
+}
+
+/// One function of a program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Function {
+    /// Its first instruction.
+    pub start_insn_idx: u32,
+    /// One past its last instruction.
+    pub end_insn_idx: u32,
+    /// Bytes of its 512-byte stack that it can touch, a multiple of 8, from the top down.
+    pub stack_bytes: u32,
+}
+
+/// What holds at one instruction on every path that reaches it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fact {
+    /// No path gets here: nothing need be emitted.
+    Unreachable,
+    /// Nothing special: arithmetic, jumps, moves, exit.
+    Plain,
+    /// A load, store or atomic whose address is always in this kind of memory.
+    Access(Region),
+    /// A call of a helper.
+    Call {
+        /// Which.
+        helper: Helper,
+        /// The map in the argument that takes one, the same on every path.
+        map: Option<MapIdx>,
+        /// `r1`..`r5` where the verifier knows the number on every path, e.g. the `n` of
+        /// `bpf_get_func_arg` or a size.
+        constants: [Option<u64>; 5],
+    },
+    /// A call of another function of the program, by index into [`Verified::functions`].
+    CallLocal {
+        /// The callee.
+        function: u32,
+    },
+}
+
+/// The memory an access goes to. Everything but `Target` is proved to be inside its object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Region {
+    /// This function's or a caller's stack frame.
+    Stack,
+    /// The context, at this constant byte offset from its start (may be -8 or -16).
+    Ctx {
+        /// From the start of slot 0.
+        offset_bytes: i32,
+    },
+    /// A value of this map.
+    MapValue {
+        /// Which.
+        map: MapIdx,
+    },
+    /// A reserved ring buffer record.
+    RingbufRecord,
+    /// The u64 of `bpf_session_cookie`.
+    SessionCookie,
+    /// The plain memory of [`crate::Context::Memory`].
+    Memory,
+}
