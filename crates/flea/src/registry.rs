@@ -1,0 +1,295 @@
+//! What is attached where, kept in the target itself, so that any later `flea` finds it:
+//! `flea ps`, `flea detach`, and a second controller on the same function.
+//!
+//! It is private memory of the target (a `MAP_PRIVATE` mapping of a memfd named `flea`, so
+//! that `/proc/PID/maps` shows it and a forked child has a copy of its own), read and written
+//! through `/proc/PID/mem` alone. Who changes it holds the target by `PTRACE_SEIZE`: the
+//! kernel gives that to one process at a time and takes it back from a dead one, so there is
+//! no lock word that a dead owner could keep.
+//!
+//! Protected: the consistency of the state under the writer's death. By: two halves.
+//! 1. the new state is written into the half that is not in use,
+//! 2. then one aligned 8-byte write makes that half the current one.
+//!
+//! Everything read from it is untrusted: lengths are bounded, the text is checked by a sum and
+//! parsed by serde, addresses in it are used only to read and write this very target.
+
+use flea_symbols::addr::RemoteAddr;
+use serde::{Deserialize, Serialize};
+
+/// The memfd's name: `/proc/PID/maps` shows `/memfd:flea (deleted)`.
+pub(crate) const NAME: &str = "flea";
+/// How `/proc/PID/maps` shows the registry.
+pub(crate) const MAPS_PATH: &str = "/memfd:flea";
+/// Bytes of one half. Sparse until written.
+const HALF_BYTES: u64 = 64 << 20;
+/// Bytes of the whole mapping: a page of header and two halves.
+pub(crate) const MAPPING_BYTES: u64 = HEADER_BYTES + 2 * HALF_BYTES;
+const HEADER_BYTES: u64 = 4096;
+/// Header word 0: "flea\0reg" with the format's version in the last byte.
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x01");
+
+/// All that is attached in one process.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registry {
+    /// Counts up; the number of the next body.
+    pub next_id: u32,
+    /// Executable memory of ours.
+    pub code: Vec<CodeArena>,
+    /// Where the runtime blob is.
+    pub runtime: Option<RemoteAddr>,
+    /// Shared memory of ours, thread table included.
+    pub data: Vec<DataArena>,
+    /// The functions that are patched.
+    pub functions: Vec<FunctionState>,
+    /// Code that no function enters any more and that some thread may still be in.
+    pub retired: Vec<Retired>,
+}
+
+/// A stretch of executable memory within reach of the modules it serves.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CodeArena {
+    /// Its start.
+    pub base: RemoteAddr,
+    /// Its size.
+    pub size_bytes: u64,
+    /// Where nothing is placed yet.
+    pub next: RemoteAddr,
+    /// Stretches given back, each (start, bytes).
+    pub free: Vec<(RemoteAddr, u64)>,
+}
+
+/// The memory of one loaded object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DataArena {
+    /// Start of the thread table; the arena's base is `flea_layout`'s table size above.
+    pub mapping: RemoteAddr,
+    /// Bytes of table and arena together.
+    pub size_bytes: u64,
+    /// Who made it.
+    pub owner: Controller,
+}
+
+/// A controller: a process id alone could be somebody else's by now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Controller {
+    /// Its process id, in its own pid namespace.
+    pub pid: i32,
+    /// When it started, in clock ticks since boot (`/proc/PID/stat`, field 22).
+    pub started: u64,
+}
+
+/// One patched function.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FunctionState {
+    /// The module's path.
+    pub module: String,
+    /// Its name, as listed.
+    pub name: String,
+    /// The function's address.
+    pub address: RemoteAddr,
+    /// The first patched byte (behind an `endbr64`).
+    pub site: RemoteAddr,
+    /// Nop or relocated.
+    pub kind: SiteKind,
+    /// The original instructions from `site` on that were replaced.
+    pub original: Vec<u8>,
+    /// Length of each of them.
+    pub insn_lens: Vec<u8>,
+    /// The five bytes there now.
+    pub patched: [u8; 5],
+    /// The five bytes before the last change: what is there if its author died before it was
+    /// made.
+    pub previous: [u8; 5],
+    /// The skeleton, unless the site calls a body directly.
+    pub skeleton: Option<Placed>,
+    /// Where a thread goes on that ran into the `int3` of a change.
+    pub bypass: RemoteAddr,
+    /// Words of stack arguments to pass on, where an exit program is attached.
+    pub stack_words: u32,
+    /// Newest first.
+    pub bodies: Vec<BodyState>,
+}
+
+/// Where a site's bytes came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum SiteKind {
+    /// Nops at entry.
+    Nop,
+    /// Instructions that were relocated.
+    Relocated,
+}
+
+/// Code that was placed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Placed {
+    /// Its start.
+    pub at: RemoteAddr,
+    /// Its size.
+    pub len: u32,
+}
+
+/// What one controller attached to one function in one go.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BodyState {
+    /// Unique in this process.
+    pub id: u32,
+    /// Who attached it.
+    pub owner: Controller,
+    /// Seconds since the epoch.
+    pub since: u64,
+    /// The memory it works on.
+    pub arena: RemoteAddr,
+    /// Its programs, newest first: (kind, name).
+    pub programs: Vec<(String, String)>,
+    /// Fentry programs.
+    pub entry: Option<Placed>,
+    /// Fsession programs, entry side.
+    pub session: Option<Placed>,
+    /// Fexit programs, and fsession programs, exit side.
+    pub exit: Option<Placed>,
+    /// First word of its frame, below the skeleton's own words.
+    pub frame_offset: u32,
+    /// Words of its frame.
+    pub frame_words: u32,
+    /// Bit i: the exit side reads integer argument i; bit 8 + i: xmm argument i; bits 16 to
+    /// 19: results rax, rdx, xmm0, xmm1.
+    pub reads: u32,
+}
+
+/// Memory that is to be given back as soon as nobody can be in it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retired {
+    /// The code.
+    pub code: Placed,
+    /// It calls the original, so a thread can be inside it for as long as it likes, also one
+    /// whose stack is switched away.
+    pub calls_original: bool,
+}
+
+/// Where the registry is and which half is current.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Storage {
+    base: RemoteAddr,
+}
+
+/// A registry that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum RegistryError {
+    /// Reading or writing the target's memory failed.
+    #[error("the target's registry at {at} cannot be reached: {source}")]
+    Memory {
+        /// The address.
+        at: RemoteAddr,
+        /// Why.
+        source: flea_process::MemoryError,
+    },
+    /// Not ours, not this version, or scribbled over.
+    #[error(
+        "the target's registry at {at} is damaged ({what}): what is attached there cannot be \
+         known, so nothing was changed; restart the process to be rid of it"
+    )]
+    Damaged {
+        /// The address.
+        at: RemoteAddr,
+        /// What is wrong with it.
+        what: String,
+    },
+    /// Too much is attached.
+    #[error("the registry would take {bytes} bytes, more than its {HALF_BYTES}: attach to fewer functions")]
+    Full {
+        /// What it would take.
+        bytes: usize,
+    },
+}
+
+/// Reads and writes the target's memory: a stopped or running process alike.
+pub(crate) trait RemoteMemory {
+    /// Fills `buf` from `at`.
+    fn read(&self, at: RemoteAddr, buf: &mut [u8]) -> Result<(), flea_process::MemoryError>;
+    /// Writes all of `bytes` to `at`.
+    fn write(&self, at: RemoteAddr, bytes: &[u8]) -> Result<(), flea_process::MemoryError>;
+}
+
+impl Storage {
+    /// A registry whose mapping starts at `base`.
+    pub(crate) fn at(base: RemoteAddr) -> Self {
+        Self { base }
+    }
+
+    fn half(self, which: u64) -> RemoteAddr {
+        self.base.offset((HEADER_BYTES + (which & 1) * HALF_BYTES).cast_signed())
+    }
+
+    /// The current state; an empty one where nothing was ever written.
+    pub(crate) fn load(self, memory: &impl RemoteMemory) -> Result<Registry, RegistryError> {
+        let header = self.header(memory)?;
+        if header == [0; 4] {
+            return Ok(Registry::default());
+        }
+        let [magic, which, len, sum] = header;
+        if magic != MAGIC {
+            return Err(self.damaged(format!("it starts with {magic:#x}")));
+        }
+        if len > HALF_BYTES {
+            return Err(self.damaged(format!("its length is {len}")));
+        }
+        let len = usize::try_from(len).expect("bounded by HALF_BYTES");
+        let mut text = vec![0; len];
+        let at = self.half(which);
+        memory.read(at, &mut text).map_err(|source| RegistryError::Memory { at, source })?;
+        if checksum(&text) != sum {
+            return Err(self.damaged("its sum does not match".to_owned()));
+        }
+        serde_json::from_slice(&text).map_err(|e| self.damaged(e.to_string()))
+    }
+
+    /// Makes `registry` the current state.
+    pub(crate) fn store(
+        self,
+        memory: &impl RemoteMemory,
+        registry: &Registry,
+    ) -> Result<(), RegistryError> {
+        let text = serde_json::to_vec(registry).expect("plain data serializes");
+        if text.len() as u64 > HALF_BYTES {
+            return Err(RegistryError::Full { bytes: text.len() });
+        }
+        let unused = (self.header(memory)?[1] & 1) ^ 1;
+        let write = |at: RemoteAddr, bytes: &[u8]| {
+            memory.write(at, bytes).map_err(|source| RegistryError::Memory { at, source })
+        };
+        write(self.half(unused), &text)?;
+        let mut header = Vec::with_capacity(32);
+        for word in [MAGIC, unused, text.len() as u64, checksum(&text)] {
+            header.extend_from_slice(&word.to_le_bytes());
+        }
+        // The header is one write inside one page: a writer that dies makes all of it or none
+        // (the kernel copies it in one go), and a torn one would be caught by the sum.
+        write(self.base, &header)
+    }
+
+    fn header(self, memory: &impl RemoteMemory) -> Result<[u64; 4], RegistryError> {
+        let mut bytes = [0; 32];
+        memory
+            .read(self.base, &mut bytes)
+            .map_err(|source| RegistryError::Memory { at: self.base, source })?;
+        let mut words = [0; 4];
+        for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+            *word = u64::from_le_bytes(chunk.try_into().expect("chunks of 8"));
+        }
+        Ok(words)
+    }
+
+    fn damaged(self, what: String) -> RegistryError {
+        RegistryError::Damaged { at: self.base, what }
+    }
+}
+
+/// FNV-1a over 8-byte words: finds accidents, not attackers.
+fn checksum(bytes: &[u8]) -> u64 {
+    bytes.chunks(8).fold(0xcbf2_9ce4_8422_2325, |sum, chunk| {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
