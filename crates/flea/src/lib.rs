@@ -1,1 +1,33 @@
-//! flea
+//! Attach verified eBPF programs to functions of live processes.
+//!
+//! The words are those of aya and libbpf: a [`Session`] is a target process, an [`Object`] a
+//! set of maps and [`Program`]s loaded into it, a [`Link`] what is attached, a [`Map`] what
+//! programs and reader share.
+//!
+//! Start with [`Session`].
+
+pub mod builtin;
+mod change;
+mod error;
+mod function;
+mod link;
+mod modules;
+mod object;
+mod placement;
+pub mod registry;
+mod remote;
+mod session;
+mod transaction;
+
+pub use flea_maps::Map;
+pub use flea_object::spec::{MapKind, MapSpec, Object as ObjectSpec, ProgramKind};
+pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
+
+pub use self::{
+    error::{AttachError, FindError, LoadError, RemoteError, SessionError},
+    function::Function,
+    link::Link,
+    modules::{Module, OpenError},
+    object::{Attachment, Object, Program},
+    session::Session,
+};

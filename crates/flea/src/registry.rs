@@ -107,6 +107,8 @@ pub struct FunctionState {
     pub bypass: RemoteAddr,
     /// Words of stack arguments to pass on, where an exit program is attached.
     pub stack_words: u32,
+    /// The skeleton calls the original from a frame of its own.
+    pub calls_original: bool,
     /// Newest first.
     pub bodies: Vec<BodyState>,
 }
@@ -165,6 +167,8 @@ pub struct Retired {
     /// It calls the original, so a thread can be inside it for as long as it likes, also one
     /// whose stack is switched away.
     pub calls_original: bool,
+    /// The data arena that it works on and that must outlive it; 0 for none.
+    pub arena: RemoteAddr,
 }
 
 /// Where the registry is and which half is current.

@@ -1,0 +1,161 @@
+//! What can be typed: the words and flags of DESIGN's command list. Knows nothing of
+//! processes; `main` hands the parsed values on.
+
+use std::{ffi::OsString, path::PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+
+/// Attach verified eBPF programs to any function of a live process.
+#[derive(Debug, Parser)]
+#[command(name = "flea", version, about, after_help = AFTER_HELP)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+const AFTER_HELP: &str = "\
+PATTERN is [MODULE:]FUNCTION, with * and ?. Without MODULE it means the main executable, and
+any loaded module where nothing there matches.
+
+  flea count -p $(pidof redis-server) 'libc.so.6:malloc'
+  flea latency -- git status
+  flea trace -p 4242 'parse_*' --json
+
+Exit codes: 0 done, 1 the request cannot be served, 2 usage; with `-- COMMAND` the command's
+own code once it has run.";
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Where it can attach, how, and the signature
+    List(Functions),
+    /// Calls per function
+    Count(Functions),
+    /// Histogram of the time from entry to exit
+    Latency(Functions),
+    /// Histogram of an argument, the result or the duration
+    Hist(Hist),
+    /// A line per call: time, thread, arguments, result, duration
+    Trace(Functions),
+    /// Run an eBPF object made by `clang -target bpf`
+    Run(Run),
+    /// What is attached in which process
+    Ps(Ps),
+    /// Take it off
+    Detach(Detach),
+}
+
+/// Which process.
+#[derive(Debug, Args)]
+pub struct Target {
+    /// A running process
+    #[arg(short, long, value_name = "PID")]
+    pub pid: Option<i32>,
+    /// Start this command and trace it from its first instruction
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// Flags that every command has.
+#[derive(Debug, Args)]
+pub struct Common {
+    /// A line of JSON per record
+    #[arg(long)]
+    pub json: bool,
+    /// Write results to a file instead of standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+/// How long to trace.
+#[derive(Debug, Args)]
+pub struct Span {
+    /// Stop after this many seconds (default: until Ctrl-C or the target's end)
+    #[arg(short, long, value_name = "SECONDS", value_parser = seconds)]
+    pub duration: Option<std::time::Duration>,
+}
+
+/// Commands over functions.
+#[derive(Debug, Args)]
+pub struct Functions {
+    /// [MODULE:]FUNCTION, with * and ?
+    #[arg(value_name = "PATTERN", required = true)]
+    pub patterns: Vec<String>,
+    #[command(flatten)]
+    /// Which process.
+    pub target: Target,
+    #[command(flatten)]
+    /// Output.
+    pub common: Common,
+    #[command(flatten)]
+    /// Duration.
+    pub span: Span,
+}
+
+/// `flea hist`.
+#[derive(Debug, Args)]
+pub struct Hist {
+    /// [MODULE:]FUNCTION
+    #[arg(value_name = "FUNCTION")]
+    pub function: String,
+    /// argN, a parameter's name, retval or duration
+    #[arg(value_name = "EXPR")]
+    pub expr: String,
+    #[command(flatten)]
+    /// Which process.
+    pub target: Target,
+    #[command(flatten)]
+    /// Output.
+    pub common: Common,
+    #[command(flatten)]
+    /// Duration.
+    pub span: Span,
+}
+
+/// `flea run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// The object: FILE.bpf.o
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    #[command(flatten)]
+    /// Which process.
+    pub target: Target,
+    #[command(flatten)]
+    /// Output.
+    pub common: Common,
+    #[command(flatten)]
+    /// Duration.
+    pub span: Span,
+}
+
+/// `flea ps`.
+#[derive(Debug, Args)]
+pub struct Ps {
+    /// Only this process
+    #[arg(short, long, value_name = "PID")]
+    pub pid: Option<i32>,
+    #[command(flatten)]
+    /// Output.
+    pub common: Common,
+}
+
+/// `flea detach`.
+#[derive(Debug, Args)]
+pub struct Detach {
+    /// PID.N as `flea ps` prints it, or PID for everything in that process
+    #[arg(value_name = "ID", required_unless_present = "all")]
+    pub ids: Vec<String>,
+    /// Everything, in every process that may be reached
+    #[arg(long, conflicts_with = "ids")]
+    pub all: bool,
+    #[command(flatten)]
+    /// Output.
+    pub common: Common,
+}
+
+fn seconds(text: &str) -> Result<std::time::Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| format!("`{text}` is not a number of seconds"))?;
+    std::time::Duration::try_from_secs_f64(seconds).map_err(|e| e.to_string())
+}

@@ -1,0 +1,24 @@
+//! The subcommands: find functions, attach, wait, read, print.
+
+mod attached;
+mod functions;
+mod run;
+mod tracing;
+
+use anyhow::Result;
+
+use crate::args::Command;
+
+/// Runs `command`; the exit code.
+pub fn run(command: Command) -> Result<u8> {
+    match command {
+        Command::List(args) => functions::list(&args),
+        Command::Count(args) => tracing::count(&args),
+        Command::Latency(args) => tracing::latency(&args),
+        Command::Hist(args) => tracing::hist(&args),
+        Command::Trace(args) => tracing::trace(&args),
+        Command::Run(args) => run::run(&args),
+        Command::Ps(args) => attached::ps(&args),
+        Command::Detach(args) => attached::detach(&args),
+    }
+}

@@ -1,0 +1,49 @@
+//! `flea list`: where Flea can attach, how, and with which signature.
+
+use anyhow::Result;
+use flea::{SiteKind, signature::SignatureSource};
+
+use crate::{
+    args::Functions,
+    output::{Output, basename},
+    record::Record,
+    target::Target,
+};
+
+/// Prints a line per function.
+pub fn list(args: &Functions) -> Result<u8> {
+    let mut output = Output::open(&args.common)?;
+    let target = Target::open(&args.target, &args.span)?;
+    let functions = target.find(&args.patterns)?;
+    for function in &functions {
+        let name = function.name();
+        let (site, reason) = match function.site() {
+            Ok(site) if matches!(site.kind, SiteKind::Nop5) => ("nop5", None),
+            Ok(_) => ("relocated", None),
+            Err(refusal) => ("refused", Some(refusal.to_string())),
+        };
+        let known = function.signature().source == SignatureSource::Dwarf;
+        let signature = known.then(|| function.signature_text());
+        output.line(format!(
+            "{} {:<9} {:>6} {}:{}{}",
+            function.address(),
+            site,
+            function.size_bytes(),
+            basename(function.module()),
+            signature.as_ref().unwrap_or(&name),
+            reason.as_ref().map(|r| format!("  [{r}]")).unwrap_or_default(),
+        ))?;
+        output.record(&Record::Function {
+            module: function.module(),
+            function: &name,
+            address: function.address().to_string(),
+            size: function.size_bytes(),
+            site,
+            reason,
+            signature,
+        })?;
+    }
+    output.flush()?;
+    target.abandon()?;
+    Ok(0)
+}

@@ -1,0 +1,209 @@
+//! What a change of the attached bodies means for code and sites: computed over the registry,
+//! carried out by `transaction`. Touches no process.
+
+use std::collections::HashMap;
+
+use flea_image::{BodyRef, Skeleton, SkeletonBody, SkeletonRequest};
+use flea_patch::Poke;
+use flea_symbols::addr::RemoteAddr;
+
+use crate::{
+    error::AttachError,
+    registry::{BodyState, FunctionState, Placed, Registry, Retired, SiteKind},
+};
+
+/// First body frame, in bytes below the skeleton's rbp: behind result and argument words.
+pub(crate) const FIRST_FRAME_OFFSET: u32 = flea_image::FRAME_HEADER_BYTES;
+/// More bodies than this are called, not copied into the skeleton: it would only grow.
+const MAX_INLINE_BODIES: usize = 4;
+
+/// A change in the making: the registry as it will be, and what has to be written for it.
+pub(crate) struct Change {
+    pub(crate) registry: Registry,
+    /// New code, in memory that nothing enters yet.
+    pub(crate) writes: Vec<(RemoteAddr, Vec<u8>)>,
+    /// Sites to swap.
+    pub(crate) pokes: Vec<Poke>,
+    /// Code that is not entered once the sites are swapped.
+    pub(crate) retired: Vec<Retired>,
+    /// Bytes of code placed earlier, as read from the target.
+    known_code: HashMap<RemoteAddr, Vec<u8>>,
+}
+
+impl Change {
+    /// Starts from what is there. `known_code` has the bytes of every body in `registry` that
+    /// the change may copy.
+    pub(crate) fn new(registry: Registry, known_code: HashMap<RemoteAddr, Vec<u8>>) -> Self {
+        Self {
+            registry,
+            writes: Vec::new(),
+            pokes: Vec::new(),
+            retired: Vec::new(),
+            known_code,
+        }
+    }
+
+    /// Places `bytes` within reach of `near`.
+    pub(crate) fn place(
+        &mut self,
+        near: RemoteAddr,
+        bytes: Vec<u8>,
+    ) -> Result<Placed, AttachError> {
+        let len = u32::try_from(bytes.len()).expect("an image is far below 4 GiB");
+        let placed =
+            self.registry.place(near, len).ok_or(AttachError::NoRoom { near, bytes: len })?;
+        self.known_code.insert(placed.at, bytes.clone());
+        self.writes.push((placed.at, bytes));
+        Ok(placed)
+    }
+
+    /// Takes the bodies that `gone` picks off every function.
+    pub(crate) fn remove_bodies(
+        &mut self,
+        gone: impl Fn(&BodyState) -> bool,
+    ) -> Result<Vec<u32>, AttachError> {
+        let mut removed = Vec::new();
+        let mut functions = std::mem::take(&mut self.registry.functions);
+        for f in &mut functions {
+            let (out, stay): (Vec<_>, Vec<_>) = f.bodies.drain(..).partition(&gone);
+            f.bodies = stay;
+            if out.is_empty() {
+                continue;
+            }
+            for body in out {
+                removed.push(body.id);
+                let placed = [body.entry, body.session, body.exit];
+                self.retired.extend(placed.into_iter().flatten().map(|code| Retired {
+                    code,
+                    calls_original: false,
+                    arena: body.arena,
+                }));
+            }
+            self.relink(f)?;
+        }
+        functions.retain(|f| !f.bodies.is_empty());
+        self.registry.functions = functions;
+        Ok(removed)
+    }
+
+    /// Makes the site of `f` enter exactly `f.bodies`.
+    pub(crate) fn relink(&mut self, f: &mut FunctionState) -> Result<(), AttachError> {
+        let was_original = f.patched[..] == f.original[..5];
+        let before = f.patched;
+        if let Some(code) = f.skeleton {
+            self.retired.push(Retired {
+                code,
+                calls_original: f.calls_original,
+                arena: RemoteAddr(0),
+            });
+        }
+        let old_entry = f.skeleton.map(|s| s.at);
+        let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
+        let mut moves = Vec::new();
+
+        if f.bodies.is_empty() {
+            f.patched = f.original[..5].try_into().expect("a site has at least 5 bytes");
+            f.skeleton = None;
+        } else if let Some(patch) = self.direct_call(f) {
+            f.patched = patch;
+            f.skeleton = None;
+            f.bypass = behind;
+            moves = inner_boundaries(f).map(|at| (at, behind)).collect();
+        } else {
+            let skeleton = self.place_skeleton(f)?;
+            f.patched = skeleton.site_patch;
+            f.bypass = skeleton.original_entry;
+            f.calls_original = f.bodies.iter().any(|b| b.session.or(b.exit).is_some());
+            moves.extend(skeleton.moves);
+        }
+        f.previous = before;
+        let expected = if was_original { f.original.clone() } else { before.to_vec() };
+        // A thread that runs into the int3 must not miss a program that stays attached: the
+        // new skeleton runs them all, and where there is none the old one still does.
+        let trap_to = f.skeleton.map(|s| s.at).or(old_entry).unwrap_or(behind);
+        if !was_original {
+            moves.clear();
+        }
+        self.pokes.push(Poke { site: f.site, expected, new: f.patched, trap_to, moves });
+        Ok(())
+    }
+
+    /// The simplest case: nops that can be a call of the one body.
+    fn direct_call(&self, f: &FunctionState) -> Option<[u8; 5]> {
+        let [body] = f.bodies.as_slice() else { return None };
+        if f.kind != SiteKind::Nop || body.session.or(body.exit).is_some() {
+            return None;
+        }
+        // Only behind the first five bytes does the called body return to: nops there are
+        // fine, and there are only nops.
+        flea_image::call_patch(f.site, body.entry?.at)
+    }
+
+    fn place_skeleton(&mut self, f: &mut FunctionState) -> Result<Skeleton, AttachError> {
+        let bodies: Vec<SkeletonBody> = f.bodies.iter().map(|b| self.skeleton_body(f, b)).collect();
+        let request = |at| SkeletonRequest {
+            site: f.site,
+            replaced: f.original.clone(),
+            insn_lens: f.insn_lens.clone(),
+            image_address: at,
+            bodies: bodies.clone(),
+            stack_words: f.stack_words,
+        };
+        let link = |at| {
+            flea_image::link_skeleton(&request(at)).map_err(|source| AttachError::Link {
+                function: f.name.clone(),
+                source: source.into(),
+            })
+        };
+        // The length does not depend on the place (all far branches are rel32), so a first
+        // link near the site tells it.
+        let draft = link(self.draft_address(f.site))?;
+        let len = u32::try_from(draft.bytes.len()).expect("a skeleton is far below 4 GiB");
+        let placed = self
+            .registry
+            .place(f.site, len)
+            .ok_or(AttachError::NoRoom { near: f.site, bytes: len })?;
+        let skeleton = link(placed.at)?;
+        assert_eq!(skeleton.bytes.len(), draft.bytes.len(), "a skeleton's length is fixed");
+        self.writes.push((placed.at, skeleton.bytes.clone()));
+        f.skeleton = Some(placed);
+        Ok(skeleton)
+    }
+
+    fn draft_address(&self, site: RemoteAddr) -> RemoteAddr {
+        self.registry
+            .code
+            .iter()
+            .map(|arena| arena.next)
+            .min_by_key(|next| next.0.abs_diff(site.0))
+            .unwrap_or(site)
+    }
+
+    fn skeleton_body(&self, f: &FunctionState, b: &BodyState) -> SkeletonBody {
+        let refer = |placed: Option<Placed>| {
+            placed.map(|p| match self.known_code.get(&p.at) {
+                Some(bytes) if f.bodies.len() <= MAX_INLINE_BODIES => {
+                    BodyRef::Inline(bytes.clone())
+                }
+                _ => BodyRef::Call(p.at),
+            })
+        };
+        SkeletonBody {
+            entry: refer(b.entry),
+            session: refer(b.session),
+            exit: refer(b.exit),
+            reads: b.reads,
+            frame_offset: b.frame_offset,
+            frame_words: b.frame_words,
+        }
+    }
+}
+
+/// Addresses of the replaced instructions after the first.
+fn inner_boundaries(f: &FunctionState) -> impl Iterator<Item = RemoteAddr> + '_ {
+    let lens = f.insn_lens.split_last().map_or(&[][..], |(_, but_last)| but_last);
+    lens.iter().scan(f.site, |at, &len| {
+        *at = at.offset(i64::from(len));
+        Some(*at)
+    })
+}

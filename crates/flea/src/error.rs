@@ -1,0 +1,210 @@
+//! What can go wrong, an enum per operation. Messages say what was tried, what was left as
+//! it was, and what to do next.
+
+use std::sync::Arc;
+
+use flea_process::{ProcError, SeizeError, SpawnError};
+use flea_symbols::{PatternError, Refusal, addr::RemoteAddr};
+use flea_verifier::Rejection;
+
+use crate::{modules::OpenError, registry::RegistryError};
+
+/// A target that cannot be worked with.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// It is not there, or not what Flea can trace.
+    #[error(transparent)]
+    Process(#[from] ProcError),
+    /// The command could not be started.
+    #[error(transparent)]
+    Spawn(#[from] SpawnError),
+    /// It may not be traced, or is by somebody else.
+    #[error(transparent)]
+    Seize(#[from] SeizeError),
+    /// Its main executable cannot be read.
+    #[error(transparent)]
+    Module(#[from] Arc<OpenError>),
+}
+
+/// No function for a pattern.
+#[derive(Debug, thiserror::Error)]
+pub enum FindError {
+    /// Not a pattern.
+    #[error("`{pattern}`: {source}")]
+    Pattern {
+        /// What was given.
+        pattern: String,
+        /// What is wrong with it.
+        source: PatternError,
+    },
+    /// No such module.
+    #[error("`{pattern}`: no loaded module has that name; loaded are: {}", .loaded.join(", "))]
+    NoSuchModule {
+        /// What was given.
+        pattern: String,
+        /// The modules there are.
+        loaded: Vec<String>,
+    },
+    /// No such function.
+    #[error("`{pattern}`: no such function{}", suggestion(.nearest))]
+    NoSuchFunction {
+        /// What was given.
+        pattern: String,
+        /// Names like it.
+        nearest: Vec<String>,
+    },
+    /// The module cannot be read.
+    #[error(transparent)]
+    Open(#[from] Arc<OpenError>),
+    /// The process is gone.
+    #[error(transparent)]
+    Process(#[from] ProcError),
+}
+
+fn suggestion(nearest: &[String]) -> String {
+    if nearest.is_empty() {
+        return "; `flea list` with a pattern like '*name*' shows what there is".to_owned();
+    }
+    format!("; did you mean {}?", nearest.join(", "))
+}
+
+/// An object that could not be loaded. The target is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// Not an object Flea can use.
+    #[error(transparent)]
+    Object(#[from] flea_object::ObjectError),
+    /// Its maps could not be laid out.
+    #[error("maps: {0}")]
+    Arena(#[from] flea_maps::ArenaError),
+    /// The target could not be seized.
+    #[error(transparent)]
+    Seize(#[from] SeizeError),
+    /// Setting up memory in the target failed.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+}
+
+/// Setting up memory in the target failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RemoteError {
+    /// A system call made in the target's name.
+    #[error("{call} in the target failed: {errno}; nothing was attached")]
+    SystemCall {
+        /// Which.
+        call: &'static str,
+        /// Why.
+        errno: String,
+    },
+    /// No thread of the target could run a system call.
+    #[error("no thread of the target could be borrowed: {0}")]
+    NoThread(#[source] flea_process::RemoteError),
+    /// The target's memory.
+    #[error(transparent)]
+    Memory(#[from] flea_process::MemoryError),
+    /// The address space is full near a module.
+    #[error("no free address space of {bytes} bytes within 2 GiB of {near}")]
+    NoGap {
+        /// The module.
+        near: RemoteAddr,
+        /// What was wanted.
+        bytes: u64,
+    },
+    /// The registry.
+    #[error(transparent)]
+    Registry(#[from] RegistryError),
+    /// Memory layout.
+    #[error(transparent)]
+    Process(#[from] ProcError),
+    /// Something local.
+    #[error("{what}: {source}")]
+    Local {
+        /// What was tried.
+        what: &'static str,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+}
+
+/// A program that was not attached. The target runs as before.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The function's entry cannot be patched safely.
+    #[error("{function}: {refusal}")]
+    Refused {
+        /// The function.
+        function: String,
+        /// Why.
+        refusal: Refusal,
+    },
+    /// An exit program needs to know the stack arguments.
+    #[error(
+        "{function}: an exit program needs to know how many stack arguments it takes, and \
+         neither debug information nor its code tell; an entry program (fentry, `flea count`) \
+         can be attached"
+    )]
+    StackArguments {
+        /// The function.
+        function: String,
+    },
+    /// The verifier refused the program.
+    #[error("program {program} on {function}: {rejection}")]
+    Rejected {
+        /// The program.
+        program: String,
+        /// The function.
+        function: String,
+        /// The report.
+        rejection: Box<Rejection>,
+    },
+    /// The compiler refused it.
+    #[error("program on {function}: {source}")]
+    Compile {
+        /// The function.
+        function: String,
+        /// Why.
+        source: flea_image::CompileError,
+    },
+    /// The skeleton could not be made.
+    #[error("{function}: {source}")]
+    Link {
+        /// The function.
+        function: String,
+        /// Why.
+        source: flea_image::LinkError,
+    },
+    /// No room for code.
+    #[error("no room for {bytes} bytes of code near {near}")]
+    NoRoom {
+        /// The site.
+        near: RemoteAddr,
+        /// What was wanted.
+        bytes: u32,
+    },
+    /// Already attached by this very link.
+    #[error("{function}: program {program} is attached to it already")]
+    Twice {
+        /// The function.
+        function: String,
+        /// The program.
+        program: String,
+    },
+    /// The target could not be seized.
+    #[error(transparent)]
+    Seize(#[from] SeizeError),
+    /// Memory in the target.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    /// The sites could not be swapped; all are as they were.
+    #[error(transparent)]
+    Commit(#[from] flea_patch::CommitError),
+    /// A program's target in its section name.
+    #[error(transparent)]
+    Find(#[from] FindError),
+}
+
+impl From<RegistryError> for AttachError {
+    fn from(error: RegistryError) -> Self {
+        Self::Remote(RemoteError::Registry(error))
+    }
+}

@@ -1,0 +1,147 @@
+//! A function of the target: found by pattern, asked where and how it can be attached to.
+
+use std::sync::{Arc, OnceLock};
+
+use flea_symbols::{Pattern, Refusal, Site, addr::RemoteAddr, signature::Signature};
+
+use crate::{
+    error::FindError,
+    modules::{Module, OpenError},
+};
+
+/// A function of a process.
+#[derive(Clone)]
+pub struct Function {
+    module: Arc<Module>,
+    symbol: flea_symbols::Function,
+    address: RemoteAddr,
+    signature: Arc<OnceLock<Signature>>,
+    site: Arc<OnceLock<Result<Site, Refusal>>>,
+}
+
+impl std::fmt::Debug for Function {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}@{}", self.module.path(), self.symbol.name, self.address)
+    }
+}
+
+impl Function {
+    /// Its name, demangled.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.symbol.display_name()
+    }
+
+    /// Its name as the linker knows it.
+    #[must_use]
+    pub fn linkage_name(&self) -> &str {
+        &self.symbol.name
+    }
+
+    /// Path of its module, as the target sees it.
+    #[must_use]
+    pub fn module(&self) -> &str {
+        self.module.path()
+    }
+
+    /// Its first byte, in the target.
+    #[must_use]
+    pub fn address(&self) -> RemoteAddr {
+        self.address
+    }
+
+    /// Its length.
+    #[must_use]
+    pub fn size_bytes(&self) -> u64 {
+        self.symbol.size_bytes
+    }
+
+    /// How it is called. Read from the debug information on the first call, or guessed.
+    #[must_use]
+    pub fn signature(&self) -> &Signature {
+        self.signature.get_or_init(|| {
+            self.module.with_symbols(|s| s.signature(&self.symbol)).unwrap_or_else(|_| {
+                Signature::guessed(flea_symbols::signature::StackWords::Unknown)
+            })
+        })
+    }
+
+    /// Where its entry can be patched, or why it cannot.
+    ///
+    /// # Errors
+    /// The reason for which no site can be proved.
+    pub fn site(&self) -> Result<&Site, Refusal> {
+        self.site
+            .get_or_init(|| {
+                self.module
+                    .with_symbols(|s| s.site(&self.symbol))
+                    .expect("a function was found in a module that could be read")
+            })
+            .as_ref()
+            .map_err(Clone::clone)
+    }
+
+    /// Where the site is in the target.
+    pub(crate) fn site_address(&self, site: &Site) -> RemoteAddr {
+        let into = site.address.0.wrapping_sub(self.symbol.address.0);
+        self.address.offset(into.cast_signed())
+    }
+}
+
+/// The functions that `pattern` names. Without a module it means the main executable, and
+/// every other module where nothing there matches.
+pub(crate) fn find(modules: &[Arc<Module>], pattern: &str) -> Result<Vec<Function>, FindError> {
+    let parsed = Pattern::parse(pattern)
+        .map_err(|source| FindError::Pattern { pattern: pattern.to_owned(), source })?;
+    let explicit = parsed.module.is_some();
+    let candidates: Vec<_> = modules.iter().filter(|m| parsed.matches_module(m.path())).collect();
+    if candidates.is_empty() {
+        return Err(FindError::NoSuchModule {
+            pattern: pattern.to_owned(),
+            loaded: modules.iter().map(|m| m.name().to_owned()).collect(),
+        });
+    }
+    let (first, rest): (Vec<_>, Vec<_>) =
+        candidates.into_iter().partition(|m| explicit || m.is_main());
+    let mut unreadable = Vec::new();
+    for group in [&first, &rest] {
+        let mut found = Vec::new();
+        for module in group {
+            match find_in(module, &parsed) {
+                Ok(functions) => found.extend(functions),
+                Err(error) => unreadable.push(error),
+            }
+        }
+        if !found.is_empty() {
+            return Ok(found);
+        }
+    }
+    if let (true, Some(error)) = (rest.is_empty(), unreadable.pop()) {
+        return Err(FindError::Open(error));
+    }
+    let mut nearest: Vec<String> = Vec::new();
+    for module in first.iter().chain(&rest) {
+        let names = module.with_symbols(|s| s.nearest_names(&parsed.function, 3));
+        nearest.extend(names.unwrap_or_default());
+    }
+    nearest.sort();
+    nearest.dedup();
+    nearest.truncate(5);
+    Err(FindError::NoSuchFunction { pattern: pattern.to_owned(), nearest })
+}
+
+fn find_in(module: &Arc<Module>, pattern: &Pattern) -> Result<Vec<Function>, Arc<OpenError>> {
+    let symbols: Vec<_> = module.with_symbols(|s| s.find(pattern).cloned().collect())?;
+    symbols
+        .into_iter()
+        .map(|symbol| {
+            Ok(Function {
+                address: module.remote(symbol.address)?,
+                module: Arc::clone(module),
+                symbol,
+                signature: Arc::default(),
+                site: Arc::default(),
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,67 @@
+//! What is attached stays so until its link is detached or dropped.
+
+use flea_symbols::addr::RemoteAddr;
+
+use crate::{error::AttachError, object::Object, transaction};
+
+/// Programs that were attached together, to one function or to thousands. Dropping it takes
+/// them off.
+pub struct Link {
+    object: Object,
+    ids: Vec<u32>,
+    keys: Vec<(usize, RemoteAddr)>,
+    state: State,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Attached,
+    LetGo,
+}
+
+impl Link {
+    pub(crate) fn new(object: Object, ids: Vec<u32>, keys: Vec<(usize, RemoteAddr)>) -> Self {
+        Self { object, ids, keys, state: State::Attached }
+    }
+
+    /// Takes the programs off. When this returns, no thread runs them any more except those
+    /// that an exit program still awaits inside the traced function.
+    ///
+    /// # Errors
+    /// The target could not be seized, or another tool has changed a site since; what is
+    /// attached stays so. A target that has ended is no error.
+    pub fn detach(mut self) -> Result<(), AttachError> {
+        self.take_off()
+    }
+
+    /// Leaves the programs attached when this process ends: `flea ps` finds them, `flea
+    /// detach` takes them off.
+    pub fn keep(mut self) {
+        self.state = State::LetGo;
+        // The object's memory must stay in the target with them.
+        std::mem::forget(self.object.clone());
+    }
+
+    /// Functions it covers.
+    #[must_use]
+    pub fn n_functions(&self) -> usize {
+        self.ids.len()
+    }
+
+    fn take_off(&mut self) -> Result<(), AttachError> {
+        if self.state == State::LetGo {
+            return Ok(());
+        }
+        transaction::detach(&self.object.inner.session, &self.ids)?;
+        self.state = State::LetGo;
+        self.object.release(&self.keys);
+        Ok(())
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // A failure cannot be reported from here; `detach` reports it.
+        let _ = self.take_off();
+    }
+}

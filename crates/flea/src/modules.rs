@@ -1,0 +1,215 @@
+//! The modules of a process: which files are mapped executable, where, and what functions
+//! they have. Files are opened as the target sees them (its root directory), and only if they
+//! still are the ones that it mapped.
+
+use std::{
+    fs::File,
+    io,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+};
+
+use flea_process::{Mapping, Pid, ProcError};
+use flea_symbols::{
+    ModuleError,
+    addr::{RemoteAddr, Svma},
+};
+use memmap2::Mmap;
+use self_cell::self_cell;
+
+type Symbols<'data> = flea_symbols::Module<'data>;
+
+/// The bytes of a module and of its debug files.
+struct Files {
+    image: Mmap,
+    debug: Option<Mmap>,
+    alt_debug: Option<Mmap>,
+}
+
+self_cell! {
+    struct ParsedFiles {
+        owner: Files,
+        #[not_covariant]
+        dependent: Symbols,
+    }
+}
+
+/// A file that the target has mapped executable.
+pub struct Module {
+    path: String,
+    open_path: PathBuf,
+    /// Its first executable mapping.
+    mapping: Mapping,
+    is_main: bool,
+    parsed: OnceLock<Result<ParsedFiles, Arc<OpenError>>>,
+}
+
+/// A module whose functions cannot be known.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The file cannot be opened.
+    #[error("{path}: cannot be opened: {source}")]
+    Io {
+        /// The path in the target's view.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Another file has that path now.
+    #[error(
+        "{path}: the file was replaced since the process mapped it; restart the process, or \
+         put the old file back"
+    )]
+    Replaced {
+        /// The path.
+        path: String,
+    },
+    /// Not a module that Flea reads.
+    #[error("{path}: {source}")]
+    Parse {
+        /// The path.
+        path: String,
+        /// Why.
+        source: ModuleError,
+    },
+    /// Mapped in a way that its program headers do not explain.
+    #[error("{path}: its mapping at {at} matches no segment of the file")]
+    NoSegment {
+        /// The path.
+        path: String,
+        /// Start of the mapping.
+        at: RemoteAddr,
+    },
+}
+
+/// The modules of process `pid`, the main executable first.
+pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
+    let main = flea_process::exe(pid)?;
+    let main = main.to_string_lossy().into_owned();
+    let mut modules: Vec<Module> = Vec::new();
+    for mapping in flea_process::maps(pid)? {
+        let path = mapping.path.clone();
+        if !mapping.perms.execute || !path.starts_with('/') || path.starts_with("/memfd:") {
+            continue;
+        }
+        if modules.iter().any(|m| m.mapping.same_file(&mapping)) {
+            continue;
+        }
+        let is_main = path == main;
+        let open_path = if is_main {
+            PathBuf::from(format!("/proc/{pid}/exe"))
+        } else {
+            flea_process::module_file_path(pid, &mapping)?
+        };
+        modules.push(Module {
+            path,
+            open_path,
+            mapping,
+            is_main,
+            parsed: OnceLock::new(),
+        });
+    }
+    modules.sort_by_key(|m| !m.is_main);
+    Ok(modules.into_iter().map(Arc::new).collect())
+}
+
+impl Module {
+    /// Whether it is the program itself.
+    pub(crate) fn is_main(&self) -> bool {
+        self.is_main
+    }
+
+    /// Its path as the target sees it.
+    #[must_use]
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// Last component of its path.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.path.rsplit('/').next().unwrap_or(&self.path)
+    }
+
+    /// Runs `f` on the module's symbols, which are read on the first call.
+    pub(crate) fn with_symbols<R>(
+        &self,
+        f: impl FnOnce(&Symbols<'_>) -> R,
+    ) -> Result<R, Arc<OpenError>> {
+        let parsed = self.parsed.get_or_init(|| self.open().map_err(Arc::new));
+        match parsed {
+            Ok(cell) => Ok(cell.with_dependent(|_, symbols| f(symbols))),
+            Err(error) => Err(Arc::clone(error)),
+        }
+    }
+
+    /// Where `address` is in the target.
+    pub(crate) fn remote(&self, address: Svma) -> Result<RemoteAddr, Arc<OpenError>> {
+        let first = &self.mapping;
+        let no_segment = || {
+            Arc::new(OpenError::NoSegment { path: self.path.clone(), at: first.start })
+        };
+        let stated = self.with_symbols(|s| s.offset_to_svma(first.offset))?;
+        let bias = first.start.0.wrapping_sub(stated.ok_or_else(no_segment)?.0);
+        Ok(RemoteAddr(address.0.wrapping_add(bias)))
+    }
+
+    fn open(&self) -> Result<ParsedFiles, OpenError> {
+        let io = |source| OpenError::Io { path: self.path.clone(), source };
+        let file = File::open(&self.open_path).map_err(io)?;
+        if file.metadata().map_err(io)?.ino() != self.mapping.inode {
+            return Err(OpenError::Replaced { path: self.path.clone() });
+        }
+        let image = map(&file).map_err(io)?;
+        let parse = |source| OpenError::Parse { path: self.path.clone(), source };
+        let (debug, alt_debug) = debug_files(&image, &self.path).map_err(parse)?;
+        ParsedFiles::try_new(Files { image, debug, alt_debug }, |files| {
+            flea_symbols::Module::parse_files(flea_symbols::Files {
+                image: &files.image,
+                debug: files.debug.as_deref(),
+                alt_debug: files.alt_debug.as_deref(),
+            })
+            .map_err(parse)
+        })
+    }
+}
+
+/// The separate debug files of `image`, where the system has them installed.
+fn debug_files(image: &[u8], path: &str) -> Result<(Option<Mmap>, Option<Mmap>), ModuleError> {
+    let module = flea_symbols::Module::parse(image, None)?;
+    let debug = module.build_id().and_then(by_build_id).or_else(|| {
+        let (name, _crc) = module.debuglink()?;
+        let name = std::str::from_utf8(name).ok()?;
+        let directory = Path::new(path).parent()?;
+        [directory.join(name), directory.join(".debug").join(name)]
+            .iter()
+            .chain([&Path::new("/usr/lib/debug").join(directory.strip_prefix("/").ok()?).join(name)])
+            .find_map(|candidate| map(&File::open(candidate).ok()?).ok())
+    });
+    let alt = match &debug {
+        Some(debug) => flea_symbols::Module::parse(image, Some(debug)).ok().and_then(|m| alt(&m)),
+        None => alt(&module),
+    };
+    Ok((debug, alt))
+}
+
+fn alt(module: &Symbols<'_>) -> Option<Mmap> {
+    let (_path, build_id) = module.debugaltlink()?;
+    by_build_id(build_id)
+}
+
+fn by_build_id(id: &[u8]) -> Option<Mmap> {
+    let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
+    let (head, tail) = hex.split_at_checked(2)?;
+    let path = format!("/usr/lib/debug/.build-id/{head}/{tail}.debug");
+    map(&File::open(path).ok()?).ok()
+}
+
+fn map(file: &File) -> io::Result<Mmap> {
+    // SAFETY: `Mmap` wants that nobody truncates or changes the file meanwhile. Installed
+    // binaries and debug files are replaced by rename, not written in place (the kernel
+    // refuses that for running executables: ETXTBSY); every other reader of debug
+    // information takes the same risk.
+    unsafe { Mmap::map(file) }
+}

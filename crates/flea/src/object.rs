@@ -1,0 +1,404 @@
+//! A loaded object: its maps live in memory shared with the target, its programs can be
+//! attached to functions.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{Arc, Mutex},
+};
+
+use flea_image::{Body, BodyRequest, ProgramUse, RelocTarget};
+use flea_layout::plan::ArenaPlan;
+use flea_object::{
+    helper::Helper,
+    spec::{MapIdx, MapKind, MapSpec, Object as Spec, ProgramKind},
+};
+use flea_symbols::{
+    Site,
+    addr::RemoteAddr,
+    signature::{Signature, StackWords},
+};
+use flea_verifier::{Context, Verified};
+
+use crate::{
+    error::{AttachError, LoadError},
+    function::Function,
+    link::Link,
+    session::Inner,
+    transaction,
+};
+
+/// Bytes of the ring buffer behind `bpf_printk`.
+const PRINTK_BYTES: u32 = 1 << 20;
+/// Name of that map.
+const PRINTK_NAME: &str = "printk";
+
+/// A loaded object. Dropping the last handle to it, links included, takes its memory out of
+/// the target.
+#[derive(Clone)]
+pub struct Object {
+    pub(crate) inner: Arc<Loaded>,
+}
+
+/// What the handles share.
+pub(crate) struct Loaded {
+    pub(crate) session: Arc<Inner>,
+    pub(crate) spec: Spec,
+    plan: ArenaPlan,
+    pub(crate) arena: flea_maps::Arena,
+    /// The arena's base in the target.
+    pub(crate) base: RemoteAddr,
+    printk: Option<MapIdx>,
+    verified: Mutex<HashMap<(usize, Context), Arc<Verified>>>,
+    attached: Mutex<HashSet<(usize, RemoteAddr)>>,
+}
+
+/// One program of an [`Object`].
+#[derive(Clone)]
+pub struct Program {
+    object: Object,
+    index: usize,
+}
+
+/// One program on one function.
+#[derive(Clone, Debug)]
+pub struct Attachment {
+    /// Index into the object's programs.
+    program: usize,
+    function: Function,
+    cookie: u64,
+}
+
+/// Everything about one function that the transaction needs.
+pub(crate) struct Prepared {
+    pub(crate) function: Function,
+    pub(crate) site: Site,
+    pub(crate) stack_words: u32,
+    /// (program index, cookie), newest first.
+    pub(crate) uses: Vec<(usize, u64)>,
+    verified: Vec<Arc<Verified>>,
+    signature: Signature,
+}
+
+impl Object {
+    pub(crate) fn load(session: &Arc<Inner>, mut spec: Spec) -> Result<Self, LoadError> {
+        let printk = add_printk_map(&mut spec);
+        let n_programs = u32::try_from(spec.programs.len()).expect("an object is far smaller");
+        let plan = ArenaPlan::new(&spec.maps, n_programs);
+        let (arena, base) = transaction::create_arena(session, &plan, &spec.maps)?;
+        Ok(Self {
+            inner: Arc::new(Loaded {
+                session: Arc::clone(session),
+                spec,
+                plan,
+                arena,
+                base,
+                printk,
+                verified: Mutex::default(),
+                attached: Mutex::default(),
+            }),
+        })
+    }
+
+    /// Its programs, in the object's order.
+    pub fn programs(&self) -> impl Iterator<Item = Program> + '_ {
+        (0..self.inner.spec.programs.len())
+            .map(|index| Program { object: self.clone(), index })
+    }
+
+    /// The program with this name.
+    #[must_use]
+    pub fn program(&self, name: &str) -> Option<Program> {
+        self.programs().find(|p| p.name() == name)
+    }
+
+    /// Its maps' declarations; global data and the buffer of `bpf_printk` included.
+    #[must_use]
+    pub fn maps(&self) -> &[MapSpec] {
+        &self.inner.spec.maps
+    }
+
+    /// The map with this name.
+    #[must_use]
+    pub fn map(&self, name: &str) -> Option<crate::Map<'_>> {
+        let index = self.inner.spec.maps.iter().position(|m| m.name == name)?;
+        Some(self.inner.arena.map(index))
+    }
+
+    /// Attaches all of `attachments` or none. Several programs on one function become one
+    /// image; later ones in the list are newer and run first within their kind.
+    ///
+    /// # Errors
+    /// [`AttachError`] for the first that cannot be; the target runs as before.
+    pub fn attach(&self, attachments: &[Attachment]) -> Result<Link, AttachError> {
+        let prepared = self.prepare(attachments)?;
+        let keys: Vec<_> =
+            attachments.iter().map(|a| (a.program, a.function.address())).collect();
+        self.claim(&keys, attachments)?;
+        let ids = transaction::attach(&self.inner, &prepared).inspect_err(|_| {
+            self.release(&keys);
+        })?;
+        Ok(Link::new(self.clone(), ids, keys))
+    }
+
+    /// What the programs wrote with `bpf_printk` since the last call, a line each.
+    pub fn printk(&self, mut line: impl FnMut(&str)) {
+        if let Some(map) = self.inner.printk {
+            self.inner.arena.map(map.0 as usize).poll(|bytes| {
+                line(String::from_utf8_lossy(bytes).trim_end_matches(['\0', '\n']));
+            });
+        }
+    }
+
+    /// Runs that were skipped: a program that was entered again on its own thread, or a
+    /// thread that found no slot.
+    #[must_use]
+    pub fn missed(&self) -> u64 {
+        let arena = &self.inner.arena;
+        let programs = u32::try_from(self.inner.spec.programs.len()).unwrap_or(u32::MAX);
+        let guarded: u64 = (0..programs).map(|i| arena.program_misses(i)).sum();
+        guarded + arena.no_slot()
+    }
+
+    /// Ring buffer records that were dropped because a buffer was full.
+    #[must_use]
+    pub fn lost(&self) -> u64 {
+        let maps = self.inner.spec.maps.iter().enumerate();
+        maps.filter(|(_, m)| m.kind == MapKind::RingBuf)
+            .map(|(i, _)| self.inner.arena.map(i).lost())
+            .sum()
+    }
+
+    pub(crate) fn release(&self, keys: &[(usize, RemoteAddr)]) {
+        let mut attached = self.inner.attached.lock().unwrap_or_else(|e| e.into_inner());
+        for key in keys {
+            attached.remove(key);
+        }
+    }
+
+    fn claim(
+        &self,
+        keys: &[(usize, RemoteAddr)],
+        attachments: &[Attachment],
+    ) -> Result<(), AttachError> {
+        let mut attached = self.inner.attached.lock().unwrap_or_else(|e| e.into_inner());
+        for (i, (key, attachment)) in keys.iter().zip(attachments).enumerate() {
+            if attached.contains(key) || keys[..i].contains(key) {
+                return Err(AttachError::Twice {
+                    function: attachment.function.name(),
+                    program: self.inner.spec.programs[key.0].name.clone(),
+                });
+            }
+        }
+        attached.extend(keys);
+        Ok(())
+    }
+
+    fn prepare(&self, attachments: &[Attachment]) -> Result<Vec<Prepared>, AttachError> {
+        let mut by_address: HashMap<RemoteAddr, usize> = HashMap::new();
+        let mut prepared: Vec<Prepared> = Vec::new();
+        for a in attachments {
+            let program = Program { object: self.clone(), index: a.program };
+            let verified = program.check(&a.function)?;
+            let at = *by_address.entry(a.function.address()).or_insert(prepared.len());
+            if at == prepared.len() {
+                prepared.push(self.prepare_function(&a.function)?);
+            }
+            let one = &mut prepared[at];
+            if self.inner.spec.programs[a.program].kind != ProgramKind::Fentry {
+                one.stack_words = stack_words(&a.function, &one.signature)?;
+            }
+            one.uses.insert(0, (a.program, a.cookie));
+            one.verified.insert(0, verified);
+        }
+        Ok(prepared)
+    }
+
+    fn prepare_function(&self, function: &Function) -> Result<Prepared, AttachError> {
+        let site = function.site().map_err(|refusal| AttachError::Refused {
+            function: function.name(),
+            refusal,
+        })?;
+        Ok(Prepared {
+            function: function.clone(),
+            site: site.clone(),
+            stack_words: 0,
+            uses: Vec::new(),
+            verified: Vec::new(),
+            signature: function.signature().clone(),
+        })
+    }
+}
+
+impl Program {
+    /// Its name.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.spec().name
+    }
+
+    /// When it runs.
+    #[must_use]
+    pub fn kind(&self) -> ProgramKind {
+        self.spec().kind
+    }
+
+    /// The pattern in its section name, `[MODULE:]FUNCTION`.
+    #[must_use]
+    pub fn target(&self) -> Option<&str> {
+        self.spec().target.as_deref()
+    }
+
+    /// Whether it is attached without being asked for (`SEC("?...")` is not).
+    #[must_use]
+    pub fn autoload(&self) -> bool {
+        self.spec().autoload
+    }
+
+    /// This program on `function`; `cookie` is what `bpf_get_attach_cookie` returns there.
+    #[must_use]
+    pub fn on(&self, function: &Function, cookie: u64) -> Attachment {
+        Attachment { program: self.index, function: function.clone(), cookie }
+    }
+
+    /// Attaches it to `function`.
+    ///
+    /// # Errors
+    /// [`AttachError`]; the target runs as before.
+    pub fn attach(&self, function: &Function) -> Result<Link, AttachError> {
+        self.object.attach(&[self.on(function, 0)])
+    }
+
+    /// Whether it could be attached to `function`: there is a site, an exit program's stack
+    /// arguments are known, and the verifier accepts it with this signature.
+    ///
+    /// # Errors
+    /// The reason why not.
+    pub fn check(&self, function: &Function) -> Result<Arc<Verified>, AttachError> {
+        function.site().map_err(|refusal| AttachError::Refused {
+            function: function.name(),
+            refusal,
+        })?;
+        let signature = function.signature();
+        if self.kind() != ProgramKind::Fentry {
+            stack_words(function, signature)?;
+        }
+        let context = context(signature, self.kind());
+        let loaded = &self.object.inner;
+        let key = (self.index, context);
+        if let Some(known) = loaded.verified.lock().unwrap_or_else(|e| e.into_inner()).get(&key)
+        {
+            return Ok(Arc::clone(known));
+        }
+        let verified = flea_verifier::verify(self.spec(), &loaded.spec.maps, context)
+            .map(Arc::new)
+            .map_err(|rejection| AttachError::Rejected {
+                program: self.name().to_owned(),
+                function: function.name(),
+                rejection: Box::new(rejection),
+            })?;
+        let mut cache = loaded.verified.lock().unwrap_or_else(|e| e.into_inner());
+        Ok(Arc::clone(cache.entry(key).or_insert(verified)))
+    }
+
+    fn spec(&self) -> &flea_object::spec::Program {
+        &self.object.inner.spec.programs[self.index]
+    }
+}
+
+impl Prepared {
+    /// Compiles the programs on this function, for a frame that starts at `frame_offset`.
+    pub(crate) fn compile(
+        &self,
+        object: &Loaded,
+        frame_offset: u32,
+    ) -> Result<Body, AttachError> {
+        let programs: Vec<ProgramUse<'_>> = self
+            .uses
+            .iter()
+            .zip(&self.verified)
+            .map(|(&(index, cookie), verified)| ProgramUse {
+                verified,
+                kind: object.spec.programs[index].kind,
+                cookie,
+                state_index: u32::try_from(index).expect("an object is far smaller"),
+            })
+            .collect();
+        flea_image::compile_body(&BodyRequest {
+            signature: &self.signature,
+            programs: &programs,
+            maps: &object.spec.maps,
+            plan: &object.plan,
+            function_address: self.function.address(),
+            frame_offset,
+            printk_map: object.printk,
+        })
+        .map_err(|source| AttachError::Compile { function: self.function.name(), source })
+    }
+}
+
+impl Loaded {
+    /// The address behind a relocation, with the runtime at `runtime`.
+    pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
+        match target {
+            RelocTarget::Arena { addend } => self.base.offset(addend).0,
+            RelocTarget::Runtime(function) => {
+                runtime.offset(i64::from(flea_runtime::offset_of(function))).0
+            }
+            RelocTarget::VdsoClockGettime => {
+                self.session.vdso_clock_gettime().map_or(0, |address| address.0)
+            }
+            RelocTarget::ThreadPointer => 0,
+        }
+    }
+}
+
+impl Drop for Loaded {
+    fn drop(&mut self) {
+        transaction::release_arena(&self.session, self.base);
+    }
+}
+
+fn context(signature: &Signature, kind: ProgramKind) -> Context {
+    let n_args = u8::try_from(signature.arg_words().count()).unwrap_or(u8::MAX);
+    Context::Tracing {
+        n_args,
+        has_result: kind != ProgramKind::Fentry,
+        session: kind == ProgramKind::Fsession,
+    }
+}
+
+/// Words that an exit program's image has to pass on.
+fn stack_words(function: &Function, signature: &Signature) -> Result<u32, AttachError> {
+    let refused = || AttachError::StackArguments { function: function.name() };
+    if signature.variadic {
+        return Err(refused());
+    }
+    match signature.stack_words {
+        StackWords::Known(n) | StackWords::Proved(n) => Ok(n),
+        StackWords::Unknown => Err(refused()),
+    }
+}
+
+fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {
+    let printk = [Helper::TracePrintk as u32, Helper::TraceVprintk as u32];
+    let used = spec.programs.iter().flat_map(|p| &p.insns).any(|insn| {
+        insn.opcode == flea_object::opcode::CALL_OP
+            && insn.src == 0
+            && printk.contains(&insn.imm.cast_unsigned())
+    });
+    used.then(|| {
+        let index = u32::try_from(spec.maps.len()).expect("an object is far smaller");
+        spec.maps.push(MapSpec {
+            name: PRINTK_NAME.to_owned(),
+            kind: MapKind::RingBuf,
+            key_size_bytes: 0,
+            value_size_bytes: 0,
+            max_entries: PRINTK_BYTES,
+            flags: 0,
+            init: None,
+            read_only: false,
+        });
+        MapIdx(index)
+    })
+}
+
