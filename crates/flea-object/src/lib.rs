@@ -3,4 +3,5 @@
 
 pub mod helper;
 pub mod insn;
+pub mod opcode;
 pub mod spec;
