@@ -5,3 +5,4 @@ pub mod helper;
 pub mod insn;
 pub mod opcode;
 pub mod spec;
+pub mod validate;
