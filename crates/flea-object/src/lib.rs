@@ -1,6 +1,8 @@
 //! eBPF objects: ELF, maps, programs, instructions.
 #![forbid(unsafe_code)]
 
+pub mod asm;
+pub mod disasm;
 pub mod helper;
 pub mod insn;
 pub mod opcode;
