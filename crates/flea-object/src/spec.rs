@@ -71,12 +71,42 @@ pub struct Program {
     pub insns: Vec<Insn>,
     /// Source lines from `.BTF.ext`, sorted by instruction; may be empty.
     pub lines: Vec<SourceLine>,
+    /// The functions that were linked into `insns`, sorted by instruction, the main one
+    /// first; empty where the program was made in code.
+    pub functions: Vec<ProgramFunction>,
+    /// False for `SEC("?...")`: not attached unless asked for by name.
+    pub autoload: bool,
+}
+
+impl Default for Program {
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            section: String::new(),
+            kind: ProgramKind::default(),
+            target: None,
+            insns: Vec::new(),
+            lines: Vec::new(),
+            functions: Vec::new(),
+            autoload: true,
+        }
+    }
+}
+
+/// One function inside a [`Program`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ProgramFunction {
+    /// Its first instruction, an index into [`Program::insns`].
+    pub insn_idx: u32,
+    /// Its name in the source.
+    pub name: String,
 }
 
 /// When a program runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum ProgramKind {
     /// At entry, with the arguments.
+    #[default]
     Fentry,
     /// At exit, with the arguments and the result.
     Fexit,
