@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use flea_symbols::{FunctionKind, Module, SiteKind};
+use flea_symbols::{FunctionKind, Module, Refusal, SiteKind};
 
 fn main() {
     let mut verbose = false;
@@ -26,7 +26,7 @@ fn report(path: &str, verbose: bool) -> Result<(), Box<dyn std::error::Error>> {
     let bytes = std::fs::read(path)?;
     let debug = debug_file(&Module::parse(&bytes, None)?);
     let module = Module::parse(&bytes, debug.as_deref())?;
-    let (mut nops, mut relocated, mut not_functions) = (0_u32, 0_u32, 0_u32);
+    let (mut nops, mut relocated, mut not_functions, mut pushed) = (0_u32, 0_u32, 0_u32, 0_u32);
     let mut refused: BTreeMap<&'static str, u32> = BTreeMap::new();
     for function in module.functions() {
         // Resolvers and split-off parts are not functions of the program.
@@ -38,6 +38,9 @@ fn report(path: &str, verbose: bool) -> Result<(), Box<dyn std::error::Error>> {
             Ok(site) if site.kind == SiteKind::Nop5 => nops += 1,
             Ok(_) => relocated += 1,
             Err(refusal) => {
+                if matches!(&refusal, Refusal::CallInPrologue { if_pushed: Some(_), .. }) {
+                    pushed += 1;
+                }
                 *refused.entry(refusal.reason()).or_default() += 1;
                 if verbose {
                     println!("    {} {}: {refusal}", function.address, function.display_name());
@@ -47,10 +50,12 @@ fn report(path: &str, verbose: bool) -> Result<(), Box<dyn std::error::Error>> {
     }
     let attachable = nops + relocated;
     let total = attachable + refused.values().sum::<u32>();
+    let percent = |part: u32| 100.0 * f64::from(part) / f64::from(total.max(1));
     println!(
-        "{path}: {attachable} of {total} functions attachable ({:.2} %), {nops} at nops; \
-         {not_functions} ifunc resolvers and cold parts; {} ms{}",
-        100.0 * f64::from(attachable) / f64::from(total.max(1)),
+        "{path}: {attachable} of {total} functions attachable ({:.2} %; {:.2} % where images may \
+         push return addresses), {nops} at nops; {not_functions} ifunc resolvers and cold parts; {} ms{}",
+        percent(attachable),
+        percent(attachable + pushed),
         start.elapsed().as_millis(),
         if debug.is_some() { "; with its debug file" } else { "" },
     );

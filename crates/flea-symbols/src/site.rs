@@ -54,7 +54,7 @@ impl Site {
 }
 
 /// Why a function has no site.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// STT_GNU_IFUNC.
     #[error(
@@ -105,6 +105,11 @@ pub enum Refusal {
     CallInPrologue {
         /// The call.
         at: Svma,
+        /// The site that would do for an image which pushes [`Site::resume`] as the return
+        /// address and *jumps* to the callee: unwinders then see nothing new. It is no site
+        /// for a process with a shadow stack, and costs a return misprediction. All else
+        /// about it is proved. `None` where the call is not the last instruction replaced.
+        if_pushed: Option<Box<Site>>,
     },
     /// A system call among the first instructions.
     #[error("a system call at {at}, among the bytes to be replaced: the kernel may resume a thread there")]

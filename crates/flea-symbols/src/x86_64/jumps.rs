@@ -6,10 +6,13 @@
 //!
 //! ```text
 //!     lea    B, [rip + table]        may be far away
-//!     movsxd D, dword [B + I*4]      read_tables() has read this table
-//!     add    D, B                    or add B, D
+//!     movsxd D, dword [B + I*4]      the sweep has read this table
+//!     add    D, B                    or add B, D; lea D, [D + B]
 //!     jmp    D                       or jmp B
 //! ```
+//!
+//! (With labels as values, entries may count from a label of the function instead of from
+//! the table: the sweep tries each label with each table of the function.)
 //!
 //! The register's definitions are sought backwards over all paths.
 
@@ -169,7 +172,7 @@ impl<'a> Search<'a> {
             Mnemonic::Lea if wide && instruction.is_ip_rel_memory_operand() => Definition::Known,
             Mnemonic::Pop | Mnemonic::Xchg if wide => Definition::Known,
             Mnemonic::Xor if from_memory && is_pointer_guard(instruction) => Definition::Known,
-            Mnemonic::Add if wide && from_register && self.is_table_sum(at) => Definition::Known,
+            Mnemonic::Add | Mnemonic::Lea if wide && self.is_table_sum(at) => Definition::Known,
             _ if wide && is_cmov(instruction) && from_register => {
                 Definition::Either(instruction.op1_register().full_register())
             }
@@ -178,35 +181,61 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// `add D, B` or `add B, D` behind `movsxd D, [B + I*4]`, in one straight run.
-    fn is_table_sum(&mut self, add: usize) -> bool {
-        let sum = &self.region[add];
-        let pair = (sum.op0_register(), sum.op1_register());
-        for at in (add.saturating_sub(PATTERN_INSNS)..add).rev() {
+    /// A sum of two registers of which one is `movsxd D, [T + I*4]`, in one straight run
+    /// that nothing else enters.
+    fn is_table_sum(&mut self, sum: usize) -> bool {
+        let Some(pair) = summands(&self.region[sum]) else { return false };
+        for at in (sum.saturating_sub(PATTERN_INSNS)..sum).rev() {
             let instruction = &self.region[at];
-            if instruction.flow_control() != FlowControl::Next {
+            let enters = self.branches.contains_key(&(at + 1));
+            if enters || instruction.flow_control() != FlowControl::Next {
                 return false;
             }
-            if instruction.mnemonic() == Mnemonic::Movsxd
-                && instruction.op1_kind() == OpKind::Memory
-            {
-                let (entry, base) = (instruction.op0_register(), instruction.memory_base());
-                let fits = pair == (entry, base) || pair == (base, entry);
-                if fits && entry != base && instruction.memory_index_scale() == 4 {
-                    return true;
-                }
+            let into = instruction.op0_register();
+            let is_of_pair = into == pair.0 || into == pair.1;
+            if is_of_pair && is_table_load(instruction) {
+                return true;
             }
+            let is_lea = instruction.mnemonic() == Mnemonic::Lea
+                && instruction.is_ip_rel_memory_operand();
             let clobbers = self.info.info(instruction).used_registers().iter().any(|used| {
                 let register = used.register().full_register();
                 (register == pair.0 || register == pair.1)
                     && !matches!(used.access(), OpAccess::Read | OpAccess::CondRead)
             });
-            if clobbers {
+            if clobbers && !is_lea {
                 return false;
             }
         }
         false
     }
+}
+
+/// The registers that `add D, B` or `lea D, [D + B]` adds up.
+fn summands(instruction: &Instruction) -> Option<(Register, Register)> {
+    match instruction.mnemonic() {
+        Mnemonic::Add if instruction.op1_kind() == OpKind::Register => {
+            Some((instruction.op0_register(), instruction.op1_register()))
+        }
+        Mnemonic::Lea
+            if instruction.memory_index_scale() == 1
+                && instruction.memory_index() != Register::None
+                && instruction.memory_base() != Register::None
+                && instruction.memory_displacement64() == 0 =>
+        {
+            Some((instruction.memory_base(), instruction.memory_index()))
+        }
+        _ => None,
+    }
+}
+
+/// `movsxd D, [T + I*4]`, or of a table's one entry, `movsxd D, [rip + table]`.
+pub(crate) fn is_table_load(instruction: &Instruction) -> bool {
+    instruction.mnemonic() == Mnemonic::Movsxd
+        && instruction.op1_kind() == OpKind::Memory
+        && (instruction.is_ip_rel_memory_operand()
+            || (instruction.memory_index() != Register::None
+                && instruction.memory_index_scale() == 4))
 }
 
 /// glibc's PTR_DEMANGLE: what longjmp goes to was stored as a pointer.

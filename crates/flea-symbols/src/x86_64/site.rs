@@ -16,6 +16,8 @@ struct Candidate {
     kind: SiteKind,
     len: usize,
     boundaries: Vec<u8>,
+    /// Its last instruction, where that is a call.
+    call: Option<Svma>,
 }
 
 /// Where `function` can be patched, or why not.
@@ -36,7 +38,7 @@ pub(crate) fn find(module: &Module<'_>, function: &Function) -> Result<Site, Ref
     let skipped = if code.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 };
     let (address, code) = (entry.offset(if skipped > 0 { 4 } else { 0 }), &code[skipped..]);
     let candidate = match leading_nops(code) {
-        Some((len, boundaries)) => Candidate { kind: SiteKind::Nop5, len, boundaries },
+        Some((len, boundaries)) => Candidate { kind: SiteKind::Nop5, len, boundaries, call: None },
         None => relocatable_prologue(code, address)?,
     };
     let site = Site {
@@ -51,7 +53,10 @@ pub(crate) fn find(module: &Module<'_>, function: &Function) -> Result<Site, Ref
         own_jumps_are_known(module, function)?;
     }
     no_loop_to_entry(module, function, &site)?;
-    Ok(site)
+    match candidate.call {
+        Some(at) => Err(Refusal::CallInPrologue { at, if_pushed: Some(Box::new(site)) }),
+        None => Ok(site),
+    }
 }
 
 /// Takes whole instructions until the patch fits. Behind the function's last instruction,
@@ -62,6 +67,7 @@ fn relocatable_prologue(code: &[u8], address: Svma) -> Result<Candidate, Refusal
     let mut boundaries = Vec::new();
     let mut len = 0;
     let mut ended = false;
+    let mut call = None;
     while len < PATCH_BYTES {
         let at = Svma(decoder.ip());
         if !decoder.can_decode() {
@@ -73,7 +79,17 @@ fn relocatable_prologue(code: &[u8], address: Svma) -> Result<Candidate, Refusal
                 return Err(Refusal::TooShort { len_bytes: len, next: at });
             }
         } else {
+            if let Some(at) = call {
+                // The call returns to an instruction that is replaced, too.
+                return Err(Refusal::CallInPrologue { at, if_pushed: None });
+            }
             may_move(&instruction, at)?;
+            if matches!(
+                instruction.flow_control(),
+                FlowControl::Call | FlowControl::IndirectCall
+            ) {
+                call = Some(at);
+            }
             boundaries.push(u8::try_from(len).unwrap_or(u8::MAX));
             ended = matches!(
                 instruction.flow_control(),
@@ -82,7 +98,7 @@ fn relocatable_prologue(code: &[u8], address: Svma) -> Result<Candidate, Refusal
         }
         len += instruction.len();
     }
-    Ok(Candidate { kind: SiteKind::Relocated, len, boundaries })
+    Ok(Candidate { kind: SiteKind::Relocated, len, boundaries, call })
 }
 
 /// Whether `instruction` does the same elsewhere, and no thread can be *in* it.
@@ -101,11 +117,11 @@ fn may_move(instruction: &Instruction, at: Svma) -> Result<(), Refusal> {
     }
     match instruction.flow_control() {
         FlowControl::Next | FlowControl::Return | FlowControl::ConditionalBranch => {}
-        FlowControl::UnconditionalBranch | FlowControl::IndirectBranch
-            if !instruction.is_jmp_far() && !instruction.is_jmp_far_indirect() => {}
-        FlowControl::Call | FlowControl::IndirectCall => {
-            return Err(Refusal::CallInPrologue { at });
-        }
+        FlowControl::UnconditionalBranch
+        | FlowControl::IndirectBranch
+        | FlowControl::Call
+        | FlowControl::IndirectCall
+            if !is_far(instruction) => {}
         _ => return Err(Refusal::NotRelocatable { at, instruction: name() }),
     }
     let far_return = matches!(instruction.code(), Code::Retfq | Code::Retfd | Code::Retfw)
@@ -115,6 +131,13 @@ fn may_move(instruction: &Instruction, at: Svma) -> Result<(), Refusal> {
         return Err(Refusal::NotRelocatable { at, instruction: name() });
     }
     Ok(())
+}
+
+fn is_far(instruction: &Instruction) -> bool {
+    instruction.is_jmp_far()
+        || instruction.is_jmp_far_indirect()
+        || instruction.is_call_far()
+        || instruction.is_call_far_indirect()
 }
 
 fn nothing_leads_inside(module: &Module<'_>, site: &Site) -> Result<(), Refusal> {

@@ -21,6 +21,8 @@ use crate::x86_64::jumps;
 /// References are kept when they lead this near behind a function's start: the longest site
 /// is endbr64 and one byte short of a patch followed by the longest instruction.
 const WINDOW_BYTES: u64 = 64;
+/// A function with more labels and tables than this to combine is not proved.
+const MAX_LABEL_TABLES: usize = 1 << 14;
 /// No compiler's jump table is longer.
 const MAX_TABLE_ENTRIES: u64 = 1 << 16;
 
@@ -89,6 +91,8 @@ struct Pass<'m, 'data> {
     starts: Vec<u64>,
     /// Addresses that `lea` takes: each may be a table of offsets.
     table_bases: BTreeSet<u64>,
+    /// Labels, and tables whose entries may count from them.
+    label_tables: Vec<(u64, u64)>,
     /// Immediates are addresses only where the module cannot be moved.
     immediates_are_addresses: bool,
     region: Vec<Instruction>,
@@ -105,6 +109,7 @@ impl<'m, 'data> Pass<'m, 'data> {
             module,
             starts,
             table_bases: BTreeSet::new(),
+            label_tables: Vec::new(),
             immediates_are_addresses: !module.is_position_independent(),
             region: Vec::new(),
             found: Sweep::default(),
@@ -162,12 +167,37 @@ impl<'m, 'data> Pass<'m, 'data> {
             }
             region.push(instruction);
         }
-        for jump in computed_jumps {
-            if !jumps::is_proved(&region, jump) {
-                self.found.unproven_jumps.push(region[jump].ip());
+        for jump in &computed_jumps {
+            if !jumps::is_proved(&region, *jump) {
+                self.found.unproven_jumps.push(region[*jump].ip());
             }
         }
+        if let Some(jump) = computed_jumps.first() {
+            let at = region[*jump].ip();
+            self.note_label_tables(&region, at);
+        }
         self.region = region;
+    }
+
+    /// Labels of a function with computed jumps, with the tables whose entries may count from
+    /// them.
+    fn note_label_tables(&mut self, region: &[Instruction], jump: u64) {
+        let (Some(first), Some(last)) = (region.first(), region.last()) else { return };
+        let (start, end) = (first.ip(), last.next_ip());
+        let taken = region.iter().filter(|instruction| {
+            instruction.is_ip_rel_memory_operand()
+                && (instruction.mnemonic() == Mnemonic::Lea || jumps::is_table_load(instruction))
+        });
+        let taken: BTreeSet<u64> = taken.map(Instruction::ip_rel_memory_address).collect();
+        let labels = taken.iter().filter(|at| (start + 1..end).contains(*at));
+        let labels: Vec<u64> = labels.copied().collect();
+        if labels.len() * taken.len() > MAX_LABEL_TABLES {
+            self.found.unproven_jumps.push(jump);
+            return;
+        }
+        for label in labels {
+            self.label_tables.extend(taken.iter().map(|table| (label, *table)));
+        }
     }
 
     fn note(&mut self, instruction: &Instruction) {
@@ -184,6 +214,9 @@ impl<'m, 'data> Pass<'m, 'data> {
                 self.add(instruction.near_branch_target(), at, ReferenceKind::Call);
             }
             _ => {}
+        }
+        if jumps::is_table_load(instruction) && instruction.is_ip_rel_memory_operand() {
+            self.table_bases.insert(instruction.ip_rel_memory_address());
         }
         if instruction.mnemonic() == Mnemonic::Lea {
             let target = if instruction.is_ip_rel_memory_operand() {
@@ -220,18 +253,27 @@ impl<'m, 'data> Pass<'m, 'data> {
     fn read_tables(&mut self) {
         let bases: Vec<u64> = std::mem::take(&mut self.table_bases).into_iter().collect();
         for (i, base) in bases.iter().enumerate() {
-            let Some(bytes) = self.module.bytes_from(Svma(*base)) else { continue };
-            let bound = bases.get(i + 1).map_or(u64::MAX, |next| (next - base) / 4);
-            for (entry, n) in bytes.chunks_exact(4).zip(0..bound.min(MAX_TABLE_ENTRIES)) {
-                let Some(chunk) = entry.first_chunk() else { break };
-                let target = base.wrapping_add_signed(i64::from(i32::from_le_bytes(*chunk)));
-                let is_code = self.module.code_range(target).is_some()
-                    || self.module.code.iter().any(|range| range.end == target);
-                if !is_code {
-                    break;
-                }
-                self.add(target, base + 4 * n, ReferenceKind::JumpTable);
+            self.read_table(*base, *base, bases.get(i + 1).copied());
+        }
+        for (label, table) in std::mem::take(&mut self.label_tables) {
+            let after = bases.partition_point(|base| *base <= table);
+            self.read_table(label, table, bases.get(after).copied());
+        }
+    }
+
+    /// Adds `label` and each 32-bit entry of `table`.
+    fn read_table(&mut self, label: u64, table: u64, next: Option<u64>) {
+        let Some(bytes) = self.module.bytes_from(Svma(table)) else { return };
+        let bound = next.map_or(u64::MAX, |next| (next - table) / 4);
+        for (entry, n) in bytes.chunks_exact(4).zip(0..bound.min(MAX_TABLE_ENTRIES)) {
+            let Some(chunk) = entry.first_chunk() else { break };
+            let target = label.wrapping_add_signed(i64::from(i32::from_le_bytes(*chunk)));
+            let is_code = self.module.code_range(target).is_some()
+                || self.module.code.iter().any(|range| range.end == target);
+            if !is_code {
+                break;
             }
+            self.add(target, table + 4 * n, ReferenceKind::JumpTable);
         }
     }
 
