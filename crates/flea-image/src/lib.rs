@@ -1,1 +1,28 @@
-//! image
+//! Compiles verified programs and their trampoline into one function's image. Bytes out,
+//! nothing is ever executed or placed here; knows nothing of processes.
+//!
+//! Two steps, made by different parties (ARCHITECTURE.md, "Bodies and skeletons"):
+//!
+//! 1. [`compile_body`]: signature + programs -> up to three *bodies*, each a leaf-like piece
+//!    of code that keeps every register ([`body`], [`translate`]).
+//! 2. [`link_skeleton`]: site + bodies of all controllers -> the few instructions that run
+//!    them around the original ([`x86_64::skeleton`]).
+//!
+//! [`check_body`] walks emitted code again, without trust in the compiler that made it.
+#![forbid(unsafe_code)]
+
+mod body;
+mod clif;
+mod code;
+mod frame;
+mod guard;
+mod plain;
+mod request;
+mod translate;
+// pub mod unwind;
+// pub mod x86_64;
+
+pub use body::compile_body;
+pub use code::{Code, Reloc, RelocKind, RelocTarget};
+pub use plain::compile_plain;
+pub use request::{BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads};

@@ -11,6 +11,18 @@ pub struct Verified {
 }
 
 impl Verified {
+    /// A program that nobody has proved anything of. For the vectors runner's `check: false`
+    /// and for tests of the compiler, on code that runs in the caller's own process only.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn from_parts_unverified(
+        insns: Vec<Insn>,
+        facts: Vec<Fact>,
+        functions: Vec<Function>,
+    ) -> Self {
+        Self { insns, facts, functions }
+    }
+
     /// The instructions, as they came.
     #[must_use]
     pub fn insns(&self) -> &[Insn] {

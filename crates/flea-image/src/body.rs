@@ -1,0 +1,300 @@
+//! Builds the bodies: slot lookup, recursion guards, and the programs one after another.
+//!
+//! ```text
+//!   entry:   tp = fs:[0]                                 only if something needs the slot
+//!            entry = arena - 64 KiB + ((tp >> 8) & 0xfff0)
+//!            if entry.thread_pointer == tp: slot = entry.slot
+//!            else (cold): slot = flea_thread_slot(arena); if 0: arena.no_slot += 1, return
+//!   program: if state.active != 0: state.misses += 1     only if guarded, see `guard`
+//!            else: state.active = 1; ... ; state.active = 0
+//! ```
+
+use std::mem::offset_of;
+
+use cranelift_codegen::ir::{
+    AbiParam, AtomicRmwOp, Block, Function, InstBuilder, Signature, UserFuncName, Value, types,
+};
+use cranelift_codegen::isa::CallConv;
+use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+use flea_layout::shared::{
+    ArenaHeader, ProgramState, RuntimeFn, THREAD_TABLE_BYTES, THREAD_TABLE_ENTRIES,
+    THREAD_TABLE_SHIFT, ThreadEntry,
+};
+use flea_object::helper::Helper;
+use flea_object::insn::PSEUDO_MAP_VALUE;
+use flea_object::spec::{MapIdx, MapKind, ProgramKind};
+use flea_verifier::facts::Fact;
+
+use crate::clif::{self, symbol};
+use crate::code::{Code, RelocTarget};
+use crate::guard::{self, Guard};
+use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads};
+use crate::translate::{
+    Arguments, Env, Outcome, Side, Translator, Use, call_runtime, op, proved, zero_cookie,
+};
+
+/// Compiles all programs of `request` into at most three bodies.
+///
+/// # Errors
+/// [`CompileError`]: nothing usable was made.
+pub fn compile_body(request: &BodyRequest<'_>) -> Result<Body, CompileError> {
+    check_request(request)?;
+    let entry = compile_side(request, Side::Entry)?;
+    let session = compile_side(request, Side::Session)?;
+    let exit = compile_side(request, Side::Exit)?;
+    let calls_runtime =
+        [&entry, &session, &exit].iter().any(|s| s.as_ref().is_some_and(|s| s.1.calls_runtime));
+    let n_sessions = request.programs.iter().filter(|p| p.kind == ProgramKind::Fsession).count();
+    let reads = exit.as_ref().map_or_else(Reads::default, |(_, outcome)| outcome.reads.clone());
+    Ok(Body {
+        entry: entry.map(|s| s.0),
+        session: session.map(|s| s.0),
+        exit: exit.map(|s| s.0),
+        frame_words: u32::try_from(n_sessions).unwrap_or(u32::MAX),
+        reads,
+        calls_runtime,
+    })
+}
+
+fn check_request(request: &BodyRequest<'_>) -> Result<(), CompileError> {
+    let n_programs = request.plan.n_programs;
+    for p in request.programs {
+        if p.state_index >= n_programs {
+            return Err(CompileError::NoSuchState { state_index: p.state_index, n_programs });
+        }
+    }
+    if let Some(map) = request.printk_map
+        && map.0 as usize >= request.plan.maps.len()
+    {
+        return Err(CompileError::NoSuchMap { map, n_maps: request.plan.maps.len() });
+    }
+    Ok(())
+}
+
+fn runs_on(side: Side, kind: ProgramKind) -> bool {
+    matches!(
+        (side, kind),
+        (Side::Entry, ProgramKind::Fentry)
+            | (Side::Session, ProgramKind::Fsession)
+            | (Side::Exit, ProgramKind::Fexit | ProgramKind::Fsession)
+    )
+}
+
+/// A program with what one side's body needs to know of it.
+struct Chosen<'a> {
+    program: &'a ProgramUse<'a>,
+    guard: Guard,
+    cookie_word: u32,
+}
+
+fn compile_side(
+    request: &BodyRequest<'_>,
+    side: Side,
+) -> Result<Option<(Code, Outcome)>, CompileError> {
+    let mut n_sessions = 0;
+    let mut chosen = Vec::new();
+    for program in request.programs {
+        let cookie_word = n_sessions;
+        n_sessions += u32::from(program.kind == ProgramKind::Fsession);
+        if runs_on(side, program.kind) {
+            let guard = guard::of_program(program.verified, request.plan);
+            chosen.push(Chosen { program, guard, cookie_word });
+        }
+    }
+    if chosen.is_empty() {
+        return Ok(None);
+    }
+    // A guarded program's own stores would hide another's unmerged ones from the check below.
+    if chosen.iter().any(|c| c.guard == Guard::Needed) {
+        guard_all_writers(&mut chosen);
+    }
+    let made = build(request, side, &chosen)?;
+    let unproved = chosen.iter().any(|c| c.guard == Guard::UnlessMerged);
+    if !unproved || guard::writes_are_single_instructions(&made.0.bytes) {
+        return Ok(Some(made));
+    }
+    guard_all_writers(&mut chosen);
+    build(request, side, &chosen).map(Some)
+}
+
+fn guard_all_writers(chosen: &mut [Chosen<'_>]) {
+    for c in chosen {
+        if c.guard == Guard::UnlessMerged {
+            c.guard = Guard::Needed;
+        }
+    }
+}
+
+fn build(
+    request: &BodyRequest<'_>,
+    side: Side,
+    chosen: &[Chosen<'_>],
+) -> Result<(Code, Outcome), CompileError> {
+    let (n_gpr, n_xmm) = Arguments::n_registers(side, request.signature);
+    let mut signature = Signature::new(CallConv::PreserveAll);
+    signature.params = vec![AbiParam::new(types::I64); n_gpr];
+    signature.params.extend(vec![AbiParam::new(types::F64); n_xmm]);
+    let mut func = Function::with_name_signature(UserFuncName::user(0, 0), signature);
+    let mut context = FunctionBuilderContext::new();
+    let mut b = FunctionBuilder::new(&mut func, &mut context);
+    let block = b.create_block();
+    b.append_block_params_for_function_params(block);
+    b.switch_to_block(block);
+    let params = b.block_params(block).to_vec();
+    let args = Arguments::new(&mut b, side, request.signature, &params);
+    if side == Side::Session {
+        for c in chosen {
+            zero_cookie(&mut b, &args, request.frame_offset, c.cookie_word);
+        }
+    }
+    let mut outcome = Outcome::default();
+    let end = b.create_block();
+    let slot = chosen
+        .iter()
+        .any(|c| c.guard == Guard::Needed || uses_slot(c.program, request))
+        .then(|| find_slot(&mut b, &mut outcome, end));
+    let env = Env {
+        plan: request.plan,
+        printk_map: request.printk_map,
+        function_address: request.function_address.0,
+        frame_offset: request.frame_offset,
+        args,
+        slot,
+    };
+    for c in chosen {
+        emit_program(&mut b, &env, c, &mut outcome)?;
+    }
+    b.ins().jump(end, &[]);
+    b.switch_to_block(end);
+    b.ins().return_(&[]);
+    b.seal_all_blocks();
+    b.finalize(clif::isa()?.frontend_config());
+    Ok((clif::compile(func)?, outcome))
+}
+
+/// Does the program itself name its thread's slot?
+fn uses_slot(program: &ProgramUse<'_>, request: &BodyRequest<'_>) -> bool {
+    let per_thread = |map: MapIdx| {
+        let kind = request.plan.maps.get(map.0 as usize).map(|m| m.kind);
+        matches!(kind, Some(MapKind::PerCpuArray | MapKind::PerCpuHash))
+    };
+    let verified = program.verified;
+    let facts = verified.facts().iter().zip(verified.insns());
+    facts.into_iter().any(|(fact, insn)| match *fact {
+        Fact::Call { helper: Helper::GetPrandomU32 | Helper::MapUpdateElem, .. } => true,
+        Fact::Call { helper: Helper::MapLookupElem, map: Some(map), .. } => {
+            let array = request.plan.maps.get(map.0 as usize).map(|m| m.kind);
+            array != Some(MapKind::Array)
+        }
+        Fact::Plain if insn.opcode == op::LDDW && insn.src == PSEUDO_MAP_VALUE => {
+            per_thread(MapIdx(insn.imm.cast_unsigned()))
+        }
+        _ => false,
+    })
+}
+
+/// Emits the slot lookup; threads without one count themselves and go to `end`.
+fn find_slot(b: &mut FunctionBuilder<'_>, outcome: &mut Outcome, end: Block) -> Value {
+    outcome.calls_runtime = true;
+    let cold = b.create_block();
+    let none = b.create_block();
+    let found = b.create_block();
+    b.set_cold_block(cold);
+    b.set_cold_block(none);
+    let slot = b.append_block_param(found, types::I64);
+
+    let tp = symbol(b, RelocTarget::ThreadPointer);
+    // An entry is 16 bytes, so the shift is 4 less and the mask 4 bits further left.
+    let entry_shift = size_of::<ThreadEntry>().trailing_zeros();
+    let mask = (THREAD_TABLE_ENTRIES - 1) << entry_shift;
+    let index = b.ins().ushr_imm_s(tp, i64::from(THREAD_TABLE_SHIFT - entry_shift));
+    let index = b.ins().band_imm_u(index, offset(mask));
+    let table = symbol(b, RelocTarget::Arena { addend: -offset(THREAD_TABLE_BYTES) });
+    let entry = b.ins().iadd(table, index);
+    let owner = b.ins().load(types::I64, proved(), entry, field(offset_of!(ThreadEntry, thread_pointer)));
+    let home = b.ins().load(types::I64, proved(), entry, field(offset_of!(ThreadEntry, slot)));
+    let hit = b.ins().icmp(cranelift_codegen::ir::condcodes::IntCC::Equal, owner, tp);
+    b.ins().brif(hit, found, &[home.into()], cold, &[]);
+
+    b.switch_to_block(cold);
+    let arena = symbol(b, RelocTarget::Arena { addend: 0 });
+    let claimed = call_runtime(b, RuntimeFn::ThreadSlot, &[arena]);
+    b.ins().brif(claimed, found, &[claimed.into()], none, &[]);
+
+    b.switch_to_block(none);
+    let counter = RelocTarget::Arena { addend: offset(offset_of!(ArenaHeader, no_slot)) };
+    let counter = symbol(b, counter);
+    let one = b.ins().iconst(types::I64, 1);
+    b.ins().atomic_rmw(types::I64, proved(), AtomicRmwOp::Add, counter, one);
+    b.ins().jump(end, &[]);
+
+    b.switch_to_block(found);
+    slot
+}
+
+fn emit_program(
+    b: &mut FunctionBuilder<'_>,
+    env: &Env<'_>,
+    chosen: &Chosen<'_>,
+    outcome: &mut Outcome,
+) -> Result<(), CompileError> {
+    let program = chosen.program;
+    let used = Use {
+        verified: program.verified,
+        kind: Some(program.kind),
+        cookie: program.cookie,
+        cookie_word: chosen.cookie_word,
+    };
+    let guarded = match (chosen.guard, env.slot) {
+        (Guard::Needed, Some(slot)) => Some(slot),
+        _ => None,
+    };
+    let after = b.create_block();
+    let state = guarded.map(|slot| {
+        let at = env.plan_offset(program.state_index);
+        let state = b.ins().iadd_imm_s(slot, at);
+        enter(b, state, after);
+        state
+    });
+    // The context pointer is never used as a number.
+    let ctx = b.ins().iconst(types::I64, 0);
+    Translator::new(b, env, &used, outcome).program(ctx, ctx)?;
+    if let Some(state) = state {
+        let zero = b.ins().iconst(types::I64, 0);
+        // Without this barrier (no machine code) Cranelift might find `active = 1` dead.
+        b.ins().sequence_point();
+        b.ins().store(proved(), zero, state, field(offset_of!(ProgramState, active)));
+    }
+    b.ins().jump(after, &[]);
+    b.switch_to_block(after);
+    Ok(())
+}
+
+/// `if state.active != 0 { state.misses += 1; goto after }; state.active = 1`
+fn enter(b: &mut FunctionBuilder<'_>, state: Value, after: Block) {
+    let (busy, free) = (b.create_block(), b.create_block());
+    b.set_cold_block(busy);
+    let active_at = field(offset_of!(ProgramState, active));
+    let misses_at = field(offset_of!(ProgramState, misses));
+    let active = b.ins().load(types::I64, proved(), state, active_at);
+    b.ins().brif(active, busy, &[], free, &[]);
+
+    b.switch_to_block(busy);
+    let misses = b.ins().load(types::I64, proved(), state, misses_at);
+    let misses = b.ins().iadd_imm_s(misses, 1);
+    b.ins().store(proved(), misses, state, misses_at);
+    b.ins().jump(after, &[]);
+
+    b.switch_to_block(free);
+    let one = b.ins().iconst(types::I64, 1);
+    b.ins().store(proved(), one, state, active_at);
+    b.ins().sequence_point();
+}
+
+fn offset(bytes: usize) -> i64 {
+    i64::try_from(bytes).expect("offsets in shared structures are small")
+}
+
+fn field(bytes: usize) -> i32 {
+    i32::try_from(bytes).expect("offsets in shared structures are small")
+}

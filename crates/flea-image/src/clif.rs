@@ -1,0 +1,137 @@
+//! The one place that configures and calls Cranelift.
+
+use std::sync::OnceLock;
+
+use cranelift_codegen::binemit::Reloc as ClifReloc;
+use cranelift_codegen::control::ControlPlane;
+use cranelift_codegen::ir::{
+    ExternalName, Function, GlobalValue, GlobalValueData, UserExternalName, Value, types,
+};
+use cranelift_codegen::isa::{OwnedTargetIsa, TargetIsa, lookup_by_name};
+use cranelift_codegen::settings::{self, Configurable};
+use cranelift_codegen::{Context, FinalizedRelocTarget};
+use cranelift_codegen::ir::InstBuilder;
+use cranelift_frontend::FunctionBuilder;
+use flea_layout::shared::RuntimeFn;
+
+use crate::code::{Code, Reloc, RelocKind, RelocTarget, is_movabs_at};
+use crate::request::CompileError;
+
+const NS_ARENA: u32 = 0;
+const NS_RUNTIME: u32 = 1;
+const NS_VDSO: u32 = 2;
+const NS_THREAD_POINTER: u32 = 3;
+
+/// The x86-64 back end, baseline instructions only: no AVX, so the upper halves of vector
+/// registers, which `PreserveAll` does not save, are never touched.
+pub(crate) fn isa() -> Result<&'static dyn TargetIsa, CompileError> {
+    static ISA: OnceLock<Result<OwnedTargetIsa, String>> = OnceLock::new();
+    let built = ISA.get_or_init(|| {
+        let mut flags = settings::builder();
+        let wanted = [
+            ("opt_level", "speed"),
+            ("preserve_frame_pointers", "true"),
+            ("is_pic", "false"),
+            ("unwind_info", "false"),
+            ("enable_probestack", "false"),
+            ("enable_verifier", if cfg!(debug_assertions) { "true" } else { "false" }),
+        ];
+        for (name, value) in wanted {
+            flags.set(name, value).map_err(|e| e.to_string())?;
+        }
+        lookup_by_name("x86_64-unknown-linux-gnu")
+            .map_err(|e| e.to_string())?
+            .finish(settings::Flags::new(flags))
+            .map_err(|e| e.to_string())
+    });
+    match built {
+        Ok(isa) => Ok(&**isa),
+        Err(e) => Err(CompileError::CodeGenerator(e.clone())),
+    }
+}
+
+/// Compiles a finished CLIF function.
+pub(crate) fn compile(func: Function) -> Result<Code, CompileError> {
+    let mut context = Context::for_function(func);
+    context
+        .compile(isa()?, &mut ControlPlane::default())
+        .map_err(|e| CompileError::CodeGenerator(e.inner.to_string()))?;
+    let compiled = context
+        .compiled_code()
+        .ok_or_else(|| CompileError::CodeGenerator("no code".into()))?;
+    let bytes = compiled.code_buffer().to_vec();
+    let mut relocs = Vec::new();
+    for r in compiled.buffer.relocs() {
+        let target = match &r.target {
+            FinalizedRelocTarget::ExternalName(name) => target_of(&context.func, name, r.addend),
+            FinalizedRelocTarget::Func(_) => None,
+        };
+        let fits = r.kind == ClifReloc::Abs8 && is_movabs_at(&bytes, r.offset as usize);
+        let (Some(target), true) = (target, fits) else {
+            return Err(CompileError::CodeGenerator(format!("unexpected relocation {r:?}")));
+        };
+        let kind = match target {
+            RelocTarget::ThreadPointer => RelocKind::ThreadPointer,
+            _ => RelocKind::Abs8,
+        };
+        relocs.push(Reloc { offset: r.offset, kind, target });
+    }
+    relocs.sort_by_key(|r| r.offset);
+    Ok(Code { bytes, relocs })
+}
+
+fn target_of(func: &Function, name: &ExternalName, addend: i64) -> Option<RelocTarget> {
+    let ExternalName::User(name) = name else { return None };
+    let name = &func.params.user_named_funcs()[*name];
+    match name.namespace {
+        NS_ARENA => Some(RelocTarget::Arena { addend }),
+        NS_RUNTIME if addend == 0 => {
+            RuntimeFn::ALL.get(name.index as usize).map(|f| RelocTarget::Runtime(*f))
+        }
+        NS_VDSO if addend == 0 => Some(RelocTarget::VdsoClockGettime),
+        NS_THREAD_POINTER if addend == 0 => Some(RelocTarget::ThreadPointer),
+        _ => None,
+    }
+}
+
+/// The value of `target`: a `movabs` with a relocation.
+///
+/// Not colocated: a colocated symbol would become `lea reg, [rip + x]`, which ties the code to
+/// a place within 2 GiB of the arena.
+pub(crate) fn symbol(b: &mut FunctionBuilder<'_>, target: RelocTarget) -> Value {
+    let (name, addend) = match target {
+        RelocTarget::Arena { addend } => (UserExternalName::new(NS_ARENA, 0), addend),
+        RelocTarget::Runtime(f) => (UserExternalName::new(NS_RUNTIME, runtime_index(f)), 0),
+        RelocTarget::VdsoClockGettime => (UserExternalName::new(NS_VDSO, 0), 0),
+        RelocTarget::ThreadPointer => (UserExternalName::new(NS_THREAD_POINTER, 0), 0),
+    };
+    let name = b.func.declare_imported_user_function(name);
+    let data = GlobalValueData::Symbol {
+        name: ExternalName::user(name),
+        offset: addend.into(),
+        colocated: false,
+        tls: false,
+    };
+    let global = existing(b, &data).unwrap_or_else(|| b.create_global_value(data));
+    b.ins().symbol_value(types::I64, global)
+}
+
+/// The same symbol twice is one global value, so that equal addresses are one value.
+fn existing(b: &FunctionBuilder<'_>, wanted: &GlobalValueData) -> Option<GlobalValue> {
+    let GlobalValueData::Symbol { name: wanted_name, offset: wanted_offset, .. } = wanted else {
+        return None;
+    };
+    b.func.global_values.iter().find_map(|(global, data)| match data {
+        GlobalValueData::Symbol { name, offset, .. }
+            if name == wanted_name && offset == wanted_offset =>
+        {
+            Some(global)
+        }
+        _ => None,
+    })
+}
+
+/// The number under which a runtime function goes in an external name.
+pub(crate) fn runtime_index(f: RuntimeFn) -> u32 {
+    RuntimeFn::ALL.iter().position(|g| *g == f).and_then(|i| u32::try_from(i).ok()).unwrap_or(u32::MAX)
+}

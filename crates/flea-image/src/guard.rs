@@ -1,0 +1,112 @@
+//! When a program may run without the recursion guard.
+//!
+//! A program is re-entered when a signal handler runs a traced function while the program is
+//! running, or when something the program calls does. Without a call out of the image only the
+//! signal is left. The guard then protects the program's view of memory that outlives the
+//! run: map values and ring buffer records (stack, registers and session cookies belong to one
+//! activation). If each change of such memory is one machine instruction, a signal falls
+//! between two such instructions, never inside one; the handler's run is then one that came
+//! wholly before the rest, and no update is lost: the guard would only hide a run that Linux
+//! counts as a miss. So no guard where
+//! - the program calls no runtime function, and
+//! - it writes no map value, or each write is an atomic or a load-operate-store on one cell
+//!   that Cranelift merges into one instruction (`add qword [mem], x`).
+//!
+//! The last part depends on instruction selection, so it is *checked* on the machine code
+//! ([`writes_are_single_instructions`]); where it does not hold the body is compiled again
+//! with guards.
+
+use flea_object::helper::Helper;
+use flea_object::spec::MapKind;
+use flea_layout::plan::ArenaPlan;
+use flea_verifier::Verified;
+use flea_verifier::facts::{Fact, Region};
+use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, OpAccess, Register};
+
+use crate::translate::op;
+
+/// Whether a program needs its guard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Guard {
+    /// Always.
+    Needed,
+    /// Not if the machine code shows its read-modify-writes merged.
+    UnlessMerged,
+    /// Never: nothing that outlives the run is written but by atomics.
+    Needless,
+}
+
+/// Decides from the program alone.
+pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
+    let mut merged_writes = false;
+    for (i, fact) in verified.facts().iter().enumerate() {
+        match *fact {
+            Fact::Call { helper, map, .. } if calls_runtime(helper, map.and_then(|m| plan.maps.get(m.0 as usize)).map(|m| m.kind)) => {
+                return Guard::Needed;
+            }
+            Fact::Access(Region::MapValue { .. } | Region::RingbufRecord)
+                if is_plain_store(verified, i) =>
+            {
+                if !ends_read_modify_write(verified, i) {
+                    return Guard::Needed;
+                }
+                merged_writes = true;
+            }
+            _ => {}
+        }
+    }
+    if merged_writes { Guard::UnlessMerged } else { Guard::Needless }
+}
+
+/// Does `helper` become a call of the runtime?
+fn calls_runtime(helper: Helper, map: Option<MapKind>) -> bool {
+    match helper {
+        Helper::MapLookupElem => !matches!(map, Some(MapKind::Array | MapKind::PerCpuArray)),
+        Helper::GetFuncIp
+        | Helper::GetAttachCookie
+        | Helper::GetFuncArg
+        | Helper::GetFuncRet
+        | Helper::GetFuncArgCnt
+        | Helper::SessionIsReturn
+        | Helper::SessionCookie => false,
+        _ => true,
+    }
+}
+
+fn is_plain_store(verified: &Verified, i: usize) -> bool {
+    let opcode = verified.insns()[i].opcode;
+    op::class(opcode) == op::ST || (op::class(opcode) == op::STX && op::mode(opcode) == op::MEM)
+}
+
+/// `r = *(T *)(p + off); r op= x; *(T *)(p + off) = r` with the store at `i`. Jumps between
+/// the three would show in the machine code, where merging needs one block.
+fn ends_read_modify_write(verified: &Verified, i: usize) -> bool {
+    let insns = verified.insns();
+    let Some(load_idx) = i.checked_sub(2) else { return false };
+    let (load, alu, store) = (insns[load_idx], insns[i - 1], insns[i]);
+    let alu_ok = matches!(op::class(alu.opcode), op::ALU | op::ALU64)
+        && matches!(alu.opcode & 0xf0, op::ADD | op::SUB | op::AND | op::OR | op::XOR);
+    op::class(store.opcode) == op::STX
+        && op::class(load.opcode) == op::LDX
+        && op::mode(load.opcode) == op::MEM
+        && op::size(load.opcode) == op::size(store.opcode)
+        && load.src == store.dst
+        && load.off == store.off
+        && load.dst == store.src
+        && load.dst != load.src
+        && alu_ok
+        && alu.dst == load.dst
+}
+
+/// Is every write to memory other than the stack frame a single read-modify-write instruction?
+pub(crate) fn writes_are_single_instructions(code: &[u8]) -> bool {
+    let mut info = InstructionInfoFactory::new();
+    let mut decoder = Decoder::with_ip(64, code, 0, DecoderOptions::NONE);
+    decoder.iter().all(|insn| {
+        info.info(&insn).used_memory().iter().all(|m| {
+            let on_stack = matches!(m.base(), Register::RSP | Register::RBP);
+            let plain_write = matches!(m.access(), OpAccess::Write | OpAccess::CondWrite);
+            on_stack || !plain_write
+        })
+    })
+}

@@ -1,0 +1,162 @@
+//! What goes into a compilation and what comes out. Plain data.
+
+use flea_layout::plan::ArenaPlan;
+use flea_object::helper::Helper;
+use flea_object::spec::{MapIdx, MapSpec, ProgramKind};
+use flea_symbols::addr::RemoteAddr;
+use flea_symbols::signature::{ArgWord, RetWord, Signature};
+use flea_verifier::Verified;
+
+use crate::code::Code;
+
+/// Distance below the skeleton's rbp of the first word that belongs to bodies: what the first
+/// body of a skeleton gets as [`BodyRequest::frame_offset`]. The next body gets this plus
+/// eight times the first one's [`Body::frame_words`], and so on.
+pub const BODY_FRAMES_OFFSET: u32 = 152;
+
+/// The bodies of one controller for one function.
+#[derive(Clone, Copy, Debug)]
+pub struct BodyRequest<'a> {
+    /// How the function is called.
+    pub signature: &'a Signature,
+    /// What runs, newest first.
+    pub programs: &'a [ProgramUse<'a>],
+    /// The maps that the programs name by index.
+    pub maps: &'a [MapSpec],
+    /// Where those maps are in the arena.
+    pub plan: &'a ArenaPlan,
+    /// `bpf_get_func_ip`'s answer and `ctx[-2]`.
+    pub function_address: RemoteAddr,
+    /// Word `k` of this body is at `skeleton_rbp - frame_offset - 8 * k`; see
+    /// [`BODY_FRAMES_OFFSET`].
+    pub frame_offset: u32,
+    /// The ring buffer that `bpf_trace_printk` writes to; without one it returns `-EINVAL`.
+    pub printk_map: Option<MapIdx>,
+}
+
+/// One program on the function.
+#[derive(Clone, Copy, Debug)]
+pub struct ProgramUse<'a> {
+    /// The program and what was proved of it.
+    pub verified: &'a Verified,
+    /// When it runs.
+    pub kind: ProgramKind,
+    /// `bpf_get_attach_cookie`'s answer.
+    pub cookie: u64,
+    /// Index of its `ProgramState` in every slot.
+    pub state_index: u32,
+}
+
+/// What [`crate::compile_body`] makes. A body that would hold no program is `None`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Body {
+    /// Before the original, no frame of ours.
+    pub entry: Option<Code>,
+    /// Before the original, in the skeleton's frame.
+    pub session: Option<Code>,
+    /// After the original, in the skeleton's frame.
+    pub exit: Option<Code>,
+    /// Words this body keeps in the skeleton's frame.
+    pub frame_words: u32,
+    /// What the exit body reads from the skeleton's frame: the skeleton saves that and no more.
+    pub reads: Reads,
+    /// Some code here calls the runtime.
+    pub calls_runtime: bool,
+}
+
+/// Registers that must have been saved in the skeleton's frame; sorted, each once.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reads {
+    /// Register arguments (never [`ArgWord::Stack`]: those stay in the caller's frame).
+    pub args: Vec<ArgWord>,
+    /// Results (never [`RetWord::X87`]).
+    pub results: Vec<RetWord>,
+}
+
+impl Reads {
+    pub(crate) fn add_arg(&mut self, word: ArgWord) {
+        if !matches!(word, ArgWord::Stack(_)) && !self.args.contains(&word) {
+            self.args.push(word);
+            self.args.sort_by_key(|w| match *w {
+                ArgWord::Gpr(i) => (0, u32::from(i)),
+                ArgWord::Xmm(i) => (1, u32::from(i)),
+                ArgWord::Stack(i) => (2, i),
+            });
+        }
+    }
+
+    pub(crate) fn add_result(&mut self, word: RetWord) {
+        if word != RetWord::X87 && !self.results.contains(&word) {
+            self.results.push(word);
+            self.results.sort_by_key(|w| *w as u8);
+        }
+    }
+}
+
+/// Why nothing was compiled. Nothing has been changed anywhere.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CompileError {
+    /// An instruction that this build does not translate.
+    #[error("instruction {insn_idx}: opcode {opcode:#04x} is not supported")]
+    Unsupported {
+        /// Its index.
+        insn_idx: u32,
+        /// Its first byte.
+        opcode: u8,
+    },
+    /// The address of a function as a value: callbacks are not supported yet.
+    #[error("instruction {insn_idx}: callbacks (bpf_loop and the like) are not supported")]
+    Callback {
+        /// Its index.
+        insn_idx: u32,
+    },
+    /// A helper that has no meaning where the program runs.
+    #[error("instruction {insn_idx}: {} cannot be called here", .helper.name())]
+    HelperNotHere {
+        /// Its index.
+        insn_idx: u32,
+        /// Which.
+        helper: Helper,
+    },
+    /// The facts do not fit the instructions: a fault in the verifier, not in the program.
+    #[error("instruction {insn_idx}: the verifier's facts do not fit: {what}")]
+    BadFacts {
+        /// Its index.
+        insn_idx: u32,
+        /// What is wrong.
+        what: &'static str,
+    },
+    /// A map index outside the plan.
+    #[error("map {} is not among the {n_maps} placed maps", .map.0)]
+    NoSuchMap {
+        /// The index.
+        map: MapIdx,
+        /// How many there are.
+        n_maps: usize,
+    },
+    /// A program state outside the plan's slots.
+    #[error("program state {state_index} is outside the {n_programs} planned")]
+    NoSuchState {
+        /// The index.
+        state_index: u32,
+        /// How many there are.
+        n_programs: u32,
+    },
+    /// More code than a body may hold.
+    #[error("the programs come to more than {max} instructions with their calls inlined")]
+    TooLarge {
+        /// The bound.
+        max: u32,
+    },
+    /// Local calls nest too deep (or recurse).
+    #[error("instruction {insn_idx}: calls nest deeper than {max}")]
+    TooDeep {
+        /// The call.
+        insn_idx: u32,
+        /// The bound.
+        max: u32,
+    },
+    /// The code generator refused: a fault in Flea.
+    #[error("code generator: {0}")]
+    CodeGenerator(String),
+}
