@@ -11,7 +11,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use object::elf::{R_X86_64_PC32, R_X86_64_PLT32};
+use object::elf::{R_X86_64_GOTPCREL, R_X86_64_PC32, R_X86_64_PLT32};
 use object::{Object, ObjectSection, ObjectSymbol, RelocationFlags, RelocationTarget};
 use object::{SectionFlags, SectionIndex, SymbolSection};
 
@@ -72,11 +72,15 @@ impl Image {
                 let at = place + offset;
                 let to = resolve(file, &places, &relocation)?;
                 let kind = relocation.flags();
-                let RelocationFlags::Elf { r_type: R_X86_64_PC32 | R_X86_64_PLT32 } = kind else {
-                    return Err(format!("blob: relocation {kind:?} at {at:#x} is not relative").into());
-                };
-                let value = to.cast_signed() + relocation.addend() - at.cast_signed();
                 let field = usize::try_from(at)?;
+                match kind {
+                    RelocationFlags::Elf { r_type: R_X86_64_PC32 | R_X86_64_PLT32 } => {}
+                    RelocationFlags::Elf { r_type: R_X86_64_GOTPCREL } => {
+                        call_directly(&mut bytes, field)?;
+                    }
+                    _ => return Err(format!("blob: {kind:?} at {at:#x} is not relative").into()),
+                }
+                let value = to.cast_signed() + relocation.addend() - at.cast_signed();
                 bytes[field..field + 4].copy_from_slice(&i32::try_from(value)?.to_le_bytes());
             }
         }
@@ -135,6 +139,18 @@ fn lay_out(file: &object::File<'_>) -> Result<(Vec<u8>, HashMap<SectionIndex, u6
         }
     }
     Ok((bytes, places))
+}
+
+/// rustc calls memset through the GOT, which the blob has none of: `call [rip+x]` becomes
+/// `addr32 call x`, of the same length, as linkers do it.
+fn call_directly(bytes: &mut [u8], field: usize) -> Result<(), Failure> {
+    match bytes.get_mut(field.wrapping_sub(2)..field) {
+        Some(opcode) if *opcode == [0xff, 0x15] => {
+            opcode.copy_from_slice(&[0x67, 0xe8]);
+            Ok(())
+        }
+        other => Err(format!("blob: {other:x?} at {field:#x} reads the GOT").into()),
+    }
 }
 
 fn resolve(
