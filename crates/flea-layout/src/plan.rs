@@ -3,8 +3,10 @@
 
 use flea_object::spec::{MapKind, MapSpec};
 
+pub use crate::shared::hash_node_bytes;
 use crate::shared::{
-    MAP_HEADER_BYTES, MAP_HEADERS_OFFSET, PROGRAM_STATES_OFFSET, ProgramState,
+    HASH_BUCKET_BYTES, MAP_HEADER_BYTES, MAP_HEADERS_OFFSET, PROGRAM_STATES_OFFSET, ProgramState,
+    hash_bucket_count,
 };
 
 const PAGE: u64 = 4096;
@@ -59,15 +61,8 @@ pub struct MapPlacement {
 /// `flea-runtime`'s hash map for the layout inside.
 #[must_use]
 pub fn hash_data_bytes(key_size: u32, value_stride: u32, max_entries: u32) -> u64 {
-    let buckets = u64::from(max_entries.max(1)).next_power_of_two();
-    let node = hash_node_bytes(key_size, value_stride);
-    buckets * 8 + node * u64::from(max_entries)
-}
-
-/// Bytes of one hash node: 16 of header, the key and the value, each rounded up to 8.
-#[must_use]
-pub fn hash_node_bytes(key_size: u32, value_stride: u32) -> u64 {
-    16 + u64::from(key_size).next_multiple_of(8) + u64::from(value_stride)
+    hash_bucket_count(max_entries) * HASH_BUCKET_BYTES
+        + hash_node_bytes(key_size, value_stride) * u64::from(max_entries)
 }
 
 impl ArenaPlan {

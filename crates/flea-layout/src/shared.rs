@@ -56,6 +56,8 @@ pub struct ArenaHeader {
     pub n_programs: u32,
     /// Maps that follow.
     pub n_maps: u32,
+    /// Where the next search for a dead thread's slot begins, once all are handed out.
+    pub scan_cursor: AtomicU32,
 }
 
 /// Offset of the first [`MapHeader`] from the arena's base.
@@ -72,9 +74,20 @@ pub struct SlotHeader {
     pub owner: AtomicU64,
     /// State of `bpf_get_prandom_u32`, private to the owner.
     pub random: u64,
+    /// When the slot was taken from a dead thread (CLOCK_MONOTONIC, ns); 0 where it was not,
+    /// or where nobody can still be using it. Counts while `owner` is [`SLOT_VACANT`].
+    pub vacated_ns: AtomicU64,
     /// Room to grow.
-    pub reserved: [u64; 6],
+    pub reserved: [u64; 5],
 }
+
+/// [`SlotHeader::owner`] of a slot that was handed out once and is free again.
+pub const SLOT_VACANT: u64 = u64::MAX;
+
+/// [`ThreadEntry::thread_pointer`] of an entry whose thread is dead: anybody's.
+pub const ENTRY_TOMBSTONE: u64 = 1;
+/// [`ThreadEntry::thread_pointer`] while the entry's slot is being written.
+pub const ENTRY_CLAIMING: u64 = 2;
 
 /// Offset of the first [`ProgramState`] in a slot.
 pub const PROGRAM_STATES_OFFSET: u64 = 64;
@@ -110,6 +123,25 @@ pub struct MapHeader {
     pub slot_offset: u64,
     /// Whatever the kind needs: lock words, free lists, producer and consumer positions.
     pub state: [AtomicU64; 16],
+}
+
+/// Bytes of one hash bucket: `{ first node: u32, lock: u32 }`.
+pub const HASH_BUCKET_BYTES: u64 = 8;
+/// Bytes before a hash node's key.
+pub const HASH_NODE_HEADER_BYTES: u64 = 16;
+
+/// Buckets of a hash map of `max_entries`; a power of two.
+#[must_use]
+pub const fn hash_bucket_count(max_entries: u32) -> u64 {
+    let entries = if max_entries == 0 { 1 } else { max_entries as u64 };
+    1 << (u64::BITS - (entries - 1).leading_zeros())
+}
+
+/// Bytes of one hash node: its header, the key and the value, each rounded up to 8.
+/// `value_stride` is 0 for per-CPU kinds, whose values are in the slots.
+#[must_use]
+pub const fn hash_node_bytes(key_size: u32, value_stride: u32) -> u64 {
+    HASH_NODE_HEADER_BYTES + ((key_size as u64 + 7) & !7) + value_stride as u64
 }
 
 const _: () = assert!(size_of::<ArenaHeader>() <= MAP_HEADERS_OFFSET as usize);
