@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod facts;
+mod number;
+mod opcode;
 
 use flea_object::spec::{MapSpec, Program};
 
