@@ -3,9 +3,12 @@
 
 use std::collections::HashMap;
 
-use flea_image::{BodyRef, Skeleton, SkeletonBody, SkeletonRequest};
+use flea_image::{BodyRef, Reads, Skeleton, SkeletonBody, SkeletonRequest};
 use flea_patch::Poke;
-use flea_symbols::addr::RemoteAddr;
+use flea_symbols::{
+    addr::RemoteAddr,
+    signature::{ArgWord, RetWord},
+};
 
 use crate::{
     error::AttachError,
@@ -13,7 +16,7 @@ use crate::{
 };
 
 /// First body frame, in bytes below the skeleton's rbp: behind result and argument words.
-pub(crate) const FIRST_FRAME_OFFSET: u32 = flea_image::FRAME_HEADER_BYTES;
+pub(crate) const FIRST_FRAME_OFFSET: u32 = flea_image::BODY_FRAMES_OFFSET;
 /// More bodies than this are called, not copied into the skeleton: it would only grow.
 const MAX_INLINE_BODIES: usize = 4;
 
@@ -65,6 +68,8 @@ impl Change {
         let mut removed = Vec::new();
         let mut functions = std::mem::take(&mut self.registry.functions);
         for f in &mut functions {
+            let arenas = arenas(f);
+            let calls_original = f.calls_original;
             let (out, stay): (Vec<_>, Vec<_>) = f.bodies.drain(..).partition(&gone);
             f.bodies = stay;
             if out.is_empty() {
@@ -73,13 +78,14 @@ impl Change {
             for body in out {
                 removed.push(body.id);
                 let placed = [body.entry, body.session, body.exit];
+                // A thread inside the original will still call the exit body.
                 self.retired.extend(placed.into_iter().flatten().map(|code| Retired {
                     code,
-                    calls_original: false,
-                    arena: body.arena,
+                    calls_original,
+                    arenas: vec![body.arena],
                 }));
             }
-            self.relink(f)?;
+            self.relink(f, arenas)?;
         }
         functions.retain(|f| !f.bodies.is_empty());
         self.registry.functions = functions;
@@ -87,14 +93,20 @@ impl Change {
     }
 
     /// Makes the site of `f` enter exactly `f.bodies`.
-    pub(crate) fn relink(&mut self, f: &mut FunctionState) -> Result<(), AttachError> {
+    ///
+    /// `arenas` are those that its present skeleton works on.
+    pub(crate) fn relink(
+        &mut self,
+        f: &mut FunctionState,
+        arenas: Vec<RemoteAddr>,
+    ) -> Result<(), AttachError> {
         let was_original = f.patched[..] == f.original[..5];
         let before = f.patched;
         if let Some(code) = f.skeleton {
             self.retired.push(Retired {
                 code,
                 calls_original: f.calls_original,
-                arena: RemoteAddr(0),
+                arenas,
             });
         }
         let old_entry = f.skeleton.map(|s| s.at);
@@ -114,7 +126,7 @@ impl Change {
             f.patched = skeleton.site_patch;
             f.bypass = skeleton.original_entry;
             f.calls_original = f.bodies.iter().any(|b| b.session.or(b.exit).is_some());
-            moves.extend(skeleton.moves);
+            moves.extend(skeleton.moves.into_iter().filter(|(old, _)| *old != f.site));
         }
         f.previous = before;
         let expected = if was_original { f.original.clone() } else { before.to_vec() };
@@ -131,29 +143,35 @@ impl Change {
     /// The simplest case: nops that can be a call of the one body.
     fn direct_call(&self, f: &FunctionState) -> Option<[u8; 5]> {
         let [body] = f.bodies.as_slice() else { return None };
-        if f.kind != SiteKind::Nop || body.session.or(body.exit).is_some() {
+        // The called body returns behind the five bytes: an instruction must begin there.
+        let mut ends = inner_boundaries(f);
+        let five = f.site.offset(5);
+        if f.kind != SiteKind::Nop
+            || body.session.or(body.exit).is_some()
+            || !(f.original.len() == 5 || ends.any(|end| end == five))
+        {
             return None;
         }
-        // Only behind the first five bytes does the called body return to: nops there are
-        // fine, and there are only nops.
         flea_image::call_patch(f.site, body.entry?.at)
     }
 
     fn place_skeleton(&mut self, f: &mut FunctionState) -> Result<Skeleton, AttachError> {
-        let bodies: Vec<SkeletonBody> = f.bodies.iter().map(|b| self.skeleton_body(f, b)).collect();
-        let request = |at| SkeletonRequest {
-            site: f.site,
-            replaced: f.original.clone(),
-            insn_lens: f.insn_lens.clone(),
-            image_address: at,
-            bodies: bodies.clone(),
-            stack_words: f.stack_words,
-        };
+        let reads: Vec<Reads> = f.bodies.iter().map(|b| unpack_reads(b.reads)).collect();
+        let bodies: Vec<SkeletonBody<'_>> =
+            f.bodies.iter().zip(&reads).map(|(b, r)| self.skeleton_body(f, b, r)).collect();
         let link = |at| {
-            flea_image::link_skeleton(&request(at)).map_err(|source| AttachError::Link {
-                function: f.name.clone(),
-                source: source.into(),
+            flea_image::link_skeleton(&SkeletonRequest {
+                site: f.site,
+                replaced: &f.original,
+                kind: match f.kind {
+                    SiteKind::Nop => flea_image::SiteKind::Nops,
+                    SiteKind::Relocated => flea_image::SiteKind::Relocated,
+                },
+                image_address: at,
+                bodies: &bodies,
+                stack_words: f.stack_words,
             })
+            .map_err(|source| AttachError::Link { function: f.name.clone(), source })
         };
         // The length does not depend on the place (all far branches are rel32), so a first
         // link near the site tells it.
@@ -179,12 +197,15 @@ impl Change {
             .unwrap_or(site)
     }
 
-    fn skeleton_body(&self, f: &FunctionState, b: &BodyState) -> SkeletonBody {
+    fn skeleton_body<'a>(
+        &'a self,
+        f: &FunctionState,
+        b: &BodyState,
+        reads: &'a Reads,
+    ) -> SkeletonBody<'a> {
         let refer = |placed: Option<Placed>| {
             placed.map(|p| match self.known_code.get(&p.at) {
-                Some(bytes) if f.bodies.len() <= MAX_INLINE_BODIES => {
-                    BodyRef::Inline(bytes.clone())
-                }
+                Some(bytes) if f.bodies.len() <= MAX_INLINE_BODIES => BodyRef::Inline(bytes),
                 _ => BodyRef::Call(p.at),
             })
         };
@@ -192,11 +213,46 @@ impl Change {
             entry: refer(b.entry),
             session: refer(b.session),
             exit: refer(b.exit),
-            reads: b.reads,
+            reads,
             frame_offset: b.frame_offset,
             frame_words: b.frame_words,
         }
     }
+}
+
+/// [`Reads`] as the bits of [`BodyState::reads`].
+pub(crate) fn pack_reads(reads: &Reads) -> u32 {
+    let args = reads.args.iter().map(|word| match *word {
+        ArgWord::Gpr(i) => 1 << i,
+        ArgWord::Xmm(i) => 1 << (8 + i),
+        ArgWord::Stack(_) => 0,
+    });
+    let results = reads.results.iter().map(|word| match word {
+        RetWord::Rax => 1 << 16,
+        RetWord::Rdx => 1 << 17,
+        RetWord::Xmm0 => 1 << 18,
+        RetWord::Xmm1 => 1 << 19,
+        RetWord::X87 => 0,
+    });
+    args.chain(results).fold(0, |bits, bit| bits | bit)
+}
+
+fn unpack_reads(bits: u32) -> Reads {
+    let gprs = (0..6).filter(|i| bits >> i & 1 != 0).map(ArgWord::Gpr);
+    let xmms = (0..8).filter(|i| bits >> (8 + i) & 1 != 0).map(ArgWord::Xmm);
+    let results = [RetWord::Rax, RetWord::Rdx, RetWord::Xmm0, RetWord::Xmm1];
+    Reads {
+        args: gprs.chain(xmms).collect(),
+        results: (16..).zip(results).filter(|(i, _)| bits >> i & 1 != 0).map(|(_, r)| r).collect(),
+    }
+}
+
+/// The data arenas that a function's bodies work on.
+pub(crate) fn arenas(f: &FunctionState) -> Vec<RemoteAddr> {
+    let mut arenas: Vec<_> = f.bodies.iter().map(|b| b.arena).collect();
+    arenas.sort_unstable();
+    arenas.dedup();
+    arenas
 }
 
 /// Addresses of the replaced instructions after the first.

@@ -6,6 +6,7 @@
 //!
 //! Start with [`Session`].
 
+pub mod attached;
 pub mod builtin;
 mod change;
 mod error;
@@ -18,6 +19,7 @@ pub mod registry;
 mod remote;
 mod session;
 mod transaction;
+mod vdso;
 
 pub use flea_maps::Map;
 pub use flea_object::spec::{MapKind, MapSpec, Object as ObjectSpec, ProgramKind};

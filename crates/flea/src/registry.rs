@@ -14,6 +14,7 @@
 //! Everything read from it is untrusted: lengths are bounded, the text is checked by a sum and
 //! parsed by serde, addresses in it are used only to read and write this very target.
 
+use flea_process::{Memory, MemoryError};
 use flea_symbols::addr::RemoteAddr;
 use serde::{Deserialize, Serialize};
 
@@ -160,15 +161,15 @@ pub struct BodyState {
 }
 
 /// Memory that is to be given back as soon as nobody can be in it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Retired {
     /// The code.
     pub code: Placed,
     /// It calls the original, so a thread can be inside it for as long as it likes, also one
     /// whose stack is switched away.
     pub calls_original: bool,
-    /// The data arena that it works on and that must outlive it; 0 for none.
-    pub arena: RemoteAddr,
+    /// The data arenas that it works on and that must outlive it.
+    pub arenas: Vec<RemoteAddr>,
 }
 
 /// Where the registry is and which half is current.
@@ -186,7 +187,7 @@ pub enum RegistryError {
         /// The address.
         at: RemoteAddr,
         /// Why.
-        source: flea_process::MemoryError,
+        source: MemoryError,
     },
     /// Not ours, not this version, or scribbled over.
     #[error(
@@ -207,14 +208,6 @@ pub enum RegistryError {
     },
 }
 
-/// Reads and writes the target's memory: a stopped or running process alike.
-pub(crate) trait RemoteMemory {
-    /// Fills `buf` from `at`.
-    fn read(&self, at: RemoteAddr, buf: &mut [u8]) -> Result<(), flea_process::MemoryError>;
-    /// Writes all of `bytes` to `at`.
-    fn write(&self, at: RemoteAddr, bytes: &[u8]) -> Result<(), flea_process::MemoryError>;
-}
-
 impl Storage {
     /// A registry whose mapping starts at `base`.
     pub(crate) fn at(base: RemoteAddr) -> Self {
@@ -226,7 +219,7 @@ impl Storage {
     }
 
     /// The current state; an empty one where nothing was ever written.
-    pub(crate) fn load(self, memory: &impl RemoteMemory) -> Result<Registry, RegistryError> {
+    pub(crate) fn load(self, memory: &Memory) -> Result<Registry, RegistryError> {
         let header = self.header(memory)?;
         if header == [0; 4] {
             return Ok(Registry::default());
@@ -251,7 +244,7 @@ impl Storage {
     /// Makes `registry` the current state.
     pub(crate) fn store(
         self,
-        memory: &impl RemoteMemory,
+        memory: &Memory,
         registry: &Registry,
     ) -> Result<(), RegistryError> {
         let text = serde_json::to_vec(registry).expect("plain data serializes");
@@ -272,7 +265,7 @@ impl Storage {
         write(self.base, &header)
     }
 
-    fn header(self, memory: &impl RemoteMemory) -> Result<[u64; 4], RegistryError> {
+    fn header(self, memory: &Memory) -> Result<[u64; 4], RegistryError> {
         let mut bytes = [0; 32];
         memory
             .read(self.base, &mut bytes)
