@@ -88,17 +88,9 @@ pub enum LoadError {
 /// Setting up memory in the target failed.
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
-    /// A system call made in the target's name.
-    #[error("{call} in the target failed: {errno}; nothing was attached")]
-    SystemCall {
-        /// Which.
-        call: &'static str,
-        /// Why.
-        errno: String,
-    },
-    /// No thread of the target could run a system call.
-    #[error("no thread of the target could be borrowed: {0}")]
-    NoThread(#[source] flea_process::RemoteError),
+    /// A system call made in the target.
+    #[error("setting up memory in the target: {0}; nothing was attached")]
+    Call(#[from] flea_process::RemoteError),
     /// The target's memory.
     #[error(transparent)]
     Memory(#[from] flea_process::MemoryError),
@@ -181,7 +173,13 @@ pub enum AttachError {
         /// What was wanted.
         bytes: u32,
     },
-    /// Already attached by this very link.
+    /// Others changed the same functions again and again meanwhile.
+    #[error("other controllers changed these functions {attempts} times meanwhile; try again")]
+    Contended {
+        /// How often it was tried.
+        attempts: usize,
+    },
+    /// Already attached by this very object.
     #[error("{function}: program {program} is attached to it already")]
     Twice {
         /// The function.

@@ -15,6 +15,7 @@ mod link;
 mod modules;
 mod object;
 mod placement;
+mod reclaim;
 pub mod registry;
 mod remote;
 mod session;

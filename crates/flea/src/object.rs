@@ -306,6 +306,11 @@ impl Program {
 }
 
 impl Prepared {
+    /// The site's first byte in the target.
+    pub(crate) fn site_address(&self) -> RemoteAddr {
+        self.function.site_address(&self.site)
+    }
+
     /// Compiles the programs on this function, for a frame that starts at `frame_offset`.
     pub(crate) fn compile(
         &self,

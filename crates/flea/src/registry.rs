@@ -69,6 +69,8 @@ pub struct DataArena {
     pub size_bytes: u64,
     /// Who made it.
     pub owner: Controller,
+    /// Its owner has no more use for it.
+    pub released: bool,
 }
 
 /// A controller: a process id alone could be somebody else's by now.
@@ -214,6 +216,11 @@ impl Storage {
         Self { base }
     }
 
+    /// Start of the mapping.
+    pub(crate) fn base(self) -> RemoteAddr {
+        self.base
+    }
+
     fn half(self, which: u64) -> RemoteAddr {
         self.base.offset((HEADER_BYTES + (which & 1) * HALF_BYTES).cast_signed())
     }
@@ -277,7 +284,7 @@ impl Storage {
         Ok(words)
     }
 
-    fn damaged(self, what: String) -> RegistryError {
+    pub(crate) fn damaged(self, what: String) -> RegistryError {
         RegistryError::Damaged { at: self.base, what }
     }
 }

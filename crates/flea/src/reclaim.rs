@@ -1,0 +1,113 @@
+//! Giving back code that nobody enters any more, once nobody can be in it.
+//!
+//! Protected: a thread that is about to execute retired code, wherever it is now. By: a word
+//! that would lead it there is looked for in every place that it could be.
+//! 1. Registers and stacks of all threads. An entry body runs to its end without letting go of
+//!    its thread, but a signal handler may lie above it, with the interrupted address in its
+//!    frame: any word on the stack that points into the code counts.
+//! 2. Code that calls the original has its return address on the stack for as long as the
+//!    traced function takes, and the stack may be a coroutine's, switched away and anywhere in
+//!    memory. So all writable memory is read for such words. Nobody enters the code any more,
+//!    so a word that is not there can only come from one that is.
+//! 3. What shows up in 1 or 2, by accident or truly, stays retired until the next time.
+
+use std::ops::Range;
+
+use flea_process::Mapping;
+use flea_symbols::addr::RemoteAddr;
+
+use crate::{
+    error::RemoteError,
+    registry::{MAPS_PATH, Retired},
+    remote::Ground,
+};
+
+/// Writable memory that is read for words, at most. A larger target keeps what it has of
+/// retired exit code.
+const MAX_SCAN_BYTES: u64 = 8 << 30;
+const CHUNK_BYTES: usize = 1 << 20;
+
+/// Frees what can be freed. The caller stores the registry.
+pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
+    if ground.registry.retired.is_empty() {
+        return Ok(());
+    }
+    let retired = std::mem::take(&mut ground.registry.retired);
+    let ranges: Vec<_> = retired.iter().map(code_range).collect();
+    let mut in_use = vec![false; ranges.len()];
+    for word in ground.tracer.words_on_stacks(&ranges)? {
+        mark(&ranges, &mut in_use, word.value);
+    }
+    if retired.iter().zip(&in_use).any(|(r, used)| r.calls_original && !used) {
+        scan_memory(ground, &ranges, &mut in_use, &retired)?;
+    }
+    for (one, used) in retired.into_iter().zip(in_use) {
+        if used {
+            ground.registry.retired.push(one);
+        } else {
+            ground.registry.unplace(one.code);
+        }
+    }
+    Ok(())
+}
+
+fn code_range(retired: &Retired) -> Range<RemoteAddr> {
+    let end = RemoteAddr(retired.code.at.0 + u64::from(retired.code.len));
+    retired.code.at..end
+}
+
+fn mark(ranges: &[Range<RemoteAddr>], in_use: &mut [bool], value: RemoteAddr) {
+    for (range, used) in ranges.iter().zip(in_use) {
+        // One past the end counts: a call may be the last instruction.
+        *used |= range.start <= value && value <= range.end;
+    }
+}
+
+/// Step 2: marks everything that calls the original and that some word points into.
+fn scan_memory(
+    ground: &Ground<'_>,
+    ranges: &[Range<RemoteAddr>],
+    in_use: &mut [bool],
+    retired: &[Retired],
+) -> Result<(), RemoteError> {
+    let keep_all = |in_use: &mut [bool]| {
+        for (used, r) in in_use.iter_mut().zip(retired) {
+            *used |= r.calls_original;
+        }
+    };
+    let lowest = ranges.iter().map(|r| r.start).min().unwrap_or_default().0;
+    let highest = ranges.iter().map(|r| r.end).max().unwrap_or_default().0;
+    let maps = flea_process::maps(ground.tracer.pid())?;
+    let mut buffer = vec![0; CHUNK_BYTES];
+    let mut n_scanned = 0u64;
+    for mapping in maps.iter().filter(|m| may_hold_stacks(m)) {
+        let mut at = mapping.start;
+        while at < mapping.end {
+            let left = mapping.end.0 - at.0;
+            let want = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
+            let got = ground.memory().read_prefix(at, &mut buffer[..want]);
+            for chunk in buffer[..got].chunks_exact(8) {
+                let word = u64::from_le_bytes(chunk.try_into().expect("chunks of 8"));
+                if lowest <= word && word <= highest {
+                    mark(ranges, in_use, RemoteAddr(word));
+                }
+            }
+            // A page that cannot be read (a guard, a hole in a file) holds no stack.
+            at = RemoteAddr(at.0 + (got as u64).next_multiple_of(4096).max(4096));
+            n_scanned += want as u64;
+        }
+        if n_scanned > MAX_SCAN_BYTES {
+            keep_all(in_use);
+            return Ok(());
+        }
+    }
+    Ok(())
+}
+
+/// Our own memory holds no stack of anybody's, and the registry names addresses as text.
+fn may_hold_stacks(mapping: &Mapping) -> bool {
+    mapping.perms.write
+        && mapping.perms.read
+        && !mapping.path.starts_with(MAPS_PATH)
+        && !mapping.path.starts_with("/dev/")
+}

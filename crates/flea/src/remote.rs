@@ -1,0 +1,246 @@
+//! Our ground in the target: code arenas, the runtime blob, the registry, data arenas. Made
+//! on first use, given back when nothing is left in it.
+
+use std::{
+    fs::{File, OpenOptions},
+    os::fd::OwnedFd,
+};
+
+use flea_layout::shared::THREAD_TABLE_BYTES;
+use flea_process::{MapRequest, Memory, Pid, Tracer};
+use flea_symbols::addr::RemoteAddr;
+
+use crate::{
+    error::RemoteError,
+    registry::{self, CodeArena, Controller, DataArena, Registry, Storage},
+};
+
+/// Bytes of the first code arena near a module; later ones are twice as large.
+const CODE_ARENA_BYTES: u64 = 2 << 20;
+/// `MADV_WIPEONFORK`: a forked child's thread table is empty.
+const MADV_WIPEONFORK: u64 = 18;
+/// `MADV_DONTDUMP`: the registry's and the arenas' sparse gigabytes are not for core files.
+const MADV_DONTDUMP: u64 = 16;
+
+/// The target's side of everything, while it is seized.
+pub(crate) struct Ground<'t> {
+    pub(crate) tracer: &'t mut Tracer,
+    pub(crate) storage: Storage,
+    pub(crate) registry: Registry,
+}
+
+/// Where the registry of process `pid` is, if it has one.
+pub(crate) fn find_registry(pid: Pid) -> Result<Option<RemoteAddr>, RemoteError> {
+    let maps = flea_process::maps(pid)?;
+    Ok(maps.iter().find(|m| m.path == registry::MAPS_PATH && !m.perms.shared).map(|m| m.start))
+}
+
+impl<'t> Ground<'t> {
+    /// What is there; `None` where nothing is.
+    pub(crate) fn find(tracer: &'t mut Tracer) -> Result<Option<Self>, RemoteError> {
+        let Some(base) = find_registry(tracer.pid())? else { return Ok(None) };
+        let storage = Storage::at(base);
+        let registry = storage.load(tracer.memory())?;
+        Ok(Some(Self { tracer, storage, registry }))
+    }
+
+    /// What is there, made where nothing is.
+    pub(crate) fn open(tracer: &'t mut Tracer) -> Result<Self, RemoteError> {
+        // Looked for first and apart: the borrow checker cannot see that `find` gives the
+        // tracer back with `None`.
+        if find_registry(tracer.pid())?.is_some() {
+            return Self::find(tracer)?.ok_or_else(|| local("finding the registry"));
+        }
+        Self::found(tracer)
+    }
+
+    /// Makes code arena, runtime and registry.
+    fn found(tracer: &'t mut Tracer) -> Result<Self, RemoteError> {
+        let near = flea_process::auxv(tracer.pid())?
+            .entry
+            .ok_or_else(|| local("the target's entry point"))?;
+        let mut registry = Registry::default();
+        let arena = map_code(tracer, near, CODE_ARENA_BYTES)?;
+        registry.code.push(arena);
+        let blob_len = u32::try_from(flea_runtime::BLOB.len()).expect("the blob is small");
+        let runtime = registry.place(near, blob_len).expect("a fresh arena has room");
+        tracer.memory().write(runtime.at, flea_runtime::BLOB)?;
+        registry.runtime = Some(runtime.at);
+
+        let fd = memfd(tracer, &mut registry, registry::NAME)?;
+        let base = tracer.remote_map(MapRequest {
+            near: None,
+            size_bytes: registry::MAPPING_BYTES,
+            prot: libc::PROT_READ | libc::PROT_WRITE,
+            flags: libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+            fd,
+            offset: 0,
+        });
+        // A private mapping reads as zeros behind the file's end only within the file: give
+        // it its size first.
+        let base = base.and_then(|base| {
+            let size = [u64::from(fd.cast_unsigned()), registry::MAPPING_BYTES, 0, 0, 0, 0];
+            tracer.remote_syscall(libc::SYS_ftruncate, size)?;
+            let advice = [base.0, registry::MAPPING_BYTES, MADV_DONTDUMP, 0, 0, 0];
+            tracer.remote_syscall(libc::SYS_madvise, advice)?;
+            Ok(base)
+        });
+        close(tracer, fd)?;
+        let storage = Storage::at(base?);
+        storage.store(tracer.memory(), &registry)?;
+        Ok(Self { tracer, storage, registry })
+    }
+
+    /// More room for code near `near`.
+    pub(crate) fn add_code_arena(&mut self, near: RemoteAddr) -> Result<(), RemoteError> {
+        let largest = self.registry.code.iter().map(|a| a.size_bytes).max().unwrap_or(0);
+        let size_bytes = (largest * 2).clamp(CODE_ARENA_BYTES, 256 << 20);
+        let arena = map_code(self.tracer, near, size_bytes)?;
+        self.registry.code.push(arena);
+        self.store()
+    }
+
+    /// Maps a thread table and an arena of `size_bytes` behind it. The file is the target's;
+    /// what is returned is a descriptor of ours to it, and the arena's base in the target.
+    pub(crate) fn add_data_arena(
+        &mut self,
+        size_bytes: u64,
+    ) -> Result<(OwnedFd, RemoteAddr), RemoteError> {
+        let fd = memfd(self.tracer, &mut self.registry, "flea-maps")?;
+        let mapped = self.map_data_arena(fd, size_bytes);
+        close(self.tracer, fd)?;
+        let (file, mapping) = mapped?;
+        let table = THREAD_TABLE_BYTES as u64;
+        self.registry.data.push(DataArena {
+            mapping,
+            size_bytes: table + size_bytes,
+            owner: Controller::this(),
+            released: false,
+        });
+        self.store()?;
+        Ok((file.into(), RemoteAddr(mapping.0 + table)))
+    }
+
+    fn map_data_arena(
+        &mut self,
+        fd: i32,
+        size_bytes: u64,
+    ) -> Result<(File, RemoteAddr), RemoteError> {
+        let path = format!("/proc/{}/fd/{fd}", self.tracer.pid());
+        let file = OpenOptions::new().read(true).write(true).open(path).map_err(|source| {
+            RemoteError::Local { what: "opening the target's shared memory", source }
+        })?;
+        file.set_len(size_bytes).map_err(|source| RemoteError::Local {
+            what: "sizing the target's shared memory",
+            source,
+        })?;
+        let table = THREAD_TABLE_BYTES as u64;
+        let rw = u64::from((libc::PROT_READ | libc::PROT_WRITE).cast_unsigned());
+        let fixed = u64::from((libc::MAP_SHARED | libc::MAP_FIXED).cast_unsigned());
+        let mapping = self.tracer.remote_map(MapRequest {
+            near: None,
+            size_bytes: table + size_bytes,
+            prot: libc::PROT_READ | libc::PROT_WRITE,
+            flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            fd: -1,
+            offset: 0,
+        })?;
+        let arena = mapping.0 + table;
+        self.tracer.with_thread(|thread| {
+            thread.syscall(libc::SYS_madvise, [mapping.0, table, MADV_WIPEONFORK, 0, 0, 0])?;
+            let fd = u64::from(fd.cast_unsigned());
+            thread.syscall(libc::SYS_mmap, [arena, size_bytes, rw, fixed, fd, 0])?;
+            thread.syscall(libc::SYS_madvise, [arena, size_bytes, MADV_DONTDUMP, 0, 0, 0])
+        })?;
+        Ok((file, mapping))
+    }
+
+    /// Takes data arenas out of the target that were released and that no retired code works
+    /// on any more.
+    pub(crate) fn unmap_released(&mut self) -> Result<(), RemoteError> {
+        let table = THREAD_TABLE_BYTES as u64;
+        let in_use = |arena: &DataArena| {
+            let base = RemoteAddr(arena.mapping.0 + table);
+            let bodies = self.registry.functions.iter().flat_map(|f| &f.bodies);
+            let mut retired = self.registry.retired.iter().flat_map(|r| &r.arenas);
+            bodies.into_iter().any(|b| b.arena == base) || retired.any(|a| *a == base)
+        };
+        let (gone, stay): (Vec<_>, Vec<_>) = self
+            .registry
+            .data
+            .iter()
+            .cloned()
+            .partition(|arena| (arena.released || !arena.owner.is_alive()) && !in_use(arena));
+        for arena in &gone {
+            unmap(self.tracer, arena.mapping, arena.size_bytes)?;
+        }
+        self.registry.data = stay;
+        Ok(())
+    }
+
+    /// Writes the registry; or, where nothing is left in it, takes all of our ground out of
+    /// the target.
+    pub(crate) fn close(mut self) -> Result<(), RemoteError> {
+        let r = &self.registry;
+        let empty = r.functions.is_empty() && r.data.is_empty() && r.retired.is_empty();
+        if !empty {
+            return self.store();
+        }
+        for arena in std::mem::take(&mut self.registry.code) {
+            unmap(self.tracer, arena.base, arena.size_bytes)?;
+        }
+        unmap(self.tracer, self.storage.base(), registry::MAPPING_BYTES)
+    }
+
+    pub(crate) fn store(&mut self) -> Result<(), RemoteError> {
+        Ok(self.storage.store(self.tracer.memory(), &self.registry)?)
+    }
+
+    pub(crate) fn memory(&self) -> &Memory {
+        self.tracer.memory()
+    }
+}
+
+fn map_code(
+    tracer: &mut Tracer,
+    near: RemoteAddr,
+    size_bytes: u64,
+) -> Result<CodeArena, RemoteError> {
+    let base = tracer.remote_map(MapRequest {
+        near: Some(near),
+        size_bytes,
+        prot: libc::PROT_READ | libc::PROT_EXEC,
+        flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+        fd: -1,
+        offset: 0,
+    })?;
+    Ok(CodeArena::new(base, size_bytes))
+}
+
+/// A memfd of the target, by its number there. The name is handed over in code memory that
+/// nothing uses yet: there is no other memory of ours at this point.
+fn memfd(tracer: &mut Tracer, registry: &mut Registry, name: &str) -> Result<i32, RemoteError> {
+    let near = registry.code.first().map(|arena| arena.base).unwrap_or_default();
+    let text = format!("{name}\0");
+    let len = u32::try_from(text.len()).expect("a name is short");
+    let place = registry.place(near, len).ok_or(RemoteError::NoGap { near, bytes: len.into() })?;
+    tracer.memory().write(place.at, text.as_bytes())?;
+    let flags = u64::from(libc::MFD_CLOEXEC);
+    let fd = tracer.remote_syscall(libc::SYS_memfd_create, [place.at.0, flags, 0, 0, 0, 0]);
+    registry.unplace(place);
+    Ok(i32::try_from(fd?).expect("a file descriptor is an int"))
+}
+
+fn close(tracer: &mut Tracer, fd: i32) -> Result<(), RemoteError> {
+    tracer.remote_syscall(libc::SYS_close, [u64::from(fd.cast_unsigned()), 0, 0, 0, 0, 0])?;
+    Ok(())
+}
+
+fn unmap(tracer: &mut Tracer, at: RemoteAddr, size_bytes: u64) -> Result<(), RemoteError> {
+    tracer.remote_syscall(libc::SYS_munmap, [at.0, size_bytes, 0, 0, 0, 0])?;
+    Ok(())
+}
+
+fn local(what: &'static str) -> RemoteError {
+    RemoteError::Local { what, source: std::io::ErrorKind::NotFound.into() }
+}

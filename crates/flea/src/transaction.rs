@@ -1,0 +1,378 @@
+//! Attaching and detaching, as one transaction on the seized target.
+//!
+//! Protected: a target that runs whatever it executes, and a registry that says what is there.
+//! By: `PTRACE_SEIZE`, which one controller holds at a time, and this order:
+//! 1. load the registry;
+//! 2. place bodies and skeletons in memory that nothing enters yet;
+//! 3. store the new registry, in which each changed function also has its previous bytes: a
+//!    reader who finds those at the site knows that step 4 was not reached;
+//! 4. swap all sites ([`flea_patch::commit`]), which does all of them or none;
+//! 5. retire the code that was replaced; free what no thread can be in; store again.
+//!
+//! Compiling takes longer than all of that and happens before, without the target. What was
+//! compiled depends on the registry in one way: the offset of the bodies' words in the frame.
+//! It is looked at again under the seize, and where another controller was faster, compiling
+//! is done once more.
+
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+};
+
+use flea_image::Body;
+use flea_layout::plan::ArenaPlan;
+use flea_object::spec::{MapSpec, ProgramKind};
+use flea_patch::Plan;
+use flea_process::{Memory, Pid, SeizeError, Tracer};
+use flea_symbols::{SiteKind as SymbolSiteKind, addr::RemoteAddr};
+
+use crate::{
+    change::{Change, FIRST_FRAME_OFFSET, arenas, pack_reads},
+    error::{AttachError, LoadError, RemoteError},
+    object::{Loaded, Prepared},
+    reclaim,
+    registry::{BodyState, Controller, FunctionState, Placed, Registry, SiteKind, Storage},
+    remote::{self, Ground},
+    session::Inner,
+};
+
+/// Code arenas that one transaction may add.
+const MAX_NEW_ARENAS: usize = 64;
+/// How often another controller may be faster.
+const MAX_ATTEMPTS: usize = 16;
+/// How long a detach waits for threads to leave what was taken off.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
+
+/// The registry's storage in process `pid`, if there is one.
+pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
+    Ok(remote::find_registry(pid)?.map(Storage::at))
+}
+
+/// Makes the memory of an object: in the target, and mapped here.
+pub(crate) fn create_arena(
+    session: &Inner,
+    plan: &ArenaPlan,
+    maps: &[MapSpec],
+) -> Result<(flea_maps::Arena, RemoteAddr), LoadError> {
+    let size_bytes = plan.size_bytes;
+    let (fd, base) = seized(session.pid(), |tracer| -> Result<_, LoadError> {
+        Ok(Ground::open(tracer)?.add_data_arena(size_bytes)?)
+    })?;
+    match flea_maps::Arena::from_fd(fd, plan, maps) {
+        Ok(arena) => Ok((arena, base)),
+        Err(error) => {
+            release_arena(session, base);
+            Err(error.into())
+        }
+    }
+}
+
+/// Gives the memory of an object back. What cannot be done now (a thread is still inside a
+/// traced function, the target cannot be seized) is done by the next controller that comes.
+pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
+    // Nobody to tell: this runs when the object is dropped.
+    let _ = seized(session.pid(), |tracer| -> Result<(), LoadError> {
+        let Some(mut ground) = Ground::find(tracer)? else { return Ok(()) };
+        let table = flea_layout::shared::THREAD_TABLE_BYTES as u64;
+        let own = ground.registry.data.iter_mut().find(|d| d.mapping.0 + table == base.0);
+        if let Some(own) = own {
+            own.released = true;
+        }
+        reclaim::run(&mut ground)?;
+        ground.unmap_released()?;
+        Ok(ground.close()?)
+    });
+}
+
+/// Attaches all of `prepared` or none; the numbers of the new bodies.
+pub(crate) fn attach(
+    object: &Loaded,
+    prepared: &[Prepared],
+) -> Result<Vec<u32>, AttachError> {
+    let pid = object.session.pid();
+    let mut registry = match find_registry(pid)? {
+        Some(storage) => {
+            storage.load(&Memory::open(pid).map_err(RemoteError::from)?)?
+        }
+        None => Registry::default(),
+    };
+    for _ in 0..MAX_ATTEMPTS {
+        let offsets = frame_offsets(&registry, prepared);
+        let bodies = compile(object, prepared, &offsets)?;
+        let outcome = seized(pid, |tracer| {
+            let ground = Ground::open(tracer).map_err(AttachError::Remote)?;
+            if frame_offsets(&ground.registry, prepared) != offsets {
+                return Ok(Err(ground.registry));
+            }
+            attach_on(ground, object, prepared, &bodies, &offsets).map(Ok)
+        })?;
+        match outcome {
+            Ok(ids) => return Ok(ids),
+            Err(changed) => registry = changed,
+        }
+    }
+    Err(AttachError::Contended { attempts: MAX_ATTEMPTS })
+}
+
+/// Takes the bodies with these numbers off. A target that has ended is no error.
+pub(crate) fn detach(session: &Inner, ids: &[u32]) -> Result<(), AttachError> {
+    if session.has_ended() {
+        return Ok(());
+    }
+    match detach_from(session.pid(), ids) {
+        Err(_) if session.has_ended() => Ok(()),
+        outcome => outcome,
+    }
+}
+
+/// As [`detach`], in any process.
+pub(crate) fn detach_from(pid: Pid, ids: &[u32]) -> Result<(), AttachError> {
+    let ids: std::collections::HashSet<u32> = ids.iter().copied().collect();
+    seized(pid, |tracer| {
+        let Some(mut ground) = Ground::find(tracer).map_err(AttachError::Remote)? else {
+            return Ok(());
+        };
+        settle(&mut ground)?;
+        change(&mut ground, |change| change.remove_bodies(|b| ids.contains(&b.id)).map(drop))?;
+        let until = Instant::now() + LEAVE_PATIENCE;
+        loop {
+            reclaim::run(&mut ground)?;
+            let leaving = ground.registry.retired.iter().any(|r| !r.calls_original);
+            if !leaving || Instant::now() >= until {
+                break;
+            }
+            ground.tracer.wait_a_moment(Duration::from_millis(1)).map_err(RemoteError::from)?;
+        }
+        ground.unmap_released()?;
+        Ok(ground.close()?)
+    })
+}
+
+/// Seizes `pid` for the time that `f` takes.
+fn seized<R: Send, E: From<SeizeError> + Send>(
+    pid: Pid,
+    f: impl FnOnce(&mut Tracer) -> Result<R, E> + Send,
+) -> Result<R, E> {
+    flea_process::seize(pid, f)?
+}
+
+/// First free frame offset on each function.
+fn frame_offsets(registry: &Registry, prepared: &[Prepared]) -> Vec<u32> {
+    let by_site: HashMap<RemoteAddr, &FunctionState> =
+        registry.functions.iter().map(|f| (f.site, f)).collect();
+    let end = |f: &FunctionState| {
+        let ends = f.bodies.iter().map(|b| b.frame_offset + 8 * b.frame_words);
+        ends.max().unwrap_or(FIRST_FRAME_OFFSET).max(FIRST_FRAME_OFFSET)
+    };
+    prepared
+        .iter()
+        .map(|p| by_site.get(&p.site_address()).map_or(FIRST_FRAME_OFFSET, |f| end(f)))
+        .collect()
+}
+
+/// Compiles on every CPU: functions are independent of each other.
+fn compile(
+    object: &Loaded,
+    prepared: &[Prepared],
+    offsets: &[u32],
+) -> Result<Vec<Body>, AttachError> {
+    let n_workers = std::thread::available_parallelism().map_or(1, usize::from);
+    let chunk = prepared.len().div_ceil(n_workers).max(1);
+    let compile_chunk = |(prepared, offsets): (&[Prepared], &[u32])| {
+        prepared.iter().zip(offsets).map(|(p, offset)| p.compile(object, *offset)).collect()
+    };
+    let chunks = || prepared.chunks(chunk).zip(offsets.chunks(chunk));
+    if prepared.len() <= n_workers {
+        return chunks().map(compile_chunk).collect::<Result<Vec<Vec<_>>, _>>().map(|v| v.concat());
+    }
+    std::thread::scope(|scope| {
+        let workers: Vec<_> =
+            chunks().map(|work| scope.spawn(move || compile_chunk(work))).collect();
+        let mut bodies = Vec::with_capacity(prepared.len());
+        for worker in workers {
+            let done: Result<Vec<Body>, AttachError> =
+                worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            bodies.extend(done?);
+        }
+        Ok(bodies)
+    })
+}
+
+fn attach_on(
+    mut ground: Ground<'_>,
+    object: &Loaded,
+    prepared: &[Prepared],
+    bodies: &[Body],
+    offsets: &[u32],
+) -> Result<Vec<u32>, AttachError> {
+    settle(&mut ground)?;
+    let runtime = ground.registry.runtime.ok_or_else(|| {
+        AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
+    })?;
+    let ids = change(&mut ground, |change| {
+        let mut ids = Vec::with_capacity(prepared.len());
+        for ((p, body), offset) in prepared.iter().zip(bodies).zip(offsets) {
+            ids.push(add_body(change, object, runtime, p, body, *offset)?);
+        }
+        Ok(ids)
+    })?;
+    reclaim::run(&mut ground)?;
+    ground.store()?;
+    Ok(ids)
+}
+
+/// Steps 2 to 5 for one change of the registry; on failure everything is as before.
+fn change<R>(
+    ground: &mut Ground<'_>,
+    mut edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
+) -> Result<R, AttachError> {
+    let known_code = read_bodies(&ground.registry, ground.memory())?;
+    for _ in 0..MAX_NEW_ARENAS {
+        let mut change = Change::new(ground.registry.clone(), known_code.clone());
+        match edit(&mut change) {
+            Ok(result) => {
+                carry_out(ground, change)?;
+                return Ok(result);
+            }
+            Err(AttachError::NoRoom { near, .. }) => ground.add_code_arena(near)?,
+            Err(error) => return Err(error),
+        }
+    }
+    let near = ground.registry.code.first().map_or(RemoteAddr(0), |arena| arena.base);
+    Err(AttachError::NoRoom { near, bytes: 0 })
+}
+
+fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError> {
+    let Change { mut registry, writes, pokes, retired, .. } = change;
+    for (at, bytes) in &writes {
+        ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
+    }
+    let before = ground.registry.clone();
+    // Until the sites are swapped, what is to be retired is still entered.
+    ground.registry = registry.clone();
+    ground.store()?;
+    if let Err(error) = flea_patch::commit(ground.tracer, &Plan { pokes }) {
+        ground.registry = before;
+        ground.store()?;
+        return Err(error.into());
+    }
+    registry.retired.extend(retired);
+    ground.registry = registry;
+    ground.store()?;
+    Ok(())
+}
+
+/// A controller that died between storing the registry and swapping the sites left functions
+/// whose bytes are the previous ones: the registry is made to say so.
+fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
+    let mut registry = std::mem::take(&mut ground.registry);
+    for f in &mut registry.functions {
+        let mut now = [0; 5];
+        // A module that was unmapped since is found out by the commit.
+        if ground.memory().read(f.site, &mut now).is_ok() && now == f.previous {
+            f.patched = now;
+        }
+    }
+    ground.registry = registry;
+    Ok(())
+}
+
+/// The bytes of all bodies: a new skeleton may hold copies of them.
+fn read_bodies(
+    registry: &Registry,
+    memory: &Memory,
+) -> Result<HashMap<RemoteAddr, Vec<u8>>, AttachError> {
+    let mut known = HashMap::new();
+    for body in registry.functions.iter().flat_map(|f| &f.bodies) {
+        for placed in [body.entry, body.session, body.exit].into_iter().flatten() {
+            let bytes =
+                memory.read_vec(placed.at, placed.len as usize).map_err(RemoteError::from)?;
+            known.insert(placed.at, bytes);
+        }
+    }
+    Ok(known)
+}
+
+fn add_body(
+    change: &mut Change,
+    object: &Loaded,
+    runtime: RemoteAddr,
+    p: &Prepared,
+    body: &Body,
+    frame_offset: u32,
+) -> Result<u32, AttachError> {
+    let site = p.site_address();
+    let mut place = |code: &Option<flea_image::Code>| -> Result<Option<Placed>, AttachError> {
+        let Some(code) = code else { return Ok(None) };
+        let bytes = code.resolve(|target| object.resolve(runtime, target));
+        change.place(site, bytes).map(Some)
+    };
+    let (entry, session, exit) =
+        (place(&body.entry)?, place(&body.session)?, place(&body.exit)?);
+    let id = change.registry.next_id;
+    change.registry.next_id += 1;
+    let state = BodyState {
+        id,
+        owner: Controller::this(),
+        since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        arena: object.base,
+        programs: p.uses.iter().map(|(index, _)| program_label(object, *index)).collect(),
+        entry,
+        session,
+        exit,
+        frame_offset,
+        frame_words: body.frame_words,
+        reads: pack_reads(&body.reads),
+    };
+    let position = change.registry.functions.iter().position(|f| f.site == site);
+    let mut function = match position {
+        Some(at) => change.registry.functions.swap_remove(at),
+        None => new_function(p, site),
+    };
+    let arenas = arenas(&function);
+    function.bodies.insert(0, state);
+    function.stack_words = function.stack_words.max(p.stack_words);
+    change.relink(&mut function, arenas)?;
+    change.registry.functions.push(function);
+    Ok(id)
+}
+
+fn program_label(object: &Loaded, index: usize) -> (String, String) {
+    let program = &object.spec.programs[index];
+    let kind = match program.kind {
+        ProgramKind::Fentry => "fentry",
+        ProgramKind::Fexit => "fexit",
+        ProgramKind::Fsession => "fsession",
+    };
+    (kind.to_owned(), program.name.clone())
+}
+
+fn new_function(p: &Prepared, site: RemoteAddr) -> FunctionState {
+    let original = p.site.original.clone();
+    let first: [u8; 5] = original[..5].try_into().expect("a site has at least five bytes");
+    let mut insn_lens = Vec::new();
+    for (i, &start) in p.site.boundaries.iter().enumerate() {
+        let end = p.site.boundaries.get(i + 1).copied();
+        let end = end.unwrap_or_else(|| u8::try_from(original.len()).unwrap_or(u8::MAX));
+        insn_lens.push(end - start);
+    }
+    FunctionState {
+        module: p.function.module().to_owned(),
+        name: p.function.name(),
+        address: p.function.address(),
+        site,
+        kind: match p.site.kind {
+            SymbolSiteKind::Nop5 => SiteKind::Nop,
+            SymbolSiteKind::Relocated => SiteKind::Relocated,
+        },
+        original,
+        insn_lens,
+        patched: first,
+        previous: first,
+        skeleton: None,
+        bypass: site,
+        stack_words: 0,
+        calls_original: false,
+        bodies: Vec::new(),
+    }
+}
