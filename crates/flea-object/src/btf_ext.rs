@@ -69,7 +69,10 @@ impl<'a> BtfExt<'a> {
             let file = btf.string(record.u32()?)?;
             let text = btf.string(record.u32()?)?.trim();
             let line = record.u32()? >> 10;
-            ext.lines.push(LineInfo { section, insn_idx, file, line, text });
+            // Line 0 is clang's word for "no place in the source".
+            if line > 0 {
+                ext.lines.push(LineInfo { section, insn_idx, file, line, text });
+            }
             Ok(())
         })?;
         let core = part(body, core_offset, core_bytes, "core_relo")?;
