@@ -73,14 +73,30 @@ pub(crate) struct Type<'a> {
 pub(crate) enum Kind<'a> {
     Void,
     /// int, float, enum, enum64: something with a size.
-    Scalar { size_bytes: u32 },
-    Ptr { to: u32 },
-    Array { of: u32, n_elements: u32 },
-    Struct { size_bytes: u32, members: Vec<Member<'a>> },
+    Scalar {
+        size_bytes: u32,
+    },
+    Ptr {
+        to: u32,
+    },
+    Array {
+        of: u32,
+        n_elements: u32,
+    },
+    Struct {
+        size_bytes: u32,
+        members: Vec<Member<'a>>,
+    },
     /// typedef, const, volatile, restrict, type tag: another type under another name.
-    Alias { of: u32 },
-    Var { of: u32 },
-    DataSec { vars: Vec<u32> },
+    Alias {
+        of: u32,
+    },
+    Var {
+        of: u32,
+    },
+    DataSec {
+        vars: Vec<u32>,
+    },
     /// Declarations, functions and whatever else has no size.
     Other,
 }

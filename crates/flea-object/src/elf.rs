@@ -196,8 +196,7 @@ fn read_relocation(
         // where the instruction is linked.
         RelocationTarget::Absolute => return Ok(None),
         _ => {
-            let what =
-                format!("section '{section}': the relocation at {offset:#x} has no symbol");
+            let what = format!("section '{section}': the relocation at {offset:#x} has no symbol");
             return Err(ElfError::Damaged { what });
         }
     };

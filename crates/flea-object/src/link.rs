@@ -53,7 +53,9 @@ pub enum ProgramFault {
         section: String,
     },
     /// Its symbol covers no whole instructions of its section.
-    #[error("its symbol says {size_bytes} bytes at {offset:#x} of section '{section}', which is no function there")]
+    #[error(
+        "its symbol says {size_bytes} bytes at {offset:#x} of section '{section}', which is no function there"
+    )]
     BadSymbol {
         /// The section.
         section: String,
@@ -69,7 +71,9 @@ pub enum ProgramFault {
         other: String,
     },
     /// A variable or function that the object does not define.
-    #[error("refers to '{symbol}', which the object does not define; of kernel functions only bpf_session_is_return and bpf_session_cookie can be had")]
+    #[error(
+        "refers to '{symbol}', which the object does not define; of kernel functions only bpf_session_is_return and bpf_session_cookie can be had"
+    )]
     Extern {
         /// Its name.
         symbol: String,
@@ -81,7 +85,9 @@ pub enum ProgramFault {
         symbol: String,
     },
     /// A reference into a section that is neither code, maps nor global data.
-    #[error("function '{function}' refers to section '{section}', which is neither code, .maps nor global data")]
+    #[error(
+        "function '{function}' refers to section '{section}', which is neither code, .maps nor global data"
+    )]
     BadReference {
         /// The function that refers.
         function: String,
@@ -97,7 +103,9 @@ pub enum ProgramFault {
         offset: i64,
     },
     /// An address outside global data.
-    #[error("function '{function}' refers to offset {offset} of '{section}', which has {size_bytes} bytes")]
+    #[error(
+        "function '{function}' refers to offset {offset} of '{section}', which has {size_bytes} bytes"
+    )]
     OutsideData {
         /// The function that refers.
         function: String,
@@ -109,7 +117,9 @@ pub enum ProgramFault {
         size_bytes: u64,
     },
     /// A call, or function reference, that leads to no function's start.
-    #[error("function '{function}' calls instruction {target} of section '{section}', where no function begins")]
+    #[error(
+        "function '{function}' calls instruction {target} of section '{section}', where no function begins"
+    )]
     NoSuchFunction {
         /// The function that calls.
         function: String,
@@ -129,7 +139,9 @@ pub enum ProgramFault {
         what: &'static str,
     },
     /// The code depends on the layout of the target's types.
-    #[error("function '{function}' uses CO-RE relocations (of type '{type_name}'), which are not supported yet; compile against the target's own headers, without preserve_access_index")]
+    #[error(
+        "function '{function}' uses CO-RE relocations (of type '{type_name}'), which are not supported yet; compile against the target's own headers, without preserve_access_index"
+    )]
     CoreRelocation {
         /// The function.
         function: String,
@@ -374,9 +386,9 @@ impl<'a> Linker<'a> {
             ProgramFault::BadRelocation { function, insn_idx, what }.of(linking.program)
         };
         let of_this_section = self.relocations.get(&section);
-        let mut here = of_this_section.into_iter().flat_map(|r| {
-            r.range(offset..offset + INSN_BYTES).map(|(_, relocation)| *relocation)
-        });
+        let mut here = of_this_section
+            .into_iter()
+            .flat_map(|r| r.range(offset..offset + INSN_BYTES).map(|(_, relocation)| *relocation));
         let relocation = here.next();
         let is_call = insn.opcode == op::CALL_OP;
         match relocation {
@@ -389,9 +401,7 @@ impl<'a> Linker<'a> {
                 Err(bad("refers to something, but has no relocation to say to what").into())
             }
             None => Ok((Reference::Plain, halves)),
-            Some(r) if r.offset != offset => {
-                Err(bad("has a relocation in its middle").into())
-            }
+            Some(r) if r.offset != offset => Err(bad("has a relocation in its middle").into()),
             Some(r) if insn.is_lddw() && r.r_type == R_BPF_64_64 => {
                 self.relocate_lddw(at, halves, &self.elf.symbols[r.symbol], linking)
             }
@@ -463,8 +473,7 @@ impl<'a> Linker<'a> {
                 let inside = u64::try_from(offset).is_ok_and(|offset| offset < size_bytes);
                 if !inside {
                     let (function, section) = (function(), section.name.clone());
-                    let fault =
-                        ProgramFault::OutsideData { function, section, offset, size_bytes };
+                    let fault = ProgramFault::OutsideData { function, section, offset, size_bytes };
                     return Err(fault.of(program).into());
                 }
                 let map = self.data_map(section)?;

@@ -52,8 +52,7 @@ impl TestHost {
     fn new(object: &Object, memory: &mut Memory) -> Self {
         let values = object.maps.iter().map(|m| {
             let zeros = || vec![0; m.value_size_bytes as usize];
-            let protection =
-                if m.read_only { Protection::ReadOnly } else { Protection::ReadWrite };
+            let protection = if m.read_only { Protection::ReadOnly } else { Protection::ReadWrite };
             memory.add(m.init.clone().unwrap_or_else(zeros), protection)
         });
         Self { values: values.collect(), calls: Vec::new(), results: HashMap::new() }

@@ -12,9 +12,18 @@ use support::{compile, compilers};
 
 /// A case of `refused.bpf.c`, and how the message begins.
 const CASES: &[(&str, &str)] = &[
-    ("kprobe", "program 'prog': section 'kprobe/do_unlinkat': kprobe programs are not supported; supported are SEC(\"fentry/FUNC\")"),
-    ("uprobe_multi", "program 'prog': section 'uprobe.multi/libc:mal*': uprobe.multi programs are not supported"),
-    ("unknown_section", "program 'prog': section 'foo/bar' names nothing Flea knows; supported are"),
+    (
+        "kprobe",
+        "program 'prog': section 'kprobe/do_unlinkat': kprobe programs are not supported; supported are SEC(\"fentry/FUNC\")",
+    ),
+    (
+        "uprobe_multi",
+        "program 'prog': section 'uprobe.multi/libc:mal*': uprobe.multi programs are not supported",
+    ),
+    (
+        "unknown_section",
+        "program 'prog': section 'foo/bar' names nothing Flea knows; supported are",
+    ),
     ("no_function", "program 'prog': section 'fentry/' names no function"),
     ("static", "program 'prog': is static in section 'fentry/f'"),
     ("prog_array", "map 'a_map': map type 3 (PROG_ARRAY) is not supported"),
@@ -35,12 +44,17 @@ const CASES: &[(&str, &str)] = &[
     ("not_uint", "map 'a_map': member 'type' is not of the form"),
     ("not_a_structure", "map 'a_map': is not a structure of __uint and __type members"),
     ("legacy", "map 'maps': section 'maps' holds legacy map definitions"),
-    ("extern_function", "program 'prog': refers to 'bpf_rcu_read_lock', which the object does not define"),
-    ("extern_variable", "program 'prog': refers to 'LINUX_KERNEL_VERSION', which the object does not define"),
+    (
+        "extern_function",
+        "program 'prog': refers to 'bpf_rcu_read_lock', which the object does not define",
+    ),
+    (
+        "extern_variable",
+        "program 'prog': refers to 'LINUX_KERNEL_VERSION', which the object does not define",
+    ),
     ("not_a_session", "program 'prog': calls 'bpf_session_is_return', which only"),
     ("core", "program 'prog': function 'pid_of' uses CO-RE relocations (of type 'task')"),
     ("address_in_data", "map '.data': global data at offset 0x0 holds the address of 'number'"),
-    ("outside_data", "program 'prog': function 'prog' refers to offset 8000 of '.bss', which has 32 bytes"),
 ];
 
 #[test]
@@ -88,6 +102,23 @@ fn damaged_headers_are_refused() {
         let error = parse(&GOOD.as_ref().unwrap()[..short]).unwrap_err().to_string();
         assert!(error.starts_with("not an ELF file") || error.starts_with("damaged"), "{error}");
     }
+}
+
+/// References that no compiler makes, by changing an instruction's `imm` (bytes 4 to 7).
+#[test]
+fn stray_references_are_refused() {
+    let Some(good) = GOOD.as_ref() else { return };
+    let imm_of = |insn: fn(&[u8]) -> bool| good.windows(13).position(insn).unwrap() + 4;
+    // seen_twice is at .data+8.
+    let data = imm_of(|b| b[0] == 0x18 && b[2..] == [0, 0, 8, 0, 0, 0, 0, 0, 0, 0, 0]);
+    let error = patched(data, &24i32.to_le_bytes()).unwrap();
+    assert!(error.contains("refers to offset 24 of '.data', which has 24 bytes"), "{error}");
+    let error = patched(data, &(-1i32).to_le_bytes()).unwrap();
+    assert!(error.contains("refers to offset -1 of '.data'"), "{error}");
+    // thrice calls twice, with no relocation between.
+    let call = imm_of(|b| b[..5] == [0x85, 0x10, 0, 0, 6]);
+    let error = patched(call, &5i32.to_le_bytes()).unwrap();
+    assert!(error.contains("calls instruction 7 of section '.text', where no"), "{error}");
 }
 
 /// Reads whatever it is, and looks at what comes out with everything there is.

@@ -72,12 +72,6 @@ SEC("fentry/f") u64 prog(u64 *ctx) { return pid_of((struct task *)ctx[0]); }
 u64 number;
 u64 *pointer = &number;
 SEC("fentry/f") u64 prog(u64 *ctx) { return *(volatile u64 *)pointer; }
-#elif defined(CASE_outside_data)
-static volatile u64 numbers[4];
-SEC("fentry/f") u64 prog(u64 *ctx) 
-{
-	return trace_printk((const char *)(&numbers[0] + 1000), 1);
-}
 #else
 #error which case?
 #endif
