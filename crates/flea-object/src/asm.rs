@@ -505,10 +505,7 @@ mod tests {
         let mut asm = Asm::new();
         let label = asm.new_label();
         asm.bind(label).exit().bind(label);
-        assert_eq!(
-            asm.finish(),
-            Err(AsmError::BoundTwice { label: 0, first: 0, second: 1 })
-        );
+        assert_eq!(asm.finish(), Err(AsmError::BoundTwice { label: 0, first: 0, second: 1 }));
 
         let mut other = Asm::new();
         other.jump(label).exit();

@@ -57,9 +57,7 @@ impl fmt::Display for Disasm {
             op::JMP | op::JMP32 => fmt_jump(insn, f),
             op::LDX => fmt_load(insn, f),
             op::ST | op::STX => fmt_store(insn, f),
-            _ if insn.is_lddw() => {
-                fmt_lddw(insn, self.second.map_or(0, |second| second.imm), f)
-            }
+            _ if insn.is_lddw() => fmt_lddw(insn, self.second.map_or(0, |second| second.imm), f),
             _ => fmt_unknown(insn, f),
         }
     }
@@ -269,7 +267,8 @@ mod tests {
             33: (95) exit
             34: (95) exit
             35: (ff) BUG_ff
-        "#]].assert_eq(&listing(&asm.finish().unwrap()));
+        "#]]
+        .assert_eq(&listing(&asm.finish().unwrap()));
     }
 
     #[test]

@@ -155,8 +155,7 @@ impl<'a> Interpreter<'a> {
         let mut regs = [0; op::N_REGISTERS as usize];
         regs[1..6].copy_from_slice(&args);
         regs[FP] = memory.stack_top();
-        let mut state =
-            State { insns: self.insns, regs, pc: 0, frames: Vec::new(), memory, host };
+        let mut state = State { insns: self.insns, regs, pc: 0, frames: Vec::new(), memory, host };
         for _ in 0..self.max_steps {
             if let Some(result) = state.step(self.stack_fill)? {
                 return Ok(result);
@@ -386,10 +385,7 @@ mod tests {
         let callee = asm.new_label();
         asm.call_local(callee).load(Size::DW, R0, R0, -8).exit();
         asm.bind(callee).store_imm(Size::DW, R10, -8, 1).mov64_reg(R0, R10).exit();
-        assert!(matches!(
-            run(&asm, &mut Memory::new()),
-            Err(Trap::BadAccess { insn_idx: 1, .. })
-        ));
+        assert!(matches!(run(&asm, &mut Memory::new()), Err(Trap::BadAccess { insn_idx: 1, .. })));
     }
 
     #[test]

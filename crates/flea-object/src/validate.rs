@@ -41,7 +41,9 @@ pub enum EncodingFault {
         opcode: u8,
     },
     /// Linux's `LD_ABS` and `LD_IND`, which read a network packet.
-    #[error("opcode {opcode:02x} reads a network packet (BPF_LD_ABS or BPF_LD_IND); there is none here")]
+    #[error(
+        "opcode {opcode:02x} reads a network packet (BPF_LD_ABS or BPF_LD_IND); there is none here"
+    )]
     PacketAccess {
         /// The opcode byte.
         opcode: u8,
@@ -404,8 +406,7 @@ fn check_store(insn: &Insn) -> Result<(), EncodingFault> {
             return Err(EncodingFault::InvalidField { instruction, field: "imm", value });
         }
     }
-    let fetches_into_src =
-        insn.imm & op::ATOMIC_FETCH != 0 && insn.imm != op::ATOMIC_CMPXCHG;
+    let fetches_into_src = insn.imm & op::ATOMIC_FETCH != 0 && insn.imm != op::ATOMIC_CMPXCHG;
     if fetches_into_src { check_written(insn.src) } else { Ok(()) }
 }
 
@@ -457,8 +458,10 @@ mod tests {
             &[insn(op::JA_OP, 0, 0, 1, 0), insn(op::LDDW, 1, 0, 0, 0), Insn::default(), EXIT],
             "insn 0: jump into the middle of ldimm64 insn 2",
         );
-        check(&[insn(op::GOTOL_OP, 0, 0, 0, i32::MAX), EXIT],
-            "insn 0: jump out of range from insn 0 to 2147483648");
+        check(
+            &[insn(op::GOTOL_OP, 0, 0, 0, i32::MAX), EXIT],
+            "insn 0: jump out of range from insn 0 to 2147483648",
+        );
     }
 
     #[test]
@@ -488,8 +491,10 @@ mod tests {
         alone(insn(0xdb, 1, 10, 0, op::ATOMIC_XCHG), "insn 0: frame pointer is read only");
         alone(insn(0xdb, 1, 0, 0, 0xe0), "insn 0: BPF_ATOMIC: imm 224 means nothing");
         alone(insn(0xd3, 1, 0, 0, 0), "insn 0: unknown opcode d3");
-        alone(insn(0x20, 0, 0, 0, 0),
-            "insn 0: opcode 20 reads a network packet (BPF_LD_ABS or BPF_LD_IND); there is none here");
+        alone(
+            insn(0x20, 0, 0, 0, 0),
+            "insn 0: opcode 20 reads a network packet (BPF_LD_ABS or BPF_LD_IND); there is none here",
+        );
         alone(insn(0x85, 0, 2, 0, 0), "insn 0: BPF_CALL: src_reg 2 means nothing");
     }
 }

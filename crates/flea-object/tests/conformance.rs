@@ -47,8 +47,7 @@ fn run(insns: &[Insn], memory_bytes: Vec<u8>) -> Result<u64, String> {
     let interpreter = Interpreter::new(insns).map_err(|e| e.what.to_string())?;
     let mut memory = Memory::new();
     let size = memory_bytes.len() as u64;
-    let address =
-        if size == 0 { 0 } else { memory.add(memory_bytes, Protection::ReadWrite) };
+    let address = if size == 0 { 0 } else { memory.add(memory_bytes, Protection::ReadWrite) };
     let args = [address, size, 0, 0, 0];
     interpreter.run(args, &mut memory, &mut OnlyHelper5).map_err(|e| e.to_string())
 }

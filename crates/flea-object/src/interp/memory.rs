@@ -98,10 +98,7 @@ impl Memory {
         if address >= stack_floor {
             return slice(stack_floor, self.stack_bytes(), address, size_bytes).ok_or(bad);
         }
-        self.regions
-            .iter()
-            .find_map(|r| slice(r.base, &r.bytes, address, size_bytes))
-            .ok_or(bad)
+        self.regions.iter().find_map(|r| slice(r.base, &r.bytes, address, size_bytes)).ok_or(bad)
     }
 
     /// The same to be written.
