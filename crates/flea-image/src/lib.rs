@@ -19,10 +19,18 @@ mod guard;
 mod plain;
 mod request;
 mod translate;
-// pub mod unwind;
-// pub mod x86_64;
+pub mod unwind;
+pub mod x86_64;
 
 pub use body::compile_body;
 pub use code::{Code, Reloc, RelocKind, RelocTarget};
 pub use plain::compile_plain;
 pub use request::{BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads};
+pub use x86_64::check::{CheckError, check_body};
+pub use x86_64::listing::listing;
+pub use x86_64::relocate::RelocateError;
+pub use x86_64::skeleton::{
+    BodyRef, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, UnwindRow,
+    UnwindRule, call_patch,
+    link_skeleton,
+};

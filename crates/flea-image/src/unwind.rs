@@ -1,0 +1,64 @@
+//! The unwind information of all exit skeletons: one row.
+//!
+//! Every exit skeleton keeps `rbp` as frame pointer and never changes it between prologue and
+//! `leave`, so an arena full of them needs one FDE, whatever comes and goes in it:
+//!
+//! ```text
+//!   CFA = rbp + 16     return address at CFA - 8     rbp at CFA - 16
+//! ```
+//!
+//! The row is exact where an unwinder can stand: at the return address of `call original`. In
+//! the few instructions before `mov rbp, rsp` and in relocated copies it is not; only a signal
+//! handler could look from there.
+
+use flea_symbols::addr::RemoteAddr;
+
+/// DWARF's numbers of the registers.
+const RBP: u8 = 6;
+const RETURN_ADDRESS: u8 = 16;
+
+const DW_CFA_DEF_CFA: u8 = 0x0c;
+const DW_CFA_OFFSET: u8 = 0x80;
+const DW_EH_PE_ABSPTR: u8 = 0x00;
+
+/// Offset of the FDE in what [`frame_arena_rows`] returns: what `_Unwind_Find_FDE` points at.
+pub const FDE_OFFSET: usize = 32;
+
+/// `.eh_frame` bytes, to be placed 8-aligned anywhere in the target: a CIE, an FDE at
+/// [`FDE_OFFSET`] for the `len_bytes` from `start` on, and a terminating zero word (as
+/// `__register_frame` wants it).
+#[must_use]
+pub fn frame_arena_rows(start: RemoteAddr, len_bytes: u64) -> Vec<u8> {
+    let mut cie = vec![0, 0, 0, 0]; // "this is a CIE"
+    cie.push(1); // version
+    cie.extend(b"zR\0"); // an augmentation: the encoding of addresses
+    cie.push(1); // code alignment factor
+    cie.push(0x78); // data alignment factor -8, SLEB128
+    cie.push(RETURN_ADDRESS);
+    cie.extend([1, DW_EH_PE_ABSPTR]);
+    cie.extend([DW_CFA_DEF_CFA, RBP, 16]);
+    cie.extend([DW_CFA_OFFSET | RETURN_ADDRESS, 1]);
+    cie.extend([DW_CFA_OFFSET | RBP, 2]);
+    let mut out = Vec::new();
+    push_entry(&mut out, cie);
+    debug_assert_eq!(out.len(), FDE_OFFSET);
+
+    // The distance from this very field back to the CIE at 0.
+    let cie_pointer = u32::try_from(out.len() + 4).expect("the CIE is small");
+    let mut fde = cie_pointer.to_le_bytes().to_vec();
+    fde.extend(start.0.to_le_bytes());
+    fde.extend(len_bytes.to_le_bytes());
+    fde.push(0); // no augmentation data
+    push_entry(&mut out, fde);
+    out.extend([0; 4]);
+    out
+}
+
+/// Appends an entry's length and body, padded with `DW_CFA_nop` (0) to a multiple of 8.
+fn push_entry(out: &mut Vec<u8>, mut body: Vec<u8>) {
+    let padded = (body.len() + 4).next_multiple_of(8) - 4;
+    body.resize(padded, 0);
+    let length = u32::try_from(padded).expect("entries are small");
+    out.extend(length.to_le_bytes());
+    out.extend(body);
+}

@@ -1,0 +1,299 @@
+//! Walks emitted code again, trusting nothing about the compiler that made it.
+//!
+//! A body has to keep what its caller can see: this proves, instruction by instruction, that
+//!
+//! - it is `push rbp; mov rbp, rsp; sub rsp, N; saves; ...; restores; add rsp, N; mov rsp, rbp;
+//!   pop rbp; ret` with as many exits as it likes, and jumps only inside itself;
+//! - every general or vector register that anything between writes is among the saves, and each
+//!   exit restores each save from where it was put; vector registers with all 16 bytes, and no
+//!   instruction writes more than those 16;
+//! - between, `rsp` and `rbp` are not written, nothing on the stack is written outside the N
+//!   bytes or inside the saves;
+//! - no access faults on a stack that is not 16-aligned (entry bodies run on one): no 16-byte
+//!   vector operand in memory but by the unaligned moves;
+//! - no x87 or MMX register, no direction flag, no segment but the thread pointer's load, no
+//!   system call or other way out but a call by register.
+
+use std::collections::{BTreeMap, HashSet};
+
+use iced_x86::{
+    Code, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, MemorySize, Mnemonic,
+    OpAccess, OpKind, Register, RflagsBits, UsedMemory,
+};
+
+use super::relocate;
+
+/// What a body does that it must not.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("at {offset:#x}: {what}: {insn}")]
+pub struct CheckError {
+    /// The instruction's position.
+    pub offset: u64,
+    /// The rule it breaks.
+    pub what: &'static str,
+    /// The instruction.
+    pub insn: String,
+}
+
+/// A saved register: where, from rsp, and how many bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Save {
+    at: u64,
+    n_bytes: u64,
+}
+
+/// The shape found in the prologue.
+struct Shape {
+    /// Bytes below rbp.
+    frame_bytes: u64,
+    saves: BTreeMap<Register, Save>,
+    /// Index of the first instruction after the saves.
+    first: usize,
+}
+
+/// Proves that `bytes`, one body's code, resolved or not, keeps what its caller can see.
+///
+/// # Errors
+/// The first fault found.
+pub fn check_body(bytes: &[u8]) -> Result<(), CheckError> {
+    let insns = relocate::decode(bytes, 0).map_err(|_| CheckError {
+        offset: 0,
+        what: "not all bytes are instructions",
+        insn: String::new(),
+    })?;
+    let shape = prologue(&insns)?;
+    let starts = jump_targets(&insns, &shape);
+    let mut info = InstructionInfoFactory::new();
+    let mut i = shape.first;
+    while i < insns.len() {
+        // An exit is recognised by its restores; anywhere else they are plain faults.
+        if let Some(n) = epilogue(&insns[i..], &shape) {
+            i += n;
+            continue;
+        }
+        let insn = &insns[i];
+        control(insn, &starts)?;
+        registers(insn, &shape, &mut info)?;
+        memory(insn, &shape, &mut info)?;
+        i += 1;
+    }
+    let last = insns.last().expect("a prologue was found");
+    if !matches!(last.flow_control(), FlowControl::Return | FlowControl::UnconditionalBranch | FlowControl::Exception) {
+        return Err(fault(last, "runs past its end"));
+    }
+    Ok(())
+}
+
+/// Where jumps may go: anywhere behind the saves, but not between the parts of an exit.
+fn jump_targets(insns: &[Instruction], shape: &Shape) -> HashSet<u64> {
+    let mut starts = HashSet::new();
+    let mut i = shape.first;
+    while i < insns.len() {
+        starts.insert(insns[i].ip());
+        i += epilogue(&insns[i..], shape).unwrap_or(1);
+    }
+    starts
+}
+
+fn fault(insn: &Instruction, what: &'static str) -> CheckError {
+    CheckError { offset: insn.ip(), what, insn: insn.to_string() }
+}
+
+fn prologue(insns: &[Instruction]) -> Result<Shape, CheckError> {
+    let no_insn = Instruction::default();
+    let at = |i: usize| insns.get(i).unwrap_or(&no_insn);
+    if !(at(0).code() == Code::Push_r64 && at(0).op0_register() == Register::RBP) {
+        return Err(fault(at(0), "does not begin with push rbp"));
+    }
+    if !is_move(at(1), Register::RBP, Register::RSP) {
+        return Err(fault(at(1), "does not set up its frame"));
+    }
+    let mut first = 2;
+    let mut frame_bytes = 0;
+    if at(2).mnemonic() == Mnemonic::Sub && at(2).op0_register() == Register::RSP {
+        frame_bytes = at(2).immediate(1);
+        first = 3;
+    }
+    let mut saves = BTreeMap::new();
+    let mut taken_to = 0;
+    while let Some((register, save)) = insns.get(first).and_then(as_save) {
+        // Saves come in ascending order without overlap; anything else is the body proper.
+        let fits = save.at >= taken_to && save.at + save.n_bytes <= frame_bytes;
+        if !fits || saves.contains_key(&register) {
+            break;
+        }
+        taken_to = save.at + save.n_bytes;
+        saves.insert(register, save);
+        first += 1;
+    }
+    Ok(Shape { frame_bytes, saves, first })
+}
+
+fn is_move(insn: &Instruction, to: Register, from: Register) -> bool {
+    insn.mnemonic() == Mnemonic::Mov && insn.op0_register() == to && insn.op1_register() == from
+        && insn.op_count() == 2 && insn.op1_kind() == OpKind::Register
+}
+
+/// `[rsp + at]` and nothing else.
+fn stack_offset(insn: &Instruction) -> Option<u64> {
+    let simple = insn.memory_base() == Register::RSP && insn.memory_index() == Register::None;
+    simple.then(|| insn.memory_displacement64())
+}
+
+fn as_save(insn: &Instruction) -> Option<(Register, Save)> {
+    let at = stack_offset(insn)?;
+    if insn.op0_kind() != OpKind::Memory || insn.op1_kind() != OpKind::Register {
+        return None;
+    }
+    Some((insn.op1_register(), Save { at, n_bytes: saved_bytes(insn, insn.op1_register())? }))
+}
+
+fn as_restore(insn: &Instruction) -> Option<(Register, Save)> {
+    let at = stack_offset(insn)?;
+    if insn.op1_kind() != OpKind::Memory || insn.op0_kind() != OpKind::Register {
+        return None;
+    }
+    Some((insn.op0_register(), Save { at, n_bytes: saved_bytes(insn, insn.op0_register())? }))
+}
+
+fn saved_bytes(insn: &Instruction, register: Register) -> Option<u64> {
+    match insn.mnemonic() {
+        Mnemonic::Mov if register.is_gpr64() => Some(8),
+        Mnemonic::Movdqu | Mnemonic::Movups | Mnemonic::Movupd if register.is_xmm() => Some(16),
+        _ => None,
+    }
+}
+
+/// The number of instructions of the exit that begins here, if one does.
+fn epilogue(insns: &[Instruction], shape: &Shape) -> Option<usize> {
+    let mut restored = BTreeMap::new();
+    let mut n = 0;
+    while let Some((register, save)) = insns.get(n).and_then(as_restore) {
+        // Reading a save into its own register is a restore, wherever it stands.
+        if shape.saves.get(&register) != Some(&save) {
+            return None;
+        }
+        restored.insert(register, save);
+        n += 1;
+    }
+    if restored != shape.saves {
+        return None;
+    }
+    if shape.frame_bytes > 0 {
+        let add = insns.get(n)?;
+        let ok = add.mnemonic() == Mnemonic::Add && add.op0_register() == Register::RSP;
+        if !ok || add.immediate(1) != shape.frame_bytes {
+            return None;
+        }
+        n += 1;
+    }
+    let (mov, pop, ret) = (insns.get(n)?, insns.get(n + 1)?, insns.get(n + 2)?);
+    let ok = is_move(mov, Register::RSP, Register::RBP)
+        && pop.code() == Code::Pop_r64
+        && pop.op0_register() == Register::RBP
+        && ret.code() == Code::Retnq;
+    ok.then_some(n + 3)
+}
+
+fn control(insn: &Instruction, starts: &HashSet<u64>) -> Result<(), CheckError> {
+    match insn.flow_control() {
+        FlowControl::Next | FlowControl::Exception => Ok(()),
+        FlowControl::IndirectCall if insn.op0_kind() == OpKind::Register => Ok(()),
+        FlowControl::ConditionalBranch | FlowControl::UnconditionalBranch
+            if starts.contains(&insn.near_branch_target()) =>
+        {
+            Ok(())
+        }
+        FlowControl::Return => Err(fault(insn, "returns without restoring everything")),
+        _ => Err(fault(insn, "leaves the body")),
+    }
+}
+
+fn registers(
+    insn: &Instruction,
+    shape: &Shape,
+    info: &mut InstructionInfoFactory,
+) -> Result<(), CheckError> {
+    let privileged = insn.is_privileged() || insn.mnemonic() == Mnemonic::Syscall;
+    if privileged || insn.is_string_instruction() {
+        return Err(fault(insn, "is not an instruction for a body"));
+    }
+    if insn.rflags_modified() & RflagsBits::DF != 0 {
+        return Err(fault(insn, "changes the direction flag"));
+    }
+    let wide = [CpuidFeature::AVX, CpuidFeature::AVX2, CpuidFeature::AVX512F];
+    if insn.cpuid_features().iter().any(|f| wide.contains(f)) {
+        return Err(fault(insn, "touches upper halves of vector registers"));
+    }
+    let is_call = insn.flow_control() == FlowControl::IndirectCall;
+    for used in info.info(insn).used_registers() {
+        let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+        if !writes {
+            continue;
+        }
+        let register = used.register();
+        if register.is_st() || register.is_mm() {
+            return Err(fault(insn, "changes an x87 or MMX register"));
+        }
+        let full = register.full_register();
+        let saved_as = if full.is_vector_register() { register } else { full };
+        let kept_by_call = is_call && full == Register::RSP;
+        if !kept_by_call && !shape.saves.contains_key(&saved_as) {
+            return Err(fault(insn, "changes a register that is not saved"));
+        }
+    }
+    // The callee keeps everything but rax, which no operand of the call shows.
+    if is_call && !shape.saves.contains_key(&Register::RAX) {
+        return Err(fault(insn, "calls without having saved rax"));
+    }
+    Ok(())
+}
+
+fn memory(
+    insn: &Instruction,
+    shape: &Shape,
+    info: &mut InstructionInfoFactory,
+) -> Result<(), CheckError> {
+    let is_call = insn.flow_control() == FlowControl::IndirectCall;
+    for used in info.info(insn).used_memory() {
+        let thread_pointer = used.segment() == Register::FS
+            && insn.mnemonic() == Mnemonic::Mov
+            && used.base() == Register::None
+            && used.displacement() == 0
+            && used.access() == OpAccess::Read;
+        if matches!(used.segment(), Register::FS | Register::GS) && !thread_pointer {
+            return Err(fault(insn, "touches thread-local memory"));
+        }
+        let unaligned = matches!(insn.mnemonic(), Mnemonic::Movdqu | Mnemonic::Movups | Mnemonic::Movupd);
+        if used.memory_size().size() > 8 && !unaligned {
+            return Err(fault(insn, "might need an aligned address"));
+        }
+        let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+        if writes && !is_call {
+            on_stack(insn, used, shape)?;
+        }
+    }
+    Ok(())
+}
+
+/// Writes by rsp must be inside the frame and outside the saves; by rbp there are none.
+fn on_stack(insn: &Instruction, used: &UsedMemory, shape: &Shape) -> Result<(), CheckError> {
+    match used.base() {
+        Register::RBP => Err(fault(insn, "writes above its frame")),
+        // A computed index was proved in range by the verifier; its base is checked.
+        Register::RSP => {
+            let at = used.displacement();
+            let size = if used.memory_size() == MemorySize::Unknown { 8 } else { used.memory_size().size() as u64 };
+            let end = at.checked_add(size).unwrap_or(u64::MAX);
+            if end > shape.frame_bytes {
+                return Err(fault(insn, "writes outside its frame"));
+            }
+            let hits_save = shape.saves.values().any(|s| s.at < end && at < s.at + s.n_bytes);
+            if hits_save {
+                return Err(fault(insn, "overwrites a saved register"));
+            }
+            Ok(())
+        }
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,7 @@
+//! x86-64: skeletons, relocated instructions, listings, and the checker of emitted code.
+
+mod assemble;
+pub mod check;
+pub mod listing;
+pub(crate) mod relocate;
+pub mod skeleton;

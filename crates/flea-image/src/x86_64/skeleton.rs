@@ -1,0 +1,494 @@
+//! The few instructions per function that run its bodies around the original.
+//!
+//! ```text
+//! entry-only                              with session or exit bodies
+//!   lea rsp, [rsp-8]    per inline          entry bodies as on the left
+//!   ...entry body...    entry body          push rbp
+//!   lea rsp, [rsp+8]                        mov rbp, rsp
+//!   call body           per called one      lea rsp, [rsp-FRAME]
+//!   relocated instructions                  mov [rbp-40-8*i], rdi...    what exit bodies read
+//!   jmp site + patched                      push [rbp+16+8*i]           caller's stack words
+//!                                           session bodies
+//!                                           call original
+//!                                           mov [rbp-8], rax...         what exit bodies read
+//!                                           exit bodies
+//!                                           leave
+//!                                           ret
+//!                                         original:
+//!                                           relocated instructions
+//!                                           jmp site + patched
+//! ```
+//!
+//! Nothing here changes a register or a flag that the original can see; bodies change flags
+//! only, which no calling convention passes on. `push [mem]` copies stack words because it
+//! needs no register. The copies are pushed before the session bodies, so that from there on
+//! `rsp` is a multiple of 16: called bodies and the original find the stack as the ABI has it.
+//! At entry bodies, `rsp` is a multiple of 16 where the ABI has 8 more.
+
+use flea_symbols::addr::RemoteAddr;
+use flea_symbols::signature::{ArgWord, RetWord};
+use iced_x86::code_asm::{
+    CodeAssembler, ptr, qword_ptr, rax, rbp, rcx, rdi, rdx, rsi, rsp, xmm0, xmm1, xmm2, xmm3,
+    xmm4, xmm5, xmm6, xmm7,
+};
+use iced_x86::code_asm::registers::gpr64::{r8, r9};
+use iced_x86::{Code, IcedError};
+
+use super::assemble::{Assembly, Encoded, Place};
+use super::listing;
+use super::relocate::{self, RelocateError};
+use crate::request::{BODY_FRAMES_OFFSET, Reads};
+
+/// Bytes of `jmp rel32` and `call rel32`: what a site gives up at least.
+pub const PATCH_BYTES: usize = 5;
+/// A jump reaches this far, less what may lie between its ends.
+const REACH: u64 = (1 << 31) - (1 << 16);
+/// Stack words that an exit skeleton copies at most: 4 KiB of the traced thread's stack.
+const MAX_STACK_WORDS: u32 = 512;
+/// Words of body frames at most.
+const MAX_FRAME_WORDS: u32 = 4096;
+
+/// Where and around what a skeleton is made.
+#[derive(Clone, Copy, Debug)]
+pub struct SkeletonRequest<'a> {
+    /// The first byte that will be overwritten.
+    pub site: RemoteAddr,
+    /// What is there now: whole instructions, at least [`PATCH_BYTES`].
+    pub replaced: &'a [u8],
+    /// What those bytes are.
+    pub kind: SiteKind,
+    /// Where the skeleton will be placed.
+    pub image_address: RemoteAddr,
+    /// Newest first.
+    pub bodies: &'a [SkeletonBody<'a>],
+    /// Words of stack arguments that the original is to find above its return address.
+    pub stack_words: u32,
+}
+
+/// What a site's bytes are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SiteKind {
+    /// No-operations: they are not needed again.
+    Nops,
+    /// Real instructions: the skeleton runs copies of them.
+    Relocated,
+}
+
+/// The bodies of one controller, ready to run.
+#[derive(Clone, Debug)]
+pub struct SkeletonBody<'a> {
+    /// Run before the original without a frame.
+    pub entry: Option<BodyRef<'a>>,
+    /// Run before the original in the frame.
+    pub session: Option<BodyRef<'a>>,
+    /// Run after the original in the frame.
+    pub exit: Option<BodyRef<'a>>,
+    /// What `exit` reads.
+    pub reads: &'a Reads,
+    /// Words of the frame that these bodies use. They were compiled for an offset; in a
+    /// skeleton, the bodies' words follow each other in the order given.
+    pub frame_words: u32,
+    /// The offset that they were compiled for; checked.
+    pub frame_offset: u32,
+}
+
+/// A body as the skeleton gets at it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BodyRef<'a> {
+    /// Its resolved bytes: put into the skeleton.
+    Inline(&'a [u8]),
+    /// Its address, within reach of the skeleton: called.
+    Call(RemoteAddr),
+}
+
+/// Why there is no skeleton. Nothing has been changed anywhere.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum LinkError {
+    /// Fewer bytes than a jump needs.
+    #[error("{n_bytes} bytes at {site} are too few for a jump")]
+    SiteTooSmall {
+        /// The site.
+        site: RemoteAddr,
+        /// Its bytes.
+        n_bytes: usize,
+    },
+    /// A site said to be nops is not.
+    #[error("the bytes at {site} are not no-operations: {found:02x?}")]
+    NotNops {
+        /// The site.
+        site: RemoteAddr,
+        /// Its bytes.
+        found: Vec<u8>,
+    },
+    /// The skeleton's place is out of a jump's reach.
+    #[error("{to} cannot be reached from {from}: more than 2 GiB")]
+    OutOfReach {
+        /// From.
+        from: RemoteAddr,
+        /// To.
+        to: RemoteAddr,
+    },
+    /// More stack words than an exit skeleton copies.
+    #[error("{stack_words} stack words are more than {max}")]
+    TooManyStackWords {
+        /// Wanted.
+        stack_words: u32,
+        /// The bound.
+        max: u32,
+    },
+    /// Two bodies would use the same words of the frame, or one a word outside it.
+    #[error("a body's frame words at offset {found} are not at the expected {expected}")]
+    FrameOffset {
+        /// Where they should be.
+        expected: u32,
+        /// Where the body has them.
+        found: u32,
+    },
+    /// More frame words than a skeleton has.
+    #[error("{frame_words} frame words are more than {max}")]
+    TooManyFrameWords {
+        /// Wanted.
+        frame_words: u32,
+        /// The bound.
+        max: u32,
+    },
+    /// An argument register outside 6 integer and 8 vector ones.
+    #[error("no such argument register: {0:?}")]
+    NoSuchRegister(ArgWord),
+    /// The replaced instructions cannot be moved.
+    #[error("the instructions at {site} cannot be moved: {source}")]
+    Site {
+        /// The site.
+        site: RemoteAddr,
+        /// Why.
+        source: RelocateError,
+    },
+    /// A body cannot be put inline.
+    #[error("a body cannot be put inline: {0}")]
+    Inline(RelocateError),
+    /// The encoder refused, e.g. because a moved `lea reg, [rip + x]` does not reach.
+    #[error("cannot encode at {image_address}: {message}")]
+    Encode {
+        /// Where the skeleton was to go.
+        image_address: RemoteAddr,
+        /// The encoder's words.
+        message: String,
+    },
+}
+
+/// Rule by which an unwinder finds the caller, from `offset` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UnwindRow {
+    /// From the skeleton's start.
+    pub offset: u32,
+    /// The rule.
+    pub rule: UnwindRule,
+}
+
+/// How the canonical frame address (the caller's rsp after the return) is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UnwindRule {
+    /// `rsp + 8`, no register saved. Inside an inline or called entry body: not exact.
+    Entry,
+    /// `rbp + 16`, return address at -8, rbp at -16. Also inside inline bodies, except for
+    /// their own first and last instructions.
+    Frame,
+    /// The traced function's own row at the instruction of which this is the copy.
+    Original,
+}
+
+/// A function's skeleton, for one address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skeleton {
+    /// Machine code for [`SkeletonRequest::image_address`].
+    pub bytes: Vec<u8>,
+    /// `jmp skeleton`, to be written at the site.
+    pub site_patch: [u8; PATCH_BYTES],
+    /// Runs the original without any body: the relocated instructions, then the rest.
+    pub original_entry: RemoteAddr,
+    /// Each replaced instruction's address, and where a thread standing there goes on.
+    pub moves: Vec<(RemoteAddr, RemoteAddr)>,
+    /// Rows by ascending offset.
+    pub rows: Vec<UnwindRow>,
+    /// [`SkeletonRequest::image_address`].
+    pub address: RemoteAddr,
+}
+
+impl Skeleton {
+    /// One line per instruction.
+    #[must_use]
+    pub fn listing(&self) -> String {
+        listing::listing(&self.bytes, self.address)
+    }
+}
+
+/// `call body_address` at `site`: for a nop site whose only body is an entry body, the fastest
+/// form. `None` if out of reach.
+#[must_use]
+pub fn call_patch(site: RemoteAddr, body_address: RemoteAddr) -> Option<[u8; PATCH_BYTES]> {
+    rel32(0xe8, site, body_address)
+}
+
+/// Makes the skeleton.
+///
+/// # Errors
+/// [`LinkError`]
+pub fn link_skeleton(request: &SkeletonRequest<'_>) -> Result<Skeleton, LinkError> {
+    check_request(request)?;
+    let mut emitter = Emitter { asm: Assembly::default(), request, rows: vec![] };
+    let has_frame = request.bodies.iter().any(|b| b.session.is_some() || b.exit.is_some());
+    emitter.row(UnwindRule::Entry);
+    emitter.entry_bodies()?;
+    if has_frame {
+        emitter.framed()?;
+    }
+    emitter.row(UnwindRule::Original);
+    let original = emitter.asm.here();
+    let moves = emitter.original()?;
+    emitter.finish(original, &moves)
+}
+
+fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
+    let site = request.site;
+    if request.replaced.len() < PATCH_BYTES {
+        return Err(LinkError::SiteTooSmall { site, n_bytes: request.replaced.len() });
+    }
+    if request.stack_words > MAX_STACK_WORDS {
+        return Err(LinkError::TooManyStackWords {
+            stack_words: request.stack_words,
+            max: MAX_STACK_WORDS,
+        });
+    }
+    if site.0.abs_diff(request.image_address.0) > REACH {
+        return Err(LinkError::OutOfReach { from: site, to: request.image_address });
+    }
+    let mut expected = BODY_FRAMES_OFFSET;
+    let mut frame_words = 0u32;
+    for body in request.bodies {
+        if body.frame_words > 0 && body.frame_offset != expected {
+            return Err(LinkError::FrameOffset { expected, found: body.frame_offset });
+        }
+        frame_words = frame_words.saturating_add(body.frame_words);
+        if frame_words > MAX_FRAME_WORDS {
+            return Err(LinkError::TooManyFrameWords { frame_words, max: MAX_FRAME_WORDS });
+        }
+        expected = BODY_FRAMES_OFFSET + 8 * frame_words;
+        for side in [body.entry, body.session, body.exit].into_iter().flatten() {
+            if let BodyRef::Call(to) = side
+                && to.0.abs_diff(request.image_address.0) > REACH
+            {
+                return Err(LinkError::OutOfReach { from: request.image_address, to });
+            }
+        }
+    }
+    Ok(())
+}
+
+struct Emitter<'a> {
+    asm: Assembly,
+    request: &'a SkeletonRequest<'a>,
+    rows: Vec<(Place, UnwindRule)>,
+}
+
+/// Which kinds of words exit bodies read, over all controllers.
+fn all_reads(bodies: &[SkeletonBody<'_>]) -> Reads {
+    let mut all = Reads::default();
+    for body in bodies.iter().filter(|b| b.exit.is_some()) {
+        body.reads.args.iter().for_each(|w| all.add_arg(*w));
+        body.reads.results.iter().for_each(|w| all.add_result(*w));
+    }
+    all
+}
+
+impl Emitter<'_> {
+    fn row(&mut self, rule: UnwindRule) {
+        self.rows.push((self.asm.here(), rule));
+    }
+
+    fn failed(&self, error: &IcedError) -> LinkError {
+        LinkError::Encode {
+            image_address: self.request.image_address,
+            message: error.to_string(),
+        }
+    }
+
+    /// Appends what `write` assembles.
+    fn code(
+        &mut self,
+        write: impl FnOnce(&mut CodeAssembler) -> Result<(), IcedError>,
+    ) -> Result<(), LinkError> {
+        let insns = CodeAssembler::new(64)
+            .and_then(|mut a| write(&mut a).map(|()| a.take_instructions()))
+            .map_err(|e| self.failed(&e))?;
+        insns.into_iter().for_each(|insn| self.asm.push(insn));
+        Ok(())
+    }
+
+    fn entry_bodies(&mut self) -> Result<(), LinkError> {
+        for body in self.request.bodies {
+            match body.entry {
+                Some(BodyRef::Inline(bytes)) => {
+                    // The body expects its return address between its frame and ours.
+                    self.code(|a| a.lea(rsp, ptr(rsp - 8)))?;
+                    relocate::inline_body(&mut self.asm, bytes).map_err(LinkError::Inline)?;
+                    self.code(|a| a.lea(rsp, ptr(rsp + 8)))?;
+                }
+                Some(BodyRef::Call(address)) => self.branch(Code::Call_rel32_64, address.0)?,
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Everything from `push rbp` to `ret`.
+    fn framed(&mut self) -> Result<(), LinkError> {
+        let request = self.request;
+        let reads = all_reads(request.bodies);
+        let stack_words = if request.stack_words == 0 { 0 } else { request.stack_words };
+        let frame_bytes = frame_bytes(request.bodies, stack_words);
+        self.code(|a| {
+            a.push(rbp)?;
+            a.mov(rbp, rsp)
+        })?;
+        self.row(UnwindRule::Frame);
+        self.code(|a| a.lea(rsp, ptr(rsp - frame_bytes)))?;
+        for word in &reads.args {
+            self.save_argument(*word)?;
+        }
+        for i in (0..stack_words).rev() {
+            self.code(|a| a.push(qword_ptr(rbp + (16 + 8 * i))))?;
+        }
+        for body in request.bodies {
+            self.framed_body(body.session)?;
+        }
+        // `call original` with the original behind the end, whose place is known only then.
+        let call_at = self.asm.here();
+        self.branch(Code::Call_rel32_64, call_at.address())?;
+        for word in &reads.results {
+            self.save_result(*word)?;
+        }
+        for body in request.bodies {
+            self.framed_body(body.exit)?;
+        }
+        self.code(|a| {
+            a.leave()?;
+            a.ret()
+        })?;
+        let original = self.asm.here().address();
+        self.asm.retarget(call_at, original);
+        Ok(())
+    }
+
+    fn framed_body(&mut self, body: Option<BodyRef<'_>>) -> Result<(), LinkError> {
+        match body {
+            Some(BodyRef::Inline(bytes)) => {
+                relocate::inline_body(&mut self.asm, bytes).map_err(LinkError::Inline)
+            }
+            Some(BodyRef::Call(address)) => self.branch(Code::Call_rel32_64, address.0),
+            None => Ok(()),
+        }
+    }
+
+    fn save_argument(&mut self, word: ArgWord) -> Result<(), LinkError> {
+        let gprs = [rdi, rsi, rdx, rcx, r8, r9];
+        let xmms = [xmm0, xmm1, xmm2, xmm3, xmm4, xmm5, xmm6, xmm7];
+        let no_such = LinkError::NoSuchRegister(word);
+        match word {
+            ArgWord::Gpr(i) => {
+                let register = *gprs.get(usize::from(i)).ok_or(no_such)?;
+                self.code(|a| a.mov(qword_ptr(rbp - (40 + 8 * u32::from(i))), register))
+            }
+            ArgWord::Xmm(i) => {
+                let register = *xmms.get(usize::from(i)).ok_or(no_such)?;
+                self.code(|a| a.movq(qword_ptr(rbp - (88 + 8 * u32::from(i))), register))
+            }
+            ArgWord::Stack(_) => Ok(()),
+        }
+    }
+
+    fn save_result(&mut self, word: RetWord) -> Result<(), LinkError> {
+        self.code(|a| match word {
+            RetWord::Rax => a.mov(qword_ptr(rbp - 8), rax),
+            RetWord::Rdx => a.mov(qword_ptr(rbp - 16), rdx),
+            RetWord::Xmm0 => a.movq(qword_ptr(rbp - 24), xmm0),
+            RetWord::Xmm1 => a.movq(qword_ptr(rbp - 32), xmm1),
+            RetWord::X87 => Ok(()),
+        })
+    }
+
+    /// The relocated instructions and the jump back. Returns each replaced instruction's old
+    /// address with its new place.
+    fn original(&mut self) -> Result<Vec<(u64, Place)>, LinkError> {
+        let SkeletonRequest { site, replaced, kind, .. } = *self.request;
+        let moves = match kind {
+            SiteKind::Relocated => relocate::copy(&mut self.asm, replaced, site.0)
+                .map_err(|source| LinkError::Site { site, source })?,
+            SiteKind::Nops => {
+                let insns = relocate::decode(replaced, site.0)
+                    .map_err(|source| LinkError::Site { site, source })?;
+                if !insns.iter().all(is_nop) {
+                    return Err(LinkError::NotNops { site, found: replaced.to_vec() });
+                }
+                insns.iter().map(|insn| (insn.ip(), self.asm.here())).collect()
+            }
+        };
+        self.branch(Code::Jmp_rel32_64, site.0 + replaced.len() as u64)?;
+        Ok(moves)
+    }
+
+    fn branch(&mut self, code: Code, target: u64) -> Result<(), LinkError> {
+        self.asm.branch(code, target).map_err(|e| self.failed(&e))
+    }
+
+    fn finish(&self, original: Place, moves: &[(u64, Place)]) -> Result<Skeleton, LinkError> {
+        let address = self.request.image_address;
+        let encoded = self.asm.encode(address).map_err(|e| self.failed(&e))?;
+        let offset = |place| self.offset(&encoded, place);
+        let at = |place| Ok(address.offset(i64::from(offset(place)?)));
+        let site = self.request.site;
+        let site_patch = rel32(0xe9, site, address)
+            .ok_or(LinkError::OutOfReach { from: site, to: address })?;
+        Ok(Skeleton {
+            site_patch,
+            original_entry: at(original)?,
+            moves: moves
+                .iter()
+                .map(|(old, place)| Ok((RemoteAddr(*old), at(*place)?)))
+                .collect::<Result<_, LinkError>>()?,
+            rows: self
+                .rows
+                .iter()
+                .map(|(place, rule)| Ok(UnwindRow { offset: offset(*place)?, rule: *rule }))
+                .collect::<Result<_, LinkError>>()?,
+            bytes: encoded.bytes,
+            address,
+        })
+    }
+
+    fn offset(&self, encoded: &Encoded, place: Place) -> Result<u32, LinkError> {
+        encoded.offset(place).ok_or_else(|| LinkError::Encode {
+            image_address: self.request.image_address,
+            message: "a moved branch does not reach its target".into(),
+        })
+    }
+}
+
+/// Bytes below rbp before the copied stack words, such that `rsp` is a multiple of 16 once
+/// those are pushed.
+fn frame_bytes(bodies: &[SkeletonBody<'_>], stack_words: u32) -> u32 {
+    let frame_words: u32 = bodies.iter().map(|b| b.frame_words).sum();
+    // The first word of the body frames is the one at -BODY_FRAMES_OFFSET.
+    let used = BODY_FRAMES_OFFSET - 8 + 8 * frame_words;
+    (used + 8 * stack_words).next_multiple_of(16) - 8 * stack_words
+}
+
+fn is_nop(insn: &iced_x86::Instruction) -> bool {
+    matches!(insn.mnemonic(), iced_x86::Mnemonic::Nop)
+        || (insn.mnemonic() == iced_x86::Mnemonic::Xchg && insn.len() == 1)
+}
+
+fn rel32(opcode: u8, from: RemoteAddr, to: RemoteAddr) -> Option<[u8; PATCH_BYTES]> {
+    let distance = to.0.wrapping_sub(from.0.wrapping_add(PATCH_BYTES as u64)).cast_signed();
+    let d = i32::try_from(distance).ok()?.to_le_bytes();
+    Some([opcode, d[0], d[1], d[2], d[3]])
+}
