@@ -12,6 +12,9 @@ use crate::shared::{
 const PAGE: u64 = 4096;
 /// Slots are whole pairs of cache lines: two threads never share one.
 const SLOT_ALIGN: u64 = 128;
+/// Objects come from strangers: sizes stop growing here, far above what can be mapped, so
+/// that sums of them cannot overflow. Whoever maps the arena refuses it.
+const ENOUGH: u64 = 1 << 48;
 /// Threads that can have a slot at a time.
 const MAX_SLOTS: u64 = 1024;
 /// Fewer slots where per-thread values are large: address space, not memory.
@@ -61,8 +64,8 @@ pub struct MapPlacement {
 /// `flea-runtime`'s hash map for the layout inside.
 #[must_use]
 pub fn hash_data_bytes(key_size: u32, value_stride: u32, max_entries: u32) -> u64 {
-    hash_bucket_count(max_entries) * HASH_BUCKET_BYTES
-        + hash_node_bytes(key_size, value_stride) * u64::from(max_entries)
+    let nodes = hash_node_bytes(key_size, value_stride).saturating_mul(u64::from(max_entries));
+    nodes.saturating_add(hash_bucket_count(max_entries) * HASH_BUCKET_BYTES)
 }
 
 impl ArenaPlan {
@@ -73,8 +76,9 @@ impl ArenaPlan {
             PROGRAM_STATES_OFFSET + u64::from(n_programs) * size_of::<ProgramState>() as u64;
         let mut placed = Vec::with_capacity(maps.len());
         for (i, m) in (0u64..).zip(maps) {
-            let value_stride = m.value_size_bytes.next_multiple_of(8);
-            let values = u64::from(value_stride) * u64::from(m.max_entries);
+            let value_stride =
+                m.value_size_bytes.checked_next_multiple_of(8).unwrap_or(u32::MAX & !7);
+            let values = (u64::from(value_stride) * u64::from(m.max_entries)).min(ENOUGH);
             let (data_size_bytes, per_thread) = match m.kind {
                 MapKind::Array => (values, 0),
                 MapKind::PerCpuArray => (0, values),
@@ -86,6 +90,7 @@ impl ArenaPlan {
                 }
                 MapKind::RingBuf => (u64::from(m.max_entries), 0),
             };
+            let data_size_bytes = data_size_bytes.min(ENOUGH);
             placed.push(MapPlacement {
                 kind: m.kind,
                 key_size_bytes: m.key_size_bytes,
@@ -97,7 +102,7 @@ impl ArenaPlan {
                 slot_offset: if per_thread > 0 { slot_bytes } else { 0 },
                 value_stride,
             });
-            slot_bytes += per_thread;
+            slot_bytes = (slot_bytes + per_thread).min(ENOUGH);
         }
         let headers = MAP_HEADERS_OFFSET + maps.len() as u64 * MAP_HEADER_BYTES;
         let slots_offset = headers.next_multiple_of(PAGE);

@@ -1,0 +1,154 @@
+//! ARRAY and PERCPU_ARRAY.
+
+use flea_layout::plan::MapPlacement;
+use flea_runtime::mem::{Bytes, to_usize};
+
+use crate::arena::Arena;
+use crate::error::MapError;
+
+/// A `BPF_MAP_TYPE_ARRAY`; global data is one with a single element.
+#[derive(Clone, Debug)]
+pub struct ArrayMap {
+    arena: Arena,
+    placement: MapPlacement,
+}
+
+/// A `BPF_MAP_TYPE_PERCPU_ARRAY`: a value per element and slot, that is, per thread.
+#[derive(Clone, Debug)]
+pub struct PerCpuArrayMap {
+    arena: Arena,
+    placement: MapPlacement,
+}
+
+impl ArrayMap {
+    pub(crate) fn new(arena: Arena, placement: MapPlacement) -> Self {
+        Self { arena, placement }
+    }
+
+    /// How many elements it has.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.placement.max_entries
+    }
+
+    /// Never: an array has all its elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The value at `index`.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`]
+    pub fn get(&self, index: u32) -> Result<Vec<u8>, MapError> {
+        let mut value = value_buffer(&self.placement);
+        let at = self.placement.data_offset + element_offset(&self.placement, index)?;
+        self.arena.memory().load(at, &mut value).ok_or(MapError::Damaged)?;
+        Ok(value)
+    }
+
+    /// Sets the value at `index`.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`], [`MapError::ValueSize`]
+    pub fn set(&self, index: u32, value: &[u8]) -> Result<(), MapError> {
+        check_value(&self.placement, value)?;
+        let at = self.placement.data_offset + element_offset(&self.placement, index)?;
+        self.arena.memory().store(at, Bytes::from(value)).ok_or(MapError::Damaged)
+    }
+
+    /// All values, in order.
+    pub fn iter(&self) -> impl Iterator<Item = Vec<u8>> + '_ {
+        (0..self.len()).filter_map(|index| self.get(index).ok())
+    }
+}
+
+impl PerCpuArrayMap {
+    pub(crate) fn new(arena: Arena, placement: MapPlacement) -> Self {
+        Self { arena, placement }
+    }
+
+    /// How many elements it has.
+    #[must_use]
+    pub fn len(&self) -> u32 {
+        self.placement.max_entries
+    }
+
+    /// Never: an array has all its elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The values at `index`, one per slot in use.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`]
+    pub fn get(&self, index: u32) -> Result<Vec<Vec<u8>>, MapError> {
+        let offset = self.placement.slot_offset + element_offset(&self.placement, index)?;
+        cells(&self.arena, &self.placement, offset)
+    }
+
+    /// Makes `value` the sum of the values at `index`: slot 0 gets it, the others zeros.
+    ///
+    /// # Errors
+    /// [`MapError::OutOfRange`], [`MapError::ValueSize`]
+    pub fn set(&self, index: u32, value: &[u8]) -> Result<(), MapError> {
+        check_value(&self.placement, value)?;
+        let offset = self.placement.slot_offset + element_offset(&self.placement, index)?;
+        set_cells(&self.arena, &self.placement, offset, value)
+    }
+}
+
+/// The values at `offset` in every slot that counts.
+pub(crate) fn cells(
+    arena: &Arena,
+    placement: &MapPlacement,
+    offset: u64,
+) -> Result<Vec<Vec<u8>>, MapError> {
+    let one = |slot| {
+        let mut value = value_buffer(placement);
+        let loaded = arena.memory().load(arena.slot_offset(slot) + offset, &mut value);
+        loaded.map(|()| value).ok_or(MapError::Damaged)
+    };
+    (0..arena.readable_slots()).map(one).collect()
+}
+
+/// Slot 0's value at `offset` becomes `value`, those of the other slots zeros.
+pub(crate) fn set_cells(
+    arena: &Arena,
+    placement: &MapPlacement,
+    offset: u64,
+    value: &[u8],
+) -> Result<(), MapError> {
+    let memory = arena.memory();
+    memory.store(arena.slot_offset(0) + offset, Bytes::from(value)).ok_or(MapError::Damaged)?;
+    for slot in 1..arena.readable_slots() {
+        let size = u64::from(placement.value_size_bytes);
+        memory.zero(arena.slot_offset(slot) + offset, size).ok_or(MapError::Damaged)?;
+    }
+    Ok(())
+}
+
+pub(crate) fn value_buffer(placement: &MapPlacement) -> Vec<u8> {
+    vec![0; to_usize(u64::from(placement.value_size_bytes))]
+}
+
+pub(crate) fn check_value(placement: &MapPlacement, value: &[u8]) -> Result<(), MapError> {
+    let expected_bytes = placement.value_size_bytes;
+    if value.len() as u64 == u64::from(expected_bytes) {
+        Ok(())
+    } else {
+        Err(MapError::ValueSize { expected_bytes, found_bytes: value.len() })
+    }
+}
+
+fn element_offset(placement: &MapPlacement, index: u32) -> Result<u64, MapError> {
+    let max_entries = placement.max_entries;
+    if index < max_entries {
+        Ok(u64::from(index) * u64::from(placement.value_stride))
+    } else {
+        Err(MapError::OutOfRange { index, max_entries })
+    }
+}
