@@ -38,7 +38,7 @@ const STEPS: &[Step] = &[
     },
     Step {
         name: "documentation",
-        args: &["doc", "--workspace", "--no-deps"],
+        args: &["doc", "--workspace", "--no-deps", "--lib"],
         env: Some(("RUSTDOCFLAGS", "-D warnings")),
     },
 ];
