@@ -1,2 +1,41 @@
-//! The repository's own chores.
-fn main() {}
+//! The repository's own chores, run as `cargo xtask NAME`. Each is a module; start there.
+#![forbid(unsafe_code)]
+
+mod bench;
+mod ci;
+mod fixtures;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+
+const USAGE: &str = "\
+usage: cargo xtask ci                         format, lints, tests, documentation
+       cargo xtask fixtures [NAME]            builds the programs that tests trace
+       cargo xtask bench [--rounds N] [--flea PATH] [--json]
+                                              what a hit costs, side by side";
+
+fn run(args: &[&str]) -> Result<ExitCode> {
+    match args {
+        ["ci"] => ci::run(),
+        ["fixtures", filter @ ..] if filter.len() <= 1 => fixtures::run(filter.first().copied()),
+        ["bench", options @ ..] => bench::run(options),
+        ["--help" | "-h" | "help"] => {
+            println!("{USAGE}");
+            Ok(ExitCode::SUCCESS)
+        }
+        _ => bail!("{USAGE}"),
+    }
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match run(&args) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("{e:#}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,13 +1,14 @@
 //! A child process that never outlives its guard, talked to in lines, with timeouts.
 
 use std::io::{BufRead as _, BufReader, Read, Write as _};
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::sys::signal::{Signal, kill};
+use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 
 use crate::{Fixture, Report, build};
@@ -24,6 +25,14 @@ pub struct Running {
     stdout: Receiver<String>,
     stderr: Receiver<String>,
     exited: Option<ExitStatus>,
+    scope: Scope,
+}
+
+/// What the guard answers for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Scope {
+    Child,
+    Group,
 }
 
 /// A reader of its own for each stream: the child never blocks on a full pipe, and a wait
@@ -50,6 +59,20 @@ impl Running {
     /// # Errors
     /// When it cannot be started.
     pub fn start(command: &mut Command) -> Result<Self> {
+        Self::start_in(command, Scope::Child)
+    }
+
+    /// As [`Running::start`], in a process group of its own that is killed with it: for
+    /// commands that start others, as `flea count -- COMMAND` or a server with workers do.
+    /// What such a command leaves behind after it has exited by itself is not looked for.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn start_group(command: &mut Command) -> Result<Self> {
+        Self::start_in(command.process_group(0), Scope::Group)
+    }
+
+    fn start_in(command: &mut Command, scope: Scope) -> Result<Self> {
         let mut child = command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -73,6 +96,7 @@ impl Running {
             stdout,
             stderr,
             exited: None,
+            scope,
         })
     }
 
@@ -244,7 +268,11 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         if self.exited.is_none() {
-            // Both fail only when it is gone already, which is what is wanted.
+            // All fail only when it is gone already, which is what is wanted. It is not
+            // reaped yet, so nobody else can have its number or its group's.
+            if let (Scope::Group, Ok(pid)) = (self.scope, self.nix_pid()) {
+                let _ = killpg(pid, Signal::SIGKILL);
+            }
             let _ = self.child.kill();
             let _ = self.child.wait();
         }

@@ -219,6 +219,26 @@ fn guard_leaves_nothing_behind() -> Result<()> {
     Ok(())
 }
 
+/// The shell's child goes with the shell.
+#[test]
+fn guard_of_a_group_takes_the_children_along() -> Result<()> {
+    let script = "sleep 1000 & echo $!; wait";
+    let mut shell = Running::start_group(Command::new("sh").args(["-c", script]))?;
+    let proc = format!("/proc/{}/stat", shell.line()?);
+    assert!(std::path::Path::new(&proc).exists());
+    drop(shell);
+    // Its new parent reaps it at some time: until then it is a zombie.
+    let begun = Instant::now();
+    while std::fs::read_to_string(&proc).is_ok_and(|stat| !stat.contains(") Z ")) {
+        ensure!(
+            begun.elapsed() < Duration::from_secs(30),
+            "the child lives on"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Ok(())
+}
+
 /// A test that is killed closes the pipes, and the program ends by itself.
 #[test]
 fn end_of_input_ends_a_waiting_program() -> Result<()> {

@@ -1,0 +1,111 @@
+//! What a hit costs: bare call, hand-written counter, Flea, the kernel's probes, all on
+//! functions of *one* process, in rounds that take turns, so that a slow moment of the
+//! machine hits all of them. Then what attaching and detaching costs, and the target's
+//! longest pause. A row that cannot be measured prints why and does not stop the others.
+//!
+//! `rows.rs` says what is measured, `harness.rs` talks to `bench_loop.c`, `controller.rs`
+//! runs the command `flea` beside it, `steps.rs` counts instructions, `table.rs` prints.
+
+mod attach;
+mod controller;
+mod harness;
+mod rows;
+mod site;
+mod steps;
+mod table;
+
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+
+use controller::Flea;
+
+/// At least this many rounds, so that a median means something.
+const MIN_ROUNDS: usize = 21;
+
+struct Options {
+    n_rounds: usize,
+    flea: Option<PathBuf>,
+    json: bool,
+}
+
+fn parse(args: &[&str]) -> Result<Options> {
+    let mut options = Options {
+        n_rounds: MIN_ROUNDS,
+        flea: None,
+        json: false,
+    };
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        match *arg {
+            "--json" => options.json = true,
+            "--flea" => options.flea = Some(args.next().context("--flea PATH")?.into()),
+            "--rounds" => {
+                let n: usize = args
+                    .next()
+                    .context("--rounds N")?
+                    .parse()
+                    .context("--rounds N")?;
+                options.n_rounds = n.max(MIN_ROUNDS);
+            }
+            other => bail!("bench does not know {other}: --rounds N, --flea PATH, --json"),
+        }
+    }
+    Ok(options)
+}
+
+/// Runs the whole bench and prints it.
+pub fn run(args: &[&str]) -> Result<ExitCode> {
+    let options = parse(args)?;
+    let flea = find_flea(options.flea);
+    let hits = rows::measure(flea.as_ref().ok(), options.n_rounds)?;
+    let attaches = attach::measure(flea.as_ref().ok());
+    let pause = attach::pause(flea.as_ref().ok());
+    if options.json {
+        println!(
+            "{}",
+            json!({
+                "hits": hits.iter().map(table::hit_json).collect::<Vec<_>>(),
+                "attach": attaches.iter().map(table::attach_json).collect::<Vec<_>>(),
+                "pause": table::pause_json(&pause),
+            })
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
+    if let Err(e) = &flea {
+        println!("flea: {e:#}\n");
+    }
+    println!("{}", table::hits(&hits, options.n_rounds));
+    println!("{}", table::attaches(&attaches));
+    println!("{}", table::pause(&pause));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The binary that was named, else the release build beside us.
+fn find_flea(named: Option<PathBuf>) -> Result<Flea> {
+    let path = match named {
+        Some(path) => path,
+        None => {
+            let xtask = std::env::current_exe().context("finding this program")?;
+            let target = xtask.ancestors().nth(2).context("finding target/")?;
+            target.join("release/flea")
+        }
+    };
+    if !path.is_file() {
+        bail!(
+            "{} is missing: cargo build --release -p flea-cli",
+            path.display()
+        );
+    }
+    // A binary that cannot even print its help attaches nowhere: say so once, not per row.
+    let help = Command::new(&path)
+        .arg("--help")
+        .output()
+        .context("running flea --help")?;
+    if !help.status.success() || help.stdout.is_empty() {
+        bail!("{} --help says nothing ({})", path.display(), help.status);
+    }
+    Ok(Flea::new(path))
+}

@@ -1,0 +1,293 @@
+//! What is put on which function, and the rounds that measure it.
+
+use anyhow::{Context, Error, Result, anyhow};
+
+use super::controller::{Attached, Flea, mentions};
+use super::harness::Harness;
+use super::site::{Text, ensure_restored};
+
+/// What is put on a row's function.
+#[derive(Clone)]
+pub enum Probe {
+    /// Nothing: the function as it is.
+    Nothing,
+    /// A kernel probe: `uprobe` or `uretprobe`.
+    Kernel(&'static str),
+    /// `flea` with these words, `FN` standing for the function, in this many processes.
+    Flea(&'static [&'static str], usize),
+}
+
+/// One row of the plan.
+#[derive(Clone)]
+pub struct Row {
+    /// What a reader sees.
+    pub label: &'static str,
+    /// The function of `bench_loop.c` that is called.
+    pub function: &'static str,
+    /// The same function untouched.
+    pub bare: &'static str,
+    /// What is put on it.
+    pub probe: Probe,
+}
+
+/// A row, measured.
+pub struct Hit {
+    /// The row.
+    pub row: Row,
+    /// The times, or why there are none.
+    pub outcome: Result<Times>,
+}
+
+/// What was measured of one row.
+pub struct Times {
+    /// Median nanoseconds per call.
+    pub ns: f64,
+    /// The same less the bare function's median.
+    pub added_ns: f64,
+    /// `added_ns` in units of the hand-written counter's.
+    pub ratio: f64,
+    /// Instructions per call, the function's own included.
+    pub n_insns: Option<u32>,
+    /// Whether what the probe counted is what was called; `None` where nothing counts.
+    pub exact: Option<bool>,
+}
+
+/// The row of the hand-written counter: what the ratios are relative to.
+const HAND: &str = "hand";
+
+const fn row(label: &'static str, function: &'static str, bare: &'static str, probe: Probe) -> Row {
+    Row {
+        label,
+        function,
+        bare,
+        probe,
+    }
+}
+
+const COUNT: &[&str] = &["count", "FN"];
+const LATENCY: &[&str] = &["latency", "FN"];
+const HIST: &[&str] = &["hist", "FN", "arg0"];
+
+/// Every function is used once, so that all of it is attached at the same time.
+#[rustfmt::skip] // a table
+const PLAN: &[Row] = &[
+    row("bare call, nop at entry",             "f0", "f0", Probe::Nothing),
+    row("bare call, ordinary prologue",        "p0", "p0", Probe::Nothing),
+    row("by hand: call, ret",                  "hand_empty", "f0", Probe::Nothing),
+    row("by hand: call, inc, ret (the limit)", HAND, "f0", Probe::Nothing),
+    row("by hand: per thread (fs:)",           "hand_thread", "f0", Probe::Nothing),
+    row("by hand: lock inc",                   "hand_lock", "f0", Probe::Nothing),
+    row("flea count, nop",                     "f1", "f0", Probe::Flea(COUNT, 1)),
+    row("flea count, prologue",                "p1", "p0", Probe::Flea(COUNT, 1)),
+    row("flea latency, nop",                   "f2", "f0", Probe::Flea(LATENCY, 1)),
+    row("flea latency, prologue",              "p2", "p0", Probe::Flea(LATENCY, 1)),
+    row("flea hist arg0, nop",                 "f3", "f0", Probe::Flea(HIST, 1)),
+    row("2 x flea count, nop",                 "f4", "f0", Probe::Flea(COUNT, 2)),
+    row("8 x flea count, nop",                 "f5", "f0", Probe::Flea(COUNT, 8)),
+    row("32 x flea count, nop",                "f6", "f0", Probe::Flea(COUNT, 32)),
+    row("kernel uprobe, nop",                  "f7", "f0", Probe::Kernel("uprobe")),
+    row("kernel uprobe, prologue",             "p7", "p0", Probe::Kernel("uprobe")),
+    row("kernel uretprobe, nop",               "f8", "f0", Probe::Kernel("uretprobe")),
+    row("kernel uretprobe, prologue",          "p8", "p0", Probe::Kernel("uretprobe")),
+];
+
+/// A row while it is measured.
+struct Active {
+    row: Row,
+    attached: Vec<Attached>,
+    original: Option<Text>,
+    n_calls: u64,
+    rounds: Vec<f64>,
+    n_insns: Option<u32>,
+    failed: Option<Error>,
+}
+
+impl Active {
+    fn begin(row: &Row, harness: &mut Harness, flea: Option<&Flea>) -> Self {
+        let mut active = Self {
+            row: row.clone(),
+            attached: Vec::new(),
+            original: None,
+            n_calls: 0,
+            rounds: Vec::new(),
+            n_insns: None,
+            failed: None,
+        };
+        active.failed = active.set_up(harness, flea).err();
+        active
+    }
+
+    fn set_up(&mut self, harness: &mut Harness, flea: Option<&Flea>) -> Result<()> {
+        let function = self.row.function;
+        match self.row.probe {
+            Probe::Nothing => {}
+            Probe::Kernel(kind) => harness.kernel_probe(kind, function)?,
+            Probe::Flea(words, n_processes) => {
+                let flea = flea.context("no flea to run")?;
+                let site = harness.site(function)?;
+                self.original = Some(site.text()?);
+                let words: Vec<&str> = words
+                    .iter()
+                    .map(|w| if *w == "FN" { function } else { *w })
+                    .collect();
+                for _ in 0..n_processes {
+                    self.attached
+                        .push(flea.attach(&words, harness.pid(), &[site])?);
+                }
+            }
+        }
+        self.n_calls = harness.calibrate(function)?;
+        Ok(())
+    }
+
+    fn round(&mut self, harness: &mut Harness) {
+        if self.failed.is_none() {
+            match harness.round(self.row.function, self.n_calls) {
+                Ok(ns) => self.rounds.push(ns),
+                Err(e) => self.failed = Some(e),
+            }
+        }
+    }
+
+    /// Single-stepping runs into the kernel's breakpoint, so not there.
+    fn count_instructions(&mut self, harness: &mut Harness) {
+        if self.failed.is_none() && !matches!(self.row.probe, Probe::Kernel(_)) {
+            match harness.instructions(self.row.function) {
+                Ok(n_insns) => self.n_insns = Some(n_insns),
+                Err(e) => eprintln!("{}: instructions: {e:#}", self.row.label),
+            }
+        }
+    }
+
+    /// Takes everything off and says whether it counted what was called.
+    fn end(&mut self, harness: &mut Harness) -> Result<Option<bool>> {
+        let function = self.row.function;
+        let n_called = harness.number("total", function)?;
+        let mut exact = None;
+        if matches!(self.row.probe, Probe::Kernel(_)) && self.failed.is_none() {
+            exact = Some(harness.number("hits", function)? == n_called);
+        }
+        for attached in self.attached.drain(..) {
+            let finished = attached.finish()?;
+            let right = mentions(&finished.output, n_called);
+            // Only `count` promises the number itself in its output.
+            if matches!(self.row.probe, Probe::Flea(words, _) if words == COUNT) {
+                exact = Some(right && exact.unwrap_or(true));
+            }
+        }
+        if let Some(original) = self.original {
+            ensure_restored(&[harness.site(function)?], &[original])?;
+        }
+        Ok(exact)
+    }
+}
+
+fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied()
+}
+
+/// Measures every row of the plan over `n_rounds` interleaved rounds.
+pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Vec<Hit>> {
+    let mut harness = Harness::start()?;
+    let mut rows: Vec<Active> = PLAN
+        .iter()
+        .map(|row| Active::begin(row, &mut harness, flea))
+        .collect();
+    for round in 0..n_rounds {
+        let n_rows = rows.len();
+        // Another first row each time: no row always follows the same neighbour's caches.
+        for i in 0..n_rows {
+            rows[(i + round) % n_rows].round(&mut harness);
+        }
+    }
+    for active in &mut rows {
+        active.count_instructions(&mut harness);
+    }
+    let medians: Vec<(&str, Option<f64>)> = rows
+        .iter()
+        .map(|active| (active.row.function, median(&active.rounds)))
+        .collect();
+    let of = |function: &str| {
+        medians
+            .iter()
+            .find(|(name, _)| *name == function)
+            .and_then(|(_, ns)| *ns)
+    };
+    let hand = of(HAND).zip(of("f0")).map(|(hand, bare)| hand - bare);
+    Ok(rows
+        .into_iter()
+        .map(|mut active| {
+            let exact = active.end(&mut harness);
+            let times = match active.failed.take() {
+                Some(e) => Err(e),
+                None => exact.and_then(|exact| {
+                    let ns = of(active.row.function).context("no rounds")?;
+                    let bare = of(active.row.bare).context("no rounds of the bare function")?;
+                    let hand = hand.ok_or_else(|| anyhow!("no rounds of the counter by hand"))?;
+                    let added_ns = ns - bare;
+                    let ratio = added_ns / hand;
+                    Ok(Times {
+                        ns,
+                        added_ns,
+                        ratio,
+                        n_insns: active.n_insns,
+                        exact,
+                    })
+                }),
+            };
+            Hit {
+                row: active.row,
+                outcome: times,
+            }
+        })
+        .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_function_has_one_row() {
+        let mut functions: Vec<_> = PLAN.iter().map(|row| row.function).collect();
+        functions.sort_unstable();
+        functions.dedup();
+        assert_eq!(functions.len(), PLAN.len());
+    }
+
+    #[test]
+    fn medians() {
+        assert_eq!(median(&[]), None);
+        assert_eq!(median(&[3.0, 1.0, 2.0]), Some(2.0));
+    }
+
+    /// The whole path without flea: every row without a probe has times, and what
+    /// single-stepping counts is what the sources say.
+    #[test]
+    fn bare_rows_are_measured() {
+        if flea_fixtures::build(flea_fixtures::Fixture::BenchLoop).is_none() {
+            return;
+        }
+        let hits = measure(None, 3).unwrap();
+        let n_insns = |function: &str| {
+            let hit = hits
+                .iter()
+                .find(|hit| hit.row.function == function)
+                .unwrap();
+            hit.outcome.as_ref().unwrap().n_insns
+        };
+        assert_eq!(n_insns("f0"), Some(3)); // nop, lea, ret
+        assert_eq!(n_insns("p0"), Some(6));
+        assert_eq!(n_insns(HAND), Some(5)); // call, inc, ret, lea, ret
+        for hit in &hits {
+            match (&hit.row.probe, &hit.outcome) {
+                (Probe::Nothing, outcome) => assert!(outcome.is_ok(), "{}", hit.row.label),
+                (Probe::Flea(..), outcome) => assert!(outcome.is_err(), "{}", hit.row.label),
+                (Probe::Kernel(_), Ok(times)) => assert_eq!(times.exact, Some(true)),
+                (Probe::Kernel(_), Err(e)) => eprintln!("skipped: {}: {e:#}", hit.row.label),
+            }
+        }
+    }
+}

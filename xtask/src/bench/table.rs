@@ -1,0 +1,115 @@
+//! The bench's results as text for people and as JSON.
+
+use std::fmt::Write as _;
+
+use anyhow::{Error, Result};
+use serde_json::{Value, json};
+
+use super::attach::{Bulk, Pause};
+use super::rows::{Hit, Times};
+
+/// The chain of an error in one line.
+fn reason(error: &Error) -> String {
+    format!("{error:#}").replace('\n', "; ")
+}
+
+fn hit_line(times: &Times) -> String {
+    let n_insns = times
+        .n_insns
+        .map_or_else(|| "-".to_owned(), |n| n.to_string());
+    let exact = match times.exact {
+        Some(true) => "exact",
+        Some(false) => "WRONG",
+        None => "-",
+    };
+    format!(
+        "{:9.2} {:9.2} {:9.2} {n_insns:>7} {exact:>7}",
+        times.ns, times.added_ns, times.ratio
+    )
+}
+
+/// The cost of a hit, a line per row.
+pub fn hits(hits: &[Hit], n_rounds: usize) -> String {
+    let mut text = format!(
+        "one call, one thread; medians of {n_rounds} interleaved rounds\n\
+         {:36} {:>9} {:>9} {:>9} {:>7} {:>7}\n",
+        "", "ns", "added ns", "x by hand", "insns", "count"
+    );
+    for hit in hits {
+        let line = match &hit.outcome {
+            Ok(times) => hit_line(times),
+            Err(e) => format!("not measured: {}", reason(e)),
+        };
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{:36} {line}", hit.row.label);
+    }
+    text
+}
+
+/// Attaching to many functions, a line per size.
+pub fn attaches(bulks: &[Bulk]) -> String {
+    let mut text = format!(
+        "flea count on many functions at once, the command's own start and end included\n\
+         {:>10} {:>12} {:>12}\n",
+        "functions", "attach ms", "detach ms"
+    );
+    for bulk in bulks {
+        let line = match &bulk.outcome {
+            Ok(times) => format!(
+                "{:12.2} {:12.2}",
+                times.attach.as_secs_f64() * 1e3,
+                times.detach.as_secs_f64() * 1e3
+            ),
+            Err(e) => format!("not measured: {}", reason(e)),
+        };
+        let _ = writeln!(text, "{:>10} {line}", bulk.n_functions);
+    }
+    text
+}
+
+/// The longest pause, in a line.
+pub fn pause(pause: &Result<Pause>) -> String {
+    let line = match pause {
+        Ok(pause) => format!(
+            "{} ns while attaching and detaching, {} ns while nothing happens",
+            pause.attach_ns, pause.idle_ns
+        ),
+        Err(e) => format!("not measured: {}", reason(e)),
+    };
+    format!("longest pause of a busy thread (median): {line}")
+}
+
+/// One row as JSON.
+pub fn hit_json(hit: &Hit) -> Value {
+    match &hit.outcome {
+        Ok(times) => json!({
+            "label": hit.row.label,
+            "ns": times.ns,
+            "added_ns": times.added_ns,
+            "ratio": times.ratio,
+            "n_insns": times.n_insns,
+            "exact": times.exact,
+        }),
+        Err(e) => json!({ "label": hit.row.label, "error": reason(e) }),
+    }
+}
+
+/// One size as JSON.
+pub fn attach_json(bulk: &Bulk) -> Value {
+    match &bulk.outcome {
+        Ok(times) => json!({
+            "n_functions": bulk.n_functions,
+            "attach_ms": times.attach.as_secs_f64() * 1e3,
+            "detach_ms": times.detach.as_secs_f64() * 1e3,
+        }),
+        Err(e) => json!({ "n_functions": bulk.n_functions, "error": reason(e) }),
+    }
+}
+
+/// The pause as JSON.
+pub fn pause_json(pause: &Result<Pause>) -> Value {
+    match pause {
+        Ok(pause) => json!({ "attach_ns": pause.attach_ns, "idle_ns": pause.idle_ns }),
+        Err(e) => json!({ "error": reason(e) }),
+    }
+}
