@@ -1,1 +1,42 @@
-//! process
+//! A live process: /proc, its memory, ptrace without stopping it, system calls inside it.
+//!
+//! Start at [`seize`]: it runs a closure on a tracer thread that has seized every thread of
+//! the target, and lets go of all of them when the closure returns. [`Tracer`] is what the
+//! closure gets. [`spawn`] starts a process that waits before its first instruction.
+//!
+//! **Invariant**: the target never sees a signal, an `EINTR` or a changed signal mask because
+//! of this crate. **Invariant**: nothing here knows what a function, an image or a program
+//! is; who decides which bytes to write is `flea-patch`.
+
+#[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
+compile_error!("flea-process knows Linux on x86-64 only");
+
+mod gap;
+mod maps;
+mod memory;
+mod proc;
+mod ptrace;
+mod remote;
+mod seize;
+mod spawn;
+mod survey;
+mod tracer;
+mod traps;
+mod window;
+mod x86_64;
+
+pub use gap::{GapError, find_gap};
+pub use maps::{Mapping, Perms, parse_maps};
+pub use memory::{Memory, MemoryError};
+pub use proc::{
+    AuxVector, Pid, ProcError, SignalSet, Status, Tid, Whereabouts, auxv, check_traceable, comm,
+    exe, maps, module_file_path, status, thread_status, threads, whereabouts,
+};
+pub use remote::{Borrowed, MapRequest, RemoteError};
+pub use seize::{SeizeError, TRACER_THREAD_NAME, seize};
+pub use spawn::{Exit, SpawnError, Spawned, spawn};
+pub use survey::StackWord;
+pub use tracer::{TraceError, Tracer, TracerCounts};
+pub use traps::Trap;
+pub use x86_64::Registers;
+pub use nix::errno::Errno;

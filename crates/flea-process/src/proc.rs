@@ -1,0 +1,437 @@
+//! What `/proc/PID` says of a process and its threads: read and parsed, never changed.
+
+use std::fs;
+use std::io::{self, Read};
+use std::path::PathBuf;
+
+use flea_symbols::addr::RemoteAddr;
+
+use crate::maps::{Mapping, parse_maps};
+
+/// A process's number, in our pid namespace.
+pub type Pid = i32;
+/// A thread's number, in our pid namespace.
+pub type Tid = i32;
+
+/// Why a process cannot be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum ProcError {
+    /// No such process.
+    #[error("there is no process {pid}")]
+    NotFound {
+        /// Its number.
+        pid: Pid,
+    },
+    /// It has ended; its parent has not asked for its exit code yet.
+    #[error("process {pid} has ended already (a zombie that its parent has not waited for)")]
+    Zombie {
+        /// Its number.
+        pid: Pid,
+    },
+    /// A thread of the kernel: there is no program to trace.
+    #[error("{pid} is a kernel thread ({comm}), not a program")]
+    KernelThread {
+        /// Its number.
+        pid: Pid,
+        /// Its name.
+        comm: String,
+    },
+    /// A thread, not a process, was named.
+    #[error("{tid} is a thread of process {pid}; give {pid}")]
+    NotLeader {
+        /// What was given.
+        tid: Tid,
+        /// The process.
+        pid: Pid,
+    },
+    /// A 32-bit program.
+    #[error("process {pid} runs a 32-bit program; only 64-bit x86 programs can be traced")]
+    ThirtyTwoBit {
+        /// Its number.
+        pid: Pid,
+    },
+    /// A 64-bit program for another machine (run by an emulator).
+    #[error("process {pid} runs a program for another machine (ELF machine {machine})")]
+    OtherMachine {
+        /// Its number.
+        pid: Pid,
+        /// `e_machine`.
+        machine: u16,
+    },
+    /// The system refused.
+    #[error("reading {path}: {reason}; run as the user of process {pid} or as root")]
+    Denied {
+        /// The process.
+        pid: Pid,
+        /// The file.
+        path: String,
+        /// The system's word for it.
+        reason: io::Error,
+    },
+    /// Reading failed otherwise.
+    #[error("reading {path}: {reason}")]
+    Read {
+        /// The file.
+        path: String,
+        /// The system's word for it.
+        reason: io::Error,
+    },
+    /// The file does not have the form we know.
+    #[error("{path} has no usable {field}")]
+    Malformed {
+        /// The file.
+        path: String,
+        /// What was looked for.
+        field: &'static str,
+    },
+}
+
+/// A set of signals; bit `n - 1` is signal `n`, as the kernel has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SignalSet(pub u64);
+
+impl SignalSet {
+    /// Every signal; the kernel ignores the two that cannot be blocked.
+    pub const ALL: Self = Self(u64::MAX);
+
+    /// Whether `signal` is in it.
+    #[must_use]
+    pub const fn contains(self, signal: i32) -> bool {
+        signal >= 1 && signal <= 64 && self.0 & (1 << (signal - 1)) != 0
+    }
+
+    /// With `signal` as well.
+    #[must_use]
+    pub const fn with(self, signal: i32) -> Self {
+        Self(self.0 | 1 << (signal - 1))
+    }
+
+    /// Without `signal`.
+    #[must_use]
+    pub const fn without(self, signal: i32) -> Self {
+        Self(self.0 & !(1 << (signal - 1)))
+    }
+}
+
+/// The lines of `/proc/PID/status` that matter here.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// `Name`, as the kernel escapes it.
+    pub name: String,
+    /// `State`: R, S, D, T, t, Z, X, I.
+    pub state: char,
+    /// The process.
+    pub tgid: Pid,
+    /// Number of the tracer's *thread*, 0 for none.
+    pub tracer_tid: Tid,
+    /// Real, effective, saved, file-system user.
+    pub uids: [u32; 4],
+    /// Numbers in each pid namespace, outermost first.
+    pub ns_pids: Vec<i32>,
+    /// Pending for this thread.
+    pub pending: SignalSet,
+    /// Pending for the process.
+    pub shared_pending: SignalSet,
+    /// Blocked by this thread.
+    pub blocked: SignalSet,
+    /// Ignored by the process.
+    pub ignored: SignalSet,
+    /// With a handler.
+    pub caught: SignalSet,
+    /// A seccomp filter (or strict mode) is on.
+    pub seccomp: bool,
+    /// The process has memory of its own (kernel threads and zombies have none).
+    pub has_memory: bool,
+    /// How often the thread has left the CPU: it has run in between when this changed.
+    pub switches: u64,
+}
+
+impl Status {
+    /// A signal that will be delivered as soon as the thread next looks.
+    #[must_use]
+    pub fn deliverable(&self) -> SignalSet {
+        SignalSet((self.pending.0 | self.shared_pending.0) & !self.blocked.0)
+    }
+}
+
+/// Where a thread is, from `/proc/PID/task/TID/syscall`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Whereabouts {
+    /// On a CPU or waiting for one; in user code or in the kernel.
+    Running,
+    /// Asleep in a system call.
+    Syscall {
+        /// Its number.
+        number: u64,
+        /// First argument.
+        first_arg: u64,
+        /// User stack pointer.
+        sp: RemoteAddr,
+        /// User instruction pointer.
+        pc: RemoteAddr,
+    },
+    /// Asleep in the kernel, not in a system call: a page fault, or stopped.
+    Elsewhere {
+        /// User stack pointer.
+        sp: RemoteAddr,
+        /// User instruction pointer.
+        pc: RemoteAddr,
+    },
+    /// Ended.
+    Gone,
+}
+
+/// What the kernel told the program when it started it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AuxVector {
+    /// Entry point of the executable.
+    pub entry: Option<RemoteAddr>,
+    /// Base of the interpreter (ld.so); none in a static program.
+    pub base: Option<RemoteAddr>,
+    /// The vdso's ELF header.
+    pub vdso: Option<RemoteAddr>,
+    /// The executable's program headers.
+    pub phdr: Option<RemoteAddr>,
+}
+
+/// Reads the status of process `pid`.
+pub fn status(pid: Pid) -> Result<Status, ProcError> {
+    parse_status(&read_text(pid, "status")?)
+        .ok_or(ProcError::Malformed { path: format!("/proc/{pid}/status"), field: "status" })
+}
+
+/// Reads the status of one thread.
+pub fn thread_status(pid: Pid, tid: Tid) -> Result<Status, ProcError> {
+    let file = format!("task/{tid}/status");
+    parse_status(&read_text(pid, &file)?)
+        .ok_or_else(|| ProcError::Malformed { path: format!("/proc/{pid}/{file}"), field: "status" })
+}
+
+/// The threads of process `pid` at one instant, ascending.
+pub fn threads(pid: Pid) -> Result<Vec<Tid>, ProcError> {
+    let path = format!("/proc/{pid}/task");
+    let entries = fs::read_dir(&path).map_err(|e| explain(pid, &path, e))?;
+    let mut tids: Vec<Tid> = entries
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        .collect();
+    tids.sort_unstable();
+    Ok(tids)
+}
+
+/// The mappings of process `pid`.
+pub fn maps(pid: Pid) -> Result<Vec<Mapping>, ProcError> {
+    Ok(parse_maps(&read_text(pid, "maps")?))
+}
+
+/// The path of the executable as the target sees it, without ` (deleted)`.
+pub fn exe(pid: Pid) -> Result<PathBuf, ProcError> {
+    let path = format!("/proc/{pid}/exe");
+    let link = fs::read_link(&path).map_err(|e| explain(pid, &path, e))?;
+    let text = link.to_string_lossy();
+    Ok(text.strip_suffix(" (deleted)").map_or_else(|| link.clone(), PathBuf::from))
+}
+
+/// The name of a process or thread.
+pub fn comm(tid: Tid) -> Result<String, ProcError> {
+    Ok(read_text(tid, "comm")?.trim_end().to_owned())
+}
+
+/// Where thread `tid` of process `pid` is right now.
+#[must_use]
+pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
+    match fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")) {
+        Ok(text) => parse_whereabouts(&text).unwrap_or(Whereabouts::Running),
+        Err(_) => Whereabouts::Gone,
+    }
+}
+
+/// Reads the auxiliary vector.
+pub fn auxv(pid: Pid) -> Result<AuxVector, ProcError> {
+    let path = format!("/proc/{pid}/auxv");
+    let bytes = fs::read(&path).map_err(|e| explain(pid, &path, e))?;
+    let mut found = AuxVector::default();
+    for pair in bytes.chunks_exact(16) {
+        let (key, value) = pair.split_at(8);
+        let word = |b: &[u8]| b.iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte));
+        let addr = Some(RemoteAddr(word(value))).filter(|a| a.0 != 0);
+        match word(key) {
+            libc::AT_ENTRY => found.entry = addr,
+            libc::AT_BASE => found.base = addr,
+            libc::AT_SYSINFO_EHDR => found.vdso = addr,
+            libc::AT_PHDR => found.phdr = addr,
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
+/// A path under which *we* can open the file behind `mapping`, whatever the target's mount
+/// namespace or root, and also when the file has been deleted or replaced since. The mapping's
+/// own link is exact but needs CAP_CHECKPOINT_RESTORE or root; the path inside the target's
+/// root is believed only where device and inode agree.
+pub fn module_file_path(pid: Pid, mapping: &Mapping) -> Result<PathBuf, ProcError> {
+    use std::os::unix::fs::MetadataExt;
+    let exact = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start.0, mapping.end.0);
+    let reason = match fs::File::open(&exact) {
+        Ok(_) => return Ok(exact.into()),
+        Err(reason) => reason,
+    };
+    if !mapping.deleted && mapping.path.starts_with('/') {
+        let seen = PathBuf::from(format!("/proc/{pid}/root{}", mapping.path));
+        if fs::metadata(&seen).is_ok_and(|m| m.ino() == mapping.inode) {
+            return Ok(seen);
+        }
+    }
+    let program = PathBuf::from(format!("/proc/{pid}/exe"));
+    if fs::metadata(&program).is_ok_and(|m| m.ino() == mapping.inode) {
+        return Ok(program);
+    }
+    Err(explain(pid, &exact, reason))
+}
+
+/// Whether `pid` is a live 64-bit program of this machine.
+pub fn check_traceable(pid: Pid) -> Result<Status, ProcError> {
+    let status = status(pid)?;
+    if status.tgid != pid {
+        return Err(ProcError::NotLeader { tid: pid, pid: status.tgid });
+    }
+    if status.state == 'Z' || status.state == 'X' {
+        // The first thread may end before the others: then the process lives on.
+        let alive = threads(pid)?
+            .into_iter()
+            .any(|tid| thread_status(pid, tid).is_ok_and(|s| !matches!(s.state, 'Z' | 'X')));
+        return if alive { Ok(status) } else { Err(ProcError::Zombie { pid }) };
+    }
+    if !status.has_memory {
+        return Err(ProcError::KernelThread { pid, comm: status.name });
+    }
+    let path = format!("/proc/{pid}/exe");
+    let mut header = [0u8; 20];
+    fs::File::open(&path)
+        .and_then(|mut file| file.read_exact(&mut header))
+        .map_err(|e| explain(pid, &path, e))?;
+    let machine = u16::from_le_bytes([header[18], header[19]]);
+    match (header[4], machine) {
+        (2, 62) => Ok(status),
+        (1, _) => Err(ProcError::ThirtyTwoBit { pid }),
+        _ => Err(ProcError::OtherMachine { pid, machine }),
+    }
+}
+
+fn read_text(pid: Pid, file: &str) -> Result<String, ProcError> {
+    let path = format!("/proc/{pid}/{file}");
+    let bytes = fs::read(&path).map_err(|e| explain(pid, &path, e))?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
+}
+
+fn explain(pid: Pid, path: &str, reason: io::Error) -> ProcError {
+    match reason.raw_os_error() {
+        Some(libc::ENOENT | libc::ESRCH) if !fs::exists(format!("/proc/{pid}")).unwrap_or(true) => {
+            ProcError::NotFound { pid }
+        }
+        Some(libc::EACCES | libc::EPERM) => {
+            ProcError::Denied { pid, path: path.to_owned(), reason }
+        }
+        _ => ProcError::Read { path: path.to_owned(), reason },
+    }
+}
+
+fn parse_status(text: &str) -> Option<Status> {
+    let field = |name: &str| {
+        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+    };
+    let set = |name| u64::from_str_radix(field(name)?, 16).ok().map(SignalSet);
+    let count = |name| field(name).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+    let mut uids = [0; 4];
+    for (uid, word) in uids.iter_mut().zip(field("Uid")?.split_whitespace()) {
+        *uid = word.parse().ok()?;
+    }
+    Some(Status {
+        name: field("Name")?.to_owned(),
+        state: field("State")?.chars().next()?,
+        tgid: field("Tgid")?.parse().ok()?,
+        tracer_tid: field("TracerPid")?.parse().ok()?,
+        uids,
+        ns_pids: field("NSpid")
+            .map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect())
+            .unwrap_or_default(),
+        pending: set("SigPnd")?,
+        shared_pending: set("ShdPnd")?,
+        blocked: set("SigBlk")?,
+        ignored: set("SigIgn")?,
+        caught: set("SigCgt")?,
+        seccomp: count("Seccomp") != 0,
+        has_memory: field("VmSize").is_some(),
+        switches: count("voluntary_ctxt_switches") + count("nonvoluntary_ctxt_switches"),
+    })
+}
+
+fn parse_whereabouts(text: &str) -> Option<Whereabouts> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+    match words.as_slice() {
+        ["-1", sp, pc] => {
+            Some(Whereabouts::Elsewhere { sp: RemoteAddr(hex(sp)?), pc: RemoteAddr(hex(pc)?) })
+        }
+        [number, first, .., sp, pc] => Some(Whereabouts::Syscall {
+            number: number.parse().ok()?,
+            first_arg: hex(first)?,
+            sp: RemoteAddr(hex(sp)?),
+            pc: RemoteAddr(hex(pc)?),
+        }),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process() {
+        let pid = i32::try_from(std::process::id()).expect("a pid is an i32");
+        let status = check_traceable(pid).expect("we are a 64-bit program");
+        assert_eq!(status.tgid, pid);
+        assert!(threads(pid).expect("we have threads").contains(&pid));
+        let aux = auxv(pid).expect("we have one");
+        let maps = maps(pid).expect("we have mappings");
+        let entry = aux.entry.expect("every program has one");
+        let text = maps.iter().find(|m| m.contains(entry)).expect("the entry is mapped");
+        assert!(text.perms.execute);
+        assert_eq!(text.path, exe(pid).expect("we have one").to_string_lossy());
+        let file = module_file_path(pid, text).expect("our own file");
+        assert_eq!(&fs::read(file).expect("readable")[..4], b"\x7fELF");
+        let vdso = aux.vdso.expect("x86-64 has one");
+        assert!(maps.iter().any(|m| m.start == vdso && m.path == "[vdso]"));
+    }
+
+    #[test]
+    fn what_is_no_process() {
+        let missing = check_traceable(0x3fff_fff0).expect_err("beyond pid_max");
+        assert!(matches!(missing, ProcError::NotFound { .. }), "{missing}");
+        if let Ok(kthreadd) = status(2)
+            && kthreadd.name == "kthreadd"
+        {
+            let refused = check_traceable(2).expect_err("a kernel thread");
+            assert!(matches!(refused, ProcError::KernelThread { .. }), "{refused}");
+        }
+    }
+
+    #[test]
+    fn places() {
+        assert_eq!(parse_whereabouts("running\n"), None);
+        assert_eq!(
+            parse_whereabouts("232 0x5 0x7f 0x1 0xffffffffffffffff 0x0 0x8 0x7ffe10 0x7f20\n"),
+            Some(Whereabouts::Syscall {
+                number: 232,
+                first_arg: 5,
+                sp: RemoteAddr(0x7ffe10),
+                pc: RemoteAddr(0x7f20)
+            })
+        );
+        assert_eq!(
+            parse_whereabouts("-1 0x7ffe10 0x7f20\n"),
+            Some(Whereabouts::Elsewhere { sp: RemoteAddr(0x7ffe10), pc: RemoteAddr(0x7f20) })
+        );
+    }
+}

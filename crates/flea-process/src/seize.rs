@@ -1,0 +1,315 @@
+//! Seizing every thread of a process, and letting go of all of them.
+//!
+//! A thread of ours, the *tracer thread*, does it: ptrace relations belong to threads, and the
+//! kernel lets go of everything when the thread ends, whatever happened to it. Being the
+//! tracer is also the lock between controllers: a process has one tracer at a time, and a dead
+//! owner does not keep it.
+
+use std::io;
+use std::panic::resume_unwind;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
+
+use crate::memory::{Memory, MemoryError};
+use crate::proc::{self, Pid, ProcError, Tid};
+use crate::ptrace;
+use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer};
+
+/// Name of the tracer thread: by it, another flea knows to wait instead of giving up.
+pub const TRACER_THREAD_NAME: &str = "flea-tracer";
+/// How long to wait for another flea.
+const LOCK_PATIENCE: Duration = Duration::from_secs(10);
+/// How long to wait, on leaving, for threads that we have interrupted.
+const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
+/// Each round finds the threads born in the last one that were not born of a seized thread.
+const MOST_ROUNDS: u32 = 1000;
+
+/// Why a process could not be seized. It has not been changed or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum SeizeError {
+    /// It is nothing that can be traced.
+    #[error(transparent)]
+    Process(#[from] ProcError),
+    /// It is this process.
+    #[error("a process cannot trace itself ({pid}); let another process do it")]
+    Itself {
+        /// Its number.
+        pid: Pid,
+    },
+    /// Somebody else traces it.
+    #[error("process {pid} is traced by {comm} (process or thread {tracer_tid}) already, and a process has one tracer at a time; end that one first")]
+    OtherTracer {
+        /// The process.
+        pid: Pid,
+        /// The tracer's thread.
+        tracer_tid: Tid,
+        /// The tracer's name.
+        comm: String,
+    },
+    /// Another flea has held it for longer than we wait.
+    #[error("another flea (thread {tracer_tid}) has been at work on process {pid} for over {waited_ms} ms; try again")]
+    Locked {
+        /// The process.
+        pid: Pid,
+        /// The tracer's thread.
+        tracer_tid: Tid,
+        /// How long we waited.
+        waited_ms: u64,
+    },
+    /// It belongs to somebody else.
+    #[error("process {pid} belongs to user {owner}, and we are user {us}; run as that user or as root")]
+    OtherUser {
+        /// The process.
+        pid: Pid,
+        /// Its user.
+        owner: u32,
+        /// Our user.
+        us: u32,
+    },
+    /// The Yama security module forbids.
+    #[error("kernel.yama.ptrace_scope is {scope}: {}", yama_advice(*.scope))]
+    Yama {
+        /// The process.
+        pid: Pid,
+        /// The setting.
+        scope: u32,
+    },
+    /// It has changed its user, or forbids dumps.
+    #[error("process {pid} has made itself undumpable (it changed its user, has file capabilities, or asked for it by prctl); only root may trace it")]
+    NotDumpable {
+        /// The process.
+        pid: Pid,
+    },
+    /// Refused, for no reason we could find.
+    #[error("the kernel does not let us trace process {pid} ({errno}); in a container, give it the capability SYS_PTRACE, else look at the security module's log")]
+    Denied {
+        /// The process.
+        pid: Pid,
+        /// The kernel's word for it.
+        errno: Errno,
+    },
+    /// It has ended meanwhile.
+    #[error("process {pid} ended while it was being seized")]
+    Gone {
+        /// Its number.
+        pid: Pid,
+    },
+    /// It makes threads faster than they can be found. Never seen.
+    #[error("process {pid} still had unseized threads after {rounds} rounds")]
+    Restless {
+        /// Its number.
+        pid: Pid,
+        /// How often we looked.
+        rounds: u32,
+    },
+    /// Its memory cannot be opened.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// We could not start a thread.
+    #[error("starting the tracer thread: {reason}")]
+    Thread {
+        /// The system's word for it.
+        reason: io::Error,
+    },
+}
+
+/// Seizes every thread of process `pid`, runs `work`, and lets go of them again. The target
+/// is not stopped: not to seize it, and not to let go of it. Where another flea is at work
+/// on the same process, waits for it, ten seconds at most.
+///
+/// # Panics
+/// Where `work` does; all threads have been let go of then.
+pub fn seize<R: Send>(
+    pid: Pid,
+    work: impl FnOnce(&mut Tracer) -> R + Send,
+) -> Result<R, SeizeError> {
+    if i32::try_from(std::process::id()) == Ok(pid) {
+        return Err(SeizeError::Itself { pid });
+    }
+    proc::check_traceable(pid)?;
+    let (tracer_tid, outcome) = thread::scope(|scope| {
+        let tracer = thread::Builder::new().name(TRACER_THREAD_NAME.to_owned());
+        let tracer = tracer.spawn_scoped(scope, || {
+            // Ctrl-C and the like are for the other threads: their handlers must not run in
+            // the middle of a patch.
+            let blocked = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
+            debug_assert!(blocked.is_ok(), "the arguments are valid");
+            let seized = attach(pid).map(|mut tracer| {
+                let result = work(&mut tracer);
+                tracer.leave();
+                result
+            });
+            (nix::unistd::gettid().as_raw(), seized)
+        });
+        let tracer = tracer.map_err(|reason| SeizeError::Thread { reason })?;
+        Ok::<_, SeizeError>(tracer.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })?;
+    wait_until_released(pid, tracer_tid);
+    outcome
+}
+
+/// A thread is joined a moment before the kernel lets go of its tracees.
+fn wait_until_released(pid: Pid, tracer_tid: Tid) {
+    let until = Instant::now() + LEAVE_PATIENCE;
+    let mut pace = Pace::default();
+    while Instant::now() < until
+        && proc::status(pid).is_ok_and(|status| status.tracer_tid == tracer_tid)
+    {
+        pace.rest();
+    }
+}
+
+/// Seizes thread after thread, the first one first (it is the lock), until there is none left.
+fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
+    let mut tracer: Option<Tracer> = None;
+    for _ in 0..MOST_ROUNDS {
+        let mut n_new = 0;
+        for tid in proc::threads(pid)? {
+            if tracer.as_ref().is_some_and(|t| t.tasks.contains_key(&tid)) {
+                continue;
+            }
+            if !seize_thread(pid, tid)? {
+                continue;
+            }
+            n_new += 1;
+            if tracer.is_none() {
+                tracer = Some(Tracer::new(pid, Memory::open(tid)?));
+            }
+            if let Some(tracer) = &mut tracer {
+                tracer.tasks.entry(tid).or_insert_with(Task::default);
+            }
+        }
+        let Some(tracer_now) = &mut tracer else { return Err(SeizeError::Gone { pid }) };
+        if tracer_now.pump().is_err() {
+            return Err(SeizeError::Gone { pid });
+        }
+        if n_new == 0 {
+            adopt_vfork_children(tracer_now);
+            return tracer.ok_or(SeizeError::Gone { pid });
+        }
+    }
+    Err(SeizeError::Restless { pid, rounds: MOST_ROUNDS })
+}
+
+/// Whether the thread is ours now; not if it has ended.
+fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
+    let since = Instant::now();
+    loop {
+        let errno = match ptrace::seize(tid, OPTIONS) {
+            Ok(()) => return Ok(true),
+            Err(Errno::ESRCH) => return Ok(false),
+            Err(errno) => errno,
+        };
+        let Ok(status) = proc::thread_status(pid, tid) else { return Ok(false) };
+        if matches!(status.state, 'Z' | 'X') {
+            return Ok(false);
+        }
+        if status.tracer_tid == nix::unistd::gettid().as_raw() {
+            // Born of a thread that is ours.
+            return Ok(true);
+        }
+        if status.tracer_tid == 0 {
+            // Our predecessor may have let go in this very moment.
+            if since.elapsed() < Duration::from_millis(20) {
+                thread::sleep(Duration::from_millis(1));
+                continue;
+            }
+            return Err(explain_refusal(pid, &status, errno));
+        }
+        let tracer_tid = status.tracer_tid;
+        let comm = proc::comm(tracer_tid).unwrap_or_default();
+        if comm != TRACER_THREAD_NAME && comm != "flea" && !comm.is_empty() {
+            return Err(SeizeError::OtherTracer { pid, tracer_tid, comm });
+        }
+        if since.elapsed() > LOCK_PATIENCE {
+            let waited_ms = u64::try_from(LOCK_PATIENCE.as_millis()).unwrap_or(u64::MAX);
+            return Err(SeizeError::Locked { pid, tracer_tid, waited_ms });
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn explain_refusal(pid: Pid, status: &proc::Status, errno: Errno) -> SeizeError {
+    use std::os::unix::fs::MetadataExt;
+    let us = nix::unistd::geteuid().as_raw();
+    let [real, effective, saved, _] = status.uids;
+    if us != 0 && [real, effective, saved] != [us; 3] {
+        let owner = if real == us { effective } else { real };
+        return SeizeError::OtherUser { pid, owner, us };
+    }
+    // The files of an undumpable process belong to root.
+    let files_owner = std::fs::metadata(format!("/proc/{pid}")).map(|m| m.uid());
+    if us != 0 && files_owner.is_ok_and(|owner| owner != us) {
+        return SeizeError::NotDumpable { pid };
+    }
+    let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
+        .ok()
+        .and_then(|text| text.trim().parse().ok());
+    match scope {
+        Some(scope @ 1..) => SeizeError::Yama { pid, scope },
+        _ => SeizeError::Denied { pid, errno },
+    }
+}
+
+fn yama_advice(scope: u32) -> &'static str {
+    match scope {
+        1 => {
+            "only own children may be traced; start the program with `-- COMMAND`, run as \
+             root, or set it to 0 (sysctl kernel.yama.ptrace_scope=0)"
+        }
+        2 => "only root may trace; run as root or set it to 0 or 1",
+        _ => "nobody may trace, and that cannot be changed without a reboot",
+    }
+}
+
+/// A vfork child runs in the target's memory, and would die of a breakpoint that nobody
+/// answers. One that was born before we came is found by its parent, which sleeps in vfork.
+fn adopt_vfork_children(tracer: &mut Tracer) {
+    let pid = tracer.pid;
+    for tid in tracer.threads() {
+        let proc::Whereabouts::Syscall { number, .. } = proc::whereabouts(pid, tid) else {
+            continue;
+        };
+        if !crate::x86_64::is_fork(number) {
+            continue;
+        }
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/children"));
+        for child in children.unwrap_or_default().split_whitespace() {
+            if let Ok(child) = child.parse()
+                && crate::tracer::shares_memory(pid, child)
+                && ptrace::seize(child, OPTIONS).is_ok()
+            {
+                tracer.tasks.insert(child, Task { foreign: true, ..Task::default() });
+            }
+        }
+    }
+}
+
+impl Tracer {
+    /// Before the thread ends and the kernel lets go of everything: no interrupt of ours may
+    /// be on its way, for a thread woken by it and not stopped any more would see `EINTR`.
+    fn leave(&mut self) {
+        // Where closing the window fails, the process has ended.
+        drop(self.disarm());
+        let until = Instant::now() + LEAVE_PATIENCE;
+        let mut pace = Pace::default();
+        loop {
+            let pumped: Result<(), TraceError> = self.pump();
+            let outstanding = self.tasks.values().any(|task| task.interrupted);
+            if pumped.is_err() || !outstanding || Instant::now() > until {
+                break;
+            }
+            self.reap_ended();
+            pace.rest();
+        }
+    }
+}
+
+impl Drop for Tracer {
+    fn drop(&mut self) {
+        self.leave();
+    }
+}

@@ -1,0 +1,308 @@
+//! Where the threads are: instruction pointers and words on stacks.
+//!
+//! Before bytes *inside* a replaced sequence are overwritten, or code is freed, it must be
+//! known that no thread stands there, and that none will come back there: not by a return
+//! address, and not from a signal handler, whose frame holds the interrupted `rip`.
+//!
+//! # One thread is looked at as one instant
+//!
+//! Registers and stack must be of the same moment, else a thread could leave a signal handler
+//! between the two looks and be missed by both.
+//! 1. A *running* thread is stopped, its registers and stack read, and resumed.
+//! 2. A *sleeping* thread is left alone. What was read counts only if the thread has not been
+//!    on a CPU meanwhile (the count of its context switches, and its place, are unchanged);
+//!    else it is looked at again, and in the end stopped.
+//! 3. A thread that wakes after it was found clean can get into the range only by its first
+//!    instruction, and that is a breakpoint by then.
+//!
+//! The search is conservative: any word that looks like an address in the range counts. It
+//! does not see the stacks of coroutines that no thread is on.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::time::Duration;
+
+use flea_symbols::addr::RemoteAddr;
+
+use crate::maps::Mapping;
+use crate::memory::Memory;
+use crate::proc::{self, Tid, Whereabouts};
+use crate::ptrace;
+use crate::tracer::{TraceError, Tracer};
+use crate::x86_64::{Registers, SIGNAL_FRAME_RSP_WORDS_BACK, SIGNAL_FRAME_SEGMENTS};
+
+const HALT_PATIENCE: Duration = Duration::from_millis(200);
+const LOOKS_AT_A_SLEEPER: u32 = 3;
+const CHUNK_BYTES: usize = 64 << 10;
+/// Goroutine stacks lie in arenas of 64 MiB; no ordinary stack is larger.
+const DEEPEST_STACK_BYTES: u64 = 64 << 20;
+
+/// A word of a thread that is an address in a range asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct StackWord {
+    /// The thread.
+    pub tid: Tid,
+    /// Where the word is; `None` in a register.
+    pub found_at: Option<RemoteAddr>,
+    /// The address.
+    pub value: RemoteAddr,
+}
+
+/// What to do with a stopped thread: where it is to go on, if not where it is.
+type Mover<'a> = dyn FnMut(Tid, &Registers) -> Option<RemoteAddr> + 'a;
+
+struct Wanted {
+    /// Sorted by start, not overlapping.
+    ranges: Vec<Range<RemoteAddr>>,
+    /// General registers count as well as the instruction pointer.
+    any_register: bool,
+}
+
+impl Wanted {
+    fn new(ranges: &[Range<RemoteAddr>], any_register: bool) -> Self {
+        let mut ranges = ranges.to_vec();
+        ranges.sort_unstable_by_key(|range| range.start);
+        Self { ranges, any_register }
+    }
+
+    fn contains(&self, addr: RemoteAddr) -> bool {
+        let after = self.ranges.partition_point(|range| range.start <= addr);
+        after > 0 && addr < self.ranges[after - 1].end
+    }
+}
+
+impl Tracer {
+    /// Stops each thread that is running, one at a time, and lets `mover` say where it is to
+    /// go on. Sleeping threads are left alone.
+    pub fn interrupt_running(
+        &mut self,
+        mut mover: impl FnMut(Tid, &Registers) -> Option<RemoteAddr>,
+    ) -> Result<(), TraceError> {
+        self.pump()?;
+        for tid in self.threads() {
+            if self.whereabouts(tid) == Whereabouts::Running {
+                self.look_at_stopped(tid, None, &[], &mut mover)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All words in registers and on stacks, of all threads, that point into `ranges`, which
+    /// do not overlap. None: no thread is in there or returns there.
+    pub fn words_on_stacks(
+        &mut self,
+        ranges: &[Range<RemoteAddr>],
+    ) -> Result<Vec<StackWord>, TraceError> {
+        self.survey(&Wanted::new(ranges, true), &mut |_, _| None)
+    }
+
+    /// Moves every thread that stands at the first address of a pair to the second one, and
+    /// returns what still points to one of the first: frames of signal handlers.
+    pub fn evacuate(
+        &mut self,
+        moves: &[(RemoteAddr, RemoteAddr)],
+    ) -> Result<Vec<StackWord>, TraceError> {
+        let mut moves = moves.to_vec();
+        moves.sort_unstable();
+        let ranges: Vec<_> = moves.iter().map(|&(from, _)| from..from.offset(1)).collect();
+        self.survey(&Wanted::new(&ranges, false), &mut |_, registers| {
+            let at = moves.binary_search_by_key(&registers.pc(), |&(from, _)| from).ok()?;
+            Some(moves[at].1)
+        })
+    }
+
+    fn survey(
+        &mut self,
+        wanted: &Wanted,
+        mover: &mut Mover<'_>,
+    ) -> Result<Vec<StackWord>, TraceError> {
+        self.pump()?;
+        let mut maps = proc::maps(self.pid)?;
+        let mut found = Vec::new();
+        let mut seen = BTreeSet::new();
+        // Threads born while we look are looked at as well; a new one's stack is its parent's
+        // doing, and its parent may have been looked at before it was born.
+        while let Some(tid) = self.threads().into_iter().find(|&tid| seen.insert(tid)) {
+            found.extend(self.look_at(tid, wanted, &mut maps, mover)?);
+        }
+        for child in self.held.clone() {
+            if let (Ok(registers), Ok(memory)) = (ptrace::registers(child), Memory::open(child)) {
+                found.extend(search(child, &memory, &maps, &registers, wanted));
+            }
+        }
+        Ok(found)
+    }
+
+    fn look_at(
+        &mut self,
+        tid: Tid,
+        wanted: &Wanted,
+        maps: &mut Vec<Mapping>,
+        mover: &mut Mover<'_>,
+    ) -> Result<Vec<StackWord>, TraceError> {
+        for _ in 0..LOOKS_AT_A_SLEEPER {
+            let before = self.whereabouts(tid);
+            let (Whereabouts::Syscall { sp, pc, .. } | Whereabouts::Elsewhere { sp, pc }) = before
+            else {
+                if before == Whereabouts::Gone {
+                    return Ok(Vec::new());
+                }
+                break;
+            };
+            if wanted.contains(pc) {
+                // Stopped by SIGSTOP, perhaps, or in a page fault: it has to be moved.
+                break;
+            }
+            let Ok(status) = proc::thread_status(self.pid, tid) else { return Ok(Vec::new()) };
+            if !maps.iter().any(|m| m.contains(sp)) {
+                *maps = proc::maps(self.pid)?;
+            }
+            let found = search_stack(tid, &self.memory, maps, sp, wanted);
+            let unmoved = proc::thread_status(self.pid, tid)
+                .is_ok_and(|later| later.switches == status.switches);
+            if unmoved && self.whereabouts(tid) == before {
+                return Ok(found);
+            }
+        }
+        self.look_at_stopped(tid, Some(wanted), maps, mover)
+    }
+
+    fn look_at_stopped(
+        &mut self,
+        tid: Tid,
+        wanted: Option<&Wanted>,
+        maps: &[Mapping],
+        mover: &mut Mover<'_>,
+    ) -> Result<Vec<StackWord>, TraceError> {
+        let stop = match self.halt_past_trap(tid, HALT_PATIENCE) {
+            Ok(Some(stop)) => stop,
+            Ok(None) => return Ok(Vec::new()),
+            Err(TraceError::Stuck { .. }) => return Ok(self.look_at_stuck(tid, wanted, maps)),
+            Err(error) => return Err(error),
+        };
+        let mut registers = self.still_there(tid, "reading registers", ptrace::registers(tid))?;
+        if let Some(now) = registers
+            && let Some(goes_to) = mover(tid, &now)
+        {
+            let moved = now.with_pc(goes_to);
+            let set = ptrace::set_registers(tid, &moved);
+            registers = self.still_there(tid, "setting registers", set)?.map(|()| moved);
+        }
+        let mut found = Vec::new();
+        if let (Some(registers), Some(wanted)) = (registers, wanted) {
+            if maps.iter().any(|m| m.contains(registers.sp())) {
+                found = search(tid, &self.memory, maps, &registers, wanted);
+            } else {
+                let fresh = proc::maps(self.pid)?;
+                found = search(tid, &self.memory, &fresh, &registers, wanted);
+            }
+        }
+        self.unhalt(tid, stop)?;
+        Ok(found)
+    }
+
+    /// A thread asleep in a page fault or in vfork: it is where it is until that is over.
+    fn look_at_stuck(
+        &self,
+        tid: Tid,
+        wanted: Option<&Wanted>,
+        maps: &[Mapping],
+    ) -> Vec<StackWord> {
+        let (Whereabouts::Syscall { sp, pc, .. } | Whereabouts::Elsewhere { sp, pc }) =
+            self.whereabouts(tid)
+        else {
+            return Vec::new();
+        };
+        let Some(wanted) = wanted else { return Vec::new() };
+        let mut found = search_stack(tid, &self.memory, maps, sp, wanted);
+        if wanted.contains(pc) {
+            found.push(StackWord { tid, found_at: None, value: pc });
+        }
+        found
+    }
+}
+
+fn search(
+    tid: Tid,
+    memory: &Memory,
+    maps: &[Mapping],
+    registers: &Registers,
+    wanted: &Wanted,
+) -> Vec<StackWord> {
+    let words = registers.words();
+    let searched = if wanted.any_register { &words[..] } else { &words[..1] };
+    let mut found: Vec<StackWord> = searched
+        .iter()
+        .map(|&word| RemoteAddr(word))
+        .filter(|&value| wanted.contains(value))
+        .map(|value| StackWord { tid, found_at: None, value })
+        .collect();
+    found.extend(search_stack(tid, memory, maps, registers.sp(), wanted));
+    found
+}
+
+/// Searches from `sp` to the end of its mapping; and, where that is a signal's alternate
+/// stack, the stack that was interrupted, by the stack pointer in the signal's frame.
+fn search_stack(
+    tid: Tid,
+    memory: &Memory,
+    maps: &[Mapping],
+    sp: RemoteAddr,
+    wanted: &Wanted,
+) -> Vec<StackWord> {
+    let mut found = Vec::new();
+    let mut to_search = vec![sp];
+    let mut searched = BTreeSet::new();
+    while let Some(sp) = to_search.pop() {
+        let Some(stack) = maps.iter().find(|m| m.contains(sp)) else { continue };
+        if !searched.insert(stack.start) {
+            continue;
+        }
+        let start = sp.0 & !7;
+        let end = stack.end.0.min(start.saturating_add(DEEPEST_STACK_BYTES));
+        let mut recent = [0u64; SIGNAL_FRAME_RSP_WORDS_BACK];
+        for_each_word(memory, start, end, |at, word| {
+            if wanted.contains(RemoteAddr(word)) {
+                let found_at = Some(RemoteAddr(at));
+                found.push(StackWord { tid, found_at, value: RemoteAddr(word) });
+            }
+            if word == SIGNAL_FRAME_SEGMENTS {
+                to_search.push(RemoteAddr(recent[0]));
+            }
+            recent.rotate_left(1);
+            recent[SIGNAL_FRAME_RSP_WORDS_BACK - 1] = word;
+        });
+    }
+    found
+}
+
+fn for_each_word(memory: &Memory, start: u64, end: u64, mut visit: impl FnMut(u64, u64)) {
+    let mut chunk = vec![0u8; CHUNK_BYTES];
+    let mut at = start;
+    while at < end {
+        let wanted = usize::try_from(end - at).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
+        let n_read = memory.read_prefix(RemoteAddr(at), &mut chunk[..wanted]);
+        for (i, bytes) in (0u64..).zip(chunk[..n_read].chunks_exact(8)) {
+            let word = bytes.iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte));
+            visit(at + 8 * i, word);
+        }
+        if n_read < wanted {
+            return;
+        }
+        at += wanted as u64;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_asked_for() {
+        let range = |a, b| RemoteAddr(a)..RemoteAddr(b);
+        let wanted = Wanted::new(&[range(40, 50), range(10, 20)], false);
+        let inside: Vec<u64> =
+            (0..60).filter(|&addr| wanted.contains(RemoteAddr(addr))).collect();
+        assert_eq!(inside, (10..20).chain(40..50).collect::<Vec<_>>());
+    }
+}

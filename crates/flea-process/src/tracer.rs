@@ -1,0 +1,493 @@
+//! The tracer: every thread of one process, seized, and the pump that answers their stops.
+//!
+//! Seized threads run on as if nobody watched. Some things still stop them for the tracer
+//! (a signal to be delivered, the birth of a thread, one of our breakpoints) and each of those
+//! is answered here at once, so that the target sees what it would have seen without us.
+//! Nothing in this file decides *when* to stop a thread: see `remote`, `survey`, `window`.
+//!
+//! # What a traced thread would notice, and how it does not
+//!
+//! 1. *Ignored signals.* For an untraced process they are dropped when sent. For a traced one
+//!    they wake the thread and stop it; a system call that answers signals with `EINTR` itself
+//!    (epoll_wait, semop, sigtimedwait) has given up by then. It is rewound.
+//! 2. *PTRACE_INTERRUPT* wakes a sleeping thread in the same way; the same is done. Not where
+//!    a signal is pending as well: then `EINTR` is the truth.
+//! 3. A signal with a handler that arrives after a rewinding and before the system call has
+//!    begun again: the rewinding is undone, for a program may rely on the `EINTR`.
+//! 4. Each stop is followed by exactly what the kernel would have done: the same signal, the
+//!    group stop kept up by PTRACE_LISTEN.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::marker::PhantomData;
+use std::time::{Duration, Instant};
+
+use flea_symbols::addr::RemoteAddr;
+use nix::errno::Errno;
+
+use crate::memory::{Memory, MemoryError};
+use crate::proc::{self, Pid, ProcError, SignalSet, Tid};
+use crate::ptrace::{self, Stop, Whose};
+use crate::traps::TrapTable;
+use crate::window::{SigtrapAction, SyncMethod};
+use crate::x86_64::Registers;
+
+/// What every thread is seized with. No PTRACE_O_EXITKILL: if we die, the target lives.
+pub(crate) const OPTIONS: i32 = libc::PTRACE_O_TRACECLONE
+    | libc::PTRACE_O_TRACEFORK
+    | libc::PTRACE_O_TRACEVFORK
+    | libc::PTRACE_O_TRACEEXEC
+    | libc::PTRACE_O_TRACESYSGOOD;
+
+/// Why an operation on the seized process failed.
+#[derive(Debug, thiserror::Error)]
+pub enum TraceError {
+    /// It has ended.
+    #[error("process {pid} has ended")]
+    Gone {
+        /// Its number.
+        pid: Pid,
+    },
+    /// It runs another program now; nothing that was known of it holds any more.
+    #[error("process {pid} has replaced its program by exec")]
+    Execed {
+        /// Its number.
+        pid: Pid,
+    },
+    /// The kernel refused.
+    #[error("{request} of thread {tid} failed: {errno}")]
+    Ptrace {
+        /// What was asked.
+        request: &'static str,
+        /// Of which thread.
+        tid: Tid,
+        /// The kernel's word for it.
+        errno: Errno,
+    },
+    /// A thread did not come to a stop.
+    #[error("thread {tid} did not stop within {waited_ms} ms (it sleeps uninterruptibly)")]
+    Stuck {
+        /// The thread.
+        tid: Tid,
+        /// How long we waited.
+        waited_ms: u64,
+    },
+    /// Its memory could not be read or written.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// /proc could not be read.
+    #[error(transparent)]
+    Proc(#[from] ProcError),
+}
+
+/// What has happened since the process was seized. For reports and tests.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TracerCounts {
+    /// Threads that ran into one of our breakpoints.
+    pub traps: u64,
+    /// Of those, threads that had SIGTRAP blocked.
+    pub traps_blocked: u64,
+    /// Times that SIGTRAP's disposition was put back.
+    pub dispositions_restored: u64,
+    /// Signals handed on.
+    pub signals: u64,
+    /// System calls that we made in the target.
+    pub remote_syscalls: u64,
+    /// System calls of the target that would have shown `EINTR`.
+    pub rewound: u64,
+    /// Threads born.
+    pub births: u64,
+    /// Threads interrupted.
+    pub interrupts: u64,
+}
+
+/// One seized thread.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Task {
+    /// A PTRACE_INTERRUPT has been sent and no stop seen since.
+    pub(crate) interrupted: bool,
+    /// Its signal mask when we last knew it.
+    pub(crate) mask: SignalSet,
+    /// The registers it was rewound to, until it is seen elsewhere.
+    pub(crate) rewound: Option<Registers>,
+    /// Runs in the target's memory but is a process of its own (a vfork child).
+    pub(crate) foreign: bool,
+}
+
+/// A process whose every thread is seized by the present thread. Obtained from
+/// [`crate::seize`] only.
+#[derive(Debug)]
+pub struct Tracer {
+    pub(crate) pid: Pid,
+    pub(crate) memory: Memory,
+    pub(crate) tasks: BTreeMap<Tid, Task>,
+    /// Children announced by their parent that have not shown up yet.
+    pub(crate) expected: BTreeSet<Tid>,
+    /// Forked children with memory of their own, stopped before their first instruction.
+    pub(crate) held: BTreeSet<Pid>,
+    pub(crate) traps: TrapTable,
+    /// What has been written to text since the window opened: (address, bytes).
+    pub(crate) text_log: BTreeMap<RemoteAddr, usize>,
+    pub(crate) sigtrap: SigtrapAction,
+    pub(crate) sync: SyncMethod,
+    pub(crate) syscall_insn: Option<RemoteAddr>,
+    pub(crate) execed: bool,
+    /// Signals that came for a borrowed thread and could not be blocked.
+    pub(crate) postponed: Vec<(Tid, i32)>,
+    pub(crate) writes: usize,
+    pub(crate) counts: TracerCounts,
+    /// ptrace belongs to a thread: a tracer must not move to another.
+    _not_send: PhantomData<*const ()>,
+}
+
+impl Tracer {
+    pub(crate) fn new(pid: Pid, memory: Memory) -> Self {
+        Self {
+            pid,
+            memory,
+            tasks: BTreeMap::new(),
+            expected: BTreeSet::new(),
+            held: BTreeSet::new(),
+            traps: TrapTable::default(),
+            text_log: BTreeMap::new(),
+            sigtrap: SigtrapAction::default(),
+            sync: SyncMethod::default(),
+            syscall_insn: None,
+            execed: false,
+            postponed: Vec::new(),
+            writes: 0,
+            counts: TracerCounts::default(),
+            _not_send: PhantomData,
+        }
+    }
+
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Its memory.
+    #[must_use]
+    pub fn memory(&self) -> &Memory {
+        &self.memory
+    }
+
+    /// Its threads, as far as known.
+    #[must_use]
+    pub fn threads(&self) -> Vec<Tid> {
+        self.tasks.keys().copied().collect()
+    }
+
+    /// What has happened so far.
+    #[must_use]
+    pub fn counts(&self) -> TracerCounts {
+        self.counts
+    }
+
+    /// Answers every stop that has happened. Whoever keeps a process seized for longer than a
+    /// millisecond calls this in between; [`Tracer::wait_a_moment`] does.
+    pub fn pump(&mut self) -> Result<(), TraceError> {
+        // Bounded: a hot thread at a breakpoint could keep us here for ever.
+        for _ in 0..256 {
+            let Some((tid, stop)) = self.poll(Whose::Any)? else { break };
+            self.answer(tid, stop)?;
+        }
+        self.check_alive()
+    }
+
+    /// Lets the target run for `duration` while its stops are answered.
+    pub fn wait_a_moment(&mut self, duration: Duration) -> Result<(), TraceError> {
+        let until = Instant::now() + duration;
+        let mut pace = Pace::default();
+        while Instant::now() < until {
+            self.pump()?;
+            self.reap_ended();
+            pace.rest();
+        }
+        Ok(())
+    }
+
+    /// Fails where the program that was seized is no more.
+    pub(crate) fn check_alive(&self) -> Result<(), TraceError> {
+        if self.execed {
+            Err(TraceError::Execed { pid: self.pid })
+        } else if self.tasks.is_empty() {
+            Err(TraceError::Gone { pid: self.pid })
+        } else {
+            Ok(())
+        }
+    }
+
+    pub(crate) fn poll(&self, whose: Whose) -> Result<Option<(Tid, Stop)>, TraceError> {
+        match ptrace::poll_stop(whose) {
+            Ok(stop) => Ok(stop),
+            Err(Errno::ECHILD) => Ok(None),
+            Err(errno) => {
+                Err(TraceError::Ptrace { request: "waiting for a stop", tid: self.pid, errno })
+            }
+        }
+    }
+
+    /// Sorts out the result of a request: a thread may be killed at any instant, stopped or
+    /// not, and then answers ESRCH. That is no error; there is just nothing left to do for it.
+    pub(crate) fn still_there<T>(
+        &mut self,
+        tid: Tid,
+        request: &'static str,
+        result: Result<T, Errno>,
+    ) -> Result<Option<T>, TraceError> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(Errno::ESRCH) => {
+                if ptrace::has_ended(tid) {
+                    self.forget(tid);
+                }
+                Ok(None)
+            }
+            Err(errno) => Err(TraceError::Ptrace { request, tid, errno }),
+        }
+    }
+
+    fn forget(&mut self, tid: Tid) {
+        let foreign = self.tasks.remove(&tid).is_some_and(|task| task.foreign);
+        self.expected.remove(&tid);
+        if !self.held.remove(&tid) && tid != self.pid && !foreign {
+            ptrace::reap(tid);
+        }
+    }
+
+    /// Collects threads that have ended.
+    pub(crate) fn reap_ended(&mut self) {
+        let all: Vec<Tid> =
+            self.tasks.keys().chain(&self.held).chain(&self.expected).copied().collect();
+        for tid in all {
+            if ptrace::has_ended(tid) {
+                self.forget(tid);
+            }
+        }
+    }
+
+    /// The answer to a stop that nobody waits for in particular.
+    pub(crate) fn answer(&mut self, tid: Tid, stop: Stop) -> Result<(), TraceError> {
+        if let Some(task) = self.tasks.get_mut(&tid) {
+            // "Any trap clears pending STOP trap" (ptrace_stop): also one of another kind.
+            task.interrupted = false;
+        } else if !self.held.contains(&tid) && !self.welcome(tid)? {
+            return Ok(());
+        }
+        match stop {
+            Stop::Signal(signal) => self.answer_signal(tid, signal),
+            Stop::Group(_) => {
+                let listened = ptrace::listen(tid);
+                self.still_there(tid, "keeping up the stop", listened).map(drop)
+            }
+            Stop::Interrupted => {
+                self.hide_eintr(tid)?;
+                self.resume(tid, 0)
+            }
+            Stop::Syscall => self.resume(tid, 0),
+            Stop::Event(event) => self.answer_event(tid, event),
+        }
+    }
+
+    /// A thread or process that we have not known: it stands before its first instruction.
+    /// Whether it is to be resumed as one of ours.
+    fn welcome(&mut self, tid: Tid) -> Result<bool, TraceError> {
+        self.expected.remove(&tid);
+        let sibling = std::fs::exists(format!("/proc/{}/task/{tid}", self.pid)).unwrap_or(false);
+        if sibling || shares_memory(self.pid, tid) {
+            let mask = self.still_there(tid, "reading the mask", ptrace::signal_mask(tid))?;
+            let mask = mask.unwrap_or_default();
+            self.tasks.insert(tid, Task { mask, foreign: !sibling, ..Task::default() });
+            self.counts.births += 1;
+            return Ok(true);
+        }
+        // Memory of its own, copied at an instant we do not know: see `window`.
+        if self.traps.is_empty() {
+            self.mirror_text(tid);
+            let detached = ptrace::detach(tid, 0);
+            self.still_there(tid, "letting go of a child", detached)?;
+        } else {
+            self.held.insert(tid);
+        }
+        Ok(false)
+    }
+
+    fn answer_event(&mut self, tid: Tid, event: i32) -> Result<(), TraceError> {
+        match event {
+            libc::PTRACE_EVENT_CLONE | libc::PTRACE_EVENT_FORK | libc::PTRACE_EVENT_VFORK => {
+                let message = ptrace::event_message(tid);
+                if let Some(child) = self.still_there(tid, "reading a birth", message)?
+                    && let Ok(child) = Tid::try_from(child)
+                    && !self.tasks.contains_key(&child)
+                    && !self.held.contains(&child)
+                    && !ptrace::has_ended(child)
+                {
+                    self.expected.insert(child);
+                }
+            }
+            libc::PTRACE_EVENT_EXEC if self.tasks.get(&tid).is_some_and(|task| task.foreign) => {
+                self.tasks.remove(&tid);
+                let detached = ptrace::detach(tid, 0);
+                return self.still_there(tid, "letting go of a child", detached).map(drop);
+            }
+            libc::PTRACE_EVENT_EXEC => {
+                // All other threads are gone, and this one bears the process's number.
+                self.execed = true;
+                self.tasks.retain(|&other, task| other == tid || task.foreign);
+            }
+            _ => {}
+        }
+        self.resume(tid, 0)
+    }
+
+    fn answer_signal(&mut self, tid: Tid, signal: i32) -> Result<(), TraceError> {
+        if signal == libc::SIGTRAP && self.answer_trap(tid)? {
+            return Ok(());
+        }
+        self.counts.signals += 1;
+        let Some(regs) = self.still_there(tid, "reading registers", ptrace::registers(tid))? else {
+            return Ok(());
+        };
+        let ignored = self.is_ignored(signal)?;
+        let rewound = self.tasks.get(&tid).and_then(|task| task.rewound);
+        if ignored && regs.would_show_eintr() {
+            self.rewind(tid, &regs)?;
+        } else if !ignored && rewound.is_some_and(|before| before.rewound() == regs) {
+            // It has not begun again: back to `EINTR`, which this signal is a reason for.
+            let before = rewound.unwrap_or(regs);
+            self.still_there(tid, "setting registers", ptrace::set_registers(tid, &before))?;
+            self.note_rewound(tid, None);
+        }
+        self.resume(tid, signal)
+    }
+
+    /// Rewinds a thread that has just been interrupted by us out of a system call, if it would
+    /// show.
+    pub(crate) fn hide_eintr(&mut self, tid: Tid) -> Result<(), TraceError> {
+        let Some(regs) = self.still_there(tid, "reading registers", ptrace::registers(tid))? else {
+            return Ok(());
+        };
+        if regs.would_show_eintr() && !self.has_deliverable(tid)? {
+            self.rewind(tid, &regs)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn rewind(&mut self, tid: Tid, regs: &Registers) -> Result<(), TraceError> {
+        self.counts.rewound += 1;
+        self.note_rewound(tid, Some(*regs));
+        let set = ptrace::set_registers(tid, &regs.rewound());
+        self.still_there(tid, "setting registers", set).map(drop)
+    }
+
+    pub(crate) fn note_rewound(&mut self, tid: Tid, before: Option<Registers>) {
+        if let Some(task) = self.tasks.get_mut(&tid) {
+            task.rewound = before;
+        }
+    }
+
+    /// Whether a signal is about to be delivered to the thread that will have an effect.
+    pub(crate) fn has_deliverable(&self, tid: Tid) -> Result<bool, TraceError> {
+        let Ok(status) = proc::thread_status(self.process_of(tid), tid) else { return Ok(false) };
+        let set = status.deliverable();
+        Ok((1..=64).any(|signal| set.contains(signal) && !status_ignores(&status, signal)))
+    }
+
+    fn process_of(&self, tid: Tid) -> Pid {
+        if self.tasks.get(&tid).is_some_and(|task| task.foreign) { tid } else { self.pid }
+    }
+
+    fn is_ignored(&self, signal: i32) -> Result<bool, TraceError> {
+        let Some(&tid) = self.tasks.keys().next() else { return Ok(false) };
+        Ok(proc::thread_status(self.process_of(tid), tid)
+            .is_ok_and(|status| status_ignores(&status, signal)))
+    }
+
+    pub(crate) fn resume(&mut self, tid: Tid, signal: i32) -> Result<(), TraceError> {
+        let resumed = ptrace::resume(tid, signal);
+        self.still_there(tid, "resuming", resumed).map(drop)
+    }
+
+    /// Stops one thread with PTRACE_INTERRUPT and returns at its stop; other threads' stops
+    /// are answered meanwhile. `None` where it has ended.
+    pub(crate) fn halt(&mut self, tid: Tid, wait: Duration) -> Result<Option<Stop>, TraceError> {
+        let until = Instant::now() + wait;
+        let mut pace = Pace::default();
+        loop {
+            let outstanding = self.tasks.get(&tid).is_some_and(|task| task.interrupted);
+            if !outstanding {
+                let asked = ptrace::interrupt(tid);
+                if self.still_there(tid, "interrupting", asked)?.is_none() {
+                    return Ok(None);
+                }
+                self.counts.interrupts += 1;
+            }
+            let Some(task) = self.tasks.get_mut(&tid) else { return Ok(None) };
+            task.interrupted = true;
+            match self.poll(Whose::Any)? {
+                Some((who, stop @ (Stop::Interrupted | Stop::Group(_)))) if who == tid => {
+                    if let Some(task) = self.tasks.get_mut(&tid) {
+                        task.interrupted = false;
+                    }
+                    return Ok(Some(stop));
+                }
+                Some((who, stop)) => self.answer(who, stop)?,
+                None if pace.is_slow() && ptrace::has_ended(tid) => {
+                    self.forget(tid);
+                    return Ok(None);
+                }
+                None if Instant::now() > until => {
+                    let waited_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
+                    return Err(TraceError::Stuck { tid, waited_ms });
+                }
+                None => pace.rest(),
+            }
+        }
+    }
+
+    /// Resumes a thread from `halt` as if it had not been stopped.
+    pub(crate) fn unhalt(&mut self, tid: Tid, stop: Stop) -> Result<(), TraceError> {
+        self.answer(tid, stop)
+    }
+}
+
+/// Whether delivering `signal` changes nothing: ignored, or without a handler and of a kind
+/// that is ignored by default.
+fn status_ignores(status: &proc::Status, signal: i32) -> bool {
+    let by_default = matches!(
+        signal,
+        libc::SIGCHLD | libc::SIGURG | libc::SIGWINCH | libc::SIGCONT
+    );
+    status.ignored.contains(signal) || (by_default && !status.caught.contains(signal))
+}
+
+pub(crate) fn shares_memory(a: Pid, b: Pid) -> bool {
+    const KCMP_VM: libc::c_int = 1;
+    // SAFETY: kcmp takes numbers only and changes nothing.
+    let order = unsafe { libc::syscall(libc::SYS_kcmp, a, b, KCMP_VM, 0, 0) };
+    order == 0
+}
+
+/// How long to wait between two looks: first hardly at all, for a thread on a CPU stops within
+/// microseconds; then in growing sleeps, for the machine is not ours.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    rests: u32,
+}
+
+impl Pace {
+    pub(crate) fn rest(&mut self) {
+        self.rests += 1;
+        if self.rests < 40 {
+            std::thread::yield_now();
+        } else {
+            let micros = u64::from(self.rests - 39).min(20) * 25;
+            std::thread::sleep(Duration::from_micros(micros));
+        }
+    }
+
+    pub(crate) fn is_slow(&self) -> bool {
+        self.rests >= 40
+    }
+}

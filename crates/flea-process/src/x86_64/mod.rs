@@ -1,0 +1,128 @@
+//! What is particular to x86-64: registers at a stop, the breakpoint, the system call.
+
+use flea_symbols::addr::RemoteAddr;
+
+/// The breakpoint instruction. A thread that runs into it stands one byte behind it.
+pub(crate) const INT3: u8 = 0xcc;
+/// The system call instruction.
+pub(crate) const SYSCALL: [u8; 2] = [0x0f, 0x05];
+/// A signal frame holds the segment selectors of user code as one word: cs, gs, fs, ss. It
+/// follows rsp, rip and eflags, so it finds the context that a handler interrupted.
+pub(crate) const SIGNAL_FRAME_SEGMENTS: u64 = 0x002b_0000_0000_0033;
+/// Words from [`SIGNAL_FRAME_SEGMENTS`] back to the saved stack pointer.
+pub(crate) const SIGNAL_FRAME_RSP_WORDS_BACK: usize = 3;
+
+/// System calls that make processes: a thread in one of them may be copying the text.
+pub(crate) fn is_fork(number: u64) -> bool {
+    [libc::SYS_clone, libc::SYS_fork, libc::SYS_vfork, libc::SYS_clone3]
+        .iter()
+        .any(|&n| u64::try_from(n) == Ok(number))
+}
+
+/// How well a thread that sleeps in this system call serves for running another one in it.
+/// 0: the kernel restarts it with nothing lost, not even time. 1: restarted by us or with its
+/// timeout started anew.
+pub(crate) fn disturbance(number: u64) -> u32 {
+    const EXACT: [libc::c_long; 14] = [
+        libc::SYS_futex,
+        libc::SYS_nanosleep,
+        libc::SYS_clock_nanosleep,
+        libc::SYS_poll,
+        libc::SYS_ppoll,
+        libc::SYS_select,
+        libc::SYS_pselect6,
+        libc::SYS_pause,
+        libc::SYS_read,
+        libc::SYS_accept,
+        libc::SYS_accept4,
+        libc::SYS_wait4,
+        libc::SYS_waitid,
+        libc::SYS_restart_syscall,
+    ];
+    u32::from(!EXACT.iter().any(|&n| u64::try_from(n) == Ok(number)))
+}
+
+/// The general registers of a stopped thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Registers {
+    raw: libc::user_regs_struct,
+}
+
+impl Registers {
+    pub(crate) fn from_raw(raw: libc::user_regs_struct) -> Self {
+        Self { raw }
+    }
+
+    pub(crate) fn raw(&self) -> &libc::user_regs_struct {
+        &self.raw
+    }
+
+    /// The instruction pointer.
+    #[must_use]
+    pub fn pc(&self) -> RemoteAddr {
+        RemoteAddr(self.raw.rip)
+    }
+
+    /// The stack pointer.
+    #[must_use]
+    pub fn sp(&self) -> RemoteAddr {
+        RemoteAddr(self.raw.rsp)
+    }
+
+    /// The result register.
+    #[must_use]
+    pub fn result(&self) -> u64 {
+        self.raw.rax
+    }
+
+    pub(crate) fn with_pc(mut self, pc: RemoteAddr) -> Self {
+        self.raw.rip = pc.0;
+        self
+    }
+
+    /// The number of the system call that the thread was interrupted in.
+    #[must_use]
+    pub fn interrupted_syscall(&self) -> Option<u64> {
+        i64::try_from(self.raw.orig_rax).is_ok().then_some(self.raw.orig_rax)
+    }
+
+    /// The thread is on its way out of a system call that gave up with `EINTR`: unlike
+    /// ERESTART*, which the kernel acts on itself, the program would see it.
+    pub(crate) fn would_show_eintr(&self) -> bool {
+        self.interrupted_syscall().is_some() && self.raw.rax.cast_signed() == -i64::from(libc::EINTR)
+    }
+
+    /// As if the system call had not begun: the thread stands before its instruction.
+    pub(crate) fn rewound(mut self) -> Self {
+        self.raw.rax = self.raw.orig_rax;
+        self.raw.rip -= SYSCALL.len() as u64;
+        self.raw.orig_rax = u64::MAX;
+        self
+    }
+
+    /// About to run system call `number`, with the instruction at `insn`. Everything else,
+    /// the stack pointer above all, stays.
+    pub(crate) fn calling(mut self, insn: RemoteAddr, number: u64, args: [u64; 6]) -> Self {
+        self.raw.rip = insn.0;
+        self.raw.rax = number;
+        // No restart of an earlier system call may be applied to these registers.
+        self.raw.orig_rax = u64::MAX;
+        let [a, b, c, d, e, f] = args;
+        self.raw.rdi = a;
+        self.raw.rsi = b;
+        self.raw.rdx = c;
+        self.raw.r10 = d;
+        self.raw.r8 = e;
+        self.raw.r9 = f;
+        self
+    }
+
+    /// All sixteen general registers and the instruction pointer, for searching.
+    pub(crate) fn words(&self) -> [u64; 17] {
+        let r = &self.raw;
+        [
+            r.rip, r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rbp, r.rsp, r.r8, r.r9, r.r10,
+            r.r11, r.r12, r.r13, r.r14, r.r15,
+        ]
+    }
+}
