@@ -10,7 +10,7 @@ use flea_object::spec::{MapSpec, Program};
 pub use facts::Verified;
 
 /// What a program is given in `r1`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Context {
     /// `u64 ctx[n_args]`, then the result in the next slot where the kind sees one; `ctx[-1]`
     /// and `ctx[-2]` as in Linux.

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use flea_process::{Memory, Pid, ProcError};
+use flea_process::{Memory, Pid};
 
 use crate::{
     error::{AttachError, RemoteError},
@@ -56,7 +56,8 @@ pub fn everywhere() -> (Vec<AttachedBody>, Vec<RemoteError>) {
         }
         match in_process(pid) {
             Ok(bodies) => found.extend(bodies),
-            Err(RemoteError::Process(ProcError::NoSuchProcess { .. })) => {}
+            // Ended meanwhile.
+            Err(RemoteError::Process(_)) => {}
             Err(error) => unreadable.push(error),
         }
     }

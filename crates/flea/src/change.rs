@@ -116,9 +116,11 @@ impl Change {
         if f.bodies.is_empty() {
             f.patched = f.original[..5].try_into().expect("a site has at least 5 bytes");
             f.skeleton = None;
+            f.calls_original = false;
         } else if let Some(patch) = self.direct_call(f) {
             f.patched = patch;
             f.skeleton = None;
+            f.calls_original = false;
             f.bypass = behind;
             moves = inner_boundaries(f).map(|at| (at, behind)).collect();
         } else {
@@ -158,7 +160,7 @@ impl Change {
     fn place_skeleton(&mut self, f: &mut FunctionState) -> Result<Skeleton, AttachError> {
         let reads: Vec<Reads> = f.bodies.iter().map(|b| unpack_reads(b.reads)).collect();
         let bodies: Vec<SkeletonBody<'_>> =
-            f.bodies.iter().zip(&reads).map(|(b, r)| self.skeleton_body(f, b, r)).collect();
+            f.bodies.iter().zip(&reads).map(|(b, r)| skeleton_body(&self.known_code, f, b, r)).collect();
         let link = |at| {
             flea_image::link_skeleton(&SkeletonRequest {
                 site: f.site,
@@ -196,27 +198,27 @@ impl Change {
             .min_by_key(|next| next.0.abs_diff(site.0))
             .unwrap_or(site)
     }
+}
 
-    fn skeleton_body<'a>(
-        &'a self,
-        f: &FunctionState,
-        b: &BodyState,
-        reads: &'a Reads,
-    ) -> SkeletonBody<'a> {
-        let refer = |placed: Option<Placed>| {
-            placed.map(|p| match self.known_code.get(&p.at) {
-                Some(bytes) if f.bodies.len() <= MAX_INLINE_BODIES => BodyRef::Inline(bytes),
-                _ => BodyRef::Call(p.at),
-            })
-        };
-        SkeletonBody {
-            entry: refer(b.entry),
-            session: refer(b.session),
-            exit: refer(b.exit),
-            reads,
-            frame_offset: b.frame_offset,
-            frame_words: b.frame_words,
-        }
+fn skeleton_body<'a>(
+    known_code: &'a HashMap<RemoteAddr, Vec<u8>>,
+    f: &FunctionState,
+    b: &BodyState,
+    reads: &'a Reads,
+) -> SkeletonBody<'a> {
+    let refer = |placed: Option<Placed>| {
+        placed.map(|p| match known_code.get(&p.at) {
+            Some(bytes) if f.bodies.len() <= MAX_INLINE_BODIES => BodyRef::Inline(bytes),
+            _ => BodyRef::Call(p.at),
+        })
+    };
+    SkeletonBody {
+        entry: refer(b.entry),
+        session: refer(b.session),
+        exit: refer(b.exit),
+        reads,
+        frame_offset: b.frame_offset,
+        frame_words: b.frame_words,
     }
 }
 

@@ -21,6 +21,12 @@ pub enum SessionError {
     /// It may not be traced, or is by somebody else.
     #[error(transparent)]
     Seize(#[from] SeizeError),
+    /// An empty command.
+    #[error("no command was given")]
+    NoCommand,
+    /// A started command could not be ended.
+    #[error("the command that was started cannot be ended: {0}")]
+    Abandon(#[source] std::io::Error),
     /// Its main executable cannot be read.
     #[error(transparent)]
     Module(#[from] Arc<OpenError>),
@@ -91,6 +97,9 @@ pub enum RemoteError {
     /// A system call made in the target.
     #[error("setting up memory in the target: {0}; nothing was attached")]
     Call(#[from] flea_process::RemoteError),
+    /// Tracing it.
+    #[error(transparent)]
+    Trace(#[from] flea_process::TraceError),
     /// The target's memory.
     #[error(transparent)]
     Memory(#[from] flea_process::MemoryError),

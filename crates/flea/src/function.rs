@@ -66,6 +66,12 @@ impl Function {
         })
     }
 
+    /// Its declaration, as C writes it.
+    #[must_use]
+    pub fn signature_text(&self) -> String {
+        self.signature().declaration(&self.name())
+    }
+
     /// Where its entry can be patched, or why it cannot.
     ///
     /// # Errors

@@ -23,7 +23,7 @@ use crate::{
     error::{AttachError, LoadError},
     function::Function,
     link::Link,
-    session::Inner,
+    session::{Inner, lock},
     transaction,
 };
 
@@ -48,6 +48,7 @@ pub(crate) struct Loaded {
     /// The arena's base in the target.
     pub(crate) base: RemoteAddr,
     printk: Option<MapIdx>,
+    printk_reader: Mutex<Option<flea_maps::RingBuf>>,
     verified: Mutex<HashMap<(usize, Context), Arc<Verified>>>,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
 }
@@ -85,6 +86,7 @@ impl Object {
         let n_programs = u32::try_from(spec.programs.len()).expect("an object is far smaller");
         let plan = ArenaPlan::new(&spec.maps, n_programs);
         let (arena, base) = transaction::create_arena(session, &plan, &spec.maps)?;
+        let printk_reader = Mutex::new(printk.and_then(|index| arena.ringbuf(index).ok()));
         Ok(Self {
             inner: Arc::new(Loaded {
                 session: Arc::clone(session),
@@ -93,6 +95,7 @@ impl Object {
                 arena,
                 base,
                 printk,
+                printk_reader,
                 verified: Mutex::default(),
                 attached: Mutex::default(),
             }),
@@ -119,9 +122,9 @@ impl Object {
 
     /// The map with this name.
     #[must_use]
-    pub fn map(&self, name: &str) -> Option<crate::Map<'_>> {
+    pub fn map(&self, name: &str) -> Option<flea_maps::Map> {
         let index = self.inner.spec.maps.iter().position(|m| m.name == name)?;
-        Some(self.inner.arena.map(index))
+        self.inner.arena.map_at(map_idx(index)).ok()
     }
 
     /// Attaches all of `attachments` or none. Several programs on one function become one
@@ -142,8 +145,9 @@ impl Object {
 
     /// What the programs wrote with `bpf_printk` since the last call, a line each.
     pub fn printk(&self, mut line: impl FnMut(&str)) {
-        if let Some(map) = self.inner.printk {
-            self.inner.arena.map(map.0 as usize).poll(|bytes| {
+        let mut reader = lock(&self.inner.printk_reader);
+        if let Some(ring) = reader.as_mut() {
+            ring.poll(|bytes| {
                 line(String::from_utf8_lossy(bytes).trim_end_matches(['\0', '\n']));
             });
         }
@@ -164,12 +168,13 @@ impl Object {
     pub fn lost(&self) -> u64 {
         let maps = self.inner.spec.maps.iter().enumerate();
         maps.filter(|(_, m)| m.kind == MapKind::RingBuf)
-            .map(|(i, _)| self.inner.arena.map(i).lost())
+            .filter_map(|(i, _)| self.inner.arena.ringbuf(map_idx(i)).ok())
+            .map(|ring| ring.lost())
             .sum()
     }
 
     pub(crate) fn release(&self, keys: &[(usize, RemoteAddr)]) {
-        let mut attached = self.inner.attached.lock().unwrap_or_else(|e| e.into_inner());
+        let mut attached = lock(&self.inner.attached);
         for key in keys {
             attached.remove(key);
         }
@@ -180,7 +185,7 @@ impl Object {
         keys: &[(usize, RemoteAddr)],
         attachments: &[Attachment],
     ) -> Result<(), AttachError> {
-        let mut attached = self.inner.attached.lock().unwrap_or_else(|e| e.into_inner());
+        let mut attached = lock(&self.inner.attached);
         for (i, (key, attachment)) in keys.iter().zip(attachments).enumerate() {
             if attached.contains(key) || keys[..i].contains(key) {
                 return Err(AttachError::Twice {
@@ -285,7 +290,7 @@ impl Program {
         let context = context(signature, self.kind());
         let loaded = &self.object.inner;
         let key = (self.index, context);
-        if let Some(known) = loaded.verified.lock().unwrap_or_else(|e| e.into_inner()).get(&key)
+        if let Some(known) = lock(&loaded.verified).get(&key)
         {
             return Ok(Arc::clone(known));
         }
@@ -296,7 +301,7 @@ impl Program {
                 function: function.name(),
                 rejection: Box::new(rejection),
             })?;
-        let mut cache = loaded.verified.lock().unwrap_or_else(|e| e.into_inner());
+        let mut cache = lock(&loaded.verified);
         Ok(Arc::clone(cache.entry(key).or_insert(verified)))
     }
 
@@ -361,6 +366,10 @@ impl Drop for Loaded {
     fn drop(&mut self) {
         transaction::release_arena(&self.session, self.base);
     }
+}
+
+fn map_idx(index: usize) -> MapIdx {
+    MapIdx(u32::try_from(index).expect("an object has far fewer maps"))
 }
 
 fn context(signature: &Signature, kind: ProgramKind) -> Context {

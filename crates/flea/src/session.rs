@@ -2,11 +2,12 @@
 
 use std::{
     ffi::OsString,
-    sync::{Arc, Mutex, OnceLock},
+    process::Command,
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
 };
 
-use flea_process::{Exit, Pid, Spawned};
-use flea_symbols::addr::RemoteAddr;
+use flea_process::{Exit, Memory, Pid, Spawned};
+use flea_symbols::addr::{RemoteAddr, Svma};
 
 use crate::{
     error::{FindError, LoadError, SessionError},
@@ -16,8 +17,8 @@ use crate::{
     vdso,
 };
 
-/// A process that programs can be attached to. Cheap to clone; the process is let go when
-/// the last clone, object and link is dropped.
+/// A process that programs can be attached to. Cheap to clone. Dropping it does nothing to
+/// the process; links take their programs off when they are dropped.
 #[derive(Clone)]
 pub struct Session {
     inner: Arc<Inner>,
@@ -26,18 +27,260 @@ pub struct Session {
 /// What a session's parts share.
 pub(crate) struct Inner {
     pid: Pid,
-    /// A command that was started, and how it stands.
     child: Mutex<Option<Child>>,
     modules: Mutex<Vec<Arc<Module>>>,
     vdso_clock: OnceLock<Option<RemoteAddr>>,
 }
 
 /// A started command.
-enum Child {
+struct Child {
+    spawned: Spawned,
+    state: ChildState,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ChildState {
     /// Waits before its first own instruction.
-    Held(Spawned),
-    /// Runs.
-    Running(Spawned),
-    /// Has ended.
+    Held,
+    Running,
     Ended(Exit),
+}
+
+impl Session {
+    /// A session with a running process. Nothing is done to it yet.
+    ///
+    /// # Errors
+    /// No such process, a kernel thread, a 32-bit program, or no right to trace it.
+    pub fn attach(pid: Pid) -> Result<Self, SessionError> {
+        flea_process::check_traceable(pid)?;
+        let session = Self::new(pid, None);
+        // Seizing stops nothing, and tells now what a later attach would fail for.
+        flea_process::seize(pid, |_| ())?;
+        session.refresh()?;
+        Ok(session)
+    }
+
+    /// Starts `command` (program and arguments). It waits where its shared libraries have
+    /// been loaded and none of its own code, constructors included, has run;
+    /// [`Session::resume`] lets it go on.
+    ///
+    /// # Errors
+    /// The command cannot be executed, or it ended before it got there.
+    pub fn spawn(command: &[OsString]) -> Result<Self, SessionError> {
+        let (program, args) = command.split_first().ok_or(SessionError::NoCommand)?;
+        let mut command = Command::new(program);
+        command.args(args);
+        let mut spawned = flea_process::spawn(command)?;
+        let pid = spawned.pid();
+        if let Err(error) = flea_process::check_traceable(pid).map_err(SessionError::from)
+            .and_then(|_| run_to_start(&mut spawned))
+        {
+            // It has not run; its parent ends it.
+            let _ = spawned.child_mut().kill();
+            let _ = spawned.child_mut().wait();
+            return Err(error);
+        }
+        let session = Self::new(pid, Some(Child { spawned, state: ChildState::Held }));
+        session.refresh()?;
+        Ok(session)
+    }
+
+    fn new(pid: Pid, child: Option<Child>) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                pid,
+                child: Mutex::new(child),
+                modules: Mutex::default(),
+                vdso_clock: OnceLock::new(),
+            }),
+        }
+    }
+
+    /// The process.
+    #[must_use]
+    pub fn pid(&self) -> Pid {
+        self.inner.pid
+    }
+
+    /// Reads again which modules are loaded: after the target has loaded a library.
+    ///
+    /// # Errors
+    /// The process has ended, or its main executable cannot be read.
+    pub fn refresh(&self) -> Result<(), SessionError> {
+        let modules = modules::list(self.inner.pid)?;
+        if let Some(main) = modules.iter().find(|m| m.is_main()) {
+            main.with_symbols(|_| ())?;
+        }
+        *lock(&self.inner.modules) = modules;
+        Ok(())
+    }
+
+    /// The functions that `pattern` (`[MODULE:]FUNCTION`, with `*` and `?`) names. Without a
+    /// module it means the main executable, and any loaded module where nothing there
+    /// matches.
+    ///
+    /// # Errors
+    /// Nothing matches: the error offers the nearest names.
+    pub fn find(&self, pattern: &str) -> Result<Vec<Function>, FindError> {
+        let modules = lock(&self.inner.modules).clone();
+        function::find(&modules, pattern)
+    }
+
+    /// Loads an object: its maps come to life in memory that this process and the target
+    /// share.
+    ///
+    /// # Errors
+    /// Memory in the target cannot be set up.
+    pub fn load(&self, object: flea_object::spec::Object) -> Result<Object, LoadError> {
+        Object::load(&self.inner, object)
+    }
+
+    /// Lets a started command run; does nothing for others.
+    ///
+    /// # Errors
+    /// It cannot be signalled.
+    pub fn resume(&self) -> Result<(), SessionError> {
+        if let Some(child) = lock(&self.inner.child).as_mut()
+            && child.state == ChildState::Held
+        {
+            child.spawned.release()?;
+            child.state = ChildState::Running;
+        }
+        Ok(())
+    }
+
+    /// How a started command ended, if it has; `None` for a process that was not started
+    /// here.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn try_wait(&self) -> Result<Option<Exit>, SessionError> {
+        let mut child = lock(&self.inner.child);
+        let Some(child) = child.as_mut() else { return Ok(None) };
+        if let ChildState::Ended(exit) = child.state {
+            return Ok(Some(exit));
+        }
+        let exit = child.spawned.try_wait()?;
+        if let Some(exit) = exit {
+            child.state = ChildState::Ended(exit);
+        }
+        Ok(exit)
+    }
+
+    /// Waits until a started command has ended, and says how; `None` at once for a process
+    /// that was not started here.
+    ///
+    /// # Errors
+    /// It cannot be waited for.
+    pub fn wait(&self) -> Result<Option<Exit>, SessionError> {
+        let mut child = lock(&self.inner.child);
+        let Some(child) = child.as_mut() else { return Ok(None) };
+        if let ChildState::Ended(exit) = child.state {
+            return Ok(Some(exit));
+        }
+        let exit = child.spawned.wait()?;
+        child.state = ChildState::Ended(exit);
+        Ok(Some(exit))
+    }
+
+    /// Ends a command that was started and never resumed. Nothing of it has run.
+    ///
+    /// # Errors
+    /// It cannot be ended.
+    pub fn abandon(&self) -> Result<(), SessionError> {
+        if let Some(child) = lock(&self.inner.child).as_mut()
+            && child.state == ChildState::Held
+        {
+            let process = child.spawned.child_mut();
+            process.kill().and_then(|()| process.wait()).map_err(SessionError::Abandon)?;
+            child.state = ChildState::Ended(Exit::Signal(libc::SIGKILL));
+        }
+        Ok(())
+    }
+
+    /// Whether the process still runs.
+    #[must_use]
+    pub fn is_alive(&self) -> bool {
+        !self.inner.has_ended()
+    }
+}
+
+impl Inner {
+    pub(crate) fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        flea_process::check_traceable(self.pid).is_err()
+    }
+
+    pub(crate) fn vdso_clock_gettime(&self) -> Option<RemoteAddr> {
+        *self.vdso_clock.get_or_init(|| vdso::clock_gettime(self.pid))
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        // A command that was started for this session and never let run is of no use to
+        // anybody, and would stay stopped for ever.
+        if let Some(mut child) = lock(&self.child).take()
+            && child.state == ChildState::Held
+        {
+            let process = child.spawned.child_mut();
+            let _ = process.kill();
+            let _ = process.wait();
+        }
+    }
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// `r_state` in the loader's `struct r_debug` (<link.h>).
+const R_STATE_OFFSET: i64 = 24;
+/// `RT_CONSISTENT`
+const CONSISTENT: u8 = 0;
+
+/// Runs a fresh process to where its libraries are loaded and relocated and no constructor
+/// has run: the loader tells debuggers so by calling `_dl_debug_state`. Where there is no
+/// loader, or one that does not, to its entry point.
+fn run_to_start(spawned: &mut Spawned) -> Result<(), SessionError> {
+    let pid = spawned.pid();
+    let auxv = flea_process::auxv(pid)?;
+    if let Some(loader) = auxv.base.filter(|base| base.0 != 0)
+        && let Some((notify, r_debug)) = loader_hook(pid, loader)?
+    {
+        // musl does not export `_r_debug`; it calls the hook once, when all is loaded.
+        let consistent = move |memory: &Memory| {
+            r_debug.is_none_or(|at| {
+                let mut state = [0xff];
+                memory.read(at.offset(R_STATE_OFFSET), &mut state).is_ok() && state[0] == CONSISTENT
+            })
+        };
+        return Ok(spawned.run_until(notify, consistent)?);
+    }
+    let Some(entry) = auxv.entry.filter(|_| auxv.base.is_some_and(|base| base.0 != 0)) else {
+        // A static program stands at its entry point already.
+        return Ok(());
+    };
+    Ok(spawned.run_until(entry, |_| true)?)
+}
+
+/// Addresses of `_dl_debug_state` and `_r_debug` in the loader at `base`.
+fn loader_hook(
+    pid: Pid,
+    base: RemoteAddr,
+) -> Result<Option<(RemoteAddr, Option<RemoteAddr>)>, SessionError> {
+    use object::{Object as _, ObjectSymbol as _};
+    let maps = flea_process::maps(pid)?;
+    let Some(mapping) = maps.iter().find(|m| m.start == base) else { return Ok(None) };
+    let path = flea_process::module_file_path(pid, mapping)?;
+    let Ok(bytes) = std::fs::read(path) else { return Ok(None) };
+    let Ok(file) = object::File::parse(&*bytes) else { return Ok(None) };
+    let find = |name: &str| {
+        let symbol = file.dynamic_symbols().find(|s| s.name() == Ok(name))?;
+        Some(RemoteAddr(base.0.wrapping_add(Svma(symbol.address()).0)))
+    };
+    Ok(find("_dl_debug_state").map(|notify| (notify, find("_r_debug"))))
 }

@@ -2,7 +2,7 @@
 //! names, prints what it writes with `bpf_printk`, and its maps at the end.
 
 use anyhow::{Context as _, Result, bail};
-use flea::{Attachment, MapKind, MapSpec, Object};
+use flea::{Attachment, Map, MapSpec, Object};
 use serde_json::{Value, json};
 
 use crate::{
@@ -83,28 +83,43 @@ fn print_lines(object: &Object, output: &mut Output) -> Result<()> {
 
 /// Every element that is not all zeros: what programs have put there.
 fn print_map(object: &Object, spec: &MapSpec, output: &mut Output) -> Result<()> {
-    let Some(map) = object.map(&spec.name) else { return Ok(()) };
-    if spec.kind == MapKind::RingBuf || spec.read_only {
+    if spec.read_only {
         return Ok(());
     }
-    let per_thread = matches!(spec.kind, MapKind::PerCpuArray | MapKind::PerCpuHash);
-    for key in map.keys() {
-        let values: Vec<Vec<u8>> = if per_thread {
-            map.lookup_percpu(&key).unwrap_or_default()
-        } else {
-            map.lookup(&key).into_iter().collect()
-        };
+    let element = |output: &mut Output, key: Value, values: &[Vec<u8>], per_thread: bool| {
         if values.iter().flatten().all(|&byte| byte == 0) {
-            continue;
+            return Ok(());
         }
-        let key = number(&key);
         let value = if per_thread {
             Value::Array(values.iter().map(|v| number(v)).collect())
         } else {
             values.first().map_or(Value::Null, |v| number(v))
         };
         output.line(format!("{}[{key}] = {value}", spec.name))?;
-        output.record(&Record::Map { map: &spec.name, key, value })?;
+        output.record(&Record::Map { map: &spec.name, key, value })
+    };
+    match object.map(&spec.name) {
+        Some(Map::Array(map)) => {
+            for (index, value) in map.iter().enumerate() {
+                element(output, json!(index), &[value], false)?;
+            }
+        }
+        Some(Map::PerCpuArray(map)) => {
+            for index in 0..map.len() {
+                element(output, json!(index), &map.get(index)?, true)?;
+            }
+        }
+        Some(Map::Hash(map)) => {
+            for (key, value) in map.iter() {
+                element(output, number(&key), &[value], false)?;
+            }
+        }
+        Some(Map::PerCpuHash(map)) => {
+            for (key, values) in map.iter() {
+                element(output, number(&key), &values, true)?;
+            }
+        }
+        Some(Map::RingBuf(_)) | None => {}
     }
     Ok(())
 }

@@ -89,10 +89,10 @@ impl Attached {
     /// The per-thread values of function `index`.
     fn per_thread(&self, index: usize) -> Vec<Vec<u8>> {
         let index = u32::try_from(index).expect("no more functions than map elements");
-        self.object
-            .map(programs::MAP_NAME)
-            .and_then(|map| map.lookup_percpu(&index.to_le_bytes()))
-            .unwrap_or_default()
+        match self.object.map(programs::MAP_NAME) {
+            Some(flea_maps::Map::PerCpuArray(map)) => map.get(index).unwrap_or_default(),
+            _ => Vec::new(),
+        }
     }
 }
 

@@ -20,6 +20,7 @@ const MAX_OPEN_CALLS: usize = 1 << 20;
 /// Prints calls as they return.
 pub struct Trace {
     attached: Attached,
+    ring: Option<flea_maps::RingBuf>,
     open: HashMap<CallKey, OpenCall>,
     unmatched: u64,
 }
@@ -108,16 +109,20 @@ impl Trace {
         let attached = Attached::start(object, functions, |function| {
             programs[shape_of[&function.address()]].clone()
         })?;
-        Ok(Self { attached, open: HashMap::new(), unmatched: 0 })
+        let ring = match attached.object.map(MAP_NAME) {
+            Some(flea_maps::Map::RingBuf(ring)) => Some(ring),
+            _ => None,
+        };
+        Ok(Self { attached, ring, open: HashMap::new(), unmatched: 0 })
     }
 
     /// Hands every call that has returned since the last time to `each`, in the order of
     /// their returns.
     pub fn poll<E>(&mut self, mut each: impl FnMut(Call<'_>) -> Result<(), E>) -> Result<(), E> {
-        let Self { attached, open, unmatched } = self;
+        let Self { attached, ring, open, unmatched } = self;
         let mut outcome = Ok(());
-        if let Some(map) = attached.object.map(MAP_NAME) {
-            map.poll(|bytes| {
+        if let Some(ring) = ring {
+            ring.poll(|bytes| {
                 if outcome.is_ok() {
                     outcome = record(&attached.functions, open, unmatched, bytes, &mut each);
                 }
