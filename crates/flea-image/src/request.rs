@@ -8,6 +8,7 @@ use flea_symbols::signature::{ArgWord, RetWord, Signature};
 use flea_verifier::Verified;
 
 use crate::code::Code;
+use crate::x86_64::check::CheckError;
 
 /// Distance below the skeleton's rbp of the first word that belongs to bodies: what the first
 /// body of a skeleton gets as [`BodyRequest::frame_offset`]. The next body gets this plus
@@ -159,4 +160,7 @@ pub enum CompileError {
     /// The code generator refused: a fault in Flea.
     #[error("code generator: {0}")]
     CodeGenerator(String),
+    /// What the code generator made does not keep its promises: a fault in Flea.
+    #[error("the compiled code breaks a rule of bodies: {0}")]
+    Check(#[from] CheckError),
 }

@@ -53,7 +53,46 @@ fn check(code: Option<&Code>, expect: &Expect) {
 fn counter_per_cpu() {
     let maps = [map(MapKind::PerCpuArray, 8, 1)];
     let body = compile(&ints(2), &maps, &[(&counter(0), ProgramKind::Fentry)]);
-    check(body.entry.as_ref(), &expect![[""]]);
+    check(body.entry.as_ref(), &expect![[r#"
+           0  push %rbp
+           1  mov %rsp,%rbp
+           4  sub $0x30,%rsp
+           8  mov %rax,(%rsp)
+           c  mov %rcx,8(%rsp)
+          11  mov %rdx,0x10(%rsp)
+          16  mov %rdi,0x18(%rsp)
+          1b  mov %r10,0x20(%rsp)
+          20  mov %r11,0x28(%rsp)
+          25  movabs $0,%r11    # arena - 0x10000
+          2f  movabs $0,%rcx    # thread pointer
+          39  mov %rcx,%r10
+          3c  shr $8,%r10
+          40  and $0xFFF0,%r10
+          47  mov (%r11,%r10),%rdx
+          4b  mov 8(%r11,%r10),%rax
+          50  cmp %rcx,%rdx
+          53  jne +0x87
+          59  addq $1,0x80(%rax)
+          61  mov (%rsp),%rax
+          65  mov 8(%rsp),%rcx
+          6a  mov 0x10(%rsp),%rdx
+          6f  mov 0x18(%rsp),%rdi
+          74  mov 0x20(%rsp),%r10
+          79  mov 0x28(%rsp),%r11
+          7e  add $0x30,%rsp
+          82  mov %rbp,%rsp
+          85  pop %rbp
+          86  ret
+          87  movabs $0,%rdi    # arena + 0x0
+          91  movabs $0,%rax    # flea_thread_slot
+          9b  call *%rax
+          9d  test %rax,%rax
+          a0  jne +0x59
+          a6  movabs $0,%rax    # arena + 0x28
+          b0  mov $1,%ecx
+          b5  lock add %rcx,(%rax)
+          b9  jmp +0x61
+    "#]]);
 }
 
 #[test]
@@ -61,15 +100,121 @@ fn two_counters_share_one_slot_lookup() {
     let maps = [map(MapKind::PerCpuArray, 8, 1), map(MapKind::PerCpuArray, 8, 4)];
     let programs = [(&counter(0), ProgramKind::Fentry), (&counter(1), ProgramKind::Fentry)];
     let body = compile(&ints(2), &maps, &programs);
-    check(body.entry.as_ref(), &expect![[""]]);
+    check(body.entry.as_ref(), &expect![[r#"
+           0  push %rbp
+           1  mov %rsp,%rbp
+           4  sub $0x30,%rsp
+           8  mov %rax,(%rsp)
+           c  mov %rcx,8(%rsp)
+          11  mov %rdx,0x10(%rsp)
+          16  mov %rdi,0x18(%rsp)
+          1b  mov %r10,0x20(%rsp)
+          20  mov %r11,0x28(%rsp)
+          25  movabs $0,%r11    # arena - 0x10000
+          2f  movabs $0,%rcx    # thread pointer
+          39  mov %rcx,%r10
+          3c  shr $8,%r10
+          40  and $0xFFF0,%r10
+          47  mov (%r11,%r10),%rdx
+          4b  mov 8(%r11,%r10),%rax
+          50  cmp %rcx,%rdx
+          53  jne +0x8f
+          59  addq $1,0x80(%rax)
+          61  addq $1,0x88(%rax)
+          69  mov (%rsp),%rax
+          6d  mov 8(%rsp),%rcx
+          72  mov 0x10(%rsp),%rdx
+          77  mov 0x18(%rsp),%rdi
+          7c  mov 0x20(%rsp),%r10
+          81  mov 0x28(%rsp),%r11
+          86  add $0x30,%rsp
+          8a  mov %rbp,%rsp
+          8d  pop %rbp
+          8e  ret
+          8f  movabs $0,%rdi    # arena + 0x0
+          99  movabs $0,%rax    # flea_thread_slot
+          a3  call *%rax
+          a5  test %rax,%rax
+          a8  jne +0x59
+          ae  movabs $0,%rax    # arena + 0x28
+          b8  mov $1,%ecx
+          bd  lock add %rcx,(%rax)
+          c1  jmp +0x69
+    "#]]);
 }
 
 #[test]
 fn exit_saves_only_what_is_read() {
     let maps = [map(MapKind::Array, 64, 1)];
     let body = compile(&ints(2), &maps, &[(&record(0, 3), ProgramKind::Fexit)]);
-    check(body.exit.as_ref(), &expect![[""]]);
-    expect![[""]].assert_debug_eq(&body.reads);
+    check(body.exit.as_ref(), &expect![[r#"
+           0  push %rbp
+           1  mov %rsp,%rbp
+           4  sub $0x30,%rsp
+           8  mov %rax,(%rsp)
+           c  mov %rcx,8(%rsp)
+          11  mov %rdx,0x10(%rsp)
+          16  mov %rsi,0x18(%rsp)
+          1b  mov %rdi,0x20(%rsp)
+          20  mov %rbp,%rax
+          23  mov (%rax),%rcx
+          26  movabs $0,%rax    # arena - 0x10000
+          30  movabs $0,%rdx    # thread pointer
+          3a  mov %rdx,%rsi
+          3d  shr $8,%rsi
+          41  and $0xFFF0,%rsi
+          48  mov (%rax,%rsi),%rdi
+          4c  mov 8(%rax,%rsi),%rax
+          51  cmp %rdx,%rdi
+          54  jne +0xb9
+          5a  mov 0x40(%rax),%rdx
+          5e  test %rdx,%rdx
+          61  jne +0xf0
+          67  movq $1,0x40(%rax)
+          6f  mov -0x28(%rcx),%rsi
+          73  movabs $0,%rdx    # arena + 0x21000
+          7d  mov %rsi,(%rdx)
+          80  mov -0x30(%rcx),%rsi
+          84  mov %rsi,8(%rdx)
+          88  mov -8(%rcx),%rcx
+          8c  mov %rcx,0x10(%rdx)
+          90  movq $0,0x40(%rax)
+          98  mov (%rsp),%rax
+          9c  mov 8(%rsp),%rcx
+          a1  mov 0x10(%rsp),%rdx
+          a6  mov 0x18(%rsp),%rsi
+          ab  mov 0x20(%rsp),%rdi
+          b0  add $0x30,%rsp
+          b4  mov %rbp,%rsp
+          b7  pop %rbp
+          b8  ret
+          b9  movabs $0,%rdi    # arena + 0x0
+          c3  movabs $0,%rax    # flea_thread_slot
+          cd  call *%rax
+          cf  test %rax,%rax
+          d2  jne +0x5a
+          d8  movabs $0,%rax    # arena + 0x28
+          e2  mov $1,%ecx
+          e7  lock add %rcx,(%rax)
+          eb  jmp +0x98
+          f0  addq $1,0x48(%rax)
+          f5  jmp +0x98
+    "#]]);
+    expect![[r#"
+        Reads {
+            args: [
+                Gpr(
+                    0,
+                ),
+                Gpr(
+                    1,
+                ),
+            ],
+            results: [
+                Rax,
+            ],
+        }
+    "#]].assert_debug_eq(&body.reads);
 }
 
 /// `u64 *c = bpf_session_cookie(ctx); if (is_return) total += now - *c; else *c = now;`
@@ -105,8 +250,117 @@ fn session_carries_a_cookie() {
     let maps = [map(MapKind::Array, 8, 1)];
     let body = compile(&ints(1), &maps, &[(&latency(), ProgramKind::Fsession)]);
     assert_eq!(body.frame_words, 1);
-    check(body.session.as_ref(), &expect![[""]]);
-    check(body.exit.as_ref(), &expect![[""]]);
+    check(body.session.as_ref(), &expect![[r#"
+           0  push %rbp
+           1  mov %rsp,%rbp
+           4  sub $0x30,%rsp
+           8  mov %rax,(%rsp)
+           c  mov %rcx,8(%rsp)
+          11  mov %rdx,0x10(%rsp)
+          16  mov %rsi,0x18(%rsp)
+          1b  mov %rdi,0x20(%rsp)
+          20  mov %rbp,%rax
+          23  mov (%rax),%rcx
+          26  movq $0,-0x98(%rcx)
+          31  movabs $0,%rax    # arena - 0x10000
+          3b  movabs $0,%rdx    # thread pointer
+          45  mov %rdx,%rsi
+          48  shr $8,%rsi
+          4c  and $0xFFF0,%rsi
+          53  mov (%rax,%rsi),%rdi
+          57  mov 8(%rax,%rsi),%rax
+          5c  cmp %rdx,%rdi
+          5f  jne +0xcb
+          65  mov 0x40(%rax),%rdx
+          69  test %rdx,%rdx
+          6c  jne +0x102
+          72  mov $1,%esi
+          77  movq $1,0x40(%rax)
+          7f  mov %rax,%rdx
+          82  movabs $0,%rdi    # VdsoClockGettime
+          8c  movabs $0,%rax    # flea_clock_ns
+          96  call *%rax
+          98  mov %rax,-0x98(%rcx)
+          9f  mov %rdx,%rax
+          a2  movq $0,0x40(%rax)
+          aa  mov (%rsp),%rax
+          ae  mov 8(%rsp),%rcx
+          b3  mov 0x10(%rsp),%rdx
+          b8  mov 0x18(%rsp),%rsi
+          bd  mov 0x20(%rsp),%rdi
+          c2  add $0x30,%rsp
+          c6  mov %rbp,%rsp
+          c9  pop %rbp
+          ca  ret
+          cb  movabs $0,%rdi    # arena + 0x0
+          d5  movabs $0,%rax    # flea_thread_slot
+          df  call *%rax
+          e1  test %rax,%rax
+          e4  jne +0x65
+          ea  movabs $0,%rax    # arena + 0x28
+          f4  mov $1,%ecx
+          f9  lock add %rcx,(%rax)
+          fd  jmp +0xaa
+         102  addq $1,0x48(%rax)
+         107  jmp +0xaa
+    "#]]);
+    check(body.exit.as_ref(), &expect![[r#"
+           0  push %rbp
+           1  mov %rsp,%rbp
+           4  sub $0x30,%rsp
+           8  mov %rax,(%rsp)
+           c  mov %rcx,8(%rsp)
+          11  mov %rdx,0x10(%rsp)
+          16  mov %rsi,0x18(%rsp)
+          1b  mov %rdi,0x20(%rsp)
+          20  mov %r8,0x28(%rsp)
+          25  mov %rbp,%rax
+          28  mov (%rax),%rcx
+          2b  movabs $0,%rax    # arena - 0x10000
+          35  movabs $0,%rdx    # thread pointer
+          3f  mov %rdx,%rsi
+          42  shr $8,%rsi
+          46  and $0xFFF0,%rsi
+          4d  mov (%rax,%rsi),%rdi
+          51  mov 8(%rax,%rsi),%rax
+          56  cmp %rdx,%rdi
+          59  jne +0xd8
+          5f  mov 0x40(%rax),%rdx
+          63  test %rdx,%rdx
+          66  jne +0x10f
+          6c  mov $1,%esi
+          71  movq $1,0x40(%rax)
+          79  mov %rax,%r8
+          7c  movabs $0,%rdi    # VdsoClockGettime
+          86  movabs $0,%rax    # flea_clock_ns
+          90  call *%rax
+          92  movabs $0,%rdx    # arena + 0x21000
+          9c  sub -0x98(%rcx),%rax
+          a3  lock add %rax,(%rdx)
+          a7  mov %r8,%rax
+          aa  movq $0,0x40(%rax)
+          b2  mov (%rsp),%rax
+          b6  mov 8(%rsp),%rcx
+          bb  mov 0x10(%rsp),%rdx
+          c0  mov 0x18(%rsp),%rsi
+          c5  mov 0x20(%rsp),%rdi
+          ca  mov 0x28(%rsp),%r8
+          cf  add $0x30,%rsp
+          d3  mov %rbp,%rsp
+          d6  pop %rbp
+          d7  ret
+          d8  movabs $0,%rdi    # arena + 0x0
+          e2  movabs $0,%rax    # flea_thread_slot
+          ec  call *%rax
+          ee  test %rax,%rax
+          f1  jne +0x5f
+          f7  movabs $0,%rax    # arena + 0x28
+         101  mov $1,%ecx
+         106  lock add %rcx,(%rax)
+         10a  jmp +0xb2
+         10f  addq $1,0x48(%rax)
+         114  jmp +0xb2
+    "#]]);
 }
 
 #[test]
@@ -135,8 +389,116 @@ fn skeletons() {
         })
         .unwrap()
     };
-    expect![[""]].assert_eq(&link(None).listing());
+    expect![[r#"
+           0  call 0x0000000000500000
+           5  push %rbp
+           6  mov %rsp,%rbp
+           9  lea 0x40110B,%rax
+          10  jmp 0x000000000040100B
+    "#]].assert_eq(&link(None).listing());
     let skeleton = link(Some(BodyRef::Inline(&exit)));
-    expect![[""]].assert_eq(&skeleton.listing());
-    expect![[""]].assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));
+    expect![[r#"
+           0  call 0x0000000000500000
+           5  push %rbp
+           6  mov %rsp,%rbp
+           9  lea -0x98(%rsp),%rsp
+          11  mov %rdi,-0x28(%rbp)
+          15  mov %rsi,-0x30(%rbp)
+          19  pushq 0x20(%rbp)
+          1c  pushq 0x18(%rbp)
+          1f  pushq 0x10(%rbp)
+          22  call 0x000000000060011A
+          27  mov %rax,-8(%rbp)
+          2b  push %rbp
+          2c  mov %rsp,%rbp
+          2f  sub $0x30,%rsp
+          33  mov %rax,(%rsp)
+          37  mov %rcx,8(%rsp)
+          3c  mov %rdx,0x10(%rsp)
+          41  mov %rsi,0x18(%rsp)
+          46  mov %rdi,0x20(%rsp)
+          4b  mov %rbp,%rax
+          4e  mov (%rax),%rcx
+          51  movabs $0x700000000000,%rax
+          5b  mov %fs:0,%rdx
+          64  nop
+          65  mov %rdx,%rsi
+          68  shr $8,%rsi
+          6c  and $0xFFF0,%rsi
+          73  mov (%rax,%rsi),%rdi
+          77  mov 8(%rax,%rsi),%rax
+          7c  cmp %rdx,%rdi
+          7f  jne +0xe1
+          81  mov 0x50(%rax),%rdx
+          85  test %rdx,%rdx
+          88  jne +0x111
+          8e  movq $1,0x50(%rax)
+          96  mov -0x28(%rcx),%rsi
+          9a  movabs $0x700000000000,%rdx
+          a4  mov %rsi,(%rdx)
+          a7  mov -0x30(%rcx),%rsi
+          ab  mov %rsi,8(%rdx)
+          af  mov -8(%rcx),%rcx
+          b3  mov %rcx,0x10(%rdx)
+          b7  movq $0,0x50(%rax)
+          bf  mov (%rsp),%rax
+          c3  mov 8(%rsp),%rcx
+          c8  mov 0x10(%rsp),%rdx
+          cd  mov 0x18(%rsp),%rsi
+          d2  mov 0x20(%rsp),%rdi
+          d7  add $0x30,%rsp
+          db  mov %rbp,%rsp
+          de  pop %rbp
+          df  jmp +0x118
+          e1  movabs $0x700000000000,%rdi
+          eb  movabs $0x700000000000,%rax
+          f5  call *%rax
+          f7  test %rax,%rax
+          fa  jne +0x81
+          fc  movabs $0x700000000000,%rax
+         106  mov $1,%ecx
+         10b  lock add %rcx,(%rax)
+         10f  jmp +0xbf
+         111  addq $1,0x58(%rax)
+         116  jmp +0xbf
+         118  leave
+         119  ret
+         11a  push %rbp
+         11b  mov %rsp,%rbp
+         11e  lea 0x40110B,%rax
+         125  jmp 0x000000000040100B
+    "#]].assert_eq(&skeleton.listing());
+    expect![[r#"
+        (
+            [
+                UnwindRow {
+                    offset: 0,
+                    rule: Entry,
+                },
+                UnwindRow {
+                    offset: 9,
+                    rule: Frame,
+                },
+                UnwindRow {
+                    offset: 282,
+                    rule: Original,
+                },
+            ],
+            [
+                (
+                    0x401000,
+                    0x60011a,
+                ),
+                (
+                    0x401001,
+                    0x60011b,
+                ),
+                (
+                    0x401004,
+                    0x60011e,
+                ),
+            ],
+            0x60011a,
+        )
+    "#]].assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));
 }

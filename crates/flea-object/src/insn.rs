@@ -17,6 +17,9 @@ pub struct Insn {
     pub imm: i32,
 }
 
+/// Bytes of an instruction.
+pub const INSN_BYTES: u64 = 8;
+
 impl Insn {
     /// Decodes 8 little-endian bytes.
     #[must_use]

@@ -8,6 +8,7 @@ use object::{LittleEndian, Object as _, ObjectSymbol as _};
 
 use crate::addr::Svma;
 use crate::demangle;
+use crate::dwarf;
 use crate::module::{Elf, Module};
 
 const STT_NOTYPE: u8 = 0;
@@ -92,11 +93,17 @@ pub(crate) fn collect(module: &Module<'_>) -> Vec<Function> {
         collect_from_elf(module, elf, &mut found);
     }
     if !has_symtab {
-        for subprogram in module.debug_info().subprograms() {
-            let Some(name) = &subprogram.linkage_name else { continue };
-            if is_function_address(module, subprogram.address.0) {
+        let info = module.debug_info();
+        let view = info.dwarf();
+        let dies = dwarf::types::Dies::new(&view);
+        for subprogram in info.subprograms() {
+            let known = found.contains_key(&subprogram.address.0);
+            if known || !is_function_address(module, subprogram.address.0) {
+                continue;
+            }
+            if let Some(name) = dwarf::signature::linkage_name(&dies, &subprogram) {
                 found.entry(subprogram.address.0).or_default().push(Named {
-                    name: name.clone(),
+                    name,
                     size_bytes: subprogram.size_bytes,
                     is_ifunc: false,
                     is_local: true,

@@ -1,1 +1,75 @@
-//! stub
+//! A signature as people write it, and where [`Module`] takes one from.
+
+use crate::dwarf;
+use crate::function::Function;
+use crate::module::Module;
+use crate::signature::{Param, Signature, SignatureSource, StackWords, Type};
+use crate::x86_64::stack_words;
+
+impl Module<'_> {
+    /// What `function` is called with: from DWARF where that is sure, else six integers are
+    /// assumed and its code is read for how many stack words it takes.
+    #[must_use]
+    pub fn signature(&self, function: &Function) -> Signature {
+        self.dwarf_signature(function)
+            .unwrap_or_else(|| Signature::guessed(self.stack_words_proof(function)))
+    }
+
+    /// How many words of stack arguments the code of `function` can reach, proved without
+    /// debug information.
+    #[must_use]
+    pub fn stack_words_proof(&self, function: &Function) -> StackWords {
+        stack_words::prove(self, function)
+    }
+
+    fn dwarf_signature(&self, function: &Function) -> Option<Signature> {
+        let info = self.debug_info();
+        let subprogram = info.subprogram_at(function.address)?;
+        let dwarf = info.dwarf();
+        dwarf::signature::read(&dwarf, &subprogram, &function.name)
+    }
+}
+
+impl Signature {
+    /// A C declaration of a function called `name`: `int add(int a, int b)`.
+    #[must_use]
+    pub fn declaration(&self, name: &str) -> String {
+        if self.source == SignatureSource::Guessed {
+            return format!("{name}(?)");
+        }
+        let mut params: Vec<String> = self.params.iter().map(declare).collect();
+        if self.variadic {
+            params.push("...".into());
+        }
+        let params = if params.is_empty() { "void".to_owned() } else { params.join(", ") };
+        format!("{}({params})", join(self.ret.ty.name(), name))
+    }
+}
+
+impl Type {
+    /// As the source spells it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Void => "void",
+            Self::Unknown => "?",
+            Self::Int { name, .. }
+            | Self::Float { name, .. }
+            | Self::Pointer { name, .. }
+            | Self::Aggregate { name, .. } => name,
+        }
+    }
+}
+
+fn declare(param: &Param) -> String {
+    let ty = param.ty.name();
+    match (&param.name, ty.find("(*)")) {
+        (None, _) => ty.to_owned(),
+        (Some(name), Some(at)) => format!("{}{name}{}", &ty[..at + 2], &ty[at + 2..]),
+        (Some(name), None) => join(ty, name),
+    }
+}
+
+fn join(ty: &str, name: &str) -> String {
+    if ty.ends_with(['*', '&']) { format!("{ty}{name}") } else { format!("{ty} {name}") }
+}

@@ -13,7 +13,8 @@ struct {
 	__type(value, struct event);
 } by_address SEC(".maps");
 
-struct {
+/* Referred to by its section's symbol, not its own. */
+static struct {
 	__uint(type, PERCPU_ARRAY);
 	__uint(max_entries, 3);
 	__uint(key_size, sizeof(u32));

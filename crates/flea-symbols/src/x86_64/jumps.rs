@@ -39,12 +39,34 @@ pub(crate) fn is_proved(region: &[Instruction], jump: usize) -> bool {
     }
 }
 
+/// Whether the indirect jump `region[jump]` goes through a table, and so stays in its
+/// function.
+pub(crate) fn is_table_jump(region: &[Instruction], jump: usize) -> bool {
+    let instruction = &region[jump];
+    match instruction.op0_kind() {
+        OpKind::Memory => {
+            instruction.memory_base() == Register::None
+                && instruction.memory_index() != Register::None
+                && instruction.memory_index_scale() == 8
+        }
+        OpKind::Register => {
+            let mut search = Search::new(region);
+            search.known_is_proof = false;
+            search.run(jump, instruction.op0_register()) && search.n_sums > 0
+        }
+        _ => false,
+    }
+}
+
 struct Search<'a> {
     region: &'a [Instruction],
     /// Direct branches by the index of their target.
     branches: BTreeMap<usize, Vec<usize>>,
     computed_jumps: Vec<usize>,
     info: InstructionInfoFactory,
+    /// Whether a stored address will do, or only a table's sum.
+    known_is_proof: bool,
+    n_sums: u32,
 }
 
 /// What an instruction does to the register that is sought.
@@ -53,6 +75,8 @@ enum Definition {
     None,
     /// A stored or stated address.
     Known,
+    /// A table's address and one of its entries.
+    TableSum,
     /// A copy: look for that register instead.
     Copy(Register),
     /// One of both.
@@ -82,7 +106,14 @@ impl<'a> Search<'a> {
                 }
             }
         }
-        Self { region, branches, computed_jumps, info: InstructionInfoFactory::new() }
+        Self {
+            region,
+            branches,
+            computed_jumps,
+            info: InstructionInfoFactory::new(),
+            known_is_proof: true,
+            n_sums: 0,
+        }
     }
 
     fn run(&mut self, jump: usize, register: Register) -> bool {
@@ -99,14 +130,19 @@ impl<'a> Search<'a> {
             for before in self.predecessors(at) {
                 match self.definition(before, register) {
                     Definition::None => work.push((before, register)),
-                    Definition::Known => {}
-                    Definition::KnownOrKept => work.push((before, register)),
+                    Definition::TableSum => self.n_sums += 1,
+                    Definition::Known if self.known_is_proof => {}
+                    Definition::KnownOrKept if self.known_is_proof => {
+                        work.push((before, register));
+                    }
                     Definition::Copy(source) => work.push((before, source)),
                     Definition::Either(source) => {
                         work.push((before, source));
                         work.push((before, register));
                     }
-                    Definition::Unproven => return false,
+                    Definition::Known | Definition::KnownOrKept | Definition::Unproven => {
+                        return false;
+                    }
                 }
             }
         }
@@ -172,7 +208,9 @@ impl<'a> Search<'a> {
             Mnemonic::Lea if wide && instruction.is_ip_rel_memory_operand() => Definition::Known,
             Mnemonic::Pop | Mnemonic::Xchg if wide => Definition::Known,
             Mnemonic::Xor if from_memory && is_pointer_guard(instruction) => Definition::Known,
-            Mnemonic::Add | Mnemonic::Lea if wide && self.is_table_sum(at) => Definition::Known,
+            Mnemonic::Add | Mnemonic::Lea if wide && self.is_table_sum(at) => {
+                Definition::TableSum
+            }
             _ if wide && is_cmov(instruction) && from_register => {
                 Definition::Either(instruction.op1_register().full_register())
             }
