@@ -245,7 +245,7 @@ fn read_definition(btf: &Btf<'_>, map: &str, type_id: u32) -> Result<MapSpec, Ob
             _ => return Err(unsupported().of(map).into()),
         }
     }
-    Ok(definition.check().map_err(|fault| fault.of(map))?.named(map))
+    Ok(definition.into_spec(map)?)
 }
 
 /// `__uint(x, N)` is `int (*x)[N]`.
@@ -277,14 +277,13 @@ fn set_size(
 }
 
 impl Definition {
-    fn check(self) -> Result<MapSpec, MapFault> {
+    fn into_spec(self, name: &str) -> Result<MapSpec, MapError> {
         let number = self.kind.unwrap_or(0);
-        let kind = kind_from_number(number).ok_or_else(|| MapFault::UnsupportedKind {
-            kind: number,
-            name: kind_name(number),
+        let kind = kind_from_number(number).ok_or_else(|| {
+            MapFault::UnsupportedKind { kind: number, name: kind_name(number) }.of(name)
         })?;
         let spec = MapSpec {
-            name: String::new(),
+            name: name.to_owned(),
             kind,
             key_size_bytes: self.key_size_bytes.unwrap_or(0),
             value_size_bytes: self.value_size_bytes.unwrap_or(0),
@@ -293,8 +292,20 @@ impl Definition {
             init: None,
             read_only: self.flags & BPF_F_RDONLY_PROG != 0,
         };
-        check_sizes(&spec)?;
-        let allowed = match kind {
+        spec.check()?;
+        Ok(spec)
+    }
+}
+
+impl MapSpec {
+    /// Whether sizes and flags are such as the map's type allows. Maps from [`crate::parse`]
+    /// have passed; those made in code should.
+    ///
+    /// # Errors
+    /// [`MapError`] with the first thing that Linux would not take either.
+    pub fn check(&self) -> Result<(), MapError> {
+        check_sizes(self).map_err(|fault| fault.of(&self.name))?;
+        let allowed = match self.kind {
             MapKind::Array => BPF_F_RDONLY_PROG | BPF_F_MMAPABLE,
             MapKind::PerCpuArray => BPF_F_RDONLY_PROG,
             MapKind::Hash | MapKind::PerCpuHash => {
@@ -302,18 +313,11 @@ impl Definition {
             }
             MapKind::RingBuf => 0,
         };
-        let (flags, unknown) = (spec.flags, spec.flags & !allowed);
+        let (flags, unknown) = (self.flags, self.flags & !allowed);
         if unknown != 0 {
-            return Err(MapFault::UnsupportedFlags { flags, unknown });
+            return Err(MapFault::UnsupportedFlags { flags, unknown }.of(&self.name));
         }
-        Ok(spec)
-    }
-}
-
-impl MapSpec {
-    fn named(mut self, name: &str) -> Self {
-        name.clone_into(&mut self.name);
-        self
+        Ok(())
     }
 }
 
