@@ -51,7 +51,9 @@ pub struct MapError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MapFault {
     /// Maps as they were before BTF.
-    #[error("section '{section}' holds legacy map definitions; declare maps in SEC(\".maps\") with __uint and __type")]
+    #[error(
+        "section '{section}' holds legacy map definitions; declare maps in SEC(\".maps\") with __uint and __type"
+    )]
     Legacy {
         /// The section.
         section: String,
@@ -63,7 +65,9 @@ pub enum MapFault {
     #[error("is not a structure of __uint and __type members in SEC(\".maps\")")]
     NotADefinition,
     /// A member that has no meaning, or none here.
-    #[error("member '{member}' is not supported; type, max_entries, map_flags, key, value, key_size and value_size are")]
+    #[error(
+        "member '{member}' is not supported; type, max_entries, map_flags, key, value, key_size and value_size are"
+    )]
     UnsupportedMember {
         /// Its name.
         member: String,
@@ -85,7 +89,9 @@ pub enum MapFault {
         second: u32,
     },
     /// A type that this build does not have.
-    #[error("map type {kind} ({name}) is not supported; HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY and RINGBUF are")]
+    #[error(
+        "map type {kind} ({name}) is not supported; HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY and RINGBUF are"
+    )]
     UnsupportedKind {
         /// Linux's number.
         kind: u32,
@@ -117,7 +123,9 @@ pub enum MapFault {
         size_bytes: u64,
     },
     /// A data section whose contents depend on addresses.
-    #[error("global data at offset {offset:#x} holds the address of '{symbol}', which is not supported; set it in code")]
+    #[error(
+        "global data at offset {offset:#x} holds the address of '{symbol}', which is not supported; set it in code"
+    )]
     AddressInData {
         /// Where.
         offset: u64,
@@ -157,8 +165,7 @@ pub(crate) fn read_declared(
     let offsets: HashMap<&str, u64> = in_section.map(|s| (s.name.as_str(), s.value)).collect();
     let mut maps = Vec::new();
     for (name, type_id) in btf.data_section(".maps")? {
-        let offset =
-            *offsets.get(name).ok_or_else(|| MapFault::NotADefinition.of(name))?;
+        let offset = *offsets.get(name).ok_or_else(|| MapFault::NotADefinition.of(name))?;
         let spec = read_definition(btf, name, type_id)?;
         maps.push(DeclaredMap { offset, spec });
     }
@@ -358,6 +365,7 @@ fn kind_from_number(number: u32) -> Option<MapKind> {
 
 /// `BPF_MAP_TYPE_*` without the prefix.
 fn kind_name(number: u32) -> &'static str {
+    #[rustfmt::skip]
     const NAMES: [&str; 35] = [
         "no type", "HASH", "ARRAY", "PROG_ARRAY", "PERF_EVENT_ARRAY", "PERCPU_HASH",
         "PERCPU_ARRAY", "STACK_TRACE", "CGROUP_ARRAY", "LRU_HASH", "LRU_PERCPU_HASH", "LPM_TRIE",

@@ -5,6 +5,7 @@
 mod support;
 
 use std::collections::HashMap;
+use std::process::Command;
 use std::sync::LazyLock;
 
 use flea_object::helper::Helper;
@@ -257,5 +258,39 @@ fn without_debug_information_programs_are_read_and_maps_are_not() {
     for compiler in compilers() {
         let error = parse(&compile(compiler, "programs.bpf.c", &[])).unwrap_err().to_string();
         assert!(error.contains("compile with -g"), "{error}");
+    }
+}
+
+/// `bpftool gen object` is libbpf's static linker: it merges sections and writes BTF anew.
+#[test]
+fn objects_from_libbpfs_linker() {
+    let bpftool = ["bpftool", "/usr/sbin/bpftool"]
+        .into_iter()
+        .find(|tool| Command::new(tool).arg("version").output().is_ok_and(|o| o.status.success()));
+    let Some(bpftool) = bpftool else {
+        eprintln!("skipped: bpftool is not installed");
+        return;
+    };
+    let directory = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
+    for compiler in compilers() {
+        let [a, b, linked] = ["a", "b", "linked"]
+            .map(|name| directory.join(format!("{compiler}-{name}-{}.o", std::process::id())));
+        std::fs::write(&a, compile(compiler, "session.bpf.c", &["-g"])).unwrap();
+        std::fs::write(&b, compile(compiler, "programs.bpf.c", &["-g"])).unwrap();
+        let output =
+            Command::new(bpftool).args(["gen", "object"]).args([&linked, &a, &b]).output().unwrap();
+        let bytes = std::fs::read(&linked).unwrap_or_default();
+        for file in [a, b, linked] {
+            let _ = std::fs::remove_file(file);
+        }
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let object = parse(&bytes).unwrap_or_else(|e| panic!("{compiler}: {e}"));
+        assert_eq!(object.programs.len(), 6);
+        assert!(map_named(&object, "spent").is_some() && map_named(&object, "counts").is_some());
+        assert_eq!(run(&object, "on_free", &[6]).0, 52);
+        let (_, memory, host) = run(&object, "on_malloc_return", &[0, 5]);
+        let counts = map_named(&object, "counts").unwrap();
+        assert_eq!(memory.load(host.values[counts], 8), Ok(62), "{compiler}");
+        assert!(program(&object, "on_free").lines.iter().any(|l| l.text.contains("twice(")));
     }
 }
