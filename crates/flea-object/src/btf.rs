@@ -308,3 +308,72 @@ impl<'a> Reader<'a> {
         self.take(n_bytes).map(|_| ())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A `.BTF` section with these words as types and this string section.
+    fn section(types: &[u32], strings: &[u8]) -> Vec<u8> {
+        let type_bytes = u32::try_from(types.len() * 4).unwrap();
+        let string_bytes = u32::try_from(strings.len()).unwrap();
+        let mut bytes = vec![0x9f, 0xeb, 1, 0];
+        for word in [24, 0, type_bytes, type_bytes, string_bytes].iter().chain(types) {
+            bytes.extend(word.to_le_bytes());
+        }
+        bytes.extend(strings);
+        bytes
+    }
+
+    const fn info(kind: u32, n_parts: u32) -> u32 {
+        kind << 24 | n_parts
+    }
+
+    #[test]
+    fn sizes() {
+        #[rustfmt::skip]
+        let types = [
+            1, info(1, 0), 4, 32,          // 1: int
+            0, info(3, 0), 0, 1, 1, 6,     // 2: int[6]
+            0, info(10, 0), 2,             // 3: const int[6]
+            0, info(3, 0), 0, 3, 1, 2,     // 4: (const int[6])[2]
+            0, info(2, 0), 99,             // 5: pointer to nowhere
+            0, info(8, 0), 7,              // 6: typedef of 7
+            0, info(8, 0), 6,              // 7: typedef of 6
+            0, info(3, 0), 0, 8, 1, 1,     // 8: array of itself
+            0, info(3, 0), 0, 4, 1, 1 << 31, // 9: too large
+            0, info(12, 0), 0,             // 10: a function
+        ];
+        let bytes = section(&types, b"\0int\0");
+        let btf = Btf::parse(&bytes).unwrap();
+        assert_eq!(btf.get(1).unwrap().name, "int");
+        let sizes: Vec<_> = (1..=5).map(|id| btf.size_bytes(id).unwrap()).collect();
+        assert_eq!(sizes, [4, 24, 24, 48, 8]);
+        assert_eq!(btf.size_bytes(6), Err(BtfError::BadType { type_id: 6 }));
+        assert_eq!(btf.size_bytes(8), Err(BtfError::BadType { type_id: 8 }));
+        for id in [9, 10, 0] {
+            assert_eq!(btf.size_bytes(id), Err(BtfError::NoSize { type_id: id }));
+        }
+        assert_eq!(btf.size_bytes(99), Err(BtfError::BadType { type_id: 99 }));
+    }
+
+    #[test]
+    fn damaged_sections() {
+        let check = |bytes: &[u8], expect: BtfError| {
+            assert_eq!(Btf::parse(bytes).map(|_| ()), Err(expect));
+        };
+        check(b"", BtfError::CutOff { what: "the header" });
+        check(&[0; 24], BtfError::BadHeader { magic: 0, version: 0 });
+        check(
+            &section(&[0, info(31, 0), 0], b"\0"),
+            BtfError::UnknownKind { type_id: 1, kind: 31 },
+        );
+        check(&section(&[0, info(4, 9), 0], b"\0"), BtfError::CutOff { what: "a type" });
+        check(&section(&[7, info(8, 0), 0], b"\0"), BtfError::BadString { offset: 7 });
+        check(&section(&[0, info(8, 0), 0], b"a"), BtfError::BadString { offset: 0 });
+        let good = section(&[0, info(8, 0), 0], b"\0");
+        for len in 0..good.len() {
+            assert!(Btf::parse(&good[..len]).is_err(), "{len}");
+        }
+    }
+}

@@ -51,7 +51,9 @@ pub struct MapError {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MapFault {
     /// Maps as they were before BTF.
-    #[error("section '{section}' holds legacy map definitions; declare maps in SEC(\".maps\") with __uint and __type")]
+    #[error(
+        "section '{section}' holds legacy map definitions; declare maps in SEC(\".maps\") with __uint and __type"
+    )]
     Legacy {
         /// The section.
         section: String,
@@ -63,7 +65,9 @@ pub enum MapFault {
     #[error("is not a structure of __uint and __type members in SEC(\".maps\")")]
     NotADefinition,
     /// A member that has no meaning, or none here.
-    #[error("member '{member}' is not supported; type, max_entries, map_flags, key, value, key_size and value_size are")]
+    #[error(
+        "member '{member}' is not supported; type, max_entries, map_flags, key, value, key_size and value_size are"
+    )]
     UnsupportedMember {
         /// Its name.
         member: String,
@@ -85,7 +89,9 @@ pub enum MapFault {
         second: u32,
     },
     /// A type that this build does not have.
-    #[error("map type {kind} ({name}) is not supported; HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY and RINGBUF are")]
+    #[error(
+        "map type {kind} ({name}) is not supported; HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY and RINGBUF are"
+    )]
     UnsupportedKind {
         /// Linux's number.
         kind: u32,
@@ -117,7 +123,9 @@ pub enum MapFault {
         size_bytes: u64,
     },
     /// A data section whose contents depend on addresses.
-    #[error("global data at offset {offset:#x} holds the address of '{symbol}', which is not supported; set it in code")]
+    #[error(
+        "global data at offset {offset:#x} holds the address of '{symbol}', which is not supported; set it in code"
+    )]
     AddressInData {
         /// Where.
         offset: u64,
@@ -157,8 +165,7 @@ pub(crate) fn read_declared(
     let offsets: HashMap<&str, u64> = in_section.map(|s| (s.name.as_str(), s.value)).collect();
     let mut maps = Vec::new();
     for (name, type_id) in btf.data_section(".maps")? {
-        let offset =
-            *offsets.get(name).ok_or_else(|| MapFault::NotADefinition.of(name))?;
+        let offset = *offsets.get(name).ok_or_else(|| MapFault::NotADefinition.of(name))?;
         let spec = read_definition(btf, name, type_id)?;
         maps.push(DeclaredMap { offset, spec });
     }
@@ -245,7 +252,7 @@ fn read_definition(btf: &Btf<'_>, map: &str, type_id: u32) -> Result<MapSpec, Ob
             _ => return Err(unsupported().of(map).into()),
         }
     }
-    Ok(definition.check().map_err(|fault| fault.of(map))?.named(map))
+    Ok(definition.into_spec(map)?)
 }
 
 /// `__uint(x, N)` is `int (*x)[N]`.
@@ -277,14 +284,13 @@ fn set_size(
 }
 
 impl Definition {
-    fn check(self) -> Result<MapSpec, MapFault> {
+    fn into_spec(self, name: &str) -> Result<MapSpec, MapError> {
         let number = self.kind.unwrap_or(0);
-        let kind = kind_from_number(number).ok_or_else(|| MapFault::UnsupportedKind {
-            kind: number,
-            name: kind_name(number),
+        let kind = kind_from_number(number).ok_or_else(|| {
+            MapFault::UnsupportedKind { kind: number, name: kind_name(number) }.of(name)
         })?;
         let spec = MapSpec {
-            name: String::new(),
+            name: name.to_owned(),
             kind,
             key_size_bytes: self.key_size_bytes.unwrap_or(0),
             value_size_bytes: self.value_size_bytes.unwrap_or(0),
@@ -293,8 +299,20 @@ impl Definition {
             init: None,
             read_only: self.flags & BPF_F_RDONLY_PROG != 0,
         };
-        check_sizes(&spec)?;
-        let allowed = match kind {
+        spec.check()?;
+        Ok(spec)
+    }
+}
+
+impl MapSpec {
+    /// Whether sizes and flags are such as the map's type allows. Maps from [`crate::parse`]
+    /// have passed; those made in code should.
+    ///
+    /// # Errors
+    /// [`MapError`] with the first thing that Linux would not take either.
+    pub fn check(&self) -> Result<(), MapError> {
+        check_sizes(self).map_err(|fault| fault.of(&self.name))?;
+        let allowed = match self.kind {
             MapKind::Array => BPF_F_RDONLY_PROG | BPF_F_MMAPABLE,
             MapKind::PerCpuArray => BPF_F_RDONLY_PROG,
             MapKind::Hash | MapKind::PerCpuHash => {
@@ -302,18 +320,11 @@ impl Definition {
             }
             MapKind::RingBuf => 0,
         };
-        let (flags, unknown) = (spec.flags, spec.flags & !allowed);
+        let (flags, unknown) = (self.flags, self.flags & !allowed);
         if unknown != 0 {
-            return Err(MapFault::UnsupportedFlags { flags, unknown });
+            return Err(MapFault::UnsupportedFlags { flags, unknown }.of(&self.name));
         }
-        Ok(spec)
-    }
-}
-
-impl MapSpec {
-    fn named(mut self, name: &str) -> Self {
-        name.clone_into(&mut self.name);
-        self
+        Ok(())
     }
 }
 
@@ -354,6 +365,7 @@ fn kind_from_number(number: u32) -> Option<MapKind> {
 
 /// `BPF_MAP_TYPE_*` without the prefix.
 fn kind_name(number: u32) -> &'static str {
+    #[rustfmt::skip]
     const NAMES: [&str; 35] = [
         "no type", "HASH", "ARRAY", "PROG_ARRAY", "PERF_EVENT_ARRAY", "PERCPU_HASH",
         "PERCPU_ARRAY", "STACK_TRACE", "CGROUP_ARRAY", "LRU_HASH", "LRU_PERCPU_HASH", "LPM_TRIE",

@@ -5,6 +5,8 @@
 mod support;
 
 use std::collections::HashMap;
+use std::process::Command;
+use std::sync::LazyLock;
 
 use flea_object::helper::Helper;
 use flea_object::insn::Insn;
@@ -13,6 +15,8 @@ use flea_object::parse;
 use flea_object::spec::{MapIdx, MapKind, MapSpec, Object, Program, ProgramKind};
 use flea_object::validate::validate;
 use support::{compile, compilers};
+
+static PROGRAMS: LazyLock<Vec<(String, Object)>> = LazyLock::new(|| objects("programs.bpf.c"));
 
 /// The object of one C file by every compiler and ISA version that there is.
 fn objects(file: &str) -> Vec<(String, Object)> {
@@ -104,7 +108,7 @@ fn map(name: &str, kind: MapKind, sizes: [u32; 3], flags: u32) -> MapSpec {
 
 #[test]
 fn maps_are_declared_by_types() {
-    for (what, object) in objects("programs.bpf.c") {
+    for (what, object) in PROGRAMS.iter() {
         let expected = [
             map("by_address", MapKind::Hash, [8, 16, 100], 0),
             map("events", MapKind::RingBuf, [0, 0, 1 << 16], 0),
@@ -120,9 +124,9 @@ fn maps_are_declared_by_types() {
 
 #[test]
 fn global_data_becomes_maps() {
-    for (what, object) in objects("programs.bpf.c") {
+    for (what, object) in PROGRAMS.iter() {
         let data = |name: &str| {
-            let map = map_named(&object, name).unwrap_or_else(|| panic!("{what}: {name}"));
+            let map = map_named(object, name).unwrap_or_else(|| panic!("{what}: {name}"));
             let m = &object.maps[map];
             assert_eq!((m.kind, m.key_size_bytes, m.max_entries), (MapKind::Array, 4, 1));
             (m.init.clone().unwrap(), m.read_only)
@@ -132,13 +136,13 @@ fn global_data_becomes_maps() {
         assert_eq!(data(".rodata"), (vec![7, 0, 0, 0], true));
         assert_eq!(data(".rodata.str1.1"), (b"freed %d\n\0".to_vec(), true));
         assert_eq!(data(".data").0.len(), 24);
-        assert_eq!(map_named(&object, ".data.unused"), None, "{what}: nobody refers to it");
+        assert_eq!(map_named(object, ".data.unused"), None, "{what}: nobody refers to it");
     }
 }
 
 #[test]
 fn programs_have_their_sections() {
-    for (what, object) in objects("programs.bpf.c") {
+    for (what, object) in PROGRAMS.iter() {
         let mut got: Vec<_> = object
             .programs
             .iter()
@@ -153,7 +157,7 @@ fn programs_have_their_sections() {
             ("on_malloc_return", ProgramKind::Fexit, Some("libc.so.6:malloc"), true),
         ];
         assert_eq!(got, expected, "{what}");
-        assert_eq!(program(&object, "on_free").section, "?fentry/free");
+        assert_eq!(program(object, "on_free").section, "?fentry/free");
         for p in &object.programs {
             validate(&p.insns).unwrap_or_else(|e| panic!("{what} {}: {e}", p.name));
         }
@@ -162,22 +166,22 @@ fn programs_have_their_sections() {
 
 #[test]
 fn linked_programs_compute_what_the_source_says() {
-    for (what, object) in objects("programs.bpf.c") {
-        let index = |name| map_named(&object, name).unwrap();
+    for (what, object) in PROGRAMS.iter() {
+        let index = |name| map_named(object, name).unwrap();
 
         // twice(6) = 2 * 6 + total; seen_twice[6 & 3] was 3.
-        let (result, memory, host) = run(&object, "on_free", &[6]);
+        let (result, memory, host) = run(object, "on_free", &[6]);
         assert_eq!(result, 52, "{what}");
         let data = memory.bytes(host.values[index(".data")]).unwrap();
         let seen: Vec<u8> = [8, 12, 16, 20].into_iter().map(|i| data[i]).collect();
         assert_eq!(seen, [1, 2, 4, 4], "{what}");
 
         // thrice(5) = twice(5) + 5 + limit, in element 0 of counts.
-        let (result, memory, host) = run(&object, "on_malloc_return", &[0, 5]);
+        let (result, memory, host) = run(object, "on_malloc_return", &[0, 5]);
         assert_eq!(result, 11, "{what}");
         assert_eq!(memory.load(host.values[index("counts")], 8), Ok(62), "{what}");
 
-        let (_, memory, host) = run(&object, "on_malloc", &[0x1234]);
+        let (_, memory, host) = run(object, "on_malloc", &[0x1234]);
         assert_eq!(memory.load(host.values[index(".bss")], 8), Ok(1), "{what}");
         let called: Vec<_> = host.calls.iter().map(|(helper, _)| *helper).collect();
         assert_eq!(called, [5, 2, 130], "{what}");
@@ -189,9 +193,9 @@ fn linked_programs_compute_what_the_source_says() {
 
 #[test]
 fn callbacks_are_linked() {
-    for (what, object) in objects("programs.bpf.c") {
-        let (_, _, host) = run(&object, "on_free_too", &[0]);
-        let p = program(&object, "on_free_too");
+    for (what, object) in PROGRAMS.iter() {
+        let (_, _, host) = run(object, "on_free_too", &[0]);
+        let p = program(object, "on_free_too");
         let names: Vec<_> = p.functions.iter().map(|f| f.name.as_str()).collect();
         assert_eq!(names, ["on_free_too", "each"], "{what}");
         let each = u64::from(p.functions[1].insn_idx);
@@ -202,14 +206,14 @@ fn callbacks_are_linked() {
 
 #[test]
 fn lines_follow_their_functions() {
-    for (what, object) in objects("programs.bpf.c") {
+    for (what, object) in PROGRAMS.iter() {
         for p in &object.programs {
             assert!(!p.lines.is_empty(), "{what} {}", p.name);
             assert!(p.lines.is_sorted_by_key(|l| l.insn_idx), "{what} {}", p.name);
             assert!(p.lines.iter().all(|l| l.file.ends_with("programs.bpf.c") && l.line > 0));
             assert!(p.lines.iter().all(|l| (l.insn_idx as usize) < p.insns.len()));
         }
-        let p = program(&object, "on_malloc_return");
+        let p = program(object, "on_malloc_return");
         let twice = p.functions.iter().find(|f| f.name == "twice").unwrap().insn_idx;
         let line = p.lines.iter().find(|l| l.text.starts_with("return x * 2")).unwrap();
         assert!(line.insn_idx >= twice, "{what}");
@@ -254,5 +258,39 @@ fn without_debug_information_programs_are_read_and_maps_are_not() {
     for compiler in compilers() {
         let error = parse(&compile(compiler, "programs.bpf.c", &[])).unwrap_err().to_string();
         assert!(error.contains("compile with -g"), "{error}");
+    }
+}
+
+/// `bpftool gen object` is libbpf's static linker: it merges sections and writes BTF anew.
+#[test]
+fn objects_from_libbpfs_linker() {
+    let bpftool = ["bpftool", "/usr/sbin/bpftool"]
+        .into_iter()
+        .find(|tool| Command::new(tool).arg("version").output().is_ok_and(|o| o.status.success()));
+    let Some(bpftool) = bpftool else {
+        eprintln!("skipped: bpftool is not installed");
+        return;
+    };
+    let directory = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
+    for compiler in compilers() {
+        let [a, b, linked] = ["a", "b", "linked"]
+            .map(|name| directory.join(format!("{compiler}-{name}-{}.o", std::process::id())));
+        std::fs::write(&a, compile(compiler, "session.bpf.c", &["-g"])).unwrap();
+        std::fs::write(&b, compile(compiler, "programs.bpf.c", &["-g"])).unwrap();
+        let output =
+            Command::new(bpftool).args(["gen", "object"]).args([&linked, &a, &b]).output().unwrap();
+        let bytes = std::fs::read(&linked).unwrap_or_default();
+        for file in [a, b, linked] {
+            let _ = std::fs::remove_file(file);
+        }
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let object = parse(&bytes).unwrap_or_else(|e| panic!("{compiler}: {e}"));
+        assert_eq!(object.programs.len(), 6);
+        assert!(map_named(&object, "spent").is_some() && map_named(&object, "counts").is_some());
+        assert_eq!(run(&object, "on_free", &[6]).0, 52);
+        let (_, memory, host) = run(&object, "on_malloc_return", &[0, 5]);
+        let counts = map_named(&object, "counts").unwrap();
+        assert_eq!(memory.load(host.values[counts], 8), Ok(62), "{compiler}");
+        assert!(program(&object, "on_free").lines.iter().any(|l| l.text.contains("twice(")));
     }
 }
