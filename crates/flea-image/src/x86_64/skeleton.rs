@@ -85,10 +85,9 @@ pub struct SkeletonBody<'a> {
     pub exit: Option<BodyRef<'a>>,
     /// What `exit` reads.
     pub reads: &'a Reads,
-    /// Words of the frame that these bodies use. They were compiled for an offset; in a
-    /// skeleton, the bodies' words follow each other in the order given.
+    /// Words of the frame that these bodies use.
     pub frame_words: u32,
-    /// The offset that they were compiled for; checked.
+    /// The offset that they were compiled for. No two bodies' words may overlap.
     pub frame_offset: u32,
 }
 
@@ -137,7 +136,7 @@ pub enum LinkError {
         max: u32,
     },
     /// Two bodies would use the same words of the frame, or one a word outside it.
-    #[error("a body's frame words at offset {found} are not at the expected {expected}")]
+    #[error("a body's frame words at offset {found} overlap others, which end at {expected}")]
     FrameOffset {
         /// Where they should be.
         expected: u32,
@@ -262,17 +261,21 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
     if site.0.abs_diff(request.image_address.0) > REACH {
         return Err(LinkError::OutOfReach { from: site, to: request.image_address });
     }
+    // Each controller took the next free words when it came; bodies in between may have gone.
+    let mut frames: Vec<(u32, u32)> = request.bodies.iter().filter_map(frame_of).collect();
+    frames.sort_unstable();
     let mut expected = BODY_FRAMES_OFFSET;
-    let mut frame_words = 0u32;
+    for (start, end) in frames {
+        if start < expected || start % 8 != 0 {
+            return Err(LinkError::FrameOffset { expected, found: start });
+        }
+        expected = end;
+    }
+    let frame_words = (expected - BODY_FRAMES_OFFSET) / 8;
+    if frame_words > MAX_FRAME_WORDS {
+        return Err(LinkError::TooManyFrameWords { frame_words, max: MAX_FRAME_WORDS });
+    }
     for body in request.bodies {
-        if body.frame_words > 0 && body.frame_offset != expected {
-            return Err(LinkError::FrameOffset { expected, found: body.frame_offset });
-        }
-        frame_words = frame_words.saturating_add(body.frame_words);
-        if frame_words > MAX_FRAME_WORDS {
-            return Err(LinkError::TooManyFrameWords { frame_words, max: MAX_FRAME_WORDS });
-        }
-        expected = BODY_FRAMES_OFFSET + 8 * frame_words;
         for side in [body.entry, body.session, body.exit].into_iter().flatten() {
             if let BodyRef::Call(to) = side
                 && to.0.abs_diff(request.image_address.0) > REACH
@@ -282,6 +285,12 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
         }
     }
     Ok(())
+}
+
+/// The bytes below rbp, from and to, that a body's words take.
+fn frame_of(body: &SkeletonBody<'_>) -> Option<(u32, u32)> {
+    let end = body.frame_offset.saturating_add(body.frame_words.saturating_mul(8));
+    (body.frame_words > 0).then_some((body.frame_offset, end))
 }
 
 struct Emitter<'a> {
@@ -476,9 +485,9 @@ impl Emitter<'_> {
 /// Bytes below rbp before the copied stack words, such that `rsp` is a multiple of 16 once
 /// those are pushed.
 fn frame_bytes(bodies: &[SkeletonBody<'_>], stack_words: u32) -> u32 {
-    let frame_words: u32 = bodies.iter().map(|b| b.frame_words).sum();
+    let end = bodies.iter().filter_map(frame_of).map(|(_, end)| end).max();
     // The first word of the body frames is the one at -BODY_FRAMES_OFFSET.
-    let used = BODY_FRAMES_OFFSET - 8 + 8 * frame_words;
+    let used = end.unwrap_or(BODY_FRAMES_OFFSET) - 8;
     (used + 8 * stack_words).next_multiple_of(16) - 8 * stack_words
 }
 
