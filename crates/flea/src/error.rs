@@ -7,7 +7,7 @@ use flea_process::{ProcError, SeizeError, SpawnError};
 use flea_symbols::{PatternError, Refusal, addr::RemoteAddr};
 use flea_verifier::Rejection;
 
-use crate::{modules::OpenError, registry::RegistryError};
+use crate::{modules::OpenError, own::HelperError, registry::RegistryError};
 
 /// A target that cannot be worked with.
 #[derive(Debug, thiserror::Error)]
@@ -86,6 +86,9 @@ pub enum LoadError {
     /// The target could not be seized.
     #[error(transparent)]
     Seize(#[from] SeizeError),
+    /// Working on this very process failed.
+    #[error(transparent)]
+    Helper(#[from] HelperError),
     /// Setting up memory in the target failed.
     #[error(transparent)]
     Remote(#[from] RemoteError),
@@ -199,6 +202,9 @@ pub enum AttachError {
     /// The target could not be seized.
     #[error(transparent)]
     Seize(#[from] SeizeError),
+    /// Working on this very process failed.
+    #[error(transparent)]
+    Helper(#[from] HelperError),
     /// Memory in the target.
     #[error(transparent)]
     Remote(#[from] RemoteError),

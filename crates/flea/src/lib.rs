@@ -14,6 +14,7 @@ mod function;
 mod link;
 mod modules;
 mod object;
+mod own;
 mod placement;
 mod reclaim;
 pub mod registry;

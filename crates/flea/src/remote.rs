@@ -3,7 +3,7 @@
 
 use std::{
     fs::{File, OpenOptions},
-    os::fd::OwnedFd,
+    os::fd::{IntoRawFd as _, RawFd},
 };
 
 use flea_layout::shared::THREAD_TABLE_BYTES;
@@ -21,6 +21,14 @@ const CODE_ARENA_BYTES: u64 = 2 << 20;
 const MADV_WIPEONFORK: u64 = 18;
 /// `MADV_DONTDUMP`: the registry's and the arenas' sparse gigabytes are not for core files.
 const MADV_DONTDUMP: u64 = 16;
+
+/// Who keeps a data arena's file open: the controller, or the target where both are one
+/// process and a forked child does the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FileGoesTo {
+    Controller,
+    Target,
+}
 
 /// The target's side of everything, while it is seized.
 pub(crate) struct Ground<'t> {
@@ -100,16 +108,23 @@ impl<'t> Ground<'t> {
         self.store()
     }
 
-    /// Maps a thread table and an arena of `size_bytes` behind it. The file is the target's;
-    /// what is returned is a descriptor of ours to it, and the arena's base in the target.
+    /// Maps a thread table and an arena of `size_bytes` behind it. What is returned is an
+    /// open descriptor to the arena's file, and the arena's base in the target.
     pub(crate) fn add_data_arena(
         &mut self,
         size_bytes: u64,
-    ) -> Result<(OwnedFd, RemoteAddr), RemoteError> {
-        let fd = memfd(self.tracer, &mut self.registry, "flea-maps")?;
-        let mapped = self.map_data_arena(fd, size_bytes);
-        close(self.tracer, fd)?;
+        goes_to: FileGoesTo,
+    ) -> Result<(RawFd, RemoteAddr), RemoteError> {
+        let target_fd = memfd(self.tracer, &mut self.registry, "flea-maps")?;
+        let mapped = self.map_data_arena(target_fd, size_bytes);
+        if goes_to == FileGoesTo::Controller || mapped.is_err() {
+            close(self.tracer, target_fd)?;
+        }
         let (file, mapping) = mapped?;
+        let fd = match goes_to {
+            FileGoesTo::Controller => file.into_raw_fd(),
+            FileGoesTo::Target => target_fd,
+        };
         let table = THREAD_TABLE_BYTES as u64;
         self.registry.data.push(DataArena {
             mapping,
@@ -118,7 +133,7 @@ impl<'t> Ground<'t> {
             released: false,
         });
         self.store()?;
-        Ok((file.into(), RemoteAddr(mapping.0 + table)))
+        Ok((fd, RemoteAddr(mapping.0 + table)))
     }
 
     fn map_data_arena(
@@ -225,7 +240,7 @@ fn memfd(tracer: &mut Tracer, registry: &mut Registry, name: &str) -> Result<i32
     let len = u32::try_from(text.len()).expect("a name is short");
     let place = registry.place(near, len).ok_or(RemoteError::NoGap { near, bytes: len.into() })?;
     tracer.memory().write(place.at, text.as_bytes())?;
-    let flags = u64::from(libc::MFD_CLOEXEC);
+    let flags = u64::from(libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
     let fd = tracer.remote_syscall(libc::SYS_memfd_create, [place.at.0, flags, 0, 0, 0, 0]);
     registry.unplace(place);
     Ok(i32::try_from(fd?).expect("a file descriptor is an int"))

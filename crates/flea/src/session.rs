@@ -85,6 +85,17 @@ impl Session {
         Ok(session)
     }
 
+    /// A session with the process that calls this: its own functions can be traced. The work
+    /// on its code is done by a forked child that lives for some milliseconds.
+    ///
+    /// # Errors
+    /// As for [`Session::attach`].
+    pub fn this_process() -> Result<Self, SessionError> {
+        let session = Self::new(std::process::id().cast_signed(), None);
+        session.refresh()?;
+        Ok(session)
+    }
+
     fn new(pid: Pid, child: Option<Child>) -> Self {
         Self {
             inner: Arc::new(Inner {

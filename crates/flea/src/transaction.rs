@@ -16,6 +16,8 @@
 
 use std::{
     collections::HashMap,
+    fmt::Display,
+    os::fd::{FromRawFd as _, OwnedFd},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -25,14 +27,16 @@ use flea_object::spec::{MapSpec, ProgramKind};
 use flea_patch::Plan;
 use flea_process::{Memory, Pid, SeizeError, Tracer};
 use flea_symbols::{SiteKind as SymbolSiteKind, addr::RemoteAddr};
+use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     change::{Change, FIRST_FRAME_OFFSET, arenas, pack_reads},
     error::{AttachError, LoadError, RemoteError},
     object::{Loaded, Prepared},
+    own::{self, HelperError},
     reclaim,
     registry::{BodyState, Controller, FunctionState, Placed, Registry, SiteKind, Storage},
-    remote::{self, Ground},
+    remote::{self, FileGoesTo, Ground},
     session::Inner,
 };
 
@@ -55,9 +59,13 @@ pub(crate) fn create_arena(
     maps: &[MapSpec],
 ) -> Result<(flea_maps::Arena, RemoteAddr), LoadError> {
     let size_bytes = plan.size_bytes;
+    let goes_to =
+        if is_own(session.pid()) { FileGoesTo::Target } else { FileGoesTo::Controller };
     let (fd, base) = seized(session.pid(), |tracer| -> Result<_, LoadError> {
-        Ok(Ground::open(tracer)?.add_data_arena(size_bytes)?)
+        Ok(Ground::open(tracer)?.add_data_arena(size_bytes, goes_to)?)
     })?;
+    // SAFETY: `add_data_arena` opened it in this process, and nobody else knows of it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
     match flea_maps::Arena::from_fd(fd, plan, maps) {
         Ok(arena) => Ok((arena, base)),
         Err(error) => {
@@ -148,12 +156,22 @@ pub(crate) fn detach_from(pid: Pid, ids: &[u32]) -> Result<(), AttachError> {
     })
 }
 
-/// Seizes `pid` for the time that `f` takes.
-fn seized<R: Send, E: From<SeizeError> + Send>(
+/// Seizes `pid` for the time that `f` takes. On this very process a forked child does it.
+fn seized<R, E>(
     pid: Pid,
     f: impl FnOnce(&mut Tracer) -> Result<R, E> + Send,
-) -> Result<R, E> {
-    flea_process::seize(pid, f)?
+) -> Result<R, E>
+where
+    R: Send + Serialize + DeserializeOwned,
+    E: From<SeizeError> + From<HelperError> + Display + Send,
+{
+    let work = || flea_process::seize(pid, f)?;
+    if is_own(pid) { Ok(own::in_child(work)?) } else { work() }
+}
+
+/// Whether that is this very process.
+fn is_own(pid: Pid) -> bool {
+    pid.cast_unsigned() == std::process::id()
 }
 
 /// First free frame offset on each function.
