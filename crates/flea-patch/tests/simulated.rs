@@ -18,7 +18,7 @@ use proptest::prelude::*;
 const LAYOUTS: [&[usize]; 6] = [&[5], &[1, 1, 1, 1, 1], &[1, 3, 4], &[4, 3], &[2, 2, 2], &[7]];
 const STRIDE: u64 = 0x100;
 const COPIES: u64 = 0x10_0000;
-const NEW_CODE: u64 = 0x20_0000;
+
 const INT3: u8 = 0xcc;
 
 /// xorshift64*: small, and the same everywhere.
