@@ -73,7 +73,7 @@ pub fn find_gap(
                 above = Some(free_from);
             }
         }
-        free_from = free_from.max(to.next_multiple_of(PAGE).max(to));
+        free_from = free_from.max(to.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX));
     }
     below.or(above).map(RemoteAddr).ok_or_else(full)
 }
@@ -88,18 +88,25 @@ fn module_extent(maps: &[Mapping], near: RemoteAddr) -> Result<(u64, u64), GapEr
     if end - start < REACH { Ok((start, end)) } else { Ok((home.start.0, home.end.0)) }
 }
 
-/// What a mapping occupies, with the room it may grow into.
+/// What a mapping occupies, with the room it may grow into: up to its neighbour, no further.
 fn reserved(maps: &[Mapping], mapping: &Mapping) -> (u64, u64) {
     let (start, end) = (mapping.start.0, mapping.end.0);
+    let upwards = || {
+        let next = maps.iter().map(|m| m.start.0).filter(|&next| next >= end).min();
+        end.saturating_add(HEAP_GROWTH).min(next.unwrap_or(u64::MAX))
+    };
     match mapping.path.as_str() {
-        "[heap]" => (start, end.saturating_add(HEAP_GROWTH)),
-        "[stack]" => (start.saturating_sub(STACK_GROWTH), end),
+        "[heap]" => (start, upwards()),
+        "[stack]" => {
+            let previous = maps.iter().map(|m| m.end.0).filter(|&previous| previous <= start).max();
+            (start.saturating_sub(STACK_GROWTH).max(previous.unwrap_or(0)), end)
+        }
         // Before the first brk there is no [heap], and it will start up to 32 MiB (or, for a
         // PIE, right) behind the executable. The executable is the first mapping of all.
         _ if !maps.iter().any(|m| m.path == "[heap]")
             && maps.first().is_some_and(|first| first.same_file(mapping)) =>
         {
-            (start, end.saturating_add(HEAP_GROWTH))
+            (start, upwards())
         }
         _ => (start, end),
     }

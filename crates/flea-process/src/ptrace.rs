@@ -150,7 +150,9 @@ pub(crate) fn rseq_area(tid: Tid) -> Option<u64> {
 pub(crate) fn poll_stop(whose: Whose) -> Result<Option<(Tid, Stop)>, Errno> {
     let Some(info) = wait(whose, libc::WSTOPPED)? else { return Ok(None) };
     // SAFETY: waitid has filled the child fields: it returned a child.
-    let (tid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    let tid = unsafe { info.si_pid() };
+    // SAFETY: as above.
+    let status = unsafe { info.si_status() };
     Ok(Some((tid, decode(status))))
 }
 

@@ -118,7 +118,7 @@ struct Loan {
 }
 
 enum Taken {
-    Loan(Loan),
+    Loan(Box<Loan>),
     Unsuitable,
     Filtered,
 }
@@ -136,7 +136,26 @@ impl Tracer {
         calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
     ) -> Result<R, RemoteError> {
         self.find_syscall_insn()?;
-        let loan = self.borrow()?;
+        let loan = self.borrow(None)?;
+        self.lend(loan, calls)
+    }
+
+    /// As [`Tracer::with_thread`], in one thread of the caller's choice.
+    pub fn with_this_thread<R>(
+        &mut self,
+        tid: Tid,
+        calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
+    ) -> Result<R, RemoteError> {
+        self.find_syscall_insn()?;
+        let loan = self.borrow(Some(tid))?;
+        self.lend(loan, calls)
+    }
+
+    fn lend<R>(
+        &mut self,
+        loan: Loan,
+        calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
+    ) -> Result<R, RemoteError> {
         let mut borrowed = Borrowed { tracer: self, loan };
         let result = calls(&mut borrowed);
         borrowed.give_back()?;
@@ -202,16 +221,16 @@ impl Tracer {
         Err(RemoteError::NoInstruction { pid: self.pid })
     }
 
-    /// Takes the thread that is disturbed least.
-    fn borrow(&mut self) -> Result<Loan, RemoteError> {
+    /// Takes the thread that is disturbed least, or the one named.
+    fn borrow(&mut self, named: Option<Tid>) -> Result<Loan, RemoteError> {
         let until = Instant::now() + SEARCH_PATIENCE;
         let mut pace = Pace::default();
         let mut filtered = false;
         while Instant::now() < until {
             self.pump()?;
-            for tid in self.candidates() {
+            for tid in named.map_or_else(|| self.candidates(), |tid| vec![tid]) {
                 match self.take(tid)? {
-                    Taken::Loan(loan) => return Ok(loan),
+                    Taken::Loan(loan) => return Ok(*loan),
                     Taken::Unsuitable => {}
                     Taken::Filtered => filtered = true,
                 }
@@ -276,7 +295,8 @@ impl Tracer {
         }
         let used = false;
         let over = false;
-        Ok(Taken::Loan(Loan { tid, stop, registers, mask, used, over, seccomp_suspended }))
+        let loan = Loan { tid, stop, registers, mask, used, over, seccomp_suspended };
+        Ok(Taken::Loan(Box::new(loan)))
     }
 
     fn in_rseq_section(&self, tid: Tid, registers: &Registers) -> bool {

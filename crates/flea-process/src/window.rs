@@ -56,8 +56,7 @@ const VFORK_PATIENCE: Duration = Duration::from_millis(50);
 const WRITES_PER_PUMP: usize = 16;
 const MEMBARRIER_SYNC_CORE: u64 = 32;
 const MEMBARRIER_REGISTER_SYNC_CORE: u64 = 64;
-/// Bytes of the kernel's `struct sigaction`, and of its signal set.
-const SIGACTION_BYTES: u64 = 32;
+/// Bytes of the kernel's signal set.
 const SIGSET_BYTES: u64 = 8;
 
 /// SIGTRAP's disposition where it is not the default one, kept in a page of the target so that
@@ -325,7 +324,6 @@ impl Tracer {
         self.counts.dispositions_restored += 1;
         let signal = libc::SIGTRAP.cast_unsigned().into();
         let args = [signal, page.0, 0, SIGSET_BYTES, 0, 0];
-        debug_assert!(SIGACTION_BYTES <= 4096, "the page holds it");
         self.syscall_in_stopped(tid, regs, libc::SYS_rt_sigaction, args).map(drop)
     }
 

@@ -1,0 +1,47 @@
+//! A seized process as a [`Target`].
+
+use std::time::Duration;
+
+use flea_process::{TraceError, Tracer, Trap};
+use flea_symbols::addr::RemoteAddr;
+
+use crate::target::Target;
+
+impl Target for Tracer {
+    type Error = TraceError;
+
+    fn read(&mut self, at: RemoteAddr, into: &mut [u8]) -> Result<(), TraceError> {
+        Ok(self.memory().read(at, into)?)
+    }
+
+    fn write_text(&mut self, at: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
+        Self::write_text(self, at, bytes)
+    }
+
+    fn sync_core(&mut self) -> Result<(), TraceError> {
+        Self::sync_core(self)
+    }
+
+    fn arm(&mut self, traps: &[Trap]) -> Result<(), TraceError> {
+        Self::arm(self, traps)
+    }
+
+    fn disarm(&mut self) -> Result<(), TraceError> {
+        Self::disarm(self)
+    }
+
+    fn evacuate(
+        &mut self,
+        moves: &[(RemoteAddr, RemoteAddr)],
+    ) -> Result<Vec<RemoteAddr>, TraceError> {
+        Ok(Self::evacuate(self, moves)?.into_iter().map(|word| word.value).collect())
+    }
+
+    fn wait_a_moment(&mut self, duration: Duration) -> Result<(), TraceError> {
+        Self::wait_a_moment(self, duration)
+    }
+
+    fn drain(&mut self) -> Result<(), TraceError> {
+        Self::drain(self)
+    }
+}

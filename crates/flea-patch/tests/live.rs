@@ -1,0 +1,197 @@
+//! Commits in real processes, thousands of times, beside threads that check what a tracer
+//! could disturb. See `targets/hot.c` for what the letters mean.
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "tests")]
+
+#[path = "../../flea-process/tests/support/mod.rs"]
+mod support;
+
+use std::time::{Duration, Instant};
+
+use flea_patch::{CommitError, PATCH_BYTES, Plan, Poke, commit};
+use flea_process::{MapRequest, Tracer, seize};
+use flea_symbols::addr::RemoteAddr;
+use support::Target;
+
+/// Starts of the instructions that five bytes cover, for each function of the target.
+const INNER: [&[usize]; 3] = [&[1, 2, 3, 4], &[], &[1, 4]];
+const SLOT_BYTES: u64 = 64;
+
+struct Hot {
+    sites: [RemoteAddr; 3],
+    counter: RemoteAddr,
+    arena: RemoteAddr,
+}
+
+fn rel32(from_end: u64, to: u64) -> [u8; 4] {
+    i32::try_from(to.cast_signed() - from_end.cast_signed()).unwrap().to_le_bytes()
+}
+
+impl Hot {
+    fn new(tracer: &mut Tracer, line: &str) -> Self {
+        let words: Vec<RemoteAddr> = line
+            .split(' ')
+            .map(|word| RemoteAddr(u64::from_str_radix(word, 16).unwrap()))
+            .collect();
+        let arena = tracer
+            .remote_map(MapRequest {
+                near: Some(words[0]),
+                size_bytes: 4096,
+                prot: libc::PROT_READ | libc::PROT_EXEC,
+                flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                fd: -1,
+                offset: 0,
+            })
+            .unwrap();
+        let hot = Self { sites: [words[0], words[1], words[2]], counter: words[3], arena };
+        for k in 0..3 {
+            // f0 48 ff 05 rel32   lock inc qword [counter]
+            // ...                 the five bytes that were at the site
+            // e9 rel32            jmp site + 5
+            let base = hot.slot(k);
+            let mut code = vec![0xf0, 0x48, 0xff, 0x05];
+            code.extend(rel32(base + 8, hot.counter.0));
+            code.extend(tracer.memory().read_vec(hot.sites[k], PATCH_BYTES).unwrap());
+            code.push(0xe9);
+            code.extend(rel32(base + 18, hot.sites[k].0 + 5));
+            tracer.memory().write(RemoteAddr(base), &code).unwrap();
+        }
+        hot
+    }
+
+    fn slot(&self, k: usize) -> u64 {
+        self.arena.0 + SLOT_BYTES * k as u64
+    }
+
+    fn on(&self, tracer: &Tracer) -> Plan {
+        let poke = |k: usize| {
+            let site = self.sites[k];
+            let mut new = [0xe9, 0, 0, 0, 0];
+            new[1..].copy_from_slice(&rel32(site.0 + 5, self.slot(k)));
+            let copy = RemoteAddr(self.slot(k) + 8);
+            let at = |offset: usize| i64::try_from(offset).unwrap();
+            let moves = INNER[k].iter().map(|&o| (site.offset(at(o)), copy.offset(at(o))));
+            let expected = tracer.memory().read_vec(site, PATCH_BYTES).unwrap();
+            Poke { site, expected, new, trap_to: copy, moves: moves.collect() }
+        };
+        Plan { pokes: (0..3).map(poke).collect() }
+    }
+}
+
+fn reverse(plan: &Plan) -> Plan {
+    let back = |poke: &Poke| Poke {
+        site: poke.site,
+        expected: poke.new.to_vec(),
+        new: poke.expected[..].try_into().unwrap(),
+        trap_to: poke.trap_to,
+        moves: Vec::new(),
+    };
+    Plan { pokes: plan.pokes.iter().map(back).collect() }
+}
+
+/// Patches on and off `n_times` in one seizure after another, `per_seizure` in each.
+fn exercise(threads: &str, letters: &str, n_times: usize, per_seizure: usize) -> String {
+    let target = Target::start("hot", &[threads, letters]);
+    let line = target.first_line.clone();
+    let pid = target.pid();
+    let hot = seize(pid, |tracer| Hot::new(tracer, &line)).unwrap();
+    let plan = seize(pid, |tracer| hot.on(tracer)).unwrap();
+    let mut in_commit = Duration::ZERO;
+    let mut longest = Duration::ZERO;
+    let mut seizing = Duration::ZERO;
+    let mut n_busy = 0;
+    let mut traps = 0;
+    let mut blocked = 0;
+    for _ in 0..n_times / per_seizure {
+        let asked = Instant::now();
+        seize(pid, |tracer| {
+            seizing += asked.elapsed();
+            for _ in 0..per_seizure {
+                for plan in [&plan, &reverse(&plan)] {
+                    loop {
+                        match commit(tracer, plan) {
+                            Ok(report) => {
+                                in_commit += report.elapsed;
+                                longest = longest.max(report.window);
+                                break;
+                            }
+                            Err(CommitError::Busy { .. }) => n_busy += 1,
+                            Err(error) => panic!("{error}"),
+                        }
+                    }
+                    tracer.wait_a_moment(Duration::from_micros(100)).unwrap();
+                }
+            }
+            traps += tracer.counts().traps;
+            blocked += tracer.counts().traps_blocked;
+        })
+        .unwrap();
+    }
+    let n = u32::try_from(n_times).unwrap();
+    let rounds = u32::try_from(n_times / per_seizure).unwrap();
+    let text = target.finish();
+    println!(
+        "{threads}{letters}: commit {:?}, longest window {longest:?}, seize {:?}, traps {traps} \
+         ({blocked} blocked), busy {n_busy}: {text}",
+        in_commit / (2 * n),
+        seizing / rounds,
+    );
+    assert!(traps > 0, "no thread ever met a breakpoint");
+    text
+}
+
+fn number(text: &str, name: &str) -> u64 {
+    let mut words = text.split_whitespace();
+    words.find(|word| *word == name).unwrap();
+    words.next().unwrap().parse().unwrap()
+}
+
+#[test]
+fn eight_hot_threads() {
+    let text = exercise("8", "", 1000, 100);
+    assert!(number(&text, "counted") > 0);
+}
+
+#[test]
+fn threads_that_block_every_signal() {
+    exercise("4", "b", 300, 50);
+}
+
+#[test]
+fn a_sigtrap_handler_beside_blocked_threads() {
+    exercise("3", "bh", 200, 20);
+    exercise("3", "h", 100, 20);
+}
+
+#[test]
+fn sigtrap_ignored() {
+    exercise("3", "i", 200, 20);
+    exercise("3", "bi", 100, 20);
+}
+
+#[test]
+fn a_sigtrap_of_its_own_is_pending() {
+    exercise("3", "bp", 200, 20);
+    exercise("3", "bph", 100, 20);
+}
+
+#[test]
+fn handlers_interrupt_everywhere() {
+    let text = exercise("4", "u", 300, 30);
+    assert!(number(&text, "handled") > 0);
+    exercise("4", "ua", 100, 10);
+}
+
+#[test]
+fn threads_come_and_go() {
+    let text = exercise("2", "c", 200, 10);
+    assert!(number(&text, "births") > 0);
+    exercise("2", "cbh", 100, 10);
+}
+
+#[test]
+fn children_come_and_go() {
+    let text = exercise("2", "f", 200, 10);
+    assert!(number(&text, "forks") > 0);
+    exercise("2", "v", 200, 10);
+}
