@@ -59,39 +59,37 @@ fn counter_per_cpu() {
            4  sub $0x30,%rsp
            8  mov %rax,(%rsp)
            c  mov %rcx,8(%rsp)
-          11  mov %rdx,0x10(%rsp)
-          16  mov %rdi,0x18(%rsp)
-          1b  mov %r10,0x20(%rsp)
-          20  mov %r11,0x28(%rsp)
-          25  movabs $0,%r11    # arena - 0x10000
-          2f  movabs $0,%rcx    # thread pointer
-          39  mov %rcx,%r10
-          3c  shr $8,%r10
-          40  and $0xFFF0,%r10
-          47  mov (%r11,%r10),%rdx
-          4b  mov 8(%r11,%r10),%rax
-          50  cmp %rcx,%rdx
-          53  jne +0x87
-          59  addq $1,0x80(%rax)
-          61  mov (%rsp),%rax
-          65  mov 8(%rsp),%rcx
-          6a  mov 0x10(%rsp),%rdx
-          6f  mov 0x18(%rsp),%rdi
-          74  mov 0x20(%rsp),%r10
-          79  mov 0x28(%rsp),%r11
-          7e  add $0x30,%rsp
-          82  mov %rbp,%rsp
-          85  pop %rbp
-          86  ret
-          87  movabs $0,%rdi    # arena + 0x0
-          91  movabs $0,%rax    # flea_thread_slot
-          9b  call *%rax
-          9d  test %rax,%rax
-          a0  jne +0x59
-          a6  movabs $0,%rax    # arena + 0x28
-          b0  mov $1,%ecx
-          b5  lock add %rcx,(%rax)
-          b9  jmp +0x61
+          11  mov %rdi,0x10(%rsp)
+          16  mov %r10,0x18(%rsp)
+          1b  mov %r11,0x20(%rsp)
+          20  movabs $0,%r11    # arena - 0x10000
+          2a  movabs $0,%rcx    # thread pointer
+          34  mov %rcx,%r10
+          37  shr $8,%r10
+          3b  and $0xFFF0,%r10
+          42  mov 8(%r11,%r10),%rax
+          47  mov (%r11,%r10),%r11
+          4b  cmp %rcx,%r11
+          4e  jne +0x7d
+          54  addq $1,0x80(%rax)
+          5c  mov (%rsp),%rax
+          60  mov 8(%rsp),%rcx
+          65  mov 0x10(%rsp),%rdi
+          6a  mov 0x18(%rsp),%r10
+          6f  mov 0x20(%rsp),%r11
+          74  add $0x30,%rsp
+          78  mov %rbp,%rsp
+          7b  pop %rbp
+          7c  ret
+          7d  movabs $0,%rdi    # arena + 0x0
+          87  movabs $0,%rax    # flea_thread_slot
+          91  call *%rax
+          93  test %rax,%rax
+          96  jne +0x54
+          9c  movabs $0,%rax    # arena + 0x28
+          a6  mov $1,%ecx
+          ab  lock add %rcx,(%rax)
+          af  jmp +0x5c
     "#]]);
 }
 
@@ -106,40 +104,38 @@ fn two_counters_share_one_slot_lookup() {
            4  sub $0x30,%rsp
            8  mov %rax,(%rsp)
            c  mov %rcx,8(%rsp)
-          11  mov %rdx,0x10(%rsp)
-          16  mov %rdi,0x18(%rsp)
-          1b  mov %r10,0x20(%rsp)
-          20  mov %r11,0x28(%rsp)
-          25  movabs $0,%r11    # arena - 0x10000
-          2f  movabs $0,%rcx    # thread pointer
-          39  mov %rcx,%r10
-          3c  shr $8,%r10
-          40  and $0xFFF0,%r10
-          47  mov (%r11,%r10),%rdx
-          4b  mov 8(%r11,%r10),%rax
-          50  cmp %rcx,%rdx
-          53  jne +0x8f
-          59  addq $1,0x80(%rax)
-          61  addq $1,0x88(%rax)
-          69  mov (%rsp),%rax
-          6d  mov 8(%rsp),%rcx
-          72  mov 0x10(%rsp),%rdx
-          77  mov 0x18(%rsp),%rdi
-          7c  mov 0x20(%rsp),%r10
-          81  mov 0x28(%rsp),%r11
-          86  add $0x30,%rsp
-          8a  mov %rbp,%rsp
-          8d  pop %rbp
-          8e  ret
-          8f  movabs $0,%rdi    # arena + 0x0
-          99  movabs $0,%rax    # flea_thread_slot
-          a3  call *%rax
-          a5  test %rax,%rax
-          a8  jne +0x59
-          ae  movabs $0,%rax    # arena + 0x28
-          b8  mov $1,%ecx
-          bd  lock add %rcx,(%rax)
-          c1  jmp +0x69
+          11  mov %rdi,0x10(%rsp)
+          16  mov %r10,0x18(%rsp)
+          1b  mov %r11,0x20(%rsp)
+          20  movabs $0,%r11    # arena - 0x10000
+          2a  movabs $0,%rcx    # thread pointer
+          34  mov %rcx,%r10
+          37  shr $8,%r10
+          3b  and $0xFFF0,%r10
+          42  mov 8(%r11,%r10),%rax
+          47  mov (%r11,%r10),%r11
+          4b  cmp %rcx,%r11
+          4e  jne +0x85
+          54  addq $1,0x80(%rax)
+          5c  addq $1,0x88(%rax)
+          64  mov (%rsp),%rax
+          68  mov 8(%rsp),%rcx
+          6d  mov 0x10(%rsp),%rdi
+          72  mov 0x18(%rsp),%r10
+          77  mov 0x20(%rsp),%r11
+          7c  add $0x30,%rsp
+          80  mov %rbp,%rsp
+          83  pop %rbp
+          84  ret
+          85  movabs $0,%rdi    # arena + 0x0
+          8f  movabs $0,%rax    # flea_thread_slot
+          99  call *%rax
+          9b  test %rax,%rax
+          9e  jne +0x54
+          a4  movabs $0,%rax    # arena + 0x28
+          ae  mov $1,%ecx
+          b3  lock add %rcx,(%rax)
+          b7  jmp +0x64
     "#]]);
 }
 
@@ -158,14 +154,14 @@ fn exit_saves_only_what_is_read() {
           1b  mov %rdi,0x20(%rsp)
           20  mov %rbp,%rax
           23  mov (%rax),%rcx
-          26  movabs $0,%rax    # arena - 0x10000
-          30  movabs $0,%rdx    # thread pointer
-          3a  mov %rdx,%rsi
-          3d  shr $8,%rsi
-          41  and $0xFFF0,%rsi
-          48  mov (%rax,%rsi),%rdi
-          4c  mov 8(%rax,%rsi),%rax
-          51  cmp %rdx,%rdi
+          26  movabs $0,%rdx    # arena - 0x10000
+          30  movabs $0,%rsi    # thread pointer
+          3a  mov %rsi,%rdi
+          3d  shr $8,%rdi
+          41  and $0xFFF0,%rdi
+          48  mov 8(%rdx,%rdi),%rax
+          4d  mov (%rdx,%rdi),%rdx
+          51  cmp %rsi,%rdx
           54  jne +0xb9
           5a  mov 0x40(%rax),%rdx
           5e  test %rdx,%rdx
@@ -262,14 +258,14 @@ fn session_carries_a_cookie() {
           20  mov %rbp,%rax
           23  mov (%rax),%rcx
           26  movq $0,-0x98(%rcx)
-          31  movabs $0,%rax    # arena - 0x10000
-          3b  movabs $0,%rdx    # thread pointer
-          45  mov %rdx,%rsi
-          48  shr $8,%rsi
-          4c  and $0xFFF0,%rsi
-          53  mov (%rax,%rsi),%rdi
-          57  mov 8(%rax,%rsi),%rax
-          5c  cmp %rdx,%rdi
+          31  movabs $0,%rdx    # arena - 0x10000
+          3b  movabs $0,%rsi    # thread pointer
+          45  mov %rsi,%rdi
+          48  shr $8,%rdi
+          4c  and $0xFFF0,%rdi
+          53  mov 8(%rdx,%rdi),%rax
+          58  mov (%rdx,%rdi),%rdx
+          5c  cmp %rsi,%rdx
           5f  jne +0xcb
           65  mov 0x40(%rax),%rdx
           69  test %rdx,%rdx
@@ -316,14 +312,14 @@ fn session_carries_a_cookie() {
           20  mov %r8,0x28(%rsp)
           25  mov %rbp,%rax
           28  mov (%rax),%rcx
-          2b  movabs $0,%rax    # arena - 0x10000
-          35  movabs $0,%rdx    # thread pointer
-          3f  mov %rdx,%rsi
-          42  shr $8,%rsi
-          46  and $0xFFF0,%rsi
-          4d  mov (%rax,%rsi),%rdi
-          51  mov 8(%rax,%rsi),%rax
-          56  cmp %rdx,%rdi
+          2b  movabs $0,%rdx    # arena - 0x10000
+          35  movabs $0,%rsi    # thread pointer
+          3f  mov %rsi,%rdi
+          42  shr $8,%rdi
+          46  and $0xFFF0,%rdi
+          4d  mov 8(%rdx,%rdi),%rax
+          52  mov (%rdx,%rdi),%rdx
+          56  cmp %rsi,%rdx
           59  jne +0xd8
           5f  mov 0x40(%rax),%rdx
           63  test %rdx,%rdx
@@ -419,15 +415,15 @@ fn skeletons() {
           46  mov %rdi,0x20(%rsp)
           4b  mov %rbp,%rax
           4e  mov (%rax),%rcx
-          51  movabs $0x700000000000,%rax
-          5b  mov %fs:0,%rdx
+          51  movabs $0x700000000000,%rdx
+          5b  mov %fs:0,%rsi
           64  nop
-          65  mov %rdx,%rsi
-          68  shr $8,%rsi
-          6c  and $0xFFF0,%rsi
-          73  mov (%rax,%rsi),%rdi
-          77  mov 8(%rax,%rsi),%rax
-          7c  cmp %rdx,%rdi
+          65  mov %rsi,%rdi
+          68  shr $8,%rdi
+          6c  and $0xFFF0,%rdi
+          73  mov 8(%rdx,%rdi),%rax
+          78  mov (%rdx,%rdi),%rdx
+          7c  cmp %rsi,%rdx
           7f  jne +0xe1
           81  mov 0x50(%rax),%rdx
           85  test %rdx,%rdx
