@@ -85,10 +85,10 @@ pub struct SkeletonBody<'a> {
     pub exit: Option<BodyRef<'a>>,
     /// What `exit` reads.
     pub reads: &'a Reads,
-    /// Words of the frame that these bodies use. They were compiled for an offset; in a
-    /// skeleton, the bodies' words follow each other in the order given.
+    /// Words of the frame that these bodies use.
     pub frame_words: u32,
-    /// The offset that they were compiled for; checked.
+    /// The offset that they were compiled for; checked. Bodies of several controllers need
+    /// offsets that do not overlap; holes do no harm.
     pub frame_offset: u32,
 }
 
@@ -137,10 +137,10 @@ pub enum LinkError {
         max: u32,
     },
     /// Two bodies would use the same words of the frame, or one a word outside it.
-    #[error("a body's frame words at offset {found} are not at the expected {expected}")]
+    #[error("a body's frame words at offset {found} overlap others: free from {free_from} on")]
     FrameOffset {
-        /// Where they should be.
-        expected: u32,
+        /// The lowest offset that is free.
+        free_from: u32,
         /// Where the body has them.
         found: u32,
     },
@@ -262,17 +262,8 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
     if site.0.abs_diff(request.image_address.0) > REACH {
         return Err(LinkError::OutOfReach { from: site, to: request.image_address });
     }
-    let mut expected = BODY_FRAMES_OFFSET;
-    let mut frame_words = 0u32;
+    check_frame_words(request.bodies)?;
     for body in request.bodies {
-        if body.frame_words > 0 && body.frame_offset != expected {
-            return Err(LinkError::FrameOffset { expected, found: body.frame_offset });
-        }
-        frame_words = frame_words.saturating_add(body.frame_words);
-        if frame_words > MAX_FRAME_WORDS {
-            return Err(LinkError::TooManyFrameWords { frame_words, max: MAX_FRAME_WORDS });
-        }
-        expected = BODY_FRAMES_OFFSET + 8 * frame_words;
         for side in [body.entry, body.session, body.exit].into_iter().flatten() {
             if let BodyRef::Call(to) = side
                 && to.0.abs_diff(request.image_address.0) > REACH
@@ -280,6 +271,25 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
                 return Err(LinkError::OutOfReach { from: request.image_address, to });
             }
         }
+    }
+    Ok(())
+}
+
+/// No two bodies share a word, whatever holes detached ones have left between them.
+fn check_frame_words(bodies: &[SkeletonBody<'_>]) -> Result<(), LinkError> {
+    let mut ranges: Vec<(u32, u32)> =
+        bodies.iter().filter(|b| b.frame_words > 0).map(|b| (b.frame_offset, b.frame_words)).collect();
+    ranges.sort_unstable();
+    let mut free_from = BODY_FRAMES_OFFSET;
+    for (offset, n_words) in ranges {
+        let end = n_words.checked_mul(8).and_then(|n| offset.checked_add(n)).unwrap_or(u32::MAX);
+        if end > BODY_FRAMES_OFFSET + 8 * MAX_FRAME_WORDS {
+            return Err(LinkError::TooManyFrameWords { frame_words: n_words, max: MAX_FRAME_WORDS });
+        }
+        if offset < free_from || !offset.is_multiple_of(8) {
+            return Err(LinkError::FrameOffset { free_from, found: offset });
+        }
+        free_from = end;
     }
     Ok(())
 }
@@ -344,7 +354,7 @@ impl Emitter<'_> {
     fn framed(&mut self) -> Result<(), LinkError> {
         let request = self.request;
         let reads = all_reads(request.bodies);
-        let stack_words = if request.stack_words == 0 { 0 } else { request.stack_words };
+        let stack_words = request.stack_words;
         let frame_bytes = frame_bytes(request.bodies, stack_words);
         self.code(|a| {
             a.push(rbp)?;
@@ -476,9 +486,13 @@ impl Emitter<'_> {
 /// Bytes below rbp before the copied stack words, such that `rsp` is a multiple of 16 once
 /// those are pushed.
 fn frame_bytes(bodies: &[SkeletonBody<'_>], stack_words: u32) -> u32 {
-    let frame_words: u32 = bodies.iter().map(|b| b.frame_words).sum();
-    // The first word of the body frames is the one at -BODY_FRAMES_OFFSET.
-    let used = BODY_FRAMES_OFFSET - 8 + 8 * frame_words;
+    let used = bodies
+        .iter()
+        .filter(|b| b.frame_words > 0)
+        .map(|b| b.frame_offset + 8 * (b.frame_words - 1))
+        .max()
+        // The lowest argument word.
+        .unwrap_or(BODY_FRAMES_OFFSET - 8);
     (used + 8 * stack_words).next_multiple_of(16) - 8 * stack_words
 }
 
