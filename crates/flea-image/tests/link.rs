@@ -34,17 +34,17 @@ fn branches_and_rip_relative_operands_move() {
     // 1: test edi, edi; je +0x20 (outside); dec edi; jne 1b
     let skeleton = link(&[0x85, 0xff, 0x74, 0x20, 0xff, 0xcf, 0x75, 0xf8]).unwrap();
     expect![[r#"
-           0  test %edi,%edi
-           2  je 0x0000000000401024
-           8  dec %edi
-           a  jne +0x0
-           c  jmp 0x0000000000401008
+        0000  test %edi,%edi
+        0002  je 0x0000000000401024
+        0008  dec %edi
+        000a  jne +0x0
+        000c  jmp 0x0000000000401008
     "#]].assert_eq(&skeleton.listing());
     // cmp qword [rip + 0x10], 0
     let skeleton = link(&[0x48, 0x83, 0x3d, 0x10, 0, 0, 0, 0]).unwrap();
     expect![[r#"
-           0  cmpq $0,0x401018
-           8  jmp 0x0000000000401008
+        0000  cmpq $0,0x401018
+        0008  jmp 0x0000000000401008
     "#]].assert_eq(&skeleton.listing());
 }
 
