@@ -215,8 +215,11 @@ fn find_slot(b: &mut FunctionBuilder<'_>, outcome: &mut Outcome, end: Block) -> 
     let index = b.ins().band_imm_u(index, offset(mask));
     let table = symbol(b, RelocTarget::Arena { addend: -offset(THREAD_TABLE_BYTES) });
     let entry = b.ins().iadd(table, index);
-    let owner = b.ins().load(types::I64, proved(), entry, field(offset_of!(ThreadEntry, thread_pointer)));
-    let home = b.ins().load(types::I64, proved(), entry, field(offset_of!(ThreadEntry, slot)));
+    let slot_at = field(offset_of!(ThreadEntry, slot));
+    let owner_at = field(offset_of!(ThreadEntry, thread_pointer));
+    let home = b.ins().load(types::I64, proved(), entry, slot_at);
+    // Right before its only use, so that it becomes the comparison's memory operand.
+    let owner = b.ins().load(types::I64, proved(), entry, owner_at);
     let hit = b.ins().icmp(cranelift_codegen::ir::condcodes::IntCC::Equal, owner, tp);
     b.ins().brif(hit, found, &[home.into()], cold, &[]);
 

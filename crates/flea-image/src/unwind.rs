@@ -22,7 +22,7 @@ const DW_CFA_OFFSET: u8 = 0x80;
 const DW_EH_PE_ABSPTR: u8 = 0x00;
 
 /// Offset of the FDE in what [`frame_arena_rows`] returns: what `_Unwind_Find_FDE` points at.
-pub const FDE_OFFSET: usize = 32;
+pub const FDE_OFFSET: usize = 24;
 
 /// `.eh_frame` bytes, to be placed 8-aligned anywhere in the target: a CIE, an FDE at
 /// [`FDE_OFFSET`] for the `len_bytes` from `start` on, and a terminating zero word (as

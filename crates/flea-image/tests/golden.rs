@@ -54,44 +54,42 @@ fn counter_per_cpu() {
     let maps = [map(MapKind::PerCpuArray, 8, 1)];
     let body = compile(&ints(2), &maps, &[(&counter(0), ProgramKind::Fentry)]);
     check(body.entry.as_ref(), &expect![[r#"
-           0  push %rbp
-           1  mov %rsp,%rbp
-           4  sub $0x30,%rsp
-           8  mov %rax,(%rsp)
-           c  mov %rcx,8(%rsp)
-          11  mov %rdx,0x10(%rsp)
-          16  mov %rdi,0x18(%rsp)
-          1b  mov %r10,0x20(%rsp)
-          20  mov %r11,0x28(%rsp)
-          25  movabs $0,%r11    # arena - 0x10000
-          2f  movabs $0,%rcx    # thread pointer
-          39  mov %rcx,%r10
-          3c  shr $8,%r10
-          40  and $0xFFF0,%r10
-          47  mov (%r11,%r10),%rdx
-          4b  mov 8(%r11,%r10),%rax
-          50  cmp %rcx,%rdx
-          53  jne +0x87
-          59  addq $1,0x80(%rax)
-          61  mov (%rsp),%rax
-          65  mov 8(%rsp),%rcx
-          6a  mov 0x10(%rsp),%rdx
-          6f  mov 0x18(%rsp),%rdi
-          74  mov 0x20(%rsp),%r10
-          79  mov 0x28(%rsp),%r11
-          7e  add $0x30,%rsp
-          82  mov %rbp,%rsp
-          85  pop %rbp
-          86  ret
-          87  movabs $0,%rdi    # arena + 0x0
-          91  movabs $0,%rax    # flea_thread_slot
-          9b  call *%rax
-          9d  test %rax,%rax
-          a0  jne +0x59
-          a6  movabs $0,%rax    # arena + 0x28
-          b0  mov $1,%ecx
-          b5  lock add %rcx,(%rax)
-          b9  jmp +0x61
+        0000  push %rbp
+        0001  mov %rsp,%rbp
+        0004  sub $0x30,%rsp
+        0008  mov %rax,(%rsp)
+        000c  mov %rcx,8(%rsp)
+        0011  mov %rdi,0x10(%rsp)
+        0016  mov %r10,0x18(%rsp)
+        001b  mov %r11,0x20(%rsp)
+        0020  movabs $0,%r11    # arena - 0x10000
+        002a  movabs $0,%rcx    # thread pointer
+        0034  mov %rcx,%r10
+        0037  shr $8,%r10
+        003b  and $0xFFF0,%r10
+        0042  mov 8(%r11,%r10),%rax
+        0047  mov (%r11,%r10),%r11
+        004b  cmp %rcx,%r11
+        004e  jne +0x7d
+        0054  addq $1,0x80(%rax)
+        005c  mov (%rsp),%rax
+        0060  mov 8(%rsp),%rcx
+        0065  mov 0x10(%rsp),%rdi
+        006a  mov 0x18(%rsp),%r10
+        006f  mov 0x20(%rsp),%r11
+        0074  add $0x30,%rsp
+        0078  mov %rbp,%rsp
+        007b  pop %rbp
+        007c  ret
+        007d  movabs $0,%rdi    # arena + 0x0
+        0087  movabs $0,%rax    # flea_thread_slot
+        0091  call *%rax
+        0093  test %rax,%rax
+        0096  jne +0x54
+        009c  movabs $0,%rax    # arena + 0x28
+        00a6  mov $1,%ecx
+        00ab  lock add %rcx,(%rax)
+        00af  jmp +0x5c
     "#]]);
 }
 
@@ -101,45 +99,43 @@ fn two_counters_share_one_slot_lookup() {
     let programs = [(&counter(0), ProgramKind::Fentry), (&counter(1), ProgramKind::Fentry)];
     let body = compile(&ints(2), &maps, &programs);
     check(body.entry.as_ref(), &expect![[r#"
-           0  push %rbp
-           1  mov %rsp,%rbp
-           4  sub $0x30,%rsp
-           8  mov %rax,(%rsp)
-           c  mov %rcx,8(%rsp)
-          11  mov %rdx,0x10(%rsp)
-          16  mov %rdi,0x18(%rsp)
-          1b  mov %r10,0x20(%rsp)
-          20  mov %r11,0x28(%rsp)
-          25  movabs $0,%r11    # arena - 0x10000
-          2f  movabs $0,%rcx    # thread pointer
-          39  mov %rcx,%r10
-          3c  shr $8,%r10
-          40  and $0xFFF0,%r10
-          47  mov (%r11,%r10),%rdx
-          4b  mov 8(%r11,%r10),%rax
-          50  cmp %rcx,%rdx
-          53  jne +0x8f
-          59  addq $1,0x80(%rax)
-          61  addq $1,0x88(%rax)
-          69  mov (%rsp),%rax
-          6d  mov 8(%rsp),%rcx
-          72  mov 0x10(%rsp),%rdx
-          77  mov 0x18(%rsp),%rdi
-          7c  mov 0x20(%rsp),%r10
-          81  mov 0x28(%rsp),%r11
-          86  add $0x30,%rsp
-          8a  mov %rbp,%rsp
-          8d  pop %rbp
-          8e  ret
-          8f  movabs $0,%rdi    # arena + 0x0
-          99  movabs $0,%rax    # flea_thread_slot
-          a3  call *%rax
-          a5  test %rax,%rax
-          a8  jne +0x59
-          ae  movabs $0,%rax    # arena + 0x28
-          b8  mov $1,%ecx
-          bd  lock add %rcx,(%rax)
-          c1  jmp +0x69
+        0000  push %rbp
+        0001  mov %rsp,%rbp
+        0004  sub $0x30,%rsp
+        0008  mov %rax,(%rsp)
+        000c  mov %rcx,8(%rsp)
+        0011  mov %rdi,0x10(%rsp)
+        0016  mov %r10,0x18(%rsp)
+        001b  mov %r11,0x20(%rsp)
+        0020  movabs $0,%r11    # arena - 0x10000
+        002a  movabs $0,%rcx    # thread pointer
+        0034  mov %rcx,%r10
+        0037  shr $8,%r10
+        003b  and $0xFFF0,%r10
+        0042  mov 8(%r11,%r10),%rax
+        0047  mov (%r11,%r10),%r11
+        004b  cmp %rcx,%r11
+        004e  jne +0x85
+        0054  addq $1,0x80(%rax)
+        005c  addq $1,0x88(%rax)
+        0064  mov (%rsp),%rax
+        0068  mov 8(%rsp),%rcx
+        006d  mov 0x10(%rsp),%rdi
+        0072  mov 0x18(%rsp),%r10
+        0077  mov 0x20(%rsp),%r11
+        007c  add $0x30,%rsp
+        0080  mov %rbp,%rsp
+        0083  pop %rbp
+        0084  ret
+        0085  movabs $0,%rdi    # arena + 0x0
+        008f  movabs $0,%rax    # flea_thread_slot
+        0099  call *%rax
+        009b  test %rax,%rax
+        009e  jne +0x54
+        00a4  movabs $0,%rax    # arena + 0x28
+        00ae  mov $1,%ecx
+        00b3  lock add %rcx,(%rax)
+        00b7  jmp +0x64
     "#]]);
 }
 
@@ -148,57 +144,57 @@ fn exit_saves_only_what_is_read() {
     let maps = [map(MapKind::Array, 64, 1)];
     let body = compile(&ints(2), &maps, &[(&record(0, 3), ProgramKind::Fexit)]);
     check(body.exit.as_ref(), &expect![[r#"
-           0  push %rbp
-           1  mov %rsp,%rbp
-           4  sub $0x30,%rsp
-           8  mov %rax,(%rsp)
-           c  mov %rcx,8(%rsp)
-          11  mov %rdx,0x10(%rsp)
-          16  mov %rsi,0x18(%rsp)
-          1b  mov %rdi,0x20(%rsp)
-          20  mov %rbp,%rax
-          23  mov (%rax),%rcx
-          26  movabs $0,%rax    # arena - 0x10000
-          30  movabs $0,%rdx    # thread pointer
-          3a  mov %rdx,%rsi
-          3d  shr $8,%rsi
-          41  and $0xFFF0,%rsi
-          48  mov (%rax,%rsi),%rdi
-          4c  mov 8(%rax,%rsi),%rax
-          51  cmp %rdx,%rdi
-          54  jne +0xb9
-          5a  mov 0x40(%rax),%rdx
-          5e  test %rdx,%rdx
-          61  jne +0xf0
-          67  movq $1,0x40(%rax)
-          6f  mov -0x28(%rcx),%rsi
-          73  movabs $0,%rdx    # arena + 0x21000
-          7d  mov %rsi,(%rdx)
-          80  mov -0x30(%rcx),%rsi
-          84  mov %rsi,8(%rdx)
-          88  mov -8(%rcx),%rcx
-          8c  mov %rcx,0x10(%rdx)
-          90  movq $0,0x40(%rax)
-          98  mov (%rsp),%rax
-          9c  mov 8(%rsp),%rcx
-          a1  mov 0x10(%rsp),%rdx
-          a6  mov 0x18(%rsp),%rsi
-          ab  mov 0x20(%rsp),%rdi
-          b0  add $0x30,%rsp
-          b4  mov %rbp,%rsp
-          b7  pop %rbp
-          b8  ret
-          b9  movabs $0,%rdi    # arena + 0x0
-          c3  movabs $0,%rax    # flea_thread_slot
-          cd  call *%rax
-          cf  test %rax,%rax
-          d2  jne +0x5a
-          d8  movabs $0,%rax    # arena + 0x28
-          e2  mov $1,%ecx
-          e7  lock add %rcx,(%rax)
-          eb  jmp +0x98
-          f0  addq $1,0x48(%rax)
-          f5  jmp +0x98
+        0000  push %rbp
+        0001  mov %rsp,%rbp
+        0004  sub $0x30,%rsp
+        0008  mov %rax,(%rsp)
+        000c  mov %rcx,8(%rsp)
+        0011  mov %rdx,0x10(%rsp)
+        0016  mov %rsi,0x18(%rsp)
+        001b  mov %rdi,0x20(%rsp)
+        0020  mov %rbp,%rax
+        0023  mov (%rax),%rcx
+        0026  movabs $0,%rdx    # arena - 0x10000
+        0030  movabs $0,%rsi    # thread pointer
+        003a  mov %rsi,%rdi
+        003d  shr $8,%rdi
+        0041  and $0xFFF0,%rdi
+        0048  mov 8(%rdx,%rdi),%rax
+        004d  mov (%rdx,%rdi),%rdx
+        0051  cmp %rsi,%rdx
+        0054  jne +0xb9
+        005a  mov 0x40(%rax),%rdx
+        005e  test %rdx,%rdx
+        0061  jne +0xf0
+        0067  movq $1,0x40(%rax)
+        006f  mov -0x28(%rcx),%rsi
+        0073  movabs $0,%rdx    # arena + 0x21000
+        007d  mov %rsi,(%rdx)
+        0080  mov -0x30(%rcx),%rsi
+        0084  mov %rsi,8(%rdx)
+        0088  mov -8(%rcx),%rcx
+        008c  mov %rcx,0x10(%rdx)
+        0090  movq $0,0x40(%rax)
+        0098  mov (%rsp),%rax
+        009c  mov 8(%rsp),%rcx
+        00a1  mov 0x10(%rsp),%rdx
+        00a6  mov 0x18(%rsp),%rsi
+        00ab  mov 0x20(%rsp),%rdi
+        00b0  add $0x30,%rsp
+        00b4  mov %rbp,%rsp
+        00b7  pop %rbp
+        00b8  ret
+        00b9  movabs $0,%rdi    # arena + 0x0
+        00c3  movabs $0,%rax    # flea_thread_slot
+        00cd  call *%rax
+        00cf  test %rax,%rax
+        00d2  jne +0x5a
+        00d8  movabs $0,%rax    # arena + 0x28
+        00e2  mov $1,%ecx
+        00e7  lock add %rcx,(%rax)
+        00eb  jmp +0x98
+        00f0  addq $1,0x48(%rax)
+        00f5  jmp +0x98
     "#]]);
     expect![[r#"
         Reads {
@@ -251,115 +247,115 @@ fn session_carries_a_cookie() {
     let body = compile(&ints(1), &maps, &[(&latency(), ProgramKind::Fsession)]);
     assert_eq!(body.frame_words, 1);
     check(body.session.as_ref(), &expect![[r#"
-           0  push %rbp
-           1  mov %rsp,%rbp
-           4  sub $0x30,%rsp
-           8  mov %rax,(%rsp)
-           c  mov %rcx,8(%rsp)
-          11  mov %rdx,0x10(%rsp)
-          16  mov %rsi,0x18(%rsp)
-          1b  mov %rdi,0x20(%rsp)
-          20  mov %rbp,%rax
-          23  mov (%rax),%rcx
-          26  movq $0,-0x98(%rcx)
-          31  movabs $0,%rax    # arena - 0x10000
-          3b  movabs $0,%rdx    # thread pointer
-          45  mov %rdx,%rsi
-          48  shr $8,%rsi
-          4c  and $0xFFF0,%rsi
-          53  mov (%rax,%rsi),%rdi
-          57  mov 8(%rax,%rsi),%rax
-          5c  cmp %rdx,%rdi
-          5f  jne +0xcb
-          65  mov 0x40(%rax),%rdx
-          69  test %rdx,%rdx
-          6c  jne +0x102
-          72  mov $1,%esi
-          77  movq $1,0x40(%rax)
-          7f  mov %rax,%rdx
-          82  movabs $0,%rdi    # VdsoClockGettime
-          8c  movabs $0,%rax    # flea_clock_ns
-          96  call *%rax
-          98  mov %rax,-0x98(%rcx)
-          9f  mov %rdx,%rax
-          a2  movq $0,0x40(%rax)
-          aa  mov (%rsp),%rax
-          ae  mov 8(%rsp),%rcx
-          b3  mov 0x10(%rsp),%rdx
-          b8  mov 0x18(%rsp),%rsi
-          bd  mov 0x20(%rsp),%rdi
-          c2  add $0x30,%rsp
-          c6  mov %rbp,%rsp
-          c9  pop %rbp
-          ca  ret
-          cb  movabs $0,%rdi    # arena + 0x0
-          d5  movabs $0,%rax    # flea_thread_slot
-          df  call *%rax
-          e1  test %rax,%rax
-          e4  jne +0x65
-          ea  movabs $0,%rax    # arena + 0x28
-          f4  mov $1,%ecx
-          f9  lock add %rcx,(%rax)
-          fd  jmp +0xaa
-         102  addq $1,0x48(%rax)
-         107  jmp +0xaa
+        0000  push %rbp
+        0001  mov %rsp,%rbp
+        0004  sub $0x30,%rsp
+        0008  mov %rax,(%rsp)
+        000c  mov %rcx,8(%rsp)
+        0011  mov %rdx,0x10(%rsp)
+        0016  mov %rsi,0x18(%rsp)
+        001b  mov %rdi,0x20(%rsp)
+        0020  mov %rbp,%rax
+        0023  mov (%rax),%rcx
+        0026  movq $0,-0x98(%rcx)
+        0031  movabs $0,%rdx    # arena - 0x10000
+        003b  movabs $0,%rsi    # thread pointer
+        0045  mov %rsi,%rdi
+        0048  shr $8,%rdi
+        004c  and $0xFFF0,%rdi
+        0053  mov 8(%rdx,%rdi),%rax
+        0058  mov (%rdx,%rdi),%rdx
+        005c  cmp %rsi,%rdx
+        005f  jne +0xcb
+        0065  mov 0x40(%rax),%rdx
+        0069  test %rdx,%rdx
+        006c  jne +0x102
+        0072  mov $1,%esi
+        0077  movq $1,0x40(%rax)
+        007f  mov %rax,%rdx
+        0082  movabs $0,%rdi    # VdsoClockGettime
+        008c  movabs $0,%rax    # flea_clock_ns
+        0096  call *%rax
+        0098  mov %rax,-0x98(%rcx)
+        009f  mov %rdx,%rax
+        00a2  movq $0,0x40(%rax)
+        00aa  mov (%rsp),%rax
+        00ae  mov 8(%rsp),%rcx
+        00b3  mov 0x10(%rsp),%rdx
+        00b8  mov 0x18(%rsp),%rsi
+        00bd  mov 0x20(%rsp),%rdi
+        00c2  add $0x30,%rsp
+        00c6  mov %rbp,%rsp
+        00c9  pop %rbp
+        00ca  ret
+        00cb  movabs $0,%rdi    # arena + 0x0
+        00d5  movabs $0,%rax    # flea_thread_slot
+        00df  call *%rax
+        00e1  test %rax,%rax
+        00e4  jne +0x65
+        00ea  movabs $0,%rax    # arena + 0x28
+        00f4  mov $1,%ecx
+        00f9  lock add %rcx,(%rax)
+        00fd  jmp +0xaa
+        0102  addq $1,0x48(%rax)
+        0107  jmp +0xaa
     "#]]);
     check(body.exit.as_ref(), &expect![[r#"
-           0  push %rbp
-           1  mov %rsp,%rbp
-           4  sub $0x30,%rsp
-           8  mov %rax,(%rsp)
-           c  mov %rcx,8(%rsp)
-          11  mov %rdx,0x10(%rsp)
-          16  mov %rsi,0x18(%rsp)
-          1b  mov %rdi,0x20(%rsp)
-          20  mov %r8,0x28(%rsp)
-          25  mov %rbp,%rax
-          28  mov (%rax),%rcx
-          2b  movabs $0,%rax    # arena - 0x10000
-          35  movabs $0,%rdx    # thread pointer
-          3f  mov %rdx,%rsi
-          42  shr $8,%rsi
-          46  and $0xFFF0,%rsi
-          4d  mov (%rax,%rsi),%rdi
-          51  mov 8(%rax,%rsi),%rax
-          56  cmp %rdx,%rdi
-          59  jne +0xd8
-          5f  mov 0x40(%rax),%rdx
-          63  test %rdx,%rdx
-          66  jne +0x10f
-          6c  mov $1,%esi
-          71  movq $1,0x40(%rax)
-          79  mov %rax,%r8
-          7c  movabs $0,%rdi    # VdsoClockGettime
-          86  movabs $0,%rax    # flea_clock_ns
-          90  call *%rax
-          92  movabs $0,%rdx    # arena + 0x21000
-          9c  sub -0x98(%rcx),%rax
-          a3  lock add %rax,(%rdx)
-          a7  mov %r8,%rax
-          aa  movq $0,0x40(%rax)
-          b2  mov (%rsp),%rax
-          b6  mov 8(%rsp),%rcx
-          bb  mov 0x10(%rsp),%rdx
-          c0  mov 0x18(%rsp),%rsi
-          c5  mov 0x20(%rsp),%rdi
-          ca  mov 0x28(%rsp),%r8
-          cf  add $0x30,%rsp
-          d3  mov %rbp,%rsp
-          d6  pop %rbp
-          d7  ret
-          d8  movabs $0,%rdi    # arena + 0x0
-          e2  movabs $0,%rax    # flea_thread_slot
-          ec  call *%rax
-          ee  test %rax,%rax
-          f1  jne +0x5f
-          f7  movabs $0,%rax    # arena + 0x28
-         101  mov $1,%ecx
-         106  lock add %rcx,(%rax)
-         10a  jmp +0xb2
-         10f  addq $1,0x48(%rax)
-         114  jmp +0xb2
+        0000  push %rbp
+        0001  mov %rsp,%rbp
+        0004  sub $0x30,%rsp
+        0008  mov %rax,(%rsp)
+        000c  mov %rcx,8(%rsp)
+        0011  mov %rdx,0x10(%rsp)
+        0016  mov %rsi,0x18(%rsp)
+        001b  mov %rdi,0x20(%rsp)
+        0020  mov %r8,0x28(%rsp)
+        0025  mov %rbp,%rax
+        0028  mov (%rax),%rcx
+        002b  movabs $0,%rdx    # arena - 0x10000
+        0035  movabs $0,%rsi    # thread pointer
+        003f  mov %rsi,%rdi
+        0042  shr $8,%rdi
+        0046  and $0xFFF0,%rdi
+        004d  mov 8(%rdx,%rdi),%rax
+        0052  mov (%rdx,%rdi),%rdx
+        0056  cmp %rsi,%rdx
+        0059  jne +0xd8
+        005f  mov 0x40(%rax),%rdx
+        0063  test %rdx,%rdx
+        0066  jne +0x10f
+        006c  mov $1,%esi
+        0071  movq $1,0x40(%rax)
+        0079  mov %rax,%r8
+        007c  movabs $0,%rdi    # VdsoClockGettime
+        0086  movabs $0,%rax    # flea_clock_ns
+        0090  call *%rax
+        0092  movabs $0,%rdx    # arena + 0x21000
+        009c  sub -0x98(%rcx),%rax
+        00a3  lock add %rax,(%rdx)
+        00a7  mov %r8,%rax
+        00aa  movq $0,0x40(%rax)
+        00b2  mov (%rsp),%rax
+        00b6  mov 8(%rsp),%rcx
+        00bb  mov 0x10(%rsp),%rdx
+        00c0  mov 0x18(%rsp),%rsi
+        00c5  mov 0x20(%rsp),%rdi
+        00ca  mov 0x28(%rsp),%r8
+        00cf  add $0x30,%rsp
+        00d3  mov %rbp,%rsp
+        00d6  pop %rbp
+        00d7  ret
+        00d8  movabs $0,%rdi    # arena + 0x0
+        00e2  movabs $0,%rax    # flea_thread_slot
+        00ec  call *%rax
+        00ee  test %rax,%rax
+        00f1  jne +0x5f
+        00f7  movabs $0,%rax    # arena + 0x28
+        0101  mov $1,%ecx
+        0106  lock add %rcx,(%rax)
+        010a  jmp +0xb2
+        010f  addq $1,0x48(%rax)
+        0114  jmp +0xb2
     "#]]);
 }
 
@@ -390,83 +386,83 @@ fn skeletons() {
         .unwrap()
     };
     expect![[r#"
-           0  call 0x0000000000500000
-           5  push %rbp
-           6  mov %rsp,%rbp
-           9  lea 0x40110B,%rax
-          10  jmp 0x000000000040100B
+        0000  call 0x0000000000500000
+        0005  push %rbp
+        0006  mov %rsp,%rbp
+        0009  lea 0x40110B,%rax
+        0010  jmp 0x000000000040100B
     "#]].assert_eq(&link(None).listing());
     let skeleton = link(Some(BodyRef::Inline(&exit)));
     expect![[r#"
-           0  call 0x0000000000500000
-           5  push %rbp
-           6  mov %rsp,%rbp
-           9  lea -0x98(%rsp),%rsp
-          11  mov %rdi,-0x28(%rbp)
-          15  mov %rsi,-0x30(%rbp)
-          19  pushq 0x20(%rbp)
-          1c  pushq 0x18(%rbp)
-          1f  pushq 0x10(%rbp)
-          22  call 0x000000000060011A
-          27  mov %rax,-8(%rbp)
-          2b  push %rbp
-          2c  mov %rsp,%rbp
-          2f  sub $0x30,%rsp
-          33  mov %rax,(%rsp)
-          37  mov %rcx,8(%rsp)
-          3c  mov %rdx,0x10(%rsp)
-          41  mov %rsi,0x18(%rsp)
-          46  mov %rdi,0x20(%rsp)
-          4b  mov %rbp,%rax
-          4e  mov (%rax),%rcx
-          51  movabs $0x700000000000,%rax
-          5b  mov %fs:0,%rdx
-          64  nop
-          65  mov %rdx,%rsi
-          68  shr $8,%rsi
-          6c  and $0xFFF0,%rsi
-          73  mov (%rax,%rsi),%rdi
-          77  mov 8(%rax,%rsi),%rax
-          7c  cmp %rdx,%rdi
-          7f  jne +0xe1
-          81  mov 0x50(%rax),%rdx
-          85  test %rdx,%rdx
-          88  jne +0x111
-          8e  movq $1,0x50(%rax)
-          96  mov -0x28(%rcx),%rsi
-          9a  movabs $0x700000000000,%rdx
-          a4  mov %rsi,(%rdx)
-          a7  mov -0x30(%rcx),%rsi
-          ab  mov %rsi,8(%rdx)
-          af  mov -8(%rcx),%rcx
-          b3  mov %rcx,0x10(%rdx)
-          b7  movq $0,0x50(%rax)
-          bf  mov (%rsp),%rax
-          c3  mov 8(%rsp),%rcx
-          c8  mov 0x10(%rsp),%rdx
-          cd  mov 0x18(%rsp),%rsi
-          d2  mov 0x20(%rsp),%rdi
-          d7  add $0x30,%rsp
-          db  mov %rbp,%rsp
-          de  pop %rbp
-          df  jmp +0x118
-          e1  movabs $0x700000000000,%rdi
-          eb  movabs $0x700000000000,%rax
-          f5  call *%rax
-          f7  test %rax,%rax
-          fa  jne +0x81
-          fc  movabs $0x700000000000,%rax
-         106  mov $1,%ecx
-         10b  lock add %rcx,(%rax)
-         10f  jmp +0xbf
-         111  addq $1,0x58(%rax)
-         116  jmp +0xbf
-         118  leave
-         119  ret
-         11a  push %rbp
-         11b  mov %rsp,%rbp
-         11e  lea 0x40110B,%rax
-         125  jmp 0x000000000040100B
+        0000  call 0x0000000000500000
+        0005  push %rbp
+        0006  mov %rsp,%rbp
+        0009  lea -0x98(%rsp),%rsp
+        0011  mov %rdi,-0x28(%rbp)
+        0015  mov %rsi,-0x30(%rbp)
+        0019  pushq 0x20(%rbp)
+        001c  pushq 0x18(%rbp)
+        001f  pushq 0x10(%rbp)
+        0022  call 0x000000000060011A
+        0027  mov %rax,-8(%rbp)
+        002b  push %rbp
+        002c  mov %rsp,%rbp
+        002f  sub $0x30,%rsp
+        0033  mov %rax,(%rsp)
+        0037  mov %rcx,8(%rsp)
+        003c  mov %rdx,0x10(%rsp)
+        0041  mov %rsi,0x18(%rsp)
+        0046  mov %rdi,0x20(%rsp)
+        004b  mov %rbp,%rax
+        004e  mov (%rax),%rcx
+        0051  movabs $0x700000000000,%rdx
+        005b  mov %fs:0,%rsi
+        0064  nop
+        0065  mov %rsi,%rdi
+        0068  shr $8,%rdi
+        006c  and $0xFFF0,%rdi
+        0073  mov 8(%rdx,%rdi),%rax
+        0078  mov (%rdx,%rdi),%rdx
+        007c  cmp %rsi,%rdx
+        007f  jne +0xe1
+        0081  mov 0x50(%rax),%rdx
+        0085  test %rdx,%rdx
+        0088  jne +0x111
+        008e  movq $1,0x50(%rax)
+        0096  mov -0x28(%rcx),%rsi
+        009a  movabs $0x700000000000,%rdx
+        00a4  mov %rsi,(%rdx)
+        00a7  mov -0x30(%rcx),%rsi
+        00ab  mov %rsi,8(%rdx)
+        00af  mov -8(%rcx),%rcx
+        00b3  mov %rcx,0x10(%rdx)
+        00b7  movq $0,0x50(%rax)
+        00bf  mov (%rsp),%rax
+        00c3  mov 8(%rsp),%rcx
+        00c8  mov 0x10(%rsp),%rdx
+        00cd  mov 0x18(%rsp),%rsi
+        00d2  mov 0x20(%rsp),%rdi
+        00d7  add $0x30,%rsp
+        00db  mov %rbp,%rsp
+        00de  pop %rbp
+        00df  jmp +0x118
+        00e1  movabs $0x700000000000,%rdi
+        00eb  movabs $0x700000000000,%rax
+        00f5  call *%rax
+        00f7  test %rax,%rax
+        00fa  jne +0x81
+        00fc  movabs $0x700000000000,%rax
+        0106  mov $1,%ecx
+        010b  lock add %rcx,(%rax)
+        010f  jmp +0xbf
+        0111  addq $1,0x58(%rax)
+        0116  jmp +0xbf
+        0118  leave
+        0119  ret
+        011a  push %rbp
+        011b  mov %rsp,%rbp
+        011e  lea 0x40110B,%rax
+        0125  jmp 0x000000000040100B
     "#]].assert_eq(&skeleton.listing());
     expect![[r#"
         (

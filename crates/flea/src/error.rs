@@ -210,7 +210,7 @@ pub enum AttachError {
     Remote(#[from] RemoteError),
     /// The sites could not be swapped; all are as they were.
     #[error(transparent)]
-    Commit(#[from] flea_patch::CommitError),
+    Commit(#[from] flea_patch::CommitError<flea_process::TraceError>),
     /// A program's target in its section name.
     #[error(transparent)]
     Find(#[from] FindError),

@@ -46,7 +46,7 @@ impl Translator<'_, '_> {
         constants: [Option<u64>; 5],
     ) -> Result<Value, CompileError> {
         let not_here = CompileError::HelperNotHere { insn_idx: idx, helper };
-        let [r1, r2, r3, r4] = [1, 2, 3, 4].map(|r| self.reg(scope, r));
+        let [r1, r2, r3] = [1, 2, 3].map(|r| self.reg(scope, r));
         let side = self.env.args.side;
         if side == Side::Plain {
             return Err(not_here);
@@ -90,10 +90,7 @@ impl Translator<'_, '_> {
             Helper::SessionCookie if self.used.kind == Some(ProgramKind::Fsession) => {
                 self.cookie_address().ok_or(not_here)
             }
-            Helper::SessionIsReturn | Helper::SessionCookie => {
-                let _ = r4;
-                Err(not_here)
-            }
+            Helper::SessionIsReturn | Helper::SessionCookie => Err(not_here),
         }
     }
 
@@ -168,9 +165,13 @@ impl Translator<'_, '_> {
             let inst = dfg.value_def(value).inst()?;
             match dfg.insts[inst] {
                 InstructionData::UnaryImm { opcode: Opcode::Iconst, imm } => {
-                    return Some(u64::from(imm.bits().cast_unsigned() & 0xffff_ffff) & 0xffff_ffff);
+                    return Some(imm.bits().cast_unsigned() & 0xffff_ffff);
                 }
-                InstructionData::Unary { opcode: Opcode::Ireduce | Opcode::Uextend, arg } => {
+                // Only the low 32 bits matter, and those pass unchanged unless a narrower type
+                // is between.
+                InstructionData::Unary { opcode: Opcode::Ireduce | Opcode::Uextend, arg }
+                    if [value, arg].iter().all(|v| dfg.value_type(*v).bits() >= 32) =>
+                {
                     value = dfg.resolve_aliases(arg);
                 }
                 _ => return None,

@@ -23,6 +23,19 @@ use iced_x86::{
 
 use super::relocate;
 
+/// The instruction sets that bodies are made of.
+const BASELINE: [CpuidFeature; 9] = [
+    CpuidFeature::INTEL8086,
+    CpuidFeature::INTEL186,
+    CpuidFeature::INTEL386,
+    CpuidFeature::INTEL486,
+    CpuidFeature::X64,
+    CpuidFeature::CMOV,
+    CpuidFeature::MULTIBYTENOP,
+    CpuidFeature::SSE,
+    CpuidFeature::SSE2,
+];
+
 /// What a body does that it must not.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("at {offset:#x}: {what}: {insn}")]
@@ -221,9 +234,10 @@ fn registers(
     if insn.rflags_modified() & RflagsBits::DF != 0 {
         return Err(fault(insn, "changes the direction flag"));
     }
-    let wide = [CpuidFeature::AVX, CpuidFeature::AVX2, CpuidFeature::AVX512F];
-    if insn.cpuid_features().iter().any(|f| wide.contains(f)) {
-        return Err(fault(insn, "touches upper halves of vector registers"));
+    // What is not known to be harmless is refused: x87 and MMX state, AVX with its upper
+    // halves of vector registers, whatever comes after.
+    if insn.cpuid_features().iter().any(|f| !BASELINE.contains(f)) {
+        return Err(fault(insn, "is not of the baseline instruction set"));
     }
     let is_call = insn.flow_control() == FlowControl::IndirectCall;
     for used in info.info(insn).used_registers() {
@@ -284,7 +298,7 @@ fn on_stack(insn: &Instruction, used: &UsedMemory, shape: &Shape) -> Result<(), 
         Register::RSP => {
             let at = used.displacement();
             let size = if used.memory_size() == MemorySize::Unknown { 8 } else { used.memory_size().size() as u64 };
-            let end = at.checked_add(size).unwrap_or(u64::MAX);
+            let end = at.saturating_add(size);
             if end > shape.frame_bytes {
                 return Err(fault(insn, "writes outside its frame"));
             }

@@ -50,7 +50,7 @@ fn render(
             formatter.format(&insn, &mut text);
         }
         let at = insn.ip().wrapping_sub(start.0);
-        let _ = write!(out, "{at:4x}  {text}");
+        let _ = write!(out, "{at:04x}  {text}");
         let at = usize::try_from(at).unwrap_or(usize::MAX);
         if let Some(note) = note(at..at.saturating_add(insn.len())) {
             let _ = write!(out, "    # {note}");

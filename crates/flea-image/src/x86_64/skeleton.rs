@@ -87,7 +87,8 @@ pub struct SkeletonBody<'a> {
     pub reads: &'a Reads,
     /// Words of the frame that these bodies use.
     pub frame_words: u32,
-    /// The offset that they were compiled for. No two bodies' words may overlap.
+    /// The offset that they were compiled for; checked. Bodies of several controllers need
+    /// offsets that do not overlap; holes do no harm.
     pub frame_offset: u32,
 }
 
@@ -136,10 +137,10 @@ pub enum LinkError {
         max: u32,
     },
     /// Two bodies would use the same words of the frame, or one a word outside it.
-    #[error("a body's frame words at offset {found} overlap others, which end at {expected}")]
+    #[error("a body's frame words at offset {found} overlap others: free from {free_from} on")]
     FrameOffset {
-        /// Where they should be.
-        expected: u32,
+        /// The lowest offset that is free.
+        free_from: u32,
         /// Where the body has them.
         found: u32,
     },
@@ -261,20 +262,7 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
     if site.0.abs_diff(request.image_address.0) > REACH {
         return Err(LinkError::OutOfReach { from: site, to: request.image_address });
     }
-    // Each controller took the next free words when it came; bodies in between may have gone.
-    let mut frames: Vec<(u32, u32)> = request.bodies.iter().filter_map(frame_of).collect();
-    frames.sort_unstable();
-    let mut expected = BODY_FRAMES_OFFSET;
-    for (start, end) in frames {
-        if start < expected || start % 8 != 0 {
-            return Err(LinkError::FrameOffset { expected, found: start });
-        }
-        expected = end;
-    }
-    let frame_words = (expected - BODY_FRAMES_OFFSET) / 8;
-    if frame_words > MAX_FRAME_WORDS {
-        return Err(LinkError::TooManyFrameWords { frame_words, max: MAX_FRAME_WORDS });
-    }
+    check_frame_words(request.bodies)?;
     for body in request.bodies {
         for side in [body.entry, body.session, body.exit].into_iter().flatten() {
             if let BodyRef::Call(to) = side
@@ -287,10 +275,23 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
     Ok(())
 }
 
-/// The bytes below rbp, from and to, that a body's words take.
-fn frame_of(body: &SkeletonBody<'_>) -> Option<(u32, u32)> {
-    let end = body.frame_offset.saturating_add(body.frame_words.saturating_mul(8));
-    (body.frame_words > 0).then_some((body.frame_offset, end))
+/// No two bodies share a word, whatever holes detached ones have left between them.
+fn check_frame_words(bodies: &[SkeletonBody<'_>]) -> Result<(), LinkError> {
+    let mut ranges: Vec<(u32, u32)> =
+        bodies.iter().filter(|b| b.frame_words > 0).map(|b| (b.frame_offset, b.frame_words)).collect();
+    ranges.sort_unstable();
+    let mut free_from = BODY_FRAMES_OFFSET;
+    for (offset, n_words) in ranges {
+        let end = n_words.checked_mul(8).and_then(|n| offset.checked_add(n)).unwrap_or(u32::MAX);
+        if end > BODY_FRAMES_OFFSET + 8 * MAX_FRAME_WORDS {
+            return Err(LinkError::TooManyFrameWords { frame_words: n_words, max: MAX_FRAME_WORDS });
+        }
+        if offset < free_from || !offset.is_multiple_of(8) {
+            return Err(LinkError::FrameOffset { free_from, found: offset });
+        }
+        free_from = end;
+    }
+    Ok(())
 }
 
 struct Emitter<'a> {
@@ -353,7 +354,7 @@ impl Emitter<'_> {
     fn framed(&mut self) -> Result<(), LinkError> {
         let request = self.request;
         let reads = all_reads(request.bodies);
-        let stack_words = if request.stack_words == 0 { 0 } else { request.stack_words };
+        let stack_words = request.stack_words;
         let frame_bytes = frame_bytes(request.bodies, stack_words);
         self.code(|a| {
             a.push(rbp)?;
@@ -485,9 +486,13 @@ impl Emitter<'_> {
 /// Bytes below rbp before the copied stack words, such that `rsp` is a multiple of 16 once
 /// those are pushed.
 fn frame_bytes(bodies: &[SkeletonBody<'_>], stack_words: u32) -> u32 {
-    let end = bodies.iter().filter_map(frame_of).map(|(_, end)| end).max();
-    // The first word of the body frames is the one at -BODY_FRAMES_OFFSET.
-    let used = end.unwrap_or(BODY_FRAMES_OFFSET) - 8;
+    let used = bodies
+        .iter()
+        .filter(|b| b.frame_words > 0)
+        .map(|b| b.frame_offset + 8 * (b.frame_words - 1))
+        .max()
+        // The lowest argument word.
+        .unwrap_or(BODY_FRAMES_OFFSET - 8);
     (used + 8 * stack_words).next_multiple_of(16) - 8 * stack_words
 }
 

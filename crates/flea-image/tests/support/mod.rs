@@ -41,15 +41,17 @@ impl Pages {
     /// Writes `bytes` at `offset`; the pages must not be executable yet.
     pub fn write(&self, offset: usize, bytes: &[u8]) {
         assert!(offset + bytes.len() <= self.size_bytes);
+        let to = self.address.wrapping_add(offset);
         // SAFETY: the range is inside the mapping, which is writable and ours alone.
-        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.address.add(offset), bytes.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
     }
 
     /// The `u64` at `offset`.
     pub fn read(&self, offset: usize) -> u64 {
         assert!(offset + 8 <= self.size_bytes);
-        // SAFETY: the range is inside the mapping, which is readable.
-        unsafe { self.address.add(offset).cast::<u64>().read_volatile() }
+        let from = self.address.wrapping_add(offset).cast::<u64>();
+        // SAFETY: the range is inside the mapping, which is readable; offsets are 8-aligned.
+        unsafe { from.read_volatile() }
     }
 
     /// Makes the pages executable and no longer writable.

@@ -36,7 +36,9 @@ pub fn int(size_bytes: u32) -> Type {
 
 /// A function of `n` 8-byte integers that returns one.
 pub fn ints(n: u32) -> Signature {
-    words((0..n).map(|i| if i < 6 { ArgWord::Gpr(i as u8) } else { ArgWord::Stack(i - 6) }), &[RetWord::Rax])
+    let registers = (0u8..6).map(ArgWord::Gpr);
+    let stack = (0u32..).map(ArgWord::Stack);
+    words(registers.chain(stack).take(n as usize), &[RetWord::Rax])
 }
 
 /// A function with the given words, each an 8-byte parameter.

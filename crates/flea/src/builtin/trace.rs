@@ -11,7 +11,7 @@ use super::{
         trace_program,
     },
 };
-use crate::{AttachError, Function, Link, Program, Session};
+use crate::{AttachError, Function, Program, Session};
 
 /// Calls that were entered and not left yet, at most: a target that never returns from what
 /// it calls must not fill the controller's memory.

@@ -1,0 +1,130 @@
+//! Skeletons that cannot be, and the instructions that move.
+#![allow(clippy::unwrap_used, reason = "a test")]
+
+mod support;
+
+use expect_test::expect;
+use flea_image::unwind::{FDE_OFFSET, frame_arena_rows};
+use flea_image::{
+    BODY_FRAMES_OFFSET, BodyRef, LinkError, Reads, RelocateError, SiteKind, Skeleton, SkeletonBody,
+    SkeletonRequest, call_patch, link_skeleton,
+};
+use flea_symbols::addr::RemoteAddr;
+
+const SITE: RemoteAddr = RemoteAddr(0x40_1000);
+const NEAR: RemoteAddr = RemoteAddr(0x60_0000);
+
+fn request<'a>(replaced: &'a [u8], bodies: &'a [SkeletonBody<'a>]) -> SkeletonRequest<'a> {
+    SkeletonRequest {
+        site: SITE,
+        replaced,
+        kind: SiteKind::Relocated,
+        image_address: NEAR,
+        bodies,
+        stack_words: 0,
+    }
+}
+
+fn link(replaced: &[u8]) -> Result<Skeleton, LinkError> {
+    link_skeleton(&request(replaced, &[]))
+}
+
+#[test]
+fn branches_and_rip_relative_operands_move() {
+    // 1: test edi, edi; je +0x20 (outside); dec edi; jne 1b
+    let skeleton = link(&[0x85, 0xff, 0x74, 0x20, 0xff, 0xcf, 0x75, 0xf8]).unwrap();
+    expect![[r#"
+        0000  test %edi,%edi
+        0002  je 0x0000000000401024
+        0008  dec %edi
+        000a  jne +0x0
+        000c  jmp 0x0000000000401008
+    "#]].assert_eq(&skeleton.listing());
+    // cmp qword [rip + 0x10], 0
+    let skeleton = link(&[0x48, 0x83, 0x3d, 0x10, 0, 0, 0, 0]).unwrap();
+    expect![[r#"
+        0000  cmpq $0,0x401018
+        0008  jmp 0x0000000000401008
+    "#]].assert_eq(&skeleton.listing());
+}
+
+#[test]
+fn what_cannot_be_linked_says_why() {
+    let nop = [0x0f, 0x1f, 0x44, 0, 0];
+    assert_eq!(link(&nop[..4]), Err(LinkError::SiteTooSmall { site: SITE, n_bytes: 4 }));
+
+    // jmp into the second byte of itself
+    let source = RelocateError::IntoMiddle { offset: 0 };
+    assert_eq!(link(&[0xeb, 0xff, 0x90, 0x90, 0x90]), Err(LinkError::Site { site: SITE, source }));
+
+    // half an instruction
+    let source = RelocateError::Invalid { offset: 4 };
+    assert_eq!(link(&[0x90, 0x90, 0x90, 0x90, 0x48]), Err(LinkError::Site { site: SITE, source }));
+
+    let not_nops = SkeletonRequest { kind: SiteKind::Nops, ..request(&[0x55; 5], &[]) };
+    assert!(matches!(link_skeleton(&not_nops), Err(LinkError::NotNops { .. })));
+
+    let far = SkeletonRequest {
+        image_address: RemoteAddr(SITE.0 + (1 << 31)),
+        ..request(&nop, &[])
+    };
+    assert!(matches!(link_skeleton(&far), Err(LinkError::OutOfReach { .. })));
+
+    // lea rax, [rip - 0x7fff0000]: reaches from the site, not from an image above it
+    let lea = [0x48, 0x8d, 0x05, 0, 0, 0x01, 0x80];
+    let far = SkeletonRequest { image_address: RemoteAddr(SITE.0 + 0x1000_0000), ..request(&lea, &[]) };
+    assert!(matches!(link_skeleton(&far), Err(LinkError::Encode { .. })));
+
+    let many = SkeletonRequest { stack_words: 100_000, ..request(&nop, &[]) };
+    assert!(matches!(link_skeleton(&many), Err(LinkError::TooManyStackWords { .. })));
+
+    assert_eq!(call_patch(SITE, RemoteAddr(SITE.0 + (1 << 32))), None);
+    assert_eq!(call_patch(SITE, RemoteAddr(SITE.0 + 5)), Some([0xe8, 0, 0, 0, 0]));
+}
+
+#[test]
+fn frame_words_of_bodies_do_not_overlap() {
+    let reads = Reads::default();
+    let body = |frame_offset, frame_words| SkeletonBody {
+        entry: None,
+        session: Some(BodyRef::Call(NEAR)),
+        exit: None,
+        reads: &reads,
+        frame_words,
+        frame_offset,
+    };
+    let nop = [0x0f, 0x1f, 0x44, 0, 0];
+    let with = |bodies: &[SkeletonBody<'_>]| link_skeleton(&request(&nop, bodies));
+    let first = BODY_FRAMES_OFFSET;
+    with(&[body(first, 2), body(first + 16, 1)]).unwrap();
+    with(&[body(first + 40, 2), body(first, 5)]).unwrap();
+    let found = first + 8;
+    let overlap = LinkError::FrameOffset { free_from: first + 16, found };
+    assert_eq!(with(&[body(first, 2), body(found, 1)]), Err(overlap));
+    let outside = LinkError::FrameOffset { free_from: first, found: first - 8 };
+    assert_eq!(with(&[body(first - 8, 1)]), Err(outside));
+}
+
+#[test]
+fn the_unwind_row_reads_as_meant() {
+    use gimli::{BaseAddresses, CfaRule, EhFrame, LittleEndian, Register, RegisterRule, UnwindSection};
+    let bytes = frame_arena_rows(RemoteAddr(0x7000_0000), 0x1_0000);
+    let section = EhFrame::new(&bytes, LittleEndian);
+    let bases = BaseAddresses::default();
+    let mut context = gimli::UnwindContext::new();
+    let row = section
+        .unwind_info_for_address(
+            &bases,
+            &mut context,
+            0x7000_1234,
+            |section, bases, offset| section.cie_from_offset(bases, offset),
+        )
+        .unwrap();
+    assert_eq!(row.cfa(), &CfaRule::RegisterAndOffset { register: Register(6), offset: 16 });
+    assert_eq!(row.register(Register(16)), Some(RegisterRule::Offset(-8)));
+    assert_eq!(row.register(Register(6)), Some(RegisterRule::Offset(-16)));
+    assert_eq!((row.start_address(), row.end_address()), (0x7000_0000, 0x7001_0000));
+    // The FDE is where it is said to be: its second word leads back to the CIE at 0.
+    let back = u32::from_le_bytes(bytes[FDE_OFFSET + 4..FDE_OFFSET + 8].try_into().unwrap());
+    assert_eq!(back as usize, FDE_OFFSET + 4);
+}
