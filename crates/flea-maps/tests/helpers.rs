@@ -1,6 +1,7 @@
 //! The blob's functions, one by one: what they return, which registers they keep, how much
 //! stack they use.
 #![allow(missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod common;
 #[path = "common/registers.rs"]
@@ -91,11 +92,15 @@ fn every_register_but_rax_is_kept_and_the_stack_use_is_small() {
 fn ids_name_cpu_and_time_are_the_threads() {
     let target = Target::new(&[]);
     // SAFETY: no arguments.
-    let (pid, tid) = unsafe { (libc::getpid(), libc::gettid()) };
+    let pid = unsafe { libc::getpid() };
+    // SAFETY: no arguments.
+    let tid = unsafe { libc::gettid() };
     let ids = target.call(F::PidTgid, &[]);
     assert_eq!(ids, (u64::from(pid.unsigned_abs()) << 32) | u64::from(tid.unsigned_abs()));
     // SAFETY: no arguments.
-    let (uid, gid) = unsafe { (libc::getuid(), libc::getgid()) };
+    let uid = unsafe { libc::getuid() };
+    // SAFETY: no arguments.
+    let gid = unsafe { libc::getgid() };
     assert_eq!(target.call(F::UidGid, &[]), (u64::from(gid) << 32) | u64::from(uid));
     std::thread::Builder::new()
         .name("flea-comm".into())

@@ -1,6 +1,7 @@
 //! Signal handlers in the middle of everything, owners that die with a lock, and a target
 //! that scribbles over all of the arena.
 #![allow(missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod common;
 
@@ -175,7 +176,14 @@ fn a_target_that_scribbles_harms_itself_alone() {
 fn scribble(target: &Target, stop: &AtomicBool, seed: u64) {
     let plan = target.arena.plan();
     let mut random = Random(seed);
-    while !stop.load(Relaxed) {
+    for turn in 0u64.. {
+        if stop.load(Relaxed) {
+            return;
+        }
+        if turn % 1000 == 0 {
+            // The readers shall get somewhere on a small machine, too.
+            thread::sleep(Duration::from_micros(200));
+        }
         let roll = random.next();
         let (start, len) = match roll % 4 {
             0 => (0, plan.slots_offset),
@@ -208,7 +216,7 @@ fn use_everything(arena: &Arena, turn: u64) {
     let percpu = arena.percpu_hash(MapIdx(1)).unwrap();
     let _ = percpu.update(&key[..4], &[1; 8], Update::Any);
     let _ = percpu.lookup(&key[..4]);
-    if turn % 64 == 0 {
+    if turn.is_multiple_of(64) {
         assert!(percpu.iter().count() <= 50);
     }
     assert!(percpu.keys().count() <= 50);

@@ -1,5 +1,6 @@
 //! Hash maps against std's: random operations by program and controller in turn.
 #![allow(missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod common;
 

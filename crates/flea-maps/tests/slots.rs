@@ -1,5 +1,6 @@
 //! Slots: one per living thread, reused after death, taken anew after fork.
 #![allow(missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod common;
 

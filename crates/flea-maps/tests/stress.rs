@@ -1,5 +1,6 @@
 //! Many threads in the blob at once: nothing lost, nothing twice, nothing torn.
 #![allow(missing_docs, reason = "a test")]
+#![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
 mod common;
 
@@ -12,6 +13,7 @@ use flea_maps::MapError;
 use flea_object::spec::{MapIdx, MapKind};
 
 const THREADS: u64 = 8;
+const N_THREADS: usize = 8;
 
 #[test]
 fn per_thread_counts_in_a_percpu_hash_add_up() {
@@ -110,7 +112,7 @@ fn every_record_arrives_once_and_in_its_threads_order() {
     const RECORDS: u64 = 20_000;
     let mut ring = target.arena.ringbuf(MapIdx(0)).unwrap();
     let done = AtomicU64::new(0);
-    let mut next = [0u64; THREADS as usize];
+    let mut next = [0u64; N_THREADS];
     let mut n_records = 0;
     thread::scope(|s| {
         for t in 0..THREADS {
@@ -132,7 +134,7 @@ fn every_record_arrives_once_and_in_its_threads_order() {
             }
         }
     });
-    assert_eq!(next, [RECORDS; THREADS as usize]);
+    assert_eq!(next, [RECORDS; N_THREADS]);
     assert_eq!((n_records, ring.resyncs()), (THREADS * RECORDS, 0));
     println!("{} reservations found the ring full", ring.lost());
     let query = |flag| target.call(F::RingbufQuery, &[target.map(0), flag]);
@@ -160,7 +162,7 @@ fn produce(target: &Target, t: u64, n_records: u64) {
                     let to = record as *mut u8;
                     // SAFETY: the record has `len` bytes.
                     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len()) };
-                    if random.next() % 8 == 0 {
+                    if random.next().is_multiple_of(8) {
                         target.call(F::RingbufDiscard, &[record, 0]);
                         continue;
                     }
@@ -205,6 +207,14 @@ fn records_over_half_the_ring_and_full_rings_are_counted_as_lost() {
     }
     assert_eq!((held, ring.lost()), (4, 3));
     assert_eq!(ring.poll(|_| {}), 0);
+    // Their producer died: the consumer gives them up, one by one.
+    for _ in 0..held {
+        assert!(ring.is_blocked());
+        ring.skip_blocked();
+    }
+    assert!(!ring.is_blocked());
+    assert_ne!(reserve(1000), 0);
+    assert_eq!((ring.poll(|_| {}), ring.resyncs()), (0, 0));
 }
 
 #[test]

@@ -8,6 +8,7 @@ use crate::ringbuf::Ring;
 
 /// Longest text; what is longer is cut.
 pub const MAX_BYTES: usize = 512;
+const MAX_PADDING: u32 = 512;
 
 /// The text is on the stack already: strings are read in small pieces.
 const STRING_CHUNK: usize = 32;
@@ -132,7 +133,7 @@ impl Text {
     }
 
     fn repeat(&mut self, byte: u8, n: u32) {
-        for _ in 0..n.min(MAX_BYTES as u32) {
+        for _ in 0..n.min(MAX_PADDING) {
             self.push(byte);
         }
     }

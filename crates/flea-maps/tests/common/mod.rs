@@ -123,7 +123,9 @@ impl Drop for Target {
 pub fn add(address: u64, n: u64) {
     let at = address as *mut u64;
     // SAFETY: the address of a value, from the runtime.
-    unsafe { at.write_volatile(at.read_volatile().wrapping_add(n)) };
+    let before = unsafe { at.read_volatile() };
+    // SAFETY: as above.
+    unsafe { at.write_volatile(before.wrapping_add(n)) };
 }
 
 pub fn number(bytes: &[u8]) -> u64 {
