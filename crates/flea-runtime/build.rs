@@ -32,7 +32,8 @@ fn main() -> Result<(), Failure> {
     let data = std::fs::read(&object_path)?;
     let image = Image::link(&object::File::parse(&*data)?)?;
     std::fs::write(out.join("blob.bin"), &image.bytes)?;
-    std::fs::write(out.join("blob_offsets.rs"), image.offsets()?)?;
+    let constants = format!("const CODE_BYTES: usize = {};\n", image.code_bytes);
+    std::fs::write(out.join("blob_offsets.rs"), constants + &image.offsets()?)?;
     Ok(())
 }
 
@@ -60,12 +61,14 @@ fn compile(out: &Path) -> Result<PathBuf, Failure> {
 /// The flat bytes and where its functions are in them.
 struct Image {
     bytes: Vec<u8>,
+    /// Constants begin here.
+    code_bytes: usize,
     symbols: BTreeMap<String, u64>,
 }
 
 impl Image {
     fn link(file: &object::File<'_>) -> Result<Self, Failure> {
-        let (mut bytes, places) = lay_out(file)?;
+        let (mut bytes, code_bytes, places) = lay_out(file)?;
         for (&index, &place) in &places {
             let section = file.section_by_index(index)?;
             for (offset, relocation) in section.relocations() {
@@ -91,7 +94,7 @@ impl Image {
                 symbols.insert(symbol.name()?.to_owned(), place + symbol.address());
             }
         }
-        Ok(Self { bytes, symbols })
+        Ok(Self { bytes, code_bytes, symbols })
     }
 
     /// `static OFFSETS`, in the order of `RuntimeFn::ALL`.
@@ -113,9 +116,13 @@ impl Image {
     }
 }
 
+/// The bytes, how many of them are code, and where each section is.
+type Layout = (Vec<u8>, usize, HashMap<SectionIndex, u64>);
+
 /// Puts code first, then constants. Anything else that would be loaded is an error.
-fn lay_out(file: &object::File<'_>) -> Result<(Vec<u8>, HashMap<SectionIndex, u64>), Failure> {
+fn lay_out(file: &object::File<'_>) -> Result<Layout, Failure> {
     let mut bytes = Vec::new();
+    let mut code_bytes = 0;
     let mut places = HashMap::new();
     for code in [true, false] {
         for section in file.sections() {
@@ -137,8 +144,11 @@ fn lay_out(file: &object::File<'_>) -> Result<(Vec<u8>, HashMap<SectionIndex, u6
             places.insert(section.index(), bytes.len() as u64);
             bytes.extend_from_slice(section.data()?);
         }
+        if code {
+            code_bytes = bytes.len();
+        }
     }
-    Ok((bytes, places))
+    Ok((bytes, code_bytes, places))
 }
 
 /// rustc calls memset through the GOT, which the blob has none of: `call [rip+x]` becomes

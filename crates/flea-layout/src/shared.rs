@@ -144,8 +144,8 @@ pub const fn hash_node_bytes(key_size: u32, value_stride: u32) -> u64 {
     HASH_NODE_HEADER_BYTES + ((key_size as u64 + 7) & !7) + value_stride as u64
 }
 
-const _: () = assert!(size_of::<ArenaHeader>() <= MAP_HEADERS_OFFSET as usize);
-const _: () = assert!(size_of::<MapHeader>() <= MAP_HEADER_BYTES as usize);
+const _: () = assert!(size_of::<ArenaHeader>() as u64 <= MAP_HEADERS_OFFSET);
+const _: () = assert!(size_of::<MapHeader>() as u64 <= MAP_HEADER_BYTES);
 const _: () = assert!(size_of::<SlotHeader>() as u64 == PROGRAM_STATES_OFFSET);
 const _: () = assert!(size_of::<ThreadEntry>() * THREAD_TABLE_ENTRIES == THREAD_TABLE_BYTES);
 

@@ -357,7 +357,7 @@ fn check_map(spec: &MapSpec) -> Result<(), &'static str> {
     }
     if spec.kind == MapKind::RingBuf {
         let size = spec.max_entries;
-        let right = size.is_power_of_two() && size >= 4096 && size < 1 << 30;
+        let right = size.is_power_of_two() && (4096..1 << 30).contains(&size);
         return right.then_some(()).ok_or("its size is no power of two from 4096 to 512 MiB");
     }
     if spec.value_size_bytes == 0 || spec.value_size_bytes > MAX_VALUE_BYTES {

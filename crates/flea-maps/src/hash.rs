@@ -16,7 +16,7 @@ use crate::array::{cells, check_value, set_cells, value_buffer};
 use crate::error::MapError;
 
 /// Tries at a lock that stays taken, each a bounded wait of its own.
-const LOCK_TRIES: u32 = 20;
+const LOCK_TRIES: u32 = 4;
 /// Tries at reading a per-CPU element that keeps moving.
 const READ_TRIES: u32 = 100;
 

@@ -59,7 +59,7 @@ impl RingBuf {
             if available == 0 {
                 return n_records;
             }
-            if available > size || available % 8 != 0 || !self.position.is_multiple_of(8) {
+            if available > size || !available.is_multiple_of(8) || !self.position.is_multiple_of(8) {
                 self.resync(data, end);
                 return n_records;
             }
@@ -95,6 +95,41 @@ impl RingBuf {
     #[must_use]
     pub fn resyncs(&self) -> u64 {
         self.resyncs
+    }
+
+    /// Whether there is a record, or room for one, that its producer has not finished. For
+    /// microseconds that is ordinary. Where it lasts, the producer was killed in between (a
+    /// forked child, say), or is stopped: nothing behind it can be read.
+    #[must_use]
+    pub fn is_blocked(&self) -> bool {
+        self.blocked().is_some()
+    }
+
+    /// Gives up the record that [`RingBuf::is_blocked`] is about, if there still is one:
+    /// skips it, or, where not even its size was written yet, everything there is. Should
+    /// its producer live after all, what it writes later may garble another record.
+    pub fn skip_blocked(&mut self) {
+        let arena = self.arena.clone();
+        let size = u64::from(self.placement.max_entries);
+        let data = arena.memory().part(self.placement.data_offset, size);
+        let (Some(data), Some((header, end))) = (data, self.blocked()) else { return };
+        let bytes = record_bytes(u64::from(header_len(header)));
+        let in_ring = size - (self.position & (size - 1));
+        if header != 0 && bytes <= in_ring && bytes <= end.wrapping_sub(self.position) {
+            self.release(data, bytes);
+        } else {
+            self.resync(data, end);
+        }
+    }
+
+    /// The header of the unfinished record at the consumer's position, and the end.
+    fn blocked(&self) -> Option<(u64, u64)> {
+        let end = self.word(state::PRODUCER);
+        let size = u64::from(self.placement.max_entries);
+        let data = self.arena.memory().part(self.placement.data_offset, size)?;
+        let header = data.word(self.position & (size - 1))?.load(Acquire);
+        let unfinished = header == 0 || header & BUSY != 0;
+        (end != self.position && unfinished).then_some((header, end))
     }
 
     fn next(&self, data: Shared<'_>, available: u64) -> Next {

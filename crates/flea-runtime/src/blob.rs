@@ -211,7 +211,7 @@ unsafe extern "C" fn probe_read_user(to: u64, size_bytes: u32, from: u64) -> i64
 
 unsafe extern "C" fn probe_read_user_str(to: u64, size_bytes: u32, from: u64) -> i64 {
     // SAFETY: `to` is writable for `size_bytes`.
-    match unsafe { probe::read_str(to as *mut u8, size_bytes, from) } {
+    match unsafe { probe::read_str::<{ probe::CHUNK }>(to as *mut u8, size_bytes, from) } {
         Ok(length) => i64::from(length),
         Err(errno) => errno.to_return(),
     }

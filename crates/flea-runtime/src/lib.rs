@@ -35,6 +35,9 @@ pub const BLOB_ALIGN: usize = 64;
 
 include!(concat!(env!("OUT_DIR"), "/blob_offsets.rs"));
 
+/// How much of [`BLOB`] is code; constants follow.
+pub const BLOB_CODE_BYTES: usize = CODE_BYTES;
+
 /// Where in [`BLOB`] a function's entry is.
 #[must_use]
 pub fn offset_of(function: RuntimeFn) -> u32 {

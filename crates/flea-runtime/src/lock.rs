@@ -35,8 +35,10 @@ const TID_BITS: u32 = 22;
 const TID_MASK: u32 = (1 << TID_BITS) - 1;
 /// Tries with a pause between them: some microseconds.
 const SPINS: u32 = 100;
-/// Then tries with the processor given to others between them.
-const YIELDS: u32 = 200;
+/// Then tries with the processor given to others between them, for at most this long.
+const YIELDS_NS: u64 = 10_000_000;
+/// And at most this often.
+const YIELDS: u32 = 1000;
 
 /// Where a map remembers which lock it suspects, and since when.
 #[derive(Clone, Copy)]
@@ -72,6 +74,7 @@ pub fn acquire<'a>(
     suspect: Suspect<'_>,
 ) -> Result<Guard<'a>, Errno> {
     let mut tries = 0;
+    let mut until_ns = u64::MAX;
     loop {
         let seen = lock.load(Relaxed);
         let owner = Tid(seen & TID_MASK);
@@ -94,7 +97,9 @@ pub fn acquire<'a>(
                 Err(Errno::EBUSY)
             };
         }
-        if tries >= SPINS + YIELDS {
+        let now_ns = sys::clock_ns(sys::CLOCK_MONOTONIC);
+        until_ns = until_ns.min(now_ns.wrapping_add(YIELDS_NS));
+        if tries >= SPINS + YIELDS || now_ns >= until_ns {
             return Err(Errno::EBUSY);
         }
         sys::sched_yield();

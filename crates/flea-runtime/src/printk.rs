@@ -8,6 +8,10 @@ use crate::ringbuf::Ring;
 
 /// Longest text; what is longer is cut.
 pub const MAX_BYTES: usize = 512;
+const MAX_PADDING: u32 = 512;
+
+/// The text is on the stack already: strings are read in small pieces.
+const STRING_CHUNK: usize = 32;
 
 /// Writes the text of `format`, a C string, with `args` (u64 each) to `ring`. Returns its
 /// length in bytes.
@@ -129,7 +133,7 @@ impl Text {
     }
 
     fn repeat(&mut self, byte: u8, n: u32) {
-        for _ in 0..n.min(MAX_BYTES as u32) {
+        for _ in 0..n.min(MAX_PADDING) {
             self.push(byte);
         }
     }
@@ -210,7 +214,7 @@ impl Text {
         let Some(room) = self.bytes.get_mut(start..) else { return };
         let size = low_half(room.len() as u64);
         // SAFETY: `room` is this many bytes.
-        let with_nul = unsafe { probe::read_str(room.as_mut_ptr(), size, from) }.unwrap_or(0);
+        let with_nul = unsafe { probe::read_str::<STRING_CHUNK>(room.as_mut_ptr(), size, from) }.unwrap_or(0);
         let length = with_nul.saturating_sub(1);
         let padding = spec.width.saturating_sub(length);
         if spec.flags & flag::LEFT != 0 {

@@ -6,8 +6,8 @@ use crate::mem::to_usize;
 use crate::sys;
 
 const PAGE: u64 = 4096;
-/// Bytes of a string that are read at a time, onto the stack.
-const CHUNK: usize = 128;
+/// Bytes of a string that are read at a time, onto the stack: a system call each.
+pub const CHUNK: usize = 128;
 
 /// Copies `size_bytes` from `from` to `to`; fills `to` with zeros where that fails.
 ///
@@ -31,14 +31,18 @@ pub unsafe fn read(to: *mut u8, size_bytes: u32, from: u64) -> Result<(), Errno>
 }
 
 /// Copies the string at `from` with its NUL; a longer one is cut, and still ends with a NUL.
-/// Bytes after the NUL stay as they were. Returns the length with the NUL.
+/// Bytes after the NUL stay as they were. Reads `CHUNK` bytes at a time. Returns the length with the NUL.
 ///
 /// # Errors
 /// EFAULT, with `to` all zeros: memory ended before the string did.
 ///
 /// # Safety
 /// `size_bytes` at `to` are writable.
-pub unsafe fn read_str(to: *mut u8, size_bytes: u32, from: u64) -> Result<u32, Errno> {
+pub unsafe fn read_str<const CHUNK: usize>(
+    to: *mut u8,
+    size_bytes: u32,
+    from: u64,
+) -> Result<u32, Errno> {
     let mut done = 0;
     while done < size_bytes {
         let mut chunk = [0u8; CHUNK];
