@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use flea_symbols::{FunctionKind, Module, Refusal, SiteKind};
+use flea_symbols::signature::{SignatureSource, StackWords};
 
 fn main() {
     let mut verbose = false;
@@ -59,10 +60,38 @@ fn report(path: &str, verbose: bool) -> Result<(), Box<dyn std::error::Error>> {
         start.elapsed().as_millis(),
         if debug.is_some() { "; with its debug file" } else { "" },
     );
+    report_signatures(&module, verbose);
     for (reason, count) in refused {
         println!("  {count:6}  {reason}");
     }
     Ok(())
+}
+
+/// How many functions DWARF describes, and for how many of all the stack words are proved.
+fn report_signatures(module: &Module<'_>, verbose: bool) {
+    let start = Instant::now();
+    let (mut total, mut dwarf, mut proved, mut contradictions) = (0, 0, 0, 0);
+    for function in module.functions() {
+        if function.kind == FunctionKind::Ifunc || function.is_cold_part() {
+            continue;
+        }
+        total += 1;
+        let signature = module.signature(function);
+        let proof = module.stack_words_proof(function);
+        proved += u32::from(matches!(proof, StackWords::Proved(_)));
+        dwarf += u32::from(signature.source == SignatureSource::Dwarf);
+        if let (StackWords::Known(known), StackWords::Proved(read)) = (signature.stack_words, proof)
+            && (read > known || (verbose && read < known))
+        {
+            contradictions += u32::from(read > known);
+            println!("    {}: {known} known, {read} read", function.display_name());
+        }
+    }
+    println!(
+        "  signatures: {dwarf} of {total} from DWARF; stack words of {proved} proved from code, \
+         {contradictions} contradictions; {} ms",
+        start.elapsed().as_millis()
+    );
 }
 
 fn debug_file(module: &Module<'_>) -> Option<Vec<u8>> {

@@ -167,7 +167,7 @@ impl<'data> Module<'data> {
     pub fn svma_to_offset(&self, address: Svma) -> Option<FileOffset> {
         self.segments.iter().find_map(|segment| {
             let into = address.0.checked_sub(segment.address.0)?;
-            (into < segment.file_size_bytes).then_some(FileOffset(segment.file_offset.0 + into))
+            (into < segment.file_size_bytes).then(|| FileOffset(segment.file_offset.0 + into))
         })
     }
 
@@ -176,7 +176,7 @@ impl<'data> Module<'data> {
     pub fn offset_to_svma(&self, offset: FileOffset) -> Option<Svma> {
         self.segments.iter().find_map(|segment| {
             let into = offset.0.checked_sub(segment.file_offset.0)?;
-            (into < segment.file_size_bytes).then_some(Svma(segment.address.0 + into))
+            (into < segment.file_size_bytes).then(|| Svma(segment.address.0 + into))
         })
     }
 

@@ -85,19 +85,21 @@ impl Pattern {
 impl Module<'_> {
     /// The functions that `pattern` names; its module part is not looked at. Cold parts
     /// match only a pattern that spells them out.
-    pub fn find<'m>(&'m self, pattern: &'m Pattern) -> impl Iterator<Item = &'m Function> + 'm {
-        self.functions().iter().filter(move |function| {
-            (!function.is_cold_part() || pattern.function.contains(".cold"))
-                && pattern.matches(function)
-        })
+    #[must_use]
+    pub fn find(&self, pattern: &Pattern) -> Vec<&Function> {
+        let functions = self.functions().iter();
+        let cold_too = pattern.function.contains(".cold");
+        functions
+            .filter(|function| (cold_too || !function.is_cold_part()) && pattern.matches(function))
+            .collect()
     }
 
     /// Up to `n` names of functions closest to `name`, the closest first; none that differ
-    /// in more than a third of it.
+    /// in more than a third of it (or two letters).
     #[must_use]
     pub fn nearest_names(&self, name: &str, n: usize) -> Vec<String> {
         let wanted: String = name.to_lowercase().chars().take(128).collect();
-        let limit = (wanted.chars().count() / 3).max(1);
+        let limit = (wanted.chars().count() / 3).max(2);
         let mut near: Vec<(usize, String)> = Vec::new();
         for function in self.functions() {
             for raw in std::iter::once(&function.name).chain(&function.aliases) {
@@ -123,28 +125,31 @@ fn name_distance(wanted: &str, name: &str, limit: usize) -> usize {
     }
 }
 
-/// Levenshtein's distance; `limit + 1` for anything above `limit`.
+/// Letters to insert, drop, replace or swap with their neighbour; `limit + 1` for anything
+/// above `limit`.
 fn edit_distance(a: &str, b: &str, limit: usize) -> usize {
     let (a, b): (Vec<char>, Vec<char>) = (a.chars().collect(), b.chars().collect());
     if a.len().abs_diff(b.len()) > limit {
         return limit + 1;
     }
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, left) in a.iter().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        let mut best = row[0];
-        for (j, right) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(left != right);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(diagonal + 1).min(row[j] + 1);
-            best = best.min(row[j + 1]);
+    // Rows of the usual table: the one before the last, the last, the new one.
+    let (mut before, mut last): (Vec<usize>, Vec<usize>) = (Vec::new(), (0..=b.len()).collect());
+    for i in 0..a.len() {
+        let mut row = vec![i + 1];
+        for j in 0..b.len() {
+            let replaced = last[j] + usize::from(a[i] != b[j]);
+            let mut best = replaced.min(last[j + 1] + 1).min(row[j] + 1);
+            if i > 0 && j > 0 && a[i] == b[j - 1] && a[i - 1] == b[j] {
+                best = best.min(before[j - 1] + 1);
+            }
+            row.push(best);
         }
-        if best > limit {
+        if row.iter().min().is_some_and(|least| *least > limit + 1) {
             return limit + 1;
         }
+        (before, last) = (last, row);
     }
-    row[b.len()].min(limit + 1)
+    last[b.len()].min(limit + 1)
 }
 
 fn single_colon(text: &str) -> Option<usize> {
@@ -239,6 +244,7 @@ mod tests {
     fn distances() {
         assert_eq!(edit_distance("malloc", "maloc", 3), 1);
         assert_eq!(edit_distance("malloc", "free", 2), 3);
+        assert_eq!(edit_distance("mallco", "malloc", 2), 1);
         assert_eq!(edit_distance("", "ab", 2), 2);
     }
 }

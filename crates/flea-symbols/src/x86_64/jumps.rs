@@ -77,6 +77,8 @@ enum Definition {
     Known,
     /// A table's address and one of its entries.
     TableSum,
+    /// Loaded from the frame: look for those who stored it.
+    Spilled,
     /// A copy: look for that register instead.
     Copy(Register),
     /// One of both.
@@ -136,6 +138,7 @@ impl<'a> Search<'a> {
                         work.push((before, register));
                     }
                     Definition::Copy(source) => work.push((before, source)),
+                    Definition::Spilled => work.extend(self.spills(before)),
                     Definition::Either(source) => {
                         work.push((before, source));
                         work.push((before, register));
@@ -199,6 +202,13 @@ impl<'a> Search<'a> {
             Mnemonic::Mov if wide && from_register => {
                 Definition::Copy(instruction.op1_register().full_register())
             }
+            Mnemonic::Mov
+                if wide
+                    && matches!(instruction.memory_base(), Register::RSP | Register::RBP)
+                    && !self.spills(at).is_empty() =>
+            {
+                Definition::Spilled
+            }
             Mnemonic::Mov if wide => Definition::Known,
             // Where code has 32-bit addresses: `mov eax, imm32`.
             Mnemonic::Mov if matches!(instruction.op1_kind(), OpKind::Immediate32) => {
@@ -219,19 +229,72 @@ impl<'a> Search<'a> {
         }
     }
 
+    /// The registers that `add D, B` or `lea D, [D + B]` adds up; one of them twice where the
+    /// other summand is a stated label of this function (code that cannot be moved).
+    fn summands(&self, instruction: &Instruction) -> Option<(Register, Register)> {
+        let is_label = |address: u64| {
+            let (first, last) = (self.region.first(), self.region.last());
+            first.zip(last).is_some_and(|(a, b)| (a.ip()..b.next_ip()).contains(&address))
+        };
+        let (base, index) = (instruction.memory_base(), instruction.memory_index());
+        match instruction.mnemonic() {
+            Mnemonic::Add if instruction.op1_kind() == OpKind::Register => {
+                Some((instruction.op0_register(), instruction.op1_register()))
+            }
+            Mnemonic::Add if instruction.try_immediate(1).is_ok_and(is_label) => {
+                Some((instruction.op0_register(), instruction.op0_register()))
+            }
+            Mnemonic::Lea if base == Register::None => None,
+            Mnemonic::Lea if index == Register::None => {
+                is_label(instruction.memory_displacement64()).then_some((base, base))
+            }
+            Mnemonic::Lea
+                if instruction.memory_index_scale() == 1
+                    && instruction.memory_displacement64() == 0 =>
+            {
+                Some((base, index))
+            }
+            _ => None,
+        }
+    }
+
+    /// Who has written the frame slot that `load` reads; `None` where that is nobody here (an
+    /// argument on the stack), so that the value is the caller's.
+    fn spills(&self, load: usize) -> Vec<(usize, Register)> {
+        let load = &self.region[load];
+        let stores = self.region.iter().enumerate().filter(|(_, store)| {
+            store.mnemonic() == Mnemonic::Mov
+                && store.op0_kind() == OpKind::Memory
+                && store.op1_kind() == OpKind::Register
+                && store.memory_base() == load.memory_base()
+                && store.memory_index() == load.memory_index()
+                && store.memory_displacement64() == load.memory_displacement64()
+        });
+        stores.map(|(at, store)| (at, store.op1_register().full_register())).collect()
+    }
+
+    /// `cdqe` behind `mov eax, dword [A + B]`.
+    fn is_unoptimized_load(&self, at: usize) -> bool {
+        self.region[at].mnemonic() == Mnemonic::Cdqe
+            && at > 0
+            && !self.branches.contains_key(&at)
+            && is_indexed_dword_load(&self.region[at - 1])
+    }
+
     /// A sum of two registers of which one is `movsxd D, [T + I*4]`, in one straight run
     /// that nothing else enters.
     fn is_table_sum(&mut self, sum: usize) -> bool {
-        let Some(pair) = summands(&self.region[sum]) else { return false };
+        let Some(pair) = self.summands(&self.region[sum]) else { return false };
         for at in (sum.saturating_sub(PATTERN_INSNS)..sum).rev() {
             let instruction = &self.region[at];
             let enters = self.branches.contains_key(&(at + 1));
             if enters || instruction.flow_control() != FlowControl::Next {
                 return false;
             }
-            let into = instruction.op0_register();
+            let is_cdqe = instruction.mnemonic() == Mnemonic::Cdqe;
+            let into = if is_cdqe { Register::RAX } else { instruction.op0_register() };
             let is_of_pair = into == pair.0 || into == pair.1;
-            if is_of_pair && is_table_load(instruction) {
+            if is_of_pair && (is_table_load(instruction) || self.is_unoptimized_load(at)) {
                 return true;
             }
             let is_lea = instruction.mnemonic() == Mnemonic::Lea
@@ -249,22 +312,15 @@ impl<'a> Search<'a> {
     }
 }
 
-/// The registers that `add D, B` or `lea D, [D + B]` adds up.
-fn summands(instruction: &Instruction) -> Option<(Register, Register)> {
-    match instruction.mnemonic() {
-        Mnemonic::Add if instruction.op1_kind() == OpKind::Register => {
-            Some((instruction.op0_register(), instruction.op1_register()))
-        }
-        Mnemonic::Lea
-            if instruction.memory_index_scale() == 1
-                && instruction.memory_index() != Register::None
-                && instruction.memory_base() != Register::None
-                && instruction.memory_displacement64() == 0 =>
-        {
-            Some((instruction.memory_base(), instruction.memory_index()))
-        }
-        _ => None,
-    }
+/// `mov eax, dword [A + B]` or `[B*4 + table]`, of one table and a scaled index, as gcc -O0 writes it.
+fn is_indexed_dword_load(instruction: &Instruction) -> bool {
+    let frame = |register| matches!(register, Register::RSP | Register::RBP);
+    instruction.mnemonic() == Mnemonic::Mov
+        && instruction.op0_register() == Register::EAX
+        && instruction.op1_kind() == OpKind::Memory
+        && instruction.memory_index() != Register::None
+        && !frame(instruction.memory_base())
+        && !frame(instruction.memory_index())
 }
 
 /// `movsxd D, [T + I*4]`, or of a table's one entry, `movsxd D, [rip + table]`.

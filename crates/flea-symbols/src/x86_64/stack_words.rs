@@ -77,7 +77,7 @@ struct Reader<'a> {
     depth: i64,
     /// The prologue is over: pushes are no longer counted.
     depth_is_final: bool,
-    /// Registers that were given an address of the frame, with the highest such address
+    /// Registers that were given rsp or rbp as they are, with the highest such address
     /// (relative to the CFA).
     copies: BTreeMap<Register, i64>,
     /// Jump targets, in and out of the function.
@@ -158,10 +158,8 @@ impl<'a> Reader<'a> {
             let is_sub = previous.mnemonic() == Mnemonic::Sub
                 && previous.op0_register() == Register::RSP;
             if is_sub {
-                let by = previous.immediate(1).cast_signed();
-                let is_constant = previous.op1_kind() != OpKind::Register
-                    && previous.op1_kind() != OpKind::Memory;
-                self.depth += if is_constant { by.max(0) } else { 0 };
+                let by = previous.try_immediate(1).map_or(0, u64::cast_signed);
+                self.depth += by.max(0);
             } else if previous.mnemonic() == Mnemonic::Push {
                 self.depth += i64::from(-by).max(0);
             }
@@ -208,7 +206,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Notes registers that get an address of the frame.
+    /// Notes registers that get a copy of rsp or rbp.
     fn copy(
         &mut self,
         instruction: &Instruction,
@@ -288,10 +286,7 @@ impl<'a> Reader<'a> {
             if at >= 0 && instruction.op0_register() != Register::RSP {
                 return None;
             }
-            if instruction.op0_register() != Register::RSP {
-                self.note_copy(instruction.op0_register(), at);
-            }
-            return Some(());
+            return Some(()); // of an object in the frame
         }
         let size = i64::try_from(instruction.memory_size().size()).ok()?;
         if size == 0 && at >= -8 {
@@ -310,7 +305,7 @@ impl<'a> Reader<'a> {
         Some(())
     }
 
-    /// No register that ever holds an address of the frame may be used to reach above it.
+    /// No register that ever holds a copy of rsp or rbp may be used to reach above it.
     fn through_copies(&mut self, region: &[Instruction]) -> Option<()> {
         for instruction in region {
             let Some(address) = self.copies.get(&instruction.memory_base()) else { continue };

@@ -8,8 +8,9 @@
 //! sum is listed as unproven.
 
 use std::collections::BTreeSet;
+use std::ops::Bound;
 
-use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
 use object::read::elf::Sym as _;
 use object::{LittleEndian, Object as _, ObjectSection as _, SectionFlags};
 
@@ -91,11 +92,14 @@ struct Pass<'m, 'data> {
     starts: Vec<u64>,
     /// Addresses that `lea` takes: each may be a table of offsets.
     table_bases: BTreeSet<u64>,
+    /// Those of them that are surely addresses, and so end the table before them.
+    table_bounds: BTreeSet<u64>,
     /// Labels, and tables whose entries may count from them.
     label_tables: Vec<(u64, u64)>,
     /// Immediates are addresses only where the module cannot be moved.
     immediates_are_addresses: bool,
     region: Vec<Instruction>,
+    stated: Vec<u64>,
     found: Sweep,
 }
 
@@ -109,9 +113,11 @@ impl<'m, 'data> Pass<'m, 'data> {
             module,
             starts,
             table_bases: BTreeSet::new(),
+            table_bounds: BTreeSet::new(),
             label_tables: Vec::new(),
             immediates_are_addresses: !module.is_position_independent(),
             region: Vec::new(),
+            stated: Vec::new(),
             found: Sweep::default(),
         }
     }
@@ -184,11 +190,12 @@ impl<'m, 'data> Pass<'m, 'data> {
     fn note_label_tables(&mut self, region: &[Instruction], jump: u64) {
         let (Some(first), Some(last)) = (region.first(), region.last()) else { return };
         let (start, end) = (first.ip(), last.next_ip());
-        let taken = region.iter().filter(|instruction| {
-            instruction.is_ip_rel_memory_operand()
-                && (instruction.mnemonic() == Mnemonic::Lea || jumps::is_table_load(instruction))
-        });
-        let taken: BTreeSet<u64> = taken.map(Instruction::ip_rel_memory_address).collect();
+        let mut taken = BTreeSet::new();
+        for instruction in region {
+            self.stated_addresses(instruction, |address| {
+                taken.insert(address);
+            });
+        }
         let labels = taken.iter().filter(|at| (start + 1..end).contains(*at));
         let labels: Vec<u64> = labels.copied().collect();
         if labels.len() * taken.len() > MAX_LABEL_TABLES {
@@ -215,34 +222,41 @@ impl<'m, 'data> Pass<'m, 'data> {
             }
             _ => {}
         }
-        if jumps::is_table_load(instruction) && instruction.is_ip_rel_memory_operand() {
-            self.table_bases.insert(instruction.ip_rel_memory_address());
+        let mut stated = std::mem::take(&mut self.stated);
+        self.stated_addresses(instruction, |address| stated.push(address));
+        for address in stated.drain(..) {
+            self.table_bases.insert(address);
+            self.add(address, at, ReferenceKind::CodeAddress);
         }
-        if instruction.mnemonic() == Mnemonic::Lea {
-            let target = if instruction.is_ip_rel_memory_operand() {
-                instruction.ip_rel_memory_address()
-            } else if self.immediates_are_addresses {
-                instruction.memory_displacement64()
-            } else {
-                return;
-            };
-            self.table_bases.insert(target);
-            self.add(target, at, ReferenceKind::CodeAddress);
-        } else if self.immediates_are_addresses {
-            self.note_immediates(instruction);
+        self.stated = stated;
+        if instruction.is_ip_rel_memory_operand() && instruction.mnemonic() == Mnemonic::Lea {
+            self.table_bounds.insert(instruction.ip_rel_memory_address());
         }
     }
 
-    fn note_immediates(&mut self, instruction: &Instruction) {
+    /// Addresses that an instruction states as values, not only to read what is there. A
+    /// table may be read in place.
+    fn stated_addresses(&self, instruction: &Instruction, mut found: impl FnMut(u64)) {
+        let is_lea = instruction.mnemonic() == Mnemonic::Lea;
+        if instruction.is_ip_rel_memory_operand() {
+            if is_lea || jumps::is_table_load(instruction) {
+                found(instruction.ip_rel_memory_address());
+            }
+            return;
+        }
+        if !self.immediates_are_addresses {
+            return;
+        }
+        if is_lea || instruction.memory_index() != Register::None {
+            found(instruction.memory_displacement64());
+        }
         for operand in 0..instruction.op_count() {
             let wide = matches!(
                 instruction.op_kind(operand),
                 OpKind::Immediate32 | OpKind::Immediate64 | OpKind::Immediate32to64
             );
-            if wide {
-                let value = instruction.immediate(operand);
-                self.table_bases.insert(value);
-                self.add(value, instruction.ip(), ReferenceKind::CodeAddress);
+            if let Some(value) = instruction.try_immediate(operand).ok().filter(|_| wide) {
+                found(value);
             }
         }
     }
@@ -251,18 +265,17 @@ impl<'m, 'data> Pass<'m, 'data> {
     /// address that is taken, as long as the sums are code. Reading too far yields addresses
     /// that nothing jumps to, which can only refuse a site, not allow one.
     fn read_tables(&mut self) {
-        let bases: Vec<u64> = std::mem::take(&mut self.table_bases).into_iter().collect();
-        for (i, base) in bases.iter().enumerate() {
-            self.read_table(*base, *base, bases.get(i + 1).copied());
+        for base in std::mem::take(&mut self.table_bases) {
+            self.read_table(base, base);
         }
         for (label, table) in std::mem::take(&mut self.label_tables) {
-            let after = bases.partition_point(|base| *base <= table);
-            self.read_table(label, table, bases.get(after).copied());
+            self.read_table(label, table);
         }
     }
 
     /// Adds `label` and each 32-bit entry of `table`.
-    fn read_table(&mut self, label: u64, table: u64, next: Option<u64>) {
+    fn read_table(&mut self, label: u64, table: u64) {
+        let next = self.table_bounds.range((Bound::Excluded(table), Bound::Unbounded)).next();
         let Some(bytes) = self.module.bytes_from(Svma(table)) else { return };
         let bound = next.map_or(u64::MAX, |next| (next - table) / 4);
         for (entry, n) in bytes.chunks_exact(4).zip(0..bound.min(MAX_TABLE_ENTRIES)) {
@@ -277,9 +290,13 @@ impl<'m, 'data> Pass<'m, 'data> {
         }
     }
 
-    /// Every aligned word of data that is an address of code.
+    /// Every aligned word of data that is an address of code. Where the module can be moved,
+    /// words that hold addresses are relocated, so they are writable (before RELRO).
     fn read_data(&mut self) {
         for segment in self.module.segments.clone() {
+            if self.module.is_position_independent() && !segment.writable {
+                continue;
+            }
             let start = segment.address.0.next_multiple_of(8);
             let Some(bytes) = self.module.bytes_from(Svma(start)) else { continue };
             for (word, i) in bytes.chunks_exact(8).zip(0u64..) {
