@@ -159,7 +159,7 @@ impl Running {
                 let status = self.wait();
                 bail!(
                     "its output ended ({status:?}); stderr: {:?}",
-                    self.stderr_so_far()
+                    self.rest_of_stderr()
                 )
             }
         }
@@ -191,6 +191,17 @@ impl Running {
     /// The lines of stderr that have come and were not read.
     pub fn stderr_so_far(&mut self) -> Vec<String> {
         self.stderr.try_iter().collect()
+    }
+
+    /// The lines of stderr up to its end, for a child that has exited: the reader may lag
+    /// behind the exit. Gives up after two silent seconds, as a child of the child may keep
+    /// the stream open.
+    pub fn rest_of_stderr(&mut self) -> Vec<String> {
+        let mut lines = Vec::new();
+        while let Ok(line) = self.stderr.recv_timeout(Duration::from_secs(2)) {
+            lines.push(line);
+        }
+        lines
     }
 
     /// All lines of stdout up to its end, which must come within a minute each.

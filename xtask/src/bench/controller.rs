@@ -99,11 +99,7 @@ impl Attached {
 
 /// What a command that failed said, in a line.
 fn reason(running: &mut Running) -> String {
-    // The reader of stderr may lag behind the exit by a moment.
-    let mut lines = Vec::new();
-    while let Ok(line) = running.stderr_line_within(Duration::from_millis(50)) {
-        lines.push(line);
-    }
+    let lines = running.rest_of_stderr();
     if lines.is_empty() {
         "it said nothing".to_owned()
     } else {
