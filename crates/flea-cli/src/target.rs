@@ -95,6 +95,11 @@ impl Target {
         }
     }
 
+    /// Ends a command that was started only to be looked at.
+    pub fn abandon(self) -> Result<()> {
+        Ok(self.session.abandon()?)
+    }
+
     /// The exit code: the command's own where one was started and has run to its end. One
     /// that still runs (after `--duration` or Ctrl-C) is waited for, as strace does.
     pub fn finish(mut self) -> Result<u8> {
