@@ -283,7 +283,8 @@ impl Builder<'_> {
     fn lookup(&mut self) {
         self.wide(1, PSEUDO_MAP, 1, 0);
         self.emit(0xbf, 2, 10, 0, 0);
-        self.emit(0x07, 2, 0, 0, -8 * (1 + self.random.below(8) as i32));
+        let off = -8 * (1 + self.random.below(8) as i32);
+        self.emit(0x07, 2, 0, 0, off);
         self.helper(Helper::MapLookupElem);
         if self.random.chance(40) {
             self.emit(0xbf, 8, 0, 0, 0);
@@ -318,9 +319,11 @@ impl Builder<'_> {
     }
 
     fn read_target(&mut self) {
-        let size = 1 + self.random.below(if self.mistake() { 24 } else { 16 }) as i32;
+        let most = if self.mistake() { 24 } else { 16 };
+        let size = 1 + self.random.below(most) as i32;
         self.emit(0xbf, 1, 10, 0, 0);
-        self.emit(0x07, 1, 0, 0, -16 - 8 * self.random.below(4) as i32);
+        let off = -16 - 8 * self.random.below(4) as i32;
+        self.emit(0x07, 1, 0, 0, off);
         if self.random.chance(50) {
             self.emit(0xb7, 2, 0, 0, size);
         } else {
@@ -379,7 +382,8 @@ impl Builder<'_> {
     fn call(&mut self) {
         if self.random.chance(50) {
             self.emit(0xbf, 2, 10, 0, 0);
-            self.emit(0x07, 2, 0, 0, -8 * (1 + self.random.below(8) as i32));
+            let off = -8 * (1 + self.random.below(8) as i32);
+            self.emit(0x07, 2, 0, 0, off);
             self.calls.push(self.out.len());
             self.emit(0x85, 0, PSEUDO_CALL, 0, 0);
             for reg in 1..=5 {
