@@ -64,8 +64,7 @@ fn moved(dst: Reg, p: &Pointer, op: AluOp, by: &Scalar) -> Result<Value, Fault> 
         let text = match by.as_const() {
             Some(c) => format!("math between {name} pointer and {} is not allowed", c.cast_signed()),
             None if sane.contains(&by.wide.smin) => format!(
-                "R{d} unbounded memory access: math between {name} pointer and register with \
-                 unbounded max value is not allowed"
+                "R{d} unbounded memory access, make sure to bounds check any such access"
             ),
             None => format!(
                 "math between {name} pointer and register with unbounded min value is not allowed"

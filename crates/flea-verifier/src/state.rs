@@ -45,6 +45,12 @@ impl Frame {
         Self { regs, stack: Stack::default(), function, call_idx }
     }
 
+    /// All registers, for the soundness tests.
+    #[cfg(test)]
+    pub(crate) fn registers(&self) -> &[Value; 11] {
+        &self.regs
+    }
+
     /// The reference of the record whose pointer here has the null id `id`.
     pub(crate) fn record_with(&self, id: Id) -> Option<Id> {
         self.values().find_map(|v| match v {

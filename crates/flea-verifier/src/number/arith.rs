@@ -44,12 +44,14 @@ impl<const BITS: u32> Range<BITS> {
 
     pub(crate) fn and(&self, b: &Self) -> Self {
         let bits = self.bits.and(b.bits).truncate(BITS);
-        Self { bits, umax: self.umax.min(b.umax), ..Self::UNKNOWN }.settled()
+        let (umax, smax) = (self.umax.min(b.umax), self.smax.max(b.smax));
+        Self { bits, umax, smax, ..Self::UNKNOWN }.settled()
     }
 
     pub(crate) fn or(&self, b: &Self) -> Self {
         let bits = self.bits.or(b.bits).truncate(BITS);
-        Self { bits, umin: self.umin.max(b.umin), ..Self::UNKNOWN }.settled()
+        let (umin, smin) = (self.umin.max(b.umin), self.smin.min(b.smin));
+        Self { bits, umin, smin, ..Self::UNKNOWN }.settled()
     }
 
     pub(crate) fn xor(&self, b: &Self) -> Self {

@@ -13,4 +13,4 @@ pub(crate) mod scalar;
 pub(crate) mod tnum;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -41,12 +41,12 @@ const CONDS: [Cond; 12] = [
     Cond::Unset,
 ];
 
-fn sext(x: u64, bits: u32) -> i64 {
+pub(crate) fn sext(x: u64, bits: u32) -> i64 {
     ((x << (64 - bits)) as i64) >> (64 - bits)
 }
 
 /// RFC 9669's arithmetic at any width.
-fn concrete(op: AluOp, bits: u32, a: u64, b: u64) -> u64 {
+pub(crate) fn concrete(op: AluOp, bits: u32, a: u64, b: u64) -> u64 {
     let (a, b) = (a & low_bits(bits), b & low_bits(bits));
     let (sa, sb) = (sext(a, bits), sext(b, bits));
     let k = b & u64::from(bits - 1);
@@ -70,7 +70,7 @@ fn concrete(op: AluOp, bits: u32, a: u64, b: u64) -> u64 {
     r & low_bits(bits)
 }
 
-fn holds(cond: Cond, bits: u32, a: u64, b: u64) -> bool {
+pub(crate) fn holds(cond: Cond, bits: u32, a: u64, b: u64) -> bool {
     let (a, b) = (a & low_bits(bits), b & low_bits(bits));
     let (sa, sb) = (sext(a, bits), sext(b, bits));
     match cond {
