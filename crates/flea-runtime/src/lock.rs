@@ -91,6 +91,10 @@ pub fn acquire<'a>(
     suspect: Suspect<'_>,
     owners: Owners<'_>,
 ) -> Result<Guard<'a>, Errno> {
+    if me.0 & TID_MASK == 0 {
+        // No thread's id: the word would say "free".
+        return Err(Errno::EBUSY);
+    }
     let mut tries = 0;
     let mut until_ns = u64::MAX;
     loop {
