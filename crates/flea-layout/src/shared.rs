@@ -156,7 +156,8 @@ const _: () = assert!(size_of::<ThreadEntry>() * THREAD_TABLE_ENTRIES == THREAD_
 /// Cranelift's `PreserveAll`. `arena` is the arena's address, `map` a [`MapHeader`]'s.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum RuntimeFn {
-    /// `(arena) -> slot address, or 0`: finds or claims the calling thread's slot.
+    /// `(arena) -> slot address, or 0`: finds or claims the calling thread's slot. Where it
+    /// returns 0 it has counted that in [`ArenaHeader::no_slot`]; the caller runs no program.
     ThreadSlot,
     /// `(vdso_clock_gettime or 0, clock_id) -> ns`
     ClockNs,

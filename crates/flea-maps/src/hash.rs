@@ -240,11 +240,7 @@ fn update(
     check_key(placement, key)?;
     check_value(placement, value)?;
     let table = table(arena, placement)?;
-    let stride = arena.plan().slot_stride;
-    let slots_size = stride * u64::from(arena.readable_slots());
-    let slots = arena.memory().part(arena.plan().slots_offset, slots_size);
-    let cells = Cells { slots: slots.ok_or(MapError::Damaged)?, stride, own: 0 };
-    let caller = Caller { tid: sys::gettid(), cells: Some(cells) };
+    let caller = caller(arena)?;
     let flags = match mode {
         Update::Any => BPF_ANY,
         Update::NoExist => BPF_NOEXIST,
@@ -257,8 +253,18 @@ fn update(
 fn delete(arena: &Arena, placement: &MapPlacement, key: &[u8]) -> Result<(), MapError> {
     check_key(placement, key)?;
     let table = table(arena, placement)?;
-    let deleted = patiently(|| table.delete(sys::gettid(), Bytes::from(key)));
+    let caller = caller(arena)?;
+    let deleted = patiently(|| table.delete(&caller, Bytes::from(key)));
     deleted.map_err(|e| explain(e, placement))
+}
+
+/// This thread, with slot 0 for its values.
+fn caller(arena: &Arena) -> Result<Caller<'_>, MapError> {
+    let stride = arena.plan().slot_stride;
+    let size_bytes = stride * u64::from(arena.readable_slots());
+    let slots = arena.memory().part(arena.plan().slots_offset, size_bytes);
+    let cells = Cells { slots: slots.ok_or(MapError::Damaged)?, stride, own: 0 };
+    Ok(Caller { tid: sys::gettid(), cells })
 }
 
 /// Tries again while the bucket is locked, a bounded number of times.

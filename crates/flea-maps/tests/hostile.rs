@@ -126,6 +126,23 @@ fn a_living_owners_lock_is_respected() {
     assert!(begin.elapsed() < Duration::from_millis(500), "waiting is bounded");
     thread::sleep(Duration::from_millis(1100));
     assert_eq!(target.update(0, &[1; 8], &[2; 8], 0, slot), -16);
+    // A dead thread whose slot passed to a living one: the lock may be the latter's.
+    let mut child = std::process::Command::new("true").spawn().unwrap();
+    let dead = child.id();
+    child.wait().unwrap();
+    let pid = u64::from(std::process::id());
+    thread::scope(|s| {
+        s.spawn(|| {
+            let owner = target.slot() as *mut u64;
+            // SAFETY: the slot's first word.
+            unsafe { owner.write_volatile((pid << 32) | u64::from(dead)) };
+        });
+    });
+    // SAFETY: as above.
+    unsafe { (lock as *mut u32).write_volatile(dead) };
+    assert_eq!(target.delete(0, &[1; 8]), -16);
+    thread::sleep(Duration::from_millis(1100));
+    assert_eq!(target.delete(0, &[1; 8]), -16);
     // Its own lock: a handler that interrupted the owner is told at once.
     // SAFETY: as above.
     let me = unsafe { libc::gettid() }.unsigned_abs();

@@ -60,7 +60,18 @@ fn threads_see_their_own_keys_whatever_others_do() {
         let reader = s.spawn(|| {
             let map = target.arena.hash(MapIdx(0)).unwrap();
             let mut n_seen = 0u64;
+            let own = [0xee; 16];
+            let insist = |change: &dyn Fn() -> Result<(), MapError>| loop {
+                let result = change();
+                if result != Err(MapError::Busy) {
+                    return result;
+                }
+            };
             while !done.load(Relaxed) {
+                insist(&|| map.update(&own, &own, flea_maps::Update::NoExist)).unwrap();
+                assert_eq!(map.lookup(&own), Ok(Some(own.to_vec())));
+                insist(&|| map.delete(&own)).unwrap();
+                assert_eq!(map.lookup(&own), Ok(None));
                 for (key, value) in &map {
                     assert_eq!(key, value);
                     n_seen += 1;
@@ -209,6 +220,7 @@ fn records_over_half_the_ring_and_full_rings_are_counted_as_lost() {
     assert_eq!(ring.poll(|_| {}), 0);
     // Their producer died: the consumer gives them up, one by one.
     for _ in 0..held {
+        assert_eq!(ring.poll(|_| {}), 0, "at most padding");
         assert!(ring.is_blocked());
         ring.skip_blocked();
     }

@@ -143,12 +143,14 @@ unsafe extern "C" fn map_update(
 }
 
 unsafe extern "C" fn map_delete(arena: u64, map: u64, key: u64) -> i64 {
+    // SAFETY: as here. A program that runs has its slot already: this finds it.
+    let slot = unsafe { thread_slot(arena) };
     // SAFETY: `arena` is an arena.
     let Some(map) = Map::new(unsafe { map::arena(arena) }, map) else {
         return Errno::EINVAL.to_return();
     };
-    // SAFETY: `key` is the address of a key.
-    status(unsafe { map.delete(key) })
+    // SAFETY: `key` is the address of a key, and the slot is this thread's.
+    status(unsafe { map.delete(key, slot) })
 }
 
 unsafe fn ring<'a>(arena: u64, map: u64) -> Option<ringbuf::Ring<'a>> {

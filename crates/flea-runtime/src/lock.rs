@@ -7,12 +7,17 @@
 //!   bits 31-22  how often it was taken, modulo 1024
 //!   bits 21-0   thread id of the owner, 0 where free (Linux's ids end at 2^22)
 //! ```
+//! A thread of the target is known by the id in its slot, as asking the kernel would cost
+//! more than the rest of an update. The slot may have passed to a later thread with the same
+//! thread pointer; the id is then a dead thread's, and still no other slot's of this process.
+
 //! 1. Taking is one compare-and-swap from a free word. Waiting is bounded: -EBUSY follows.
 //! 2. A word with one's own thread id means that this is a signal handler and the owner is
 //!    further up the same stack: -EBUSY at once.
-//! 3. An owner that the kernel does not know (ESRCH) may be dead, or in another pid
-//!    namespace. So the word must also stay the same for [`STEAL_AFTER_NS`]; only then is
-//!    the lock taken from it. The time is kept in the map, as no waiter stays that long.
+//! 3. An owner that the kernel does not know (ESRCH) is not dead while a living process has
+//!    a slot with its id. Else it is dead, or in another pid namespace. So the word must also
+//!    stay the same for [`STEAL_AFTER_NS`]; only then is the lock taken from it. The time is
+//!    kept in the map, as no waiter stays that long.
 //! 4. Releasing compares: an owner that lost its lock by 3 (it was stopped for long, in
 //!    another namespace) changes nothing more.
 //!
@@ -20,12 +25,15 @@
 //! no chain and in no free list any more.
 
 use core::hint::spin_loop;
+use core::mem::offset_of;
 use core::sync::atomic::{
     AtomicU32, AtomicU64,
     Ordering::{Acquire, Relaxed, Release},
 };
 
 use crate::errno::Errno;
+use crate::mem::{Shared, low_half};
+use crate::shared::{SLOT_VACANT, SlotHeader};
 use crate::sys::{self, Tid};
 
 /// An unchanged lock word of a thread that nobody knows is given up after this.
@@ -47,6 +55,15 @@ pub struct Suspect<'a> {
     pub word: &'a AtomicU64,
     /// CLOCK_MONOTONIC, ns
     pub since_ns: &'a AtomicU64,
+}
+
+/// The slots, whose owners may hold locks.
+#[derive(Clone, Copy)]
+pub struct Owners<'a> {
+    /// From slot 0 to the last one in use.
+    pub slots: Shared<'a>,
+    /// Bytes from slot to slot.
+    pub stride: u64,
 }
 
 /// A lock that is held; dropping releases it.
@@ -72,7 +89,12 @@ pub fn acquire<'a>(
     bucket: u32,
     me: Tid,
     suspect: Suspect<'_>,
+    owners: Owners<'_>,
 ) -> Result<Guard<'a>, Errno> {
+    if me.0 & TID_MASK == 0 {
+        // No thread's id: the word would say "free".
+        return Err(Errno::EBUSY);
+    }
     let mut tries = 0;
     let mut until_ns = u64::MAX;
     loop {
@@ -90,7 +112,7 @@ pub fn acquire<'a>(
             spin_loop();
             continue;
         }
-        if tries == SPINS && owner.0 != 0 && sys::is_thread_dead(owner) {
+        if tries == SPINS && owner.0 != 0 && owners.is_dead(owner) {
             return if is_given_up(suspect, bucket, seen) {
                 take(lock, seen, me).ok_or(Errno::EBUSY)
             } else {
@@ -103,6 +125,26 @@ pub fn acquire<'a>(
             return Err(Errno::EBUSY);
         }
         sys::sched_yield();
+    }
+}
+
+impl Owners<'_> {
+    /// Rule 3's first half.
+    fn is_dead(self, owner: Tid) -> bool {
+        if !sys::is_thread_dead(owner) {
+            return false;
+        }
+        let mut slot = 0;
+        while slot < self.slots.size_bytes() && self.stride > 0 {
+            let word = self.slots.word(slot + offset_of!(SlotHeader, owner) as u64);
+            let of_slot = word.map_or(0, |w| w.load(Acquire));
+            let same = of_slot != SLOT_VACANT && low_half(of_slot) == owner.0;
+            if same && !sys::is_process_dead(low_half(of_slot >> 32)) {
+                return false;
+            }
+            slot += self.stride;
+        }
+        true
     }
 }
 

@@ -7,10 +7,10 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed};
 use crate::errno::Errno;
 use crate::hash::change::{BPF_EXIST, BPF_NOEXIST, Caller, Cells};
 use crate::hash::{Geometry, Table, Values};
-use crate::mem::{Bytes, Shared};
+use crate::mem::{Bytes, Shared, low_half};
 use crate::ringbuf::{self, Ring};
-use crate::shared::{ArenaHeader, MAP_HEADER_BYTES, MapHeader};
-use crate::sys;
+use crate::shared::{ArenaHeader, MAP_HEADER_BYTES, MapHeader, SlotHeader};
+use crate::sys::Tid;
 
 /// Linux's numbers of the map types.
 pub mod kind {
@@ -121,12 +121,7 @@ impl<'a> Map<'a> {
         match self.kind {
             kind::HASH | kind::PERCPU_HASH => {
                 let table = self.table().ok_or(Errno::EINVAL)?;
-                let cells = if self.kind == kind::PERCPU_HASH {
-                    Some(self.cells(own).ok_or(Errno::EINVAL)?)
-                } else {
-                    None
-                };
-                let caller = Caller { tid: sys::gettid(), cells };
+                let caller = self.caller(own).ok_or(Errno::EINVAL)?;
                 table.update(&caller, key, value, flags)
             }
             kind::ARRAY => self.update_array(self.data_offset, key, value, flags),
@@ -144,11 +139,12 @@ impl<'a> Map<'a> {
     /// ENOENT, EBUSY; EINVAL for kinds whose elements cannot go.
     ///
     /// # Safety
-    /// `key` is the address of a key.
-    pub unsafe fn delete(&self, key: u64) -> Result<(), Errno> {
+    /// `key` is the address of a key, `slot` of the calling thread's slot.
+    pub unsafe fn delete(&self, key: u64, slot: u64) -> Result<(), Errno> {
         let table = self.table().ok_or(Errno::EINVAL)?;
+        let caller = self.caller(self.arena.offset_of(slot)).ok_or(Errno::EINVAL)?;
         // SAFETY: the verifier has proved that a whole key is readable there.
-        table.delete(sys::gettid(), unsafe { self.key(key) })
+        table.delete(&caller, unsafe { self.key(key) })
     }
 
     /// The ring buffer, where it is one.
@@ -200,7 +196,8 @@ impl<'a> Map<'a> {
         self.arena.store(offset, value).ok_or(Errno::EINVAL)
     }
 
-    fn cells(&self, own: Option<u64>) -> Option<Cells<'a>> {
+    /// The thread whose slot is at offset `own`.
+    fn caller(&self, own: Option<u64>) -> Option<Caller<'a>> {
         let word = |at: usize| Some(self.arena.word(at as u64)?.load(Relaxed));
         let half = |at: usize| Some(self.arena.half(at as u64)?.load(Acquire));
         let first = word(offset_of!(ArenaHeader, slots_offset))?;
@@ -208,7 +205,10 @@ impl<'a> Map<'a> {
         let n_slots = half(offset_of!(ArenaHeader, n_slots))?;
         let used = half(offset_of!(ArenaHeader, used_slots))?.min(n_slots);
         let slots = self.arena.part(first, stride.checked_mul(u64::from(used))?)?;
-        Some(Cells { slots, stride, own: own?.checked_sub(first)? })
+        let own = own?.checked_sub(first)?;
+        let owner = slots.word(own + offset_of!(SlotHeader, owner) as u64)?.load(Relaxed);
+        let tid = Tid(low_half(owner));
+        Some(Caller { tid, cells: Cells { slots, stride, own } })
     }
 
     /// # Safety

@@ -8,7 +8,7 @@ use core::sync::atomic::{
 
 use super::{END, NodeIdx, Table, Values, Wanted, state};
 use crate::errno::Errno;
-use crate::lock::{self, Guard, Suspect};
+use crate::lock::{self, Guard, Owners, Suspect};
 use crate::mem::{Bytes, Shared, low_half};
 use crate::sys::Tid;
 
@@ -26,10 +26,10 @@ const FREE_LIST_TRIES: u32 = 100_000;
 /// Who changes the map.
 #[derive(Clone, Copy)]
 pub struct Caller<'a> {
-    /// The calling thread.
+    /// The calling thread, as `lock.rs` knows it.
     pub tid: Tid,
     /// The slots in use, and which of them a value given to PERCPU_HASH goes to.
-    pub cells: Option<Cells<'a>>,
+    pub cells: Cells<'a>,
 }
 
 /// The slots in use.
@@ -67,7 +67,7 @@ impl<'a> Table<'a> {
             return Err(Errno::EINVAL);
         }
         let wanted = self.wanted(key).ok_or(Errno::EINVAL)?;
-        let _guard = self.lock(wanted.bucket, caller.tid)?;
+        let _guard = self.lock(wanted.bucket, caller)?;
         let before = self.locate(&wanted)?;
         match before {
             Some(_) if flags == BPF_NOEXIST => Err(Errno::EEXIST),
@@ -84,9 +84,9 @@ impl<'a> Table<'a> {
     ///
     /// # Errors
     /// ENOENT, EBUSY.
-    pub fn delete(&self, tid: Tid, key: Bytes<'_>) -> Result<(), Errno> {
+    pub fn delete(&self, caller: &Caller<'_>, key: Bytes<'_>) -> Result<(), Errno> {
         let wanted = self.wanted(key).ok_or(Errno::EINVAL)?;
-        let _guard = self.lock(wanted.bucket, tid)?;
+        let _guard = self.lock(wanted.bucket, caller)?;
         let (index, link) = self.locate(&wanted)?.ok_or(Errno::ENOENT)?;
         let node = self.node(index).ok_or(Errno::EINVAL)?;
         link.store(node.next.load(Relaxed), Release);
@@ -95,13 +95,14 @@ impl<'a> Table<'a> {
         Ok(())
     }
 
-    fn lock(&self, bucket: u32, tid: Tid) -> Result<Guard<'a>, Errno> {
+    fn lock(&self, bucket: u32, caller: &Caller<'_>) -> Result<Guard<'a>, Errno> {
         let word = self.lock_word(bucket).ok_or(Errno::EINVAL)?;
         let suspect = Suspect {
             word: self.word(state::SUSPECT).ok_or(Errno::EINVAL)?,
             since_ns: self.word(state::SUSPECT_SINCE).ok_or(Errno::EINVAL)?,
         };
-        lock::acquire(word, bucket, tid, suspect)
+        let owners = Owners { slots: caller.cells.slots, stride: caller.cells.stride };
+        lock::acquire(word, bucket, caller.tid, suspect, owners)
     }
 
     /// With the bucket locked: the node of `wanted` and the link that leads to it.
@@ -159,7 +160,7 @@ impl<'a> Table<'a> {
         match self.geometry.values {
             Values::InNode => self.nodes.store(self.value_offset(node), value),
             Values::InSlots { slot_offset } => {
-                let cells = caller.cells?;
+                let cells = caller.cells;
                 cells.slots.store(cells.own + self.cell_offset(slot_offset, node), value)
             }
         }
@@ -167,7 +168,7 @@ impl<'a> Table<'a> {
 
     fn clear_cells(&self, caller: &Caller<'_>, node: NodeIdx) -> Option<()> {
         let Values::InSlots { slot_offset } = self.geometry.values else { return Some(()) };
-        let cells = caller.cells?;
+        let cells = caller.cells;
         let mut slot = 0;
         // Slots that are claimed from now on have never been written to.
         while slot < cells.slots.size_bytes() && cells.stride > 0 {

@@ -1,5 +1,5 @@
 //! x86-64 Linux: system calls and the few instructions that have no name in Rust. Touches
-//! no vector register and no errno. Start with [`syscall`].
+//! no vector register and no errno. Start with `syscall`.
 
 use core::arch::asm;
 
