@@ -1,8 +1,15 @@
 //! Shared by the tests that execute what was emitted: executable pages, a builder of
 //! unverified programs. Not every test uses all of it.
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "tests, each of which uses its own part"
+)]
 
 pub mod programs;
+#[cfg(target_arch = "x86_64")]
+pub mod rig;
 
 use flea_object::helper::Helper;
 use flea_object::insn::{Insn, PSEUDO_CALL};
