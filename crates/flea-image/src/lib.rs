@@ -31,6 +31,5 @@ pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;
 pub use x86_64::skeleton::{
     BodyRef, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, UnwindRow,
-    UnwindRule, call_patch,
-    link_skeleton,
+    UnwindRule, call_patch, link_skeleton,
 };

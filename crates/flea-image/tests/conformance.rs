@@ -41,10 +41,8 @@ fn vectors() {
     for line in text.lines().filter(|l| !l.starts_with('#')) {
         let fields: Vec<&str> = line.split('\t').collect();
         let (name, expected) = (fields[0], fields[5]);
-        let insns: Vec<Insn> = hex(fields[4])
-            .chunks_exact(8)
-            .map(|c| Insn::decode(c.try_into().unwrap()))
-            .collect();
+        let insns: Vec<Insn> =
+            hex(fields[4]).chunks_exact(8).map(|c| Insn::decode(c.try_into().unwrap())).collect();
         if REFUSED.contains(&name) {
             let refused = run(&insns, &[]).unwrap_err();
             let named = matches!(

@@ -96,8 +96,7 @@ fn session_cookie_lives_from_entry_to_exit() {
     {
         let rig = Rig::new(&[map(MapKind::Array, 16, 1)], true);
         let latency = latency();
-        let programs =
-            [(&latency, ProgramKind::Fsession), (&latency, ProgramKind::Fsession)];
+        let programs = [(&latency, ProgramKind::Fsession), (&latency, ProgramKind::Fsession)];
         rig.attach(&signature(), &programs, kind, placing, 5);
         for calls in 1..=3 {
             let output = rig.call(&input);
@@ -112,7 +111,8 @@ fn session_cookie_lives_from_entry_to_exit() {
 #[test]
 fn fentry_fexit_and_fsession_together() {
     let input = Registers::pattern();
-    let maps = [map(MapKind::Array, 64, 1), map(MapKind::PerCpuArray, 8, 1), map(MapKind::Array, 64, 1)];
+    let maps =
+        [map(MapKind::Array, 64, 1), map(MapKind::PerCpuArray, 8, 1), map(MapKind::Array, 64, 1)];
     for (kind, placing) in
         ALL_KINDS.into_iter().flat_map(|k| [(k, Placing::Called), (k, Placing::Inline)])
     {

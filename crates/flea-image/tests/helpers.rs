@@ -158,8 +158,16 @@ fn array_lookup_checks_its_key() {
                 let mut parts = vec![mov_imm(3, key)];
                 if !known {
                     // r3 = argument, turned into the key at run time.
-                    parts.extend([ctx(4, 0), plain(insn(0x57, 4, 0, 0, 0)), plain(insn(0x0f, 3, 4, 0, 0))]);
-                    parts.extend([ctx(5, 1), plain(insn(0xaf, 3, 5, 0, 0)), plain(insn(0xaf, 3, 5, 0, 0))]);
+                    parts.extend([
+                        ctx(4, 0),
+                        plain(insn(0x57, 4, 0, 0, 0)),
+                        plain(insn(0x0f, 3, 4, 0, 0)),
+                    ]);
+                    parts.extend([
+                        ctx(5, 1),
+                        plain(insn(0xaf, 3, 5, 0, 0)),
+                        plain(insn(0xaf, 3, 5, 0, 0)),
+                    ]);
                 }
                 parts.extend([
                     access(insn(0x63, 10, 3, -4, 0), Region::Stack),
@@ -287,9 +295,8 @@ fn guards_only_where_needed() {
     let state = plan(&maps).program_state_offset(0);
     // The guard's store: movq $1, state(%slot)
     let guard = format!("movq $1,{state:#x}(");
-    let listing = |v: &Verified| {
-        compile(v, &maps, ProgramKind::Fentry).unwrap().entry.unwrap().listing()
-    };
+    let listing =
+        |v: &Verified| compile(v, &maps, ProgramKind::Fentry).unwrap().entry.unwrap().listing();
     assert!(!listing(&counter(0)).contains(&guard));
     let unmerged = listing(&unmerged());
     assert!(unmerged.contains(&guard), "{unmerged}");
@@ -312,7 +319,8 @@ fn what_cannot_be_compiled_says_why() {
     let not_here = CompileError::HelperNotHere { insn_idx: 0, helper: Helper::SessionCookie };
     assert_eq!(refuse(&[session, exit()], ProgramKind::Fentry), not_here);
 
-    let callback = [plain(insn(0x18, 1, 4, 0, 0)), (insn(0, 0, 0, 0, 0), Fact::Unreachable), exit()];
+    let callback =
+        [plain(insn(0x18, 1, 4, 0, 0)), (insn(0, 0, 0, 0, 0), Fact::Unreachable), exit()];
     assert_eq!(refuse(&callback, ProgramKind::Fentry), CompileError::Callback { insn_idx: 0 });
 
     let mut no_map = lddw_value(1, 9, 0).to_vec();
@@ -325,10 +333,7 @@ fn what_cannot_be_compiled_says_why() {
     let below_stack = [access(insn(0x7a, 10, 0, -520, 0), Region::Stack), exit()];
     assert!(matches!(refuse(&below_stack, ProgramKind::Fentry), CompileError::BadFacts { .. }));
 
-    let recursive = vec![
-        (insn(0x85, 0, 1, 0, -1), Fact::CallLocal { function: 0 }),
-        exit(),
-    ];
+    let recursive = vec![(insn(0x85, 0, 1, 0, -1), Fact::CallLocal { function: 0 }), exit()];
     assert!(matches!(refuse(&recursive, ProgramKind::Fentry), CompileError::TooDeep { .. }));
 
     let unknown = [plain(insn(0xe5, 0, 0, 0, 0)), exit()];

@@ -86,7 +86,9 @@ pub fn unverified(insns: &[Insn], fact_of: FactOf<'_>) -> Verified {
     let mut starts = vec![0];
     for (i, insn) in insns.iter().enumerate() {
         if insn.opcode == 0x85 && insn.src == PSEUDO_CALL {
-            starts.push(usize::try_from(i64::try_from(i).unwrap() + 1 + i64::from(insn.imm)).unwrap());
+            starts.push(
+                usize::try_from(i64::try_from(i).unwrap() + 1 + i64::from(insn.imm)).unwrap(),
+            );
         }
     }
     starts.sort_unstable();
@@ -98,7 +100,8 @@ pub fn unverified(insns: &[Insn], fact_of: FactOf<'_>) -> Verified {
             _ if after_lddw => Fact::Unreachable,
             1..=3 => Fact::Access(Region::Memory),
             5 if insn.opcode == 0x85 && insn.src == PSEUDO_CALL => {
-                let to = usize::try_from(i64::try_from(i).unwrap() + 1 + i64::from(insn.imm)).unwrap();
+                let to =
+                    usize::try_from(i64::try_from(i).unwrap() + 1 + i64::from(insn.imm)).unwrap();
                 let function = starts.iter().position(|s| *s == to).unwrap();
                 Fact::CallLocal { function: u32::try_from(function).unwrap() }
             }

@@ -42,7 +42,10 @@ impl Registers {
     }
 }
 
-pub fn assemble(at: u64, write: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) -> Vec<u8> {
+pub fn assemble(
+    at: u64,
+    write: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>,
+) -> Vec<u8> {
     let mut a = CodeAssembler::new(64).unwrap();
     write(&mut a).unwrap();
     a.assemble(at).unwrap()
@@ -288,4 +291,3 @@ pub fn signature() -> Signature {
     s.params[4].ty = int(4);
     s
 }
-
