@@ -1,9 +1,51 @@
 //! Proves that an eBPF program cannot harm the process it runs in.
+//!
+//! [`verify`] is the only door: it decodes ([`op`]), looks at the shape ([`cfg`]), asks which
+//! registers matter where ([`liveness`]), then walks all paths ([`explore`]) with one
+//! instruction at a time ([`machine`]) over states ([`state`]) of registers ([`value`]),
+//! stack slots ([`stack`]) and numbers ([`number`]). What it learns on the way becomes
+//! [`facts`] for the compiler.
+//!
+//! **Invariant**: knows nothing of processes, machine code or files; the same program, maps
+//! and context always give the same verdict.
 #![forbid(unsafe_code)]
+#![allow(
+    rustdoc::private_intra_doc_links,
+    reason = "the module map above is for who reads the source"
+)]
 
+mod access;
+mod call;
+mod cfg;
+mod collect;
+mod disasm;
+mod explore;
 pub mod facts;
+mod liveness;
+mod machine;
+mod number;
+mod op;
+mod opcode;
+mod pointer;
+mod proto;
+mod report;
+#[cfg(test)]
+mod soundness;
+mod stack;
+mod state;
+mod trace;
+mod value;
 
 use flea_object::spec::{MapSpec, Program};
+
+use cfg::Cfg;
+use explore::{BUDGET, Explorer, Refusal};
+use facts::Function;
+use liveness::Liveness;
+use machine::Machine;
+use op::Op;
+use report::Fault;
+use stack::STACK_BYTES;
 
 pub use facts::Verified;
 
@@ -51,6 +93,85 @@ pub fn verify(
     maps: &[MapSpec],
     context: Context,
 ) -> Result<Verified, Rejection> {
-    let _ = (program, maps, context);
-    Err(Rejection { insn_idx: 0, message: "not written yet".into(), log: vec![], hint: None })
+    let structural = |(idx, fault)| rejection(idx, fault, Vec::new());
+    check_size(program).map_err(structural)?;
+    let ops = op::decode(&program.insns).map_err(structural)?;
+    let cfg = Cfg::new(&ops).map_err(structural)?;
+    let live = Liveness::new(&ops, &cfg);
+    let explorer =
+        || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
+
+    let mut walk = explorer();
+    if let Err(Refusal { insn_idx, fault, steps }) = walk.run() {
+        // Printing every state on the way would cost more than the proof: the same walk
+        // again, now that it is known which steps are worth printing.
+        let mut again = explorer().traced(steps);
+        let log = again.run().err().map(|_| again.into_log()).unwrap_or_default();
+        return Err(rejection(insn_idx, fault, log));
+    }
+    let machine = walk.machine;
+    check_stack(&cfg, &ops, &machine.stack_bytes).map_err(structural)?;
+    Ok(Verified {
+        insns: program.insns.clone(),
+        functions: functions(&cfg, &machine.stack_bytes),
+        facts: machine.facts.into_facts(),
+    })
+}
+
+fn check_size(program: &Program) -> Result<(), (usize, Fault)> {
+    let n = program.insns.len();
+    if n == 0 {
+        return Err((0, Fault::new("BPF program has no instructions")));
+    }
+    if n > BUDGET {
+        return Err((0, Fault::new(format!("BPF program is too large. It has {n} insn"))));
+    }
+    Ok(())
+}
+
+/// The stack of the deepest chain of calls (each frame rounded up as in Linux) must fit.
+fn check_stack(cfg: &Cfg, ops: &[Op], stack_bytes: &[u32]) -> Result<(), (usize, Fault)> {
+    let mut chains = vec![(0, 0); cfg.functions.len()];
+    for &function in &cfg.callees_first {
+        let span = cfg.functions[function];
+        let deepest = ops[span.start..span.end]
+            .iter()
+            .filter_map(|op| match op {
+                Op::CallLocal { target } => Some(chains[cfg.function_at(*target)]),
+                _ => None,
+            })
+            .max()
+            .unwrap_or((0, 0));
+        let own = stack_bytes[function].max(1).next_multiple_of(32);
+        chains[function] = (deepest.0 + own, deepest.1 + 1);
+    }
+    let (bytes, frames) = chains[0];
+    // A program without calls has been held to its own 512 bytes already.
+    if frames > 1 && bytes > STACK_BYTES.unsigned_abs() {
+        let text = format!("combined stack size of {frames} calls is {bytes}. Too large");
+        return Err((0, Fault::new(text).hint("keep large variables in a per-CPU array")));
+    }
+    Ok(())
+}
+
+fn functions(cfg: &Cfg, stack_bytes: &[u32]) -> Vec<Function> {
+    // `check_size` has bounded the number of instructions.
+    let idx = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+    cfg.functions
+        .iter()
+        .zip(stack_bytes)
+        .map(|(span, bytes)| Function {
+            start_insn_idx: idx(span.start),
+            end_insn_idx: idx(span.end),
+            stack_bytes: *bytes,
+        })
+        .collect()
+}
+
+fn rejection(insn_idx: usize, fault: Fault, mut log: Vec<String>) -> Rejection {
+    let Fault { message, hint } = fault;
+    log.push(message.clone());
+    let surplus = log.len().saturating_sub(trace::MAX_LINES);
+    log.drain(..surplus);
+    Rejection { insn_idx: u32::try_from(insn_idx).unwrap_or(u32::MAX), message, log, hint }
 }

@@ -1,0 +1,199 @@
+//! Accesses to memory: is every byte inside its object, and may it be read or written?
+
+use flea_object::spec::MapSpec;
+
+use crate::facts::Region;
+use crate::number::scalar::{AluOp, Scalar, Width};
+use crate::op::Reg;
+use crate::report::Fault;
+use crate::stack::Span;
+use crate::value::{Pointer, PointerKind, Value};
+
+/// How far a pointer may be moved from its object, either way (Linux: BPF_MAX_VAR_OFF).
+/// Sums of two such numbers cannot overflow.
+pub(crate) const MAX_OFFSET: i64 = 1 << 29;
+
+/// What is done to the memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+    /// Reads and writes at once, and must be aligned.
+    Atomic,
+}
+
+/// An access proved to be inside its object.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Target {
+    /// These bytes of that frame; whether they are written yet is not checked here.
+    Stack { frame: usize, span: Span },
+    /// Anything else: its content is any number.
+    Other(Region),
+}
+
+/// One access to be checked.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request {
+    /// The register with the address, for messages.
+    pub(crate) reg: Reg,
+    /// Added to the address.
+    pub(crate) off: i64,
+    pub(crate) size_bytes: u32,
+    pub(crate) access: Access,
+}
+
+/// The pointer in `value`, which must be one that can be followed.
+pub(crate) fn followable(reg: Reg, value: &Value) -> Result<&Pointer, Fault> {
+    let r = reg.index();
+    match value {
+        Value::NotInit => Err(Fault::not_readable(reg)),
+        Value::Scalar(_) => Err(Fault::new(format!("R{r} invalid mem access 'scalar'"))
+            .hint("memory of the target is read with bpf_probe_read_user")),
+        Value::Pointer(p) if p.or_null.is_some() => {
+            Err(Fault::new(format!("R{r} invalid mem access '{}'", p.type_name()))
+                .hint("compare the pointer with NULL first"))
+        }
+        Value::Pointer(p) => Ok(p),
+    }
+}
+
+/// Checks `request` through `p`, where the context has `ctx_slots` readable slots.
+pub(crate) fn check(
+    request: Request,
+    p: &Pointer,
+    maps: &[MapSpec],
+    ctx_slots: u32,
+) -> Result<Target, Fault> {
+    let bad = || {
+        let r = request.reg.index();
+        Fault::new(format!("R{r} invalid mem access '{}'", p.type_name()))
+    };
+    match p.kind {
+        PointerKind::Stack { frame } => {
+            stack_span(request, p).map(|span| Target::Stack { frame, span })
+        }
+        PointerKind::Ctx => check_ctx(request, p, ctx_slots),
+        PointerKind::Map(_) => Err(bad()),
+        PointerKind::MapValue(map) => {
+            let spec = maps.get(map.0 as usize).ok_or_else(bad)?;
+            if spec.read_only && request.access != Access::Read {
+                let text = format!(
+                    "write into map forbidden, value_size={} off={} size={}",
+                    spec.value_size_bytes, request.off, request.size_bytes
+                );
+                return Err(Fault::new(text));
+            }
+            let name = format!("map value, value_size={}", spec.value_size_bytes);
+            check_bounds(request, p, spec.value_size_bytes, &name)?;
+            Ok(Target::Other(Region::MapValue { map }))
+        }
+        PointerKind::Record { size_bytes, .. } => {
+            check_bounds(request, p, size_bytes, &format!("memory, mem_size={size_bytes}"))?;
+            Ok(Target::Other(Region::RingbufRecord))
+        }
+        PointerKind::Cookie => {
+            check_bounds(request, p, 8, "memory, mem_size=8")?;
+            Ok(Target::Other(Region::SessionCookie))
+        }
+        PointerKind::Memory { size_bytes } => {
+            check_bounds(request, p, size_bytes, &format!("memory, mem_size={size_bytes}"))?;
+            Ok(Target::Other(Region::Memory))
+        }
+    }
+}
+
+/// Checks that `size_bytes` bytes at every offset that `p` may have are inside `limit` bytes.
+fn check_bounds(request: Request, p: &Pointer, limit: u32, name: &str) -> Result<(), Fault> {
+    let Request { reg, off, size_bytes, access } = request;
+    let r = reg.index();
+    // Offsets are within MAX_OFFSET: none of this overflows.
+    let (min, max) = (p.off.wide.smin + off, p.off.wide.smax + off);
+    let end = max + i64::from(size_bytes);
+    if min < 0 || end > i64::from(limit) {
+        if p.off.as_const().is_some() {
+            let text = format!("invalid access to {name} off={min} size={size_bytes}");
+            return Err(Fault::new(text));
+        }
+        if min < 0 {
+            let text = format!(
+                "R{r} min value is negative, either use unsigned index or do a if (index >=0) check."
+            );
+            return Err(Fault::new(text));
+        }
+        let text = format!("R{r} max value is outside of the allowed memory range");
+        return Err(Fault::new(text).hint(format!(
+            "it reaches byte {end} of {limit}: compare the index with the number of elements first"
+        )));
+    }
+    if access == Access::Atomic {
+        check_aligned(&p.off, off, size_bytes)?;
+    }
+    Ok(())
+}
+
+/// Objects start at multiples of 8, so an offset's alignment is the address's.
+fn check_aligned(var: &Scalar, off: i64, size_bytes: u32) -> Result<(), Fault> {
+    let sum = Scalar::alu(AluOp::Add, Width::W64, var, &Scalar::constant(off.cast_unsigned()));
+    let low = u64::from(size_bytes) - 1;
+    if (sum.wide.bits.value | sum.wide.bits.mask) & low != 0 {
+        let text = format!("misaligned value access off {off} size {size_bytes}");
+        return Err(Fault::new(text).hint("an atomic operation needs an aligned address"));
+    }
+    Ok(())
+}
+
+fn check_ctx(request: Request, p: &Pointer, ctx_slots: u32) -> Result<Target, Fault> {
+    let Request { reg, off, size_bytes, access } = request;
+    // Pointer arithmetic keeps the context's offset constant; see `crate::pointer`.
+    let at = p.off.wide.smin + off;
+    if access == Access::Atomic {
+        let text = format!("BPF_ATOMIC stores into R{} ctx is not allowed", reg.index());
+        return Err(Fault::new(text));
+    }
+    let readable = p.off.as_const().is_some()
+        && access == Access::Read
+        && size_bytes == 8
+        && at % 8 == 0
+        && (0..i64::from(ctx_slots) * 8).contains(&at);
+    let Some(offset_bytes) = i32::try_from(at).ok().filter(|_| readable) else {
+        let text = format!("invalid bpf_context access off={at} size={size_bytes}");
+        return Err(Fault::new(text).hint(format!(
+            "the context is {ctx_slots} words of 8 bytes here, to be read whole and not written"
+        )));
+    };
+    Ok(Target::Other(Region::Ctx { offset_bytes }))
+}
+
+/// The bytes of the stack that a load, store or atomic covers.
+fn stack_span(request: Request, p: &Pointer) -> Result<Span, Fault> {
+    let span = helper_stack_span(request, p)?;
+    let at = p.off.wide.smin + request.off;
+    if at % i64::from(request.size_bytes.max(1)) != 0 {
+        let text = format!("misaligned stack access off {at} size {}", request.size_bytes);
+        return Err(Fault::new(text));
+    }
+    Ok(span)
+}
+
+/// The bytes of the stack that a helper covers: any alignment.
+pub(crate) fn helper_stack_span(request: Request, p: &Pointer) -> Result<Span, Fault> {
+    let Request { reg, off, size_bytes, access } = request;
+    let r = reg.index();
+    if p.off.as_const().is_none() {
+        let bits = p.off.wide.bits;
+        let text = format!(
+            "R{r} variable stack access prohibited, var_off=({:#x}; {:#x}) off={off}",
+            bits.value, bits.mask
+        );
+        return Err(Fault::new(text).hint("keep arrays that are indexed by a variable in a map"));
+    }
+    let at = p.off.wide.smin + off;
+    Span::new(at, size_bytes).ok_or_else(|| {
+        let what = match access {
+            Access::Read => "read from",
+            Access::Write | Access::Atomic => "write to",
+        };
+        Fault::new(format!("invalid {what} stack R{r} off={at} size={size_bytes}"))
+            .hint("a function's stack is the 512 bytes below r10")
+    })
+}

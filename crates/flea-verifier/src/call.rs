@@ -1,0 +1,333 @@
+//! Calls of helpers: each argument against the prototype, then what the call leaves behind.
+
+use flea_object::helper::Helper;
+use flea_object::spec::{MapIdx, MapSpec};
+
+use crate::Context;
+use crate::access::{self, Access, Request, Target, followable, helper_stack_span};
+use crate::machine::Machine;
+use crate::number::scalar::Scalar;
+use crate::op::Reg;
+use crate::proto::{Arg, Ret, ZeroSize, proto};
+use crate::report::Fault;
+use crate::stack::Span;
+use crate::state::{Reference, State};
+use crate::value::{Pointer, PointerKind, Value};
+
+/// Largest number of bytes that a helper may be asked to read or write.
+const MAX_SIZE: u64 = access::MAX_OFFSET.unsigned_abs();
+
+/// What the arguments have shown so far.
+#[derive(Default)]
+struct Seen {
+    map: Option<MapIdx>,
+    /// Bytes of the last size argument, at most.
+    max_size: u64,
+    /// Stack bytes that the helper fills.
+    fills: Vec<(usize, Span)>,
+    release: Option<Pointer>,
+}
+
+impl Machine<'_> {
+    /// A call of helper number `id` at `idx`.
+    pub(crate) fn call_helper(
+        &mut self,
+        idx: usize,
+        id: i32,
+        state: &mut State,
+    ) -> Result<(), Fault> {
+        let helper = Helper::from_id(id).ok_or_else(|| {
+            Fault::new(format!("invalid func unknown#{id}"))
+                .hint("this helper of Linux does not exist here")
+        })?;
+        self.check_allowed(helper)?;
+        let proto = proto(helper);
+        let constants = std::array::from_fn(|n| state.reg(Reg::arg(n)).as_const());
+        let mut seen = Seen::default();
+        for (n, arg) in proto.args.iter().enumerate() {
+            self.check_arg(state, helper, n, *arg, proto.args, &mut seen)?;
+        }
+        self.facts.call(idx, helper, seen.map, constants)?;
+        for (frame, span) in &seen.fills {
+            state.frame_at_mut(*frame).stack.store_anything(*span)?;
+        }
+        if let Some(record) = seen.release {
+            release(state, record)?;
+        }
+        state.set_reg(Reg::R0, Value::NotInit);
+        for reg in (0..5).map(Reg::arg) {
+            state.set_reg(reg, Value::NotInit);
+        }
+        let result = self.result(idx, proto.ret, &seen, constants, state);
+        state.set_reg(Reg::R0, result);
+        Ok(())
+    }
+
+    fn check_allowed(&self, helper: Helper) -> Result<(), Fault> {
+        let session = matches!(self.context, Context::Tracing { session: true, .. });
+        if matches!(helper, Helper::SessionCookie | Helper::SessionIsReturn) && !session {
+            let name = helper.name();
+            return Err(Fault::new(format!("program of this type cannot use helper {name}"))
+                .hint("only programs in SEC(\"fsession/...\") run at both ends of a call"));
+        }
+        Ok(())
+    }
+
+    fn check_arg(
+        &mut self,
+        state: &State,
+        helper: Helper,
+        n: usize,
+        arg: Arg,
+        args: &[Arg],
+        seen: &mut Seen,
+    ) -> Result<(), Fault> {
+        let reg = Reg::arg(n);
+        let value = *state.reg(reg);
+        if value == Value::NotInit {
+            return if arg == Arg::Optional { Ok(()) } else { Err(Fault::not_readable(reg)) };
+        }
+        match arg {
+            Arg::Anything | Arg::Optional if value.is_ctx() => {
+                Err(mismatch(reg, &value, arg).hint("the context has no address to pass on"))
+            }
+            Arg::Anything | Arg::Optional => Ok(()),
+            Arg::ElementMap | Arg::WrittenMap | Arg::RingBuf => {
+                seen.map = Some(self.map_arg(reg, &value, arg, helper)?);
+                Ok(())
+            }
+            Arg::Key => {
+                let size = self.seen_map(seen)?.key_size_bytes;
+                self.memory(state, reg, arg, size, seen)
+            }
+            Arg::MapValue => {
+                let size = self.seen_map(seen)?.value_size_bytes;
+                self.memory(state, reg, arg, size, seen)
+            }
+            Arg::FillU64 => self.memory(state, reg, arg, 8, seen),
+            // Checked with the size that follows.
+            Arg::Read | Arg::Fill => Ok(()),
+            Arg::Size(zero) => {
+                let memory = n.checked_sub(1).and_then(|n| args.get(n).map(|a| (Reg::arg(n), *a)));
+                let (memory, memory_arg) = memory.ok_or_else(|| mismatch(reg, &value, arg))?;
+                self.sized_memory(state, reg, zero, memory, memory_arg, seen)
+            }
+            Arg::KnownSize => {
+                let known = value.as_const().filter(|size| *size <= MAX_SIZE);
+                if known.is_none() {
+                    let text = format!("R{} is not a known constant", reg.index());
+                    return Err(Fault::new(text)
+                        .hint("a record's size must be one number; bpf_ringbuf_output takes any"));
+                }
+                Ok(())
+            }
+            Arg::Record => {
+                seen.release = Some(record_arg(reg, &value)?);
+                Ok(())
+            }
+            Arg::Ctx => ctx_arg(reg, &value),
+        }
+    }
+
+    fn map_arg(&self, reg: Reg, value: &Value, arg: Arg, helper: Helper) -> Result<MapIdx, Fault> {
+        let Value::Pointer(Pointer { kind: PointerKind::Map(map), .. }) = *value else {
+            return Err(mismatch(reg, value, arg));
+        };
+        let spec = self.map(map)?;
+        if !arg.takes_map(spec.kind) {
+            return Err(Fault::new(format!(
+                "cannot pass map_type {} into func {}",
+                spec.kind as u32,
+                helper.name()
+            )));
+        }
+        if arg == Arg::WrittenMap && spec.read_only {
+            return Err(Fault::new("write into map forbidden"));
+        }
+        Ok(map)
+    }
+
+    fn seen_map(&self, seen: &Seen) -> Result<&MapSpec, Fault> {
+        self.map(seen.map.ok_or_else(|| Fault::new("invalid map_ptr to access map->key"))?)
+    }
+
+    /// A memory argument and the size argument after it.
+    fn sized_memory(
+        &mut self,
+        state: &State,
+        reg: Reg,
+        zero: ZeroSize,
+        memory: Reg,
+        memory_arg: Arg,
+        seen: &mut Seen,
+    ) -> Result<(), Fault> {
+        let r = reg.index();
+        let value = state.reg(reg);
+        let Some(size) = value.as_scalar() else {
+            return Err(mismatch(reg, value, Arg::Size(zero)));
+        };
+        if size.wide.smin < 0 {
+            let text = format!(
+                "R{r} min value is negative, either use unsigned or 'var &= const'"
+            );
+            return Err(Fault::new(text));
+        }
+        if size.wide.umin == 0 && zero == ZeroSize::Refused {
+            let text = format!("R{r} invalid zero-sized read: u64=[0,{}]", size.wide.umax);
+            return Err(Fault::new(text).hint("make sure that the size is at least 1"));
+        }
+        let Some(max) = u32::try_from(size.wide.umax).ok().filter(|m| u64::from(*m) < MAX_SIZE)
+        else {
+            let text =
+                format!("R{r} unbounded memory access, use 'var &= const' or 'if (var < const)'");
+            return Err(Fault::new(text));
+        };
+        seen.max_size = u64::from(max);
+        // No memory is needed for no bytes.
+        if max == 0 && state.reg(memory).as_const() == Some(0) {
+            return Ok(());
+        }
+        // Only if it is surely filled to the end may it be unwritten before.
+        let arg = if size.as_const().is_none() && memory_arg == Arg::Fill {
+            self.memory(state, memory, Arg::Read, max, seen)?;
+            Arg::Fill
+        } else {
+            memory_arg
+        };
+        self.memory(state, memory, arg, max, seen)
+    }
+
+    /// `size_bytes` bytes at `reg` that the helper reads or fills.
+    fn memory(
+        &mut self,
+        state: &State,
+        reg: Reg,
+        arg: Arg,
+        size_bytes: u32,
+        seen: &mut Seen,
+    ) -> Result<(), Fault> {
+        let value = state.reg(reg);
+        let fits = matches!(
+            value,
+            Value::Pointer(Pointer { kind, or_null: None, .. })
+                if !matches!(kind, PointerKind::Ctx | PointerKind::Map(_))
+        );
+        if !fits {
+            let e = mismatch(reg, value, arg);
+            let null = matches!(value, Value::Pointer(Pointer { or_null: Some(_), .. }));
+            return Err(if null { e.hint("compare the pointer with NULL first") } else { e });
+        }
+        let fills = matches!(arg, Arg::Fill | Arg::FillU64);
+        let access = if fills { Access::Write } else { Access::Read };
+        let request = Request { reg, off: 0, size_bytes, access };
+        let p = followable(reg, value)?;
+        if let PointerKind::Stack { frame } = p.kind {
+            let span = helper_stack_span(request, p)?;
+            self.touch(state, frame, span);
+            if fills {
+                seen.fills.push((frame, span));
+                return Ok(());
+            }
+            let stack = &state.frame_at(frame).stack;
+            if stack.holds_ctx(span) {
+                return Err(Fault::new(format!("R{} leaks addr of ctx", reg.index())));
+            }
+            return stack
+                .check_written(span)
+                .map_err(|e| Fault { message: indirect(&e.message, reg), ..e });
+        }
+        match access::check(request, p, self.maps, self.ctx_slots())? {
+            Target::Stack { .. } | Target::Other(_) => Ok(()),
+        }
+    }
+
+    fn result(
+        &mut self,
+        idx: usize,
+        ret: Ret,
+        seen: &Seen,
+        constants: [Option<u64>; 5],
+        state: &mut State,
+    ) -> Value {
+        let or_null = |machine: &mut Self, kind| {
+            let or_null = Some(machine.fresh_id());
+            Value::Pointer(Pointer { kind, off: Scalar::constant(0), or_null })
+        };
+        match (ret, seen.map) {
+            (Ret::Void, _) => Value::NotInit,
+            (Ret::LengthOrError, _) => {
+                // Linux: errors are -1 to -4095.
+                let longest = i64::try_from(seen.max_size).unwrap_or(i64::MAX);
+                Value::scalar(Scalar::signed(-4095, longest))
+            }
+            (Ret::ValueOrNull, Some(map)) => or_null(self, PointerKind::MapValue(map)),
+            (Ret::RecordOrNull, _) => {
+                let size_bytes = constants[1].and_then(|s| u32::try_from(s).ok()).unwrap_or(0);
+                let reference = self.fresh_id();
+                state.acquire(Reference { id: reference, insn_idx: idx });
+                or_null(self, PointerKind::Record { size_bytes, reference })
+            }
+            (Ret::Cookie, _) => Value::pointer(PointerKind::Cookie),
+            (Ret::Number | Ret::ValueOrNull, _) => Value::UNKNOWN,
+        }
+    }
+}
+
+fn ctx_arg(reg: Reg, value: &Value) -> Result<(), Fault> {
+    match value {
+        Value::Pointer(p) if p.kind == PointerKind::Ctx => match p.off.as_const() {
+            Some(0) => Ok(()),
+            _ => {
+                let off = p.off.wide.smin;
+                let r = reg.index();
+                Err(Fault::new(format!("dereference of modified ctx ptr R{r} off={off} disallowed"))
+                    .hint("pass the context as the program was given it"))
+            }
+        },
+        _ => Err(mismatch(reg, value, Arg::Ctx)),
+    }
+}
+
+fn record_arg(reg: Reg, value: &Value) -> Result<Pointer, Fault> {
+    match value {
+        Value::Pointer(p @ Pointer { kind: PointerKind::Record { .. }, or_null: None, .. }) => {
+            if p.off.as_const() == Some(0) {
+                return Ok(*p);
+            }
+            let r = reg.index();
+            let text = format!(
+                "R{r} must have zero offset when passed to release func or trusted arg to kfunc"
+            );
+            Err(Fault::new(text).hint("pass the pointer that bpf_ringbuf_reserve returned"))
+        }
+        _ => Err(mismatch(reg, value, Arg::Record)),
+    }
+}
+
+/// Gives a record back: nobody may touch it from here on.
+fn release(state: &mut State, record: Pointer) -> Result<(), Fault> {
+    let PointerKind::Record { reference, .. } = record.kind else { return Ok(()) };
+    if !state.drop_reference(reference) {
+        return Err(Fault::new(format!("reference {reference} has not been acquired before")));
+    }
+    let same = |v: &Value| {
+        matches!(v, Value::Pointer(Pointer { kind: PointerKind::Record { reference: r, .. }, .. })
+            if *r == reference)
+    };
+    state.update(same, |_| Value::NotInit);
+    Ok(())
+}
+
+fn mismatch(reg: Reg, value: &Value, arg: Arg) -> Fault {
+    let (r, found, expected) = (reg.index(), value.type_name(), arg.expected());
+    Fault::new(format!("R{r} type={found} expected={expected}"))
+}
+
+/// Linux's words where it is a helper that would read.
+fn indirect(message: &str, reg: Reg) -> String {
+    message.replacen(
+        "invalid read from stack off",
+        &format!("invalid read from stack R{} off", reg.index()),
+        1,
+    )
+}

@@ -1,0 +1,189 @@
+//! Control flow as far as it can be seen without values: functions, jump targets, reachable
+//! instructions, depth of calls.
+
+use crate::op::Op;
+use crate::report::Fault;
+
+/// Frames that may be on top of each other, the main function's included.
+pub(crate) const MAX_CALL_DEPTH: usize = 8;
+
+/// The shape of a program.
+#[derive(Debug)]
+pub(crate) struct Cfg {
+    /// The main function first, then by position.
+    pub(crate) functions: Vec<Span>,
+    /// Functions so that each comes after all that it calls.
+    pub(crate) callees_first: Vec<usize>,
+    /// Instructions that can be reached from more than one other.
+    joins: Vec<bool>,
+}
+
+/// Instructions `start..end`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    pub(crate) start: usize,
+    pub(crate) end: usize,
+}
+
+/// What control does after an instruction, within its function.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Successors {
+    pub(crate) next: Option<usize>,
+    pub(crate) jump: Option<usize>,
+}
+
+impl Successors {
+    pub(crate) fn of(idx: usize, op: &Op) -> Self {
+        match *op {
+            Op::Exit => Self { next: None, jump: None },
+            Op::Goto { target } => Self { next: None, jump: Some(target) },
+            Op::If { target, .. } => Self { next: Some(idx + 1), jump: Some(target) },
+            Op::Const { .. } | Op::MapAddress { .. } | Op::MapValueAddress { .. } => {
+                Self { next: Some(idx + 2), jump: None }
+            }
+            _ => Self { next: Some(idx + 1), jump: None },
+        }
+    }
+
+    pub(crate) fn iter(self) -> impl Iterator<Item = usize> {
+        self.next.into_iter().chain(self.jump)
+    }
+}
+
+impl Cfg {
+    /// Checks the shape of `ops`.
+    ///
+    /// # Errors
+    /// The instruction at fault, and what is wrong with it.
+    pub(crate) fn new(ops: &[Op]) -> Result<Self, (usize, Fault)> {
+        let functions = find_functions(ops);
+        check_jumps(ops, &functions)?;
+        let mut cfg = Self { functions, callees_first: Vec::new(), joins: Vec::new() };
+        cfg.order_calls(ops)?;
+        cfg.joins = cfg.reach(ops)?;
+        Ok(cfg)
+    }
+
+    /// The index of the function that starts at `start`, which must be one.
+    pub(crate) fn function_at(&self, start: usize) -> usize {
+        self.functions.partition_point(|f| f.start < start)
+    }
+
+    /// The function that has instruction `idx`.
+    pub(crate) fn function_of(&self, idx: usize) -> usize {
+        self.functions.partition_point(|f| f.start <= idx).saturating_sub(1)
+    }
+
+    /// Several ways lead here: where states are compared.
+    pub(crate) fn is_join(&self, idx: usize) -> bool {
+        self.joins.get(idx).copied().unwrap_or(false)
+    }
+
+    fn order_calls(&mut self, ops: &[Op]) -> Result<(), (usize, Fault)> {
+        let mut heights = vec![None; self.functions.len()];
+        self.height(ops, 0, 0, &mut heights)?;
+        Ok(())
+    }
+
+    /// How many frames a call of `function` needs. Recursion (of the program as of this
+    /// function) ends at the depth limit.
+    fn height(
+        &mut self,
+        ops: &[Op],
+        function: usize,
+        depth: usize,
+        heights: &mut [Option<usize>],
+    ) -> Result<usize, (usize, Fault)> {
+        let span = self.functions[function];
+        let too_deep = |height: usize| {
+            (depth + height > MAX_CALL_DEPTH).then(|| {
+                let frames = MAX_CALL_DEPTH + 1;
+                let fault = Fault::new(format!("the call stack of {frames} frames is too deep !"));
+                (span.start, fault.hint("recursion is not possible; nest fewer calls"))
+            })
+        };
+        if let Some(e) = too_deep(heights[function].unwrap_or(1)) {
+            return Err(e);
+        }
+        if let Some(height) = heights[function] {
+            return Ok(height);
+        }
+        let mut height = 1;
+        for op in &ops[span.start..span.end] {
+            if let Op::CallLocal { target } = op {
+                let callee = self.function_at(*target);
+                height = height.max(1 + self.height(ops, callee, depth + 1, heights)?);
+            }
+        }
+        heights[function] = Some(height);
+        self.callees_first.push(function);
+        Ok(height)
+    }
+
+    /// Every instruction must be reachable; returns which are reached more than one way.
+    fn reach(&self, ops: &[Op]) -> Result<Vec<bool>, (usize, Fault)> {
+        let mut ways = vec![0u8; ops.len()];
+        let mut todo = vec![0];
+        ways[0] = 1;
+        while let Some(idx) = todo.pop() {
+            let call = if let Op::CallLocal { target } = ops[idx] { Some(target) } else { None };
+            for to in Successors::of(idx, &ops[idx]).iter().chain(call) {
+                if ways[to] == 0 {
+                    todo.push(to);
+                }
+                ways[to] = ways[to].saturating_add(1);
+            }
+        }
+        for (idx, op) in ops.iter().enumerate() {
+            if ways[idx] == 0 && *op != Op::SecondHalf {
+                return Err((
+                    idx,
+                    Fault::new(format!("unreachable insn {idx}"))
+                        .hint("remove the instructions that no jump leads to"),
+                ));
+            }
+        }
+        Ok(ways.into_iter().map(|n| n > 1).collect())
+    }
+}
+
+fn find_functions(ops: &[Op]) -> Vec<Span> {
+    let mut starts = vec![0];
+    starts.extend(ops.iter().filter_map(|op| match op {
+        Op::CallLocal { target } => Some(*target),
+        _ => None,
+    }));
+    starts.sort_unstable();
+    starts.dedup();
+    let ends = starts.iter().skip(1).copied().chain([ops.len()]);
+    starts.iter().zip(ends).map(|(&start, end)| Span { start, end }).collect()
+}
+
+fn check_jumps(ops: &[Op], functions: &[Span]) -> Result<(), (usize, Fault)> {
+    for span in functions {
+        for idx in span.start..span.end {
+            let op = &ops[idx];
+            let last = idx + 1 == span.end;
+            if last && *op != Op::SecondHalf && !matches!(op, Op::Exit | Op::Goto { .. })
+                || last && *op == Op::SecondHalf
+            {
+                return Err((idx, Fault::new("last insn is not an exit or jmp")));
+            }
+            let jump = Successors::of(idx, op).jump;
+            if let Some(to) = jump
+                && !(span.start..span.end).contains(&to)
+            {
+                let text = format!("jump out of range from insn {idx} to {to}");
+                return Err((idx, Fault::new(text)));
+            }
+            let call = if let Op::CallLocal { target } = op { Some(*target) } else { None };
+            for to in jump.into_iter().chain(call) {
+                if ops[to] == Op::SecondHalf {
+                    let text = format!("jump into the middle of ldimm64 insn {to}");
+                    return Err((idx, Fault::new(text)));
+                }
+            }
+        }
+    }
+    Ok(())
+}

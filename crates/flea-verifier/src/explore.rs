@@ -1,0 +1,277 @@
+//! Walks all paths through a program, depth first, each with its own state.
+//!
+//! What makes it end, and what makes that sound:
+//!
+//! 1. Where several ways lead to an instruction (a join), the state is compared with those
+//!    that were there before. A state that an earlier one includes needs no second look,
+//!    *once everything that followed from the earlier one has been explored*.
+//! 2. [`Node::open`] counts what is still to be explored below a remembered state; only at 0
+//!    may it prune. A state with `open > 0` is an ancestor of the current path (depth first:
+//!    every waiting branch hangs on one). To meet an equal one again is an infinite loop.
+//! 3. So the remembered states form a graph without cycles, and no accepted program runs
+//!    more instructions than were visited here: at most [`BUDGET`].
+
+use std::collections::BTreeSet;
+
+use flea_object::spec::Program;
+
+use crate::cfg::Cfg;
+use crate::liveness::Liveness;
+use crate::machine::{Flow, Machine};
+use crate::op::Op;
+use crate::report::Fault;
+use crate::state::State;
+use crate::trace::Trace;
+
+/// Instructions that may be visited (Linux: BPF_COMPLEXITY_LIMIT_INSNS).
+pub(crate) const BUDGET: usize = 1_000_000;
+/// Branches that may wait (Linux: BPF_COMPLEXITY_LIMIT_JMP_SEQ).
+const MAX_WAITING: usize = 8192;
+/// States remembered per instruction.
+const MAX_REMEMBERED: usize = 64;
+/// A state is remembered if so many instructions and jumps lie behind the last one: fewer
+/// would cost more than they save (Linux's numbers).
+const MIN_INSNS_BETWEEN: u32 = 8;
+const MIN_JUMPS_BETWEEN: u32 = 2;
+
+/// The walk.
+pub(crate) struct Explorer<'a> {
+    pub(crate) machine: Machine<'a>,
+    program: &'a Program,
+    cfg: &'a Cfg,
+    live: &'a Liveness,
+    nodes: Vec<Node>,
+    /// Indices into `nodes`, for each instruction.
+    remembered: Vec<Vec<usize>>,
+    waiting: Vec<Path>,
+    steps: Vec<Step>,
+    /// How often each jump backwards was followed.
+    back_jumps: Vec<u32>,
+    /// Lines of the log, in the second run of a refused program.
+    trace: Option<Trace>,
+    /// Every state on arrival at every instruction.
+    #[cfg(test)]
+    pub(crate) beliefs: Option<Vec<Vec<State>>>,
+}
+
+/// A refusal, and the last step of the path that led to it.
+pub(crate) struct Refusal {
+    pub(crate) insn_idx: usize,
+    pub(crate) fault: Fault,
+    /// Numbers of the steps on that path, as many as the log shows.
+    pub(crate) steps: BTreeSet<usize>,
+}
+
+/// A remembered state.
+struct Node {
+    parent: Option<usize>,
+    /// Paths below it that are not yet explored to their end.
+    open: u32,
+    state: State,
+}
+
+/// One visit of an instruction.
+#[derive(Clone, Copy)]
+struct Step {
+    prev: Option<usize>,
+    insn_idx: usize,
+}
+
+/// A path that waits to be explored, or is being explored.
+struct Path {
+    state: State,
+    idx: usize,
+    /// The last remembered state on it.
+    node: usize,
+    last_step: Option<usize>,
+    insns_since: u32,
+    jumps_since: u32,
+}
+
+impl<'a> Explorer<'a> {
+    pub(crate) fn new(
+        machine: Machine<'a>,
+        program: &'a Program,
+        cfg: &'a Cfg,
+        live: &'a Liveness,
+    ) -> Self {
+        let n_insns = machine.ops.len();
+        Self {
+            machine,
+            program,
+            cfg,
+            live,
+            nodes: Vec::new(),
+            remembered: vec![Vec::new(); n_insns],
+            waiting: Vec::new(),
+            steps: Vec::new(),
+            back_jumps: vec![0; n_insns],
+            trace: None,
+            #[cfg(test)]
+            beliefs: None,
+        }
+    }
+
+    /// The same walk again, writing down the given steps: what a refused program's log shows.
+    pub(crate) fn traced(mut self, steps: BTreeSet<usize>) -> Self {
+        self.trace = Some(Trace::new(steps));
+        self
+    }
+
+    /// The lines of a traced walk.
+    pub(crate) fn into_log(self) -> Vec<String> {
+        self.trace.map(Trace::into_lines).unwrap_or_default()
+    }
+
+    /// Explores everything.
+    pub(crate) fn run(&mut self) -> Result<(), Refusal> {
+        let state = self.machine.entry_state();
+        self.nodes.push(Node { parent: None, open: 1, state: state.clone() });
+        let mut path =
+            Path { state, idx: 0, node: 0, last_step: None, insns_since: 0, jumps_since: 0 };
+        loop {
+            let ended = self.advance(&mut path).map_err(|fault| self.refuse(&path, fault))?;
+            if ended {
+                self.close(path.node);
+                match self.waiting.pop() {
+                    Some(next) => path = next,
+                    None => return Ok(()),
+                }
+            }
+        }
+    }
+
+    /// Executes one instruction of `path`; `true` where the path ends.
+    fn advance(&mut self, path: &mut Path) -> Result<bool, Fault> {
+        if self.cfg.is_join(path.idx) && self.arrive(path)? {
+            return Ok(true);
+        }
+        let idx = path.idx;
+        let step = self.steps.len();
+        if step >= BUDGET {
+            return Err(self.too_large(step));
+        }
+        self.steps.push(Step { prev: path.last_step, insn_idx: idx });
+        path.last_step = Some(step);
+        path.insns_since += 1;
+        #[cfg(test)]
+        if let Some(beliefs) = &mut self.beliefs {
+            beliefs[idx].push(path.state.clone());
+        }
+        if let Some(trace) = &mut self.trace {
+            trace.before(step, idx, self.program, &path.state, self.machine.maps);
+        }
+        let flow = self.machine.step(idx, &mut path.state)?;
+        if let Some(trace) = &mut self.trace {
+            trace.after(step, idx, self.machine.ops, self.program, &path.state, self.machine.maps);
+        }
+        if matches!(self.machine.ops[idx], Op::Goto { .. } | Op::If { .. }) {
+            path.jumps_since += 1;
+        }
+        match flow {
+            Flow::End => return Ok(true),
+            Flow::To(to) => self.follow(path, to),
+            Flow::Both { next, jump, jump_state } => {
+                self.wait(path, jump, *jump_state)?;
+                self.follow(path, next);
+            }
+        }
+        Ok(false)
+    }
+
+    fn follow(&mut self, path: &mut Path, to: usize) {
+        self.count_back_jump(path.idx, to);
+        path.idx = to;
+    }
+
+    fn wait(&mut self, path: &Path, to: usize, state: State) -> Result<(), Fault> {
+        if self.waiting.len() >= MAX_WAITING {
+            let n = self.waiting.len() + 1;
+            return Err(Fault::new(format!("The sequence of {n} jumps is too complex.")));
+        }
+        self.count_back_jump(path.idx, to);
+        self.nodes[path.node].open += 1;
+        self.waiting.push(Path { state, idx: to, ..*path });
+        Ok(())
+    }
+
+    fn count_back_jump(&mut self, from: usize, to: usize) {
+        if to <= from && !matches!(self.machine.ops[from], Op::Exit | Op::CallLocal { .. }) {
+            self.back_jumps[from] = self.back_jumps[from].saturating_add(1);
+        }
+    }
+
+    /// `path` comes to a join; `true` where all that follows is known to be safe.
+    fn arrive(&mut self, path: &mut Path) -> Result<bool, Fault> {
+        let idx = path.idx;
+        path.state.forget_dead(idx, self.live);
+        for &n in self.remembered[idx].iter().rev() {
+            let node = &self.nodes[n];
+            if node.open > 0 {
+                if node.state.equals(&path.state) {
+                    return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
+                        .hint("nothing that the loop's end depends on changes in it"));
+                }
+            } else if node.state.includes(&path.state) {
+                return Ok(true);
+            }
+        }
+        let far = path.insns_since >= MIN_INSNS_BETWEEN && path.jumps_since >= MIN_JUMPS_BETWEEN;
+        if far || self.remembered[idx].is_empty() {
+            self.remember(path);
+        }
+        Ok(false)
+    }
+
+    fn remember(&mut self, path: &mut Path) {
+        let n = self.nodes.len();
+        // The path now counts for the new node, and the new node for the old one.
+        self.nodes.push(Node { parent: Some(path.node), open: 1, state: path.state.clone() });
+        path.node = n;
+        path.insns_since = 0;
+        path.jumps_since = 0;
+        let list = &mut self.remembered[path.idx];
+        list.push(n);
+        if list.len() > MAX_REMEMBERED {
+            // The first ones see other paths into a loop, the last ones the loop's own.
+            let dropped = list.remove(MAX_REMEMBERED / 2);
+            self.nodes[dropped].state = State::new();
+        }
+    }
+
+    /// A path below `node` has been explored to its end.
+    fn close(&mut self, node: usize) {
+        let mut at = Some(node);
+        while let Some(n) = at {
+            self.nodes[n].open -= 1;
+            if self.nodes[n].open > 0 {
+                return;
+            }
+            at = self.nodes[n].parent;
+        }
+    }
+
+    fn too_large(&self, processed: usize) -> Fault {
+        let fault = Fault::new(format!("BPF program is too large. Processed {} insn", processed + 1));
+        match self.back_jumps.iter().enumerate().max_by_key(|(_, n)| **n) {
+            Some((idx, n)) if *n > 0 => fault.hint(format!(
+                "the jump back at insn {idx} was followed {n} times: give its loop a smaller bound"
+            )),
+            _ => fault.hint("too many paths: split the program or join its branches earlier"),
+        }
+    }
+
+    fn refuse(&self, path: &Path, fault: Fault) -> Refusal {
+        let mut steps = BTreeSet::new();
+        let mut at = path.last_step;
+        while let Some(step) = at
+            && steps.len() < crate::trace::MAX_STEPS
+        {
+            steps.insert(step);
+            at = self.steps.get(step).and_then(|s| s.prev);
+        }
+        let insn_idx = path.last_step.map_or(0, |s| self.steps[s].insn_idx);
+        let insn_idx = if fault.message.starts_with("infinite") { path.idx } else { insn_idx };
+        Refusal { insn_idx, fault, steps }
+    }
+}

@@ -1,0 +1,465 @@
+//! One instruction on one state: refuses it, or says where control goes.
+
+use flea_object::spec::{MapIdx, MapKind, MapSpec};
+
+use crate::Context;
+use crate::access::{self, Access, Request, Target, followable};
+use crate::cfg::Cfg;
+use crate::collect::Collector;
+use crate::facts::Region;
+use crate::number::compare::Cond;
+use crate::number::scalar::{Scalar, Width};
+use crate::op::{Atomic, Op, Operand, Place, Reg, Size};
+use crate::pointer::{self, Outcome};
+use crate::report::Fault;
+use crate::stack::Span;
+use crate::state::State;
+use crate::value::{Id, Number, PointerKind, Value};
+
+/// What all paths share.
+pub(crate) struct Machine<'a> {
+    pub(crate) maps: &'a [MapSpec],
+    pub(crate) context: Context,
+    pub(crate) ops: &'a [Op],
+    pub(crate) cfg: &'a Cfg,
+    pub(crate) facts: Collector,
+    /// Bytes of stack touched, by function.
+    pub(crate) stack_bytes: Vec<u32>,
+    last_id: u32,
+}
+
+/// Where control goes after an instruction.
+pub(crate) enum Flow {
+    To(usize),
+    /// Here, and to another place with another state.
+    Both { next: usize, jump: usize, jump_state: Box<State> },
+    /// The program ends, or the path turned out impossible.
+    End,
+}
+
+impl<'a> Machine<'a> {
+    pub(crate) fn new(maps: &'a [MapSpec], context: Context, ops: &'a [Op], cfg: &'a Cfg) -> Self {
+        Self {
+            maps,
+            context,
+            ops,
+            cfg,
+            facts: Collector::new(ops.len()),
+            stack_bytes: vec![0; cfg.functions.len()],
+            last_id: 0,
+        }
+    }
+
+    /// What the program starts with.
+    pub(crate) fn entry_state(&self) -> State {
+        let mut state = State::new();
+        match self.context {
+            Context::Tracing { .. } => {
+                state.set_reg(Reg::arg(0), Value::pointer(PointerKind::Ctx));
+            }
+            Context::Memory { size_bytes } => {
+                state.set_reg(Reg::arg(0), Value::pointer(PointerKind::Memory { size_bytes }));
+                let size = Scalar::constant(u64::from(size_bytes));
+                state.set_reg(Reg::arg(1), Value::scalar(size));
+            }
+        }
+        state
+    }
+
+    pub(crate) fn fresh_id(&mut self) -> Id {
+        // Starts at 1, and the budget allows far fewer than 2^32.
+        self.last_id = self.last_id.saturating_add(1);
+        Id::MIN.saturating_add(self.last_id - 1)
+    }
+
+    /// Words of the context that can be read.
+    pub(crate) fn ctx_slots(&self) -> u32 {
+        match self.context {
+            Context::Tracing { n_args, has_result, .. } => u32::from(n_args) + u32::from(has_result),
+            Context::Memory { .. } => 0,
+        }
+    }
+
+    pub(crate) fn map(&self, map: MapIdx) -> Result<&'a MapSpec, Fault> {
+        self.maps
+            .get(map.0 as usize)
+            .ok_or_else(|| Fault::new(format!("map {} does not exist", map.0)))
+    }
+
+    /// Notes that these bytes of a frame are used.
+    pub(crate) fn touch(&mut self, state: &State, frame: usize, span: Span) {
+        let used = &mut self.stack_bytes[state.frame_at(frame).function];
+        *used = (*used).max(span.depth_bytes());
+    }
+
+    /// Executes instruction `idx`.
+    pub(crate) fn step(&mut self, idx: usize, state: &mut State) -> Result<Flow, Fault> {
+        let ops = self.ops;
+        self.facts.plain(idx);
+        match ops[idx] {
+            Op::Alu { op, width, dst, src } => {
+                let (a, b) = (read(state, dst)?, operand(state, src)?);
+                let result = match (&a, &b) {
+                    (Value::Scalar(a), Value::Scalar(b)) => {
+                        Value::scalar(Scalar::alu(op, width, &a.set, &b.set))
+                    }
+                    _ => pointer::arithmetic(op, width, (dst, &a), &b)?,
+                };
+                state.set_reg(dst, result);
+            }
+            Op::Neg { width, dst } => {
+                let result = number(state, dst)?.neg(width);
+                state.set_reg(dst, Value::scalar(result));
+            }
+            Op::Swap { bits, dst } => {
+                let result = number(state, dst)?.swap_bytes(bits);
+                state.set_reg(dst, Value::scalar(result));
+            }
+            Op::Trunc { bits, dst } => {
+                let result = number(state, dst)?.zero_extend(bits);
+                state.set_reg(dst, Value::scalar(result));
+            }
+            Op::Mov { width, dst, src } => self.mov(state, width, dst, src)?,
+            Op::MovSx { width, bits, dst, src } => {
+                let result = number(state, src)?.sign_extend(bits, width);
+                state.set_reg(dst, Value::scalar(result));
+            }
+            Op::Const { dst, value } => {
+                state.set_reg(dst, Value::scalar(Scalar::constant(value)));
+                return Ok(Flow::To(idx + 2));
+            }
+            Op::MapAddress { dst, map } => {
+                self.map(MapIdx(map))?;
+                state.set_reg(dst, Value::pointer(PointerKind::Map(MapIdx(map))));
+                return Ok(Flow::To(idx + 2));
+            }
+            Op::MapValueAddress { dst, map, off } => {
+                let value = self.map_value_address(MapIdx(map), off)?;
+                state.set_reg(dst, value);
+                return Ok(Flow::To(idx + 2));
+            }
+            Op::SecondHalf => return Err(Fault::new("jump into the middle of ldimm64 insn")),
+            Op::Load { dst, place, sign_extend } => {
+                let loaded = self.load(idx, state, place)?;
+                let value = match loaded.as_scalar() {
+                    Some(set) if sign_extend => {
+                        Value::scalar(set.sign_extend(8 * place.size.bytes(), Width::W64))
+                    }
+                    _ => loaded,
+                };
+                state.set_reg(dst, value);
+            }
+            Op::Store { place, src } => self.store(idx, state, place, src)?,
+            Op::Atomic { op, fetch, place, src } => {
+                self.atomic(idx, state, op, fetch, place, src)?;
+            }
+            Op::Goto { target } => return Ok(Flow::To(target)),
+            Op::If { cond, width, dst, src, target } => {
+                return branch(state, Test { cond, width, dst, src }, idx + 1, target);
+            }
+            Op::CallHelper { id } => self.call_helper(idx, id, state)?,
+            Op::CallLocal { target } => {
+                let function = self.cfg.function_at(target);
+                self.facts.call_local(idx, function);
+                state.enter(function, idx);
+                return Ok(Flow::To(target));
+            }
+            Op::Exit => return exit(state),
+        }
+        Ok(Flow::To(idx + 1))
+    }
+
+    fn mov(
+        &mut self,
+        state: &mut State,
+        width: Width,
+        dst: Reg,
+        src: Operand,
+    ) -> Result<(), Fault> {
+        let result = match (src, width) {
+            (Operand::Imm(_), Width::W64) => operand(state, src)?,
+            (Operand::Imm(imm), Width::W32) => {
+                Value::scalar(Scalar::constant(u64::from(imm.cast_unsigned())))
+            }
+            (Operand::Reg(src), Width::W64) => {
+                read(state, src)?;
+                self.named(state, src)
+            }
+            (Operand::Reg(src), Width::W32) => {
+                if matches!(read(state, src)?, Value::Pointer(_)) {
+                    let text = format!("R{} partial copy of pointer", src.index());
+                    return Err(Fault::new(text));
+                }
+                Value::scalar(number(state, src)?.zero_extend(32))
+            }
+        };
+        state.set_reg(dst, result);
+        Ok(())
+    }
+
+    /// The value of `reg`, about to be copied: a number that is not known gets an id first,
+    /// so that what is learnt of the copy holds for it too.
+    fn named(&mut self, state: &mut State, reg: Reg) -> Value {
+        if let Value::Scalar(Number { set, id: None }) = *state.reg(reg)
+            && set.as_const().is_none()
+        {
+            let id = Some(self.fresh_id());
+            state.set_reg(reg, Value::Scalar(Number { set, id }));
+        }
+        *state.reg(reg)
+    }
+
+    fn map_value_address(&self, map: MapIdx, off: u32) -> Result<Value, Fault> {
+        let spec = self.map(map)?;
+        if spec.kind != MapKind::Array || spec.max_entries != 1 || off >= spec.value_size_bytes {
+            return Err(Fault::new(format!(
+                "invalid access to map value pointer, value_size={} off={off}",
+                spec.value_size_bytes
+            )));
+        }
+        let base = Value::pointer(PointerKind::MapValue(map));
+        match base {
+            Value::Pointer(p) => {
+                let off = Scalar::constant(u64::from(off));
+                Ok(Value::Pointer(crate::value::Pointer { off, ..p }))
+            }
+            other => Ok(other),
+        }
+    }
+
+    fn target(
+        &mut self,
+        idx: usize,
+        state: &State,
+        place: Place,
+        access: Access,
+    ) -> Result<Target, Fault> {
+        let request = Request {
+            reg: place.base,
+            off: i64::from(place.off),
+            size_bytes: place.size.bytes(),
+            access,
+        };
+        let p = followable(place.base, state.reg(place.base))?;
+        let target = access::check(request, p, self.maps, self.ctx_slots())?;
+        match target {
+            Target::Stack { frame, span } => {
+                self.touch(state, frame, span);
+                self.facts.access(idx, Region::Stack)?;
+            }
+            Target::Other(region) => self.facts.access(idx, region)?,
+        }
+        Ok(target)
+    }
+
+    fn load(&mut self, idx: usize, state: &mut State, place: Place) -> Result<Value, Fault> {
+        match self.target(idx, state, place, Access::Read)? {
+            Target::Stack { frame, span } => state.frame_at(frame).stack.load(span),
+            Target::Other(_) => Ok(unknown_of(place.size)),
+        }
+    }
+
+    fn store(
+        &mut self,
+        idx: usize,
+        state: &mut State,
+        place: Place,
+        src: Operand,
+    ) -> Result<(), Fault> {
+        let value = operand(state, src)?;
+        match self.target(idx, state, place, Access::Write)? {
+            Target::Other(_) if value.is_ctx() => {
+                let r = if let Operand::Reg(r) = src { r.index() } else { 0 };
+                Err(Fault::new(format!("R{r} leaks addr of ctx into mem")))
+            }
+            Target::Other(_) => Ok(()),
+            Target::Stack { frame, span } => {
+                let to_own_stack = matches!(
+                    value,
+                    Value::Pointer(p) if matches!(p.kind, PointerKind::Stack { frame: f } if f > frame)
+                );
+                if to_own_stack {
+                    let text = "cannot spill pointers to stack into stack frame of the caller";
+                    return Err(Fault::new(text));
+                }
+                let value = match src {
+                    Operand::Reg(src) if place.size == Size::B8 => self.named(state, src),
+                    _ => value,
+                };
+                state.frame_at_mut(frame).stack.store(span, value)
+            }
+        }
+    }
+
+    fn atomic(
+        &mut self,
+        idx: usize,
+        state: &mut State,
+        op: Atomic,
+        fetch: bool,
+        place: Place,
+        src: Reg,
+    ) -> Result<(), Fault> {
+        number_or_leak(state, src)?;
+        if op == Atomic::Cmpxchg {
+            number_or_leak(state, Reg::R0)?;
+        }
+        let target = self.target(idx, state, place, Access::Atomic)?;
+        if let Target::Stack { frame, span } = target {
+            let stack = &mut state.frame_at_mut(frame).stack;
+            if matches!(stack.load(span)?, Value::Pointer(_)) {
+                return Err(Fault::new(format!(
+                    "R{} atomic operation on a spilled pointer prohibited",
+                    place.base.index()
+                )));
+            }
+            stack.store(span, unknown_of(Size::B8))?;
+        }
+        if fetch {
+            let result = if op == Atomic::Cmpxchg { Reg::R0 } else { src };
+            state.set_reg(result, unknown_of(place.size));
+        }
+        Ok(())
+    }
+}
+
+/// A conditional jump.
+#[derive(Clone, Copy)]
+struct Test {
+    cond: Cond,
+    width: Width,
+    dst: Reg,
+    src: Operand,
+}
+
+fn branch(state: &mut State, test: Test, next: usize, jump: usize) -> Result<Flow, Fault> {
+    let Test { cond, width, dst, src } = test;
+    let (a, b) = (read(state, dst)?, operand(state, src)?);
+    if let (Value::Scalar(_), Value::Scalar(_)) = (&a, &b) {
+        let mut jump_state = state.clone();
+        let jumps = assume(&mut jump_state, test, cond);
+        let falls = assume(state, test, cond.opposite());
+        return Ok(match (falls, jumps) {
+            (true, true) => Flow::Both { next, jump, jump_state: Box::new(jump_state) },
+            (true, false) => Flow::To(next),
+            (false, true) => {
+                *state = jump_state;
+                Flow::To(jump)
+            }
+            // Both sides impossible: the state describes no machine at all.
+            (false, false) => Flow::End,
+        });
+    }
+    match pointer::compare(cond, width, (dst, &a), &b)? {
+        Outcome::Unknown => {
+            let jump_state = Box::new(state.clone());
+            Ok(Flow::Both { next, jump, jump_state })
+        }
+        Outcome::Known(true) => Ok(Flow::To(jump)),
+        Outcome::Known(false) => Ok(Flow::To(next)),
+        Outcome::Null { id, null_if } => {
+            let mut jump_state = Box::new(state.clone());
+            set_null(&mut jump_state, id, null_if);
+            set_null(state, id, !null_if);
+            Ok(Flow::Both { next, jump, jump_state })
+        }
+    }
+}
+
+/// Narrows both sides by the test's outcome; `false` where it cannot come out so.
+fn assume(state: &mut State, test: Test, cond: Cond) -> bool {
+    let (Ok(Value::Scalar(a)), Ok(Value::Scalar(b))) =
+        (read(state, test.dst), operand(state, test.src))
+    else {
+        return true;
+    };
+    if test.src == Operand::Reg(test.dst) {
+        return true;
+    }
+    let Some((a, b)) = Scalar::refine(cond, test.width, &a.set, &b.set) else { return false };
+    state.learn(test.dst, a);
+    if let Operand::Reg(src) = test.src {
+        state.learn(src, b);
+    }
+    true
+}
+
+/// Which of the two a null check has shown.
+fn set_null(state: &mut State, id: Id, null: bool) {
+    let same = |v: &Value| matches!(v, Value::Pointer(p) if p.or_null == Some(id));
+    if null {
+        // A record that is null was never reserved: there is nothing to give back.
+        let reference = (0..=state.depth()).find_map(|d| state.frame_at(d).record_with(id));
+        if let Some(reference) = reference {
+            state.drop_reference(reference);
+        }
+        state.update(same, |_| Value::scalar(Scalar::constant(0)));
+    } else {
+        state.update(same, |v| match v {
+            Value::Pointer(p) => Value::Pointer(crate::value::Pointer { or_null: None, ..*p }),
+            other => *other,
+        });
+    }
+}
+
+fn exit(state: &mut State) -> Result<Flow, Fault> {
+    let r0 = *state.reg(Reg::R0);
+    if state.depth() > 0 {
+        if matches!(r0, Value::Pointer(p) if matches!(p.kind, PointerKind::Stack { .. })) {
+            return Err(Fault::new("cannot return stack pointer to the caller"));
+        }
+        return Ok(state.leave().map_or(Flow::End, |call_idx| Flow::To(call_idx + 1)));
+    }
+    match r0 {
+        Value::NotInit => return Err(Fault::not_readable(Reg::R0)),
+        Value::Scalar(_) => {}
+        Value::Pointer(p) => {
+            return Err(Fault::new(format!(
+                "At program exit the register R0 is not a known value ({})",
+                p.type_name()
+            )));
+        }
+    }
+    if let Some(held) = state.references().first() {
+        return Err(Fault::new(format!(
+            "Unreleased reference id={} alloc_insn={}",
+            held.id, held.insn_idx
+        ))
+        .hint("submit or discard the record on every path"));
+    }
+    Ok(Flow::End)
+}
+
+/// Any number of this size, zero-extended.
+fn unknown_of(size: Size) -> Value {
+    Value::scalar(Scalar::UNKNOWN.zero_extend(8 * size.bytes()))
+}
+
+fn read(state: &State, reg: Reg) -> Result<Value, Fault> {
+    match state.reg(reg) {
+        Value::NotInit => Err(Fault::not_readable(reg)),
+        value => Ok(*value),
+    }
+}
+
+fn operand(state: &State, operand: Operand) -> Result<Value, Fault> {
+    match operand {
+        Operand::Reg(reg) => read(state, reg),
+        Operand::Imm(imm) => Ok(Value::scalar(Scalar::imm(imm))),
+    }
+}
+
+/// The number in `reg`; pointers are refused.
+fn number(state: &State, reg: Reg) -> Result<Scalar, Fault> {
+    match read(state, reg)? {
+        Value::Scalar(n) => Ok(n.set),
+        _ => Err(Fault::new(format!("R{} pointer arithmetic prohibited", reg.index()))),
+    }
+}
+
+fn number_or_leak(state: &State, reg: Reg) -> Result<(), Fault> {
+    match read(state, reg)? {
+        Value::Scalar(_) => Ok(()),
+        _ => Err(Fault::new(format!("R{} leaks addr into mem", reg.index()))),
+    }
+}

@@ -1,0 +1,435 @@
+//! Instructions decoded into one type, with everything the encoding forbids refused here:
+//! unknown opcodes, reserved fields that are not zero, registers past r10.
+//!
+//! Knows nothing of control flow or values.
+
+use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_FUNC, PSEUDO_MAP, PSEUDO_MAP_VALUE};
+
+use crate::number::compare::Cond;
+use crate::number::scalar::{AluOp, Width};
+use crate::opcode::{SRC_REG, alu, atomic, class, jump, mode};
+use crate::report::Fault;
+
+/// A register, r0 to r10.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reg(u8);
+
+impl Reg {
+    pub(crate) const R0: Self = Self(0);
+    pub(crate) const R10: Self = Self(10);
+
+    /// Helper argument `n`, 0 to 4: r1 to r5.
+    pub(crate) const fn arg(n: usize) -> Self {
+        [Self(1), Self(2), Self(3), Self(4), Self(5)][n]
+    }
+
+    pub(crate) const fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// All of them, r0 first.
+    pub(crate) fn all() -> impl Iterator<Item = Self> {
+        (0..=10).map(Self)
+    }
+}
+
+/// A second operand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Operand {
+    Reg(Reg),
+    Imm(i32),
+}
+
+/// Bytes of a load or store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Size {
+    B1,
+    B2,
+    B4,
+    B8,
+}
+
+impl Size {
+    pub(crate) const fn bytes(self) -> u32 {
+        match self {
+            Self::B1 => 1,
+            Self::B2 => 2,
+            Self::B4 => 4,
+            Self::B8 => 8,
+        }
+    }
+}
+
+/// An address in an instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) base: Reg,
+    pub(crate) off: i16,
+    pub(crate) size: Size,
+}
+
+/// What an atomic instruction does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Atomic {
+    Add,
+    Or,
+    And,
+    Xor,
+    Xchg,
+    Cmpxchg,
+}
+
+/// One instruction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Op {
+    Alu { op: AluOp, width: Width, dst: Reg, src: Operand },
+    Neg { width: Width, dst: Reg },
+    Mov { width: Width, dst: Reg, src: Operand },
+    /// `dst = (s8)src` and so on.
+    MovSx { width: Width, bits: u32, dst: Reg, src: Reg },
+    /// Bytes reversed: `be16`, `bswap32`...
+    Swap { bits: u32, dst: Reg },
+    /// `le16` and so on: the lowest bits, zero-extended.
+    Trunc { bits: u32, dst: Reg },
+    Const { dst: Reg, value: u64 },
+    MapAddress { dst: Reg, map: u32 },
+    MapValueAddress { dst: Reg, map: u32, off: u32 },
+    /// A `lddw`'s second half.
+    SecondHalf,
+    Load { dst: Reg, place: Place, sign_extend: bool },
+    Store { place: Place, src: Operand },
+    Atomic { op: Atomic, fetch: bool, place: Place, src: Reg },
+    Goto { target: usize },
+    If { cond: Cond, width: Width, dst: Reg, src: Operand, target: usize },
+    CallHelper { id: i32 },
+    CallLocal { target: usize },
+    Exit,
+}
+
+/// Decodes all instructions.
+///
+/// # Errors
+/// The index of the first bad one, and what is wrong with it.
+pub(crate) fn decode(insns: &[Insn]) -> Result<Vec<Op>, (usize, Fault)> {
+    let mut ops = Vec::with_capacity(insns.len());
+    let mut idx = 0;
+    while let Some(insn) = insns.get(idx) {
+        let op = decode_one(insns, idx, *insn).map_err(|e| (idx, e))?;
+        ops.push(op);
+        idx += 1;
+        if insn.opcode == LDDW {
+            ops.push(Op::SecondHalf);
+            idx += 1;
+        }
+    }
+    Ok(ops)
+}
+
+/// The instruction at `idx` alone, for printing; `None` where it is not a good one.
+pub(crate) fn decode_at(insns: &[Insn], idx: usize) -> Option<Op> {
+    decode_one(insns, idx, *insns.get(idx)?).ok()
+}
+
+const LDDW: u8 = 0x18;
+
+fn decode_one(insns: &[Insn], idx: usize, insn: Insn) -> Result<Op, Fault> {
+    for r in [insn.dst, insn.src] {
+        if r > 10 {
+            return Err(Fault::new(format!("R{r} is invalid")));
+        }
+    }
+    let wide = insn.opcode & 0x7 == class::ALU64;
+    match insn.opcode & 0x7 {
+        class::LD => decode_ld(insns, idx, insn),
+        class::LDX => decode_ldx(insn),
+        class::ST | class::STX => decode_store(insn),
+        class::ALU | class::ALU64 => decode_alu(insn, if wide { Width::W64 } else { Width::W32 }),
+        _ => decode_jump(insns.len(), idx, insn),
+    }
+}
+
+fn decode_ld(insns: &[Insn], idx: usize, insn: Insn) -> Result<Op, Fault> {
+    if insn.opcode != LDDW {
+        if matches!(insn.opcode & 0xe0, mode::ABS | mode::IND) {
+            let text = "BPF_LD_[ABS|IND] instructions not allowed for this program type";
+            return Err(Fault::new(text));
+        }
+        return Err(if insn.opcode & 0xe0 == mode::IMM {
+            Fault::new("invalid BPF_LD_IMM insn")
+        } else {
+            unknown(insn)
+        });
+    }
+    let second = insns.get(idx + 1).copied().unwrap_or(Insn { opcode: 0xff, ..insn });
+    if second.opcode != 0 || second.dst != 0 || second.src != 0 || second.off != 0 {
+        return Err(Fault::new("invalid bpf_ld_imm64 insn"));
+    }
+    if insn.off != 0 {
+        return Err(reserved("BPF_LD_IMM64"));
+    }
+    let dst = writable(insn.dst)?;
+    let (low, high) = (insn.imm.cast_unsigned(), second.imm.cast_unsigned());
+    match insn.src {
+        0 => Ok(Op::Const { dst, value: u64::from(high) << 32 | u64::from(low) }),
+        PSEUDO_MAP if high == 0 => Ok(Op::MapAddress { dst, map: low }),
+        PSEUDO_MAP_VALUE => Ok(Op::MapValueAddress { dst, map: low, off: high }),
+        PSEUDO_FUNC => Err(Fault::new("invalid bpf_ld_imm64 insn: callbacks are not supported")
+            .hint("no helper that takes a callback exists here: write the loop out")),
+        _ => Err(reserved("BPF_LD_IMM64")),
+    }
+}
+
+fn decode_ldx(insn: Insn) -> Result<Op, Fault> {
+    let place = place(insn, insn.src);
+    let sign_extend = match insn.opcode & 0xe0 {
+        mode::MEM => false,
+        mode::MEMSX if place.size != Size::B8 => true,
+        _ => return Err(unknown(insn)),
+    };
+    if insn.imm != 0 {
+        return Err(reserved("BPF_LDX"));
+    }
+    Ok(Op::Load { dst: writable(insn.dst)?, place, sign_extend })
+}
+
+fn decode_store(insn: Insn) -> Result<Op, Fault> {
+    let from_reg = insn.opcode & 0x7 == class::STX;
+    let place = place(insn, insn.dst);
+    match insn.opcode & 0xe0 {
+        mode::MEM if from_reg => {
+            if insn.imm != 0 {
+                return Err(reserved("BPF_STX"));
+            }
+            Ok(Op::Store { place, src: Operand::Reg(Reg(insn.src)) })
+        }
+        mode::MEM => {
+            if insn.src != 0 {
+                return Err(reserved("BPF_ST"));
+            }
+            Ok(Op::Store { place, src: Operand::Imm(insn.imm) })
+        }
+        mode::ATOMIC if from_reg => decode_atomic(insn, place),
+        _ => Err(unknown(insn)),
+    }
+}
+
+fn decode_atomic(insn: Insn, place: Place) -> Result<Op, Fault> {
+    let (op, fetch) = match insn.imm {
+        atomic::XCHG => (Atomic::Xchg, true),
+        atomic::CMPXCHG => (Atomic::Cmpxchg, true),
+        other => {
+            let op = match other & !atomic::FETCH {
+                atomic::ADD => Atomic::Add,
+                atomic::OR => Atomic::Or,
+                atomic::AND => Atomic::And,
+                atomic::XOR => Atomic::Xor,
+                _ => {
+                    return Err(Fault::new(format!(
+                        "BPF_ATOMIC uses invalid atomic opcode {other:02x}"
+                    )));
+                }
+            };
+            (op, other & atomic::FETCH != 0)
+        }
+    };
+    if !matches!(place.size, Size::B4 | Size::B8) {
+        return Err(Fault::new("invalid atomic operand size"));
+    }
+    let src = Reg(insn.src);
+    if fetch && op != Atomic::Cmpxchg {
+        writable(insn.src)?;
+    }
+    Ok(Op::Atomic { op, fetch, place, src })
+}
+
+fn decode_alu(insn: Insn, width: Width) -> Result<Op, Fault> {
+    let code = insn.opcode >> 4;
+    if code == alu::NEG {
+        if insn.opcode & SRC_REG != 0 || insn.src != 0 || insn.off != 0 || insn.imm != 0 {
+            return Err(reserved("BPF_NEG"));
+        }
+        return Ok(Op::Neg { width, dst: writable(insn.dst)? });
+    }
+    if code == alu::END {
+        return decode_end(insn, width);
+    }
+    if code == alu::MOV {
+        return decode_mov(insn, width);
+    }
+    let signed = insn.off == 1 && matches!(code, alu::DIV | alu::MOD);
+    let op = match (code, signed) {
+        (alu::ADD, _) => AluOp::Add,
+        (alu::SUB, _) => AluOp::Sub,
+        (alu::MUL, _) => AluOp::Mul,
+        (alu::DIV, false) => AluOp::Div,
+        (alu::DIV, true) => AluOp::Sdiv,
+        (alu::MOD, false) => AluOp::Mod,
+        (alu::MOD, true) => AluOp::Smod,
+        (alu::OR, _) => AluOp::Or,
+        (alu::AND, _) => AluOp::And,
+        (alu::XOR, _) => AluOp::Xor,
+        (alu::LSH, _) => AluOp::Lsh,
+        (alu::RSH, _) => AluOp::Rsh,
+        (alu::ARSH, _) => AluOp::Arsh,
+        _ => return Err(unknown(insn)),
+    };
+    let src = operand(insn, "BPF_ALU")?;
+    if insn.off != 0 && !signed {
+        return Err(reserved("BPF_ALU"));
+    }
+    check_immediate(op, width, src)?;
+    Ok(Op::Alu { op, width, dst: writable(insn.dst)?, src })
+}
+
+fn check_immediate(op: AluOp, width: Width, src: Operand) -> Result<(), Fault> {
+    let Operand::Imm(imm) = src else { return Ok(()) };
+    match op {
+        AluOp::Div | AluOp::Sdiv | AluOp::Mod | AluOp::Smod if imm == 0 => {
+            Err(Fault::new("div by zero"))
+        }
+        AluOp::Lsh | AluOp::Rsh | AluOp::Arsh => {
+            let bits = if width == Width::W64 { 64 } else { 32 };
+            if (0..bits).contains(&imm) {
+                Ok(())
+            } else {
+                Err(Fault::new(format!("invalid shift {imm}")))
+            }
+        }
+        _ => Ok(()),
+    }
+}
+
+fn decode_mov(insn: Insn, width: Width) -> Result<Op, Fault> {
+    let dst = writable(insn.dst)?;
+    let src = operand(insn, "BPF_MOV")?;
+    match (src, insn.off) {
+        (_, 0) => Ok(Op::Mov { width, dst, src }),
+        (Operand::Reg(src), 8) => Ok(Op::MovSx { width, bits: 8, dst, src }),
+        (Operand::Reg(src), 16) => Ok(Op::MovSx { width, bits: 16, dst, src }),
+        (Operand::Reg(src), 32) if width == Width::W64 => {
+            Ok(Op::MovSx { width, bits: 32, dst, src })
+        }
+        _ => Err(reserved("BPF_MOV")),
+    }
+}
+
+fn decode_end(insn: Insn, width: Width) -> Result<Op, Fault> {
+    let big = insn.opcode & SRC_REG != 0;
+    let bits = match insn.imm {
+        16 => 16,
+        32 => 32,
+        64 => 64,
+        _ => return Err(reserved("BPF_END")),
+    };
+    if insn.src != 0 || insn.off != 0 || (width == Width::W64 && big) {
+        return Err(reserved("BPF_END"));
+    }
+    let dst = writable(insn.dst)?;
+    // The target is little-endian: `le` only truncates.
+    let swaps = big || width == Width::W64;
+    Ok(if swaps { Op::Swap { bits, dst } } else { Op::Trunc { bits, dst } })
+}
+
+fn decode_jump(n_insns: usize, idx: usize, insn: Insn) -> Result<Op, Fault> {
+    let code = insn.opcode >> 4;
+    let wide = insn.opcode & 0x7 == class::JMP;
+    let by_reg = insn.opcode & SRC_REG != 0;
+    let cond = match code {
+        jump::JA if !by_reg => return decode_goto(n_insns, idx, insn, wide),
+        jump::CALL if wide && !by_reg => return decode_call(n_insns, idx, insn),
+        jump::EXIT if wide && !by_reg => {
+            if insn.dst != 0 || insn.src != 0 || insn.off != 0 || insn.imm != 0 {
+                return Err(reserved("BPF_EXIT"));
+            }
+            return Ok(Op::Exit);
+        }
+        jump::JEQ => Cond::Eq,
+        jump::JNE => Cond::Ne,
+        jump::JGT => Cond::Gt,
+        jump::JGE => Cond::Ge,
+        jump::JLT => Cond::Lt,
+        jump::JLE => Cond::Le,
+        jump::JSGT => Cond::Sgt,
+        jump::JSGE => Cond::Sge,
+        jump::JSLT => Cond::Slt,
+        jump::JSLE => Cond::Sle,
+        jump::JSET => Cond::Set,
+        _ => return Err(unknown(insn)),
+    };
+    let width = if wide { Width::W64 } else { Width::W32 };
+    let target = jump_target(n_insns, idx, i64::from(insn.off))?;
+    Ok(Op::If { cond, width, dst: Reg(insn.dst), src: operand(insn, "BPF_JMP")?, target })
+}
+
+fn decode_goto(n_insns: usize, idx: usize, insn: Insn, short: bool) -> Result<Op, Fault> {
+    let unused = if short { insn.imm } else { i32::from(insn.off) };
+    if insn.dst != 0 || insn.src != 0 || unused != 0 {
+        return Err(reserved("BPF_JA"));
+    }
+    let off = if short { i64::from(insn.off) } else { i64::from(insn.imm) };
+    Ok(Op::Goto { target: jump_target(n_insns, idx, off)? })
+}
+
+fn decode_call(n_insns: usize, idx: usize, insn: Insn) -> Result<Op, Fault> {
+    if insn.dst != 0 || insn.off != 0 {
+        return Err(reserved("BPF_CALL"));
+    }
+    match insn.src {
+        0 => Ok(Op::CallHelper { id: insn.imm }),
+        PSEUDO_CALL => {
+            let target = jump_target(n_insns, idx, i64::from(insn.imm))?;
+            Ok(Op::CallLocal { target })
+        }
+        _ => Err(reserved("BPF_CALL")),
+    }
+}
+
+fn jump_target(n_insns: usize, idx: usize, off: i64) -> Result<usize, Fault> {
+    i64::try_from(idx)
+        .ok()
+        .map(|idx| idx + 1 + off)
+        .and_then(|target| usize::try_from(target).ok())
+        .filter(|target| *target < n_insns)
+        .ok_or_else(|| {
+            let to = i128::try_from(idx).unwrap_or(0) + 1 + i128::from(off);
+            Fault::new(format!("jump out of range from insn {idx} to {to}"))
+        })
+}
+
+fn operand(insn: Insn, class: &str) -> Result<Operand, Fault> {
+    if insn.opcode & SRC_REG == 0 {
+        if insn.src != 0 {
+            return Err(reserved(class));
+        }
+        return Ok(Operand::Imm(insn.imm));
+    }
+    if insn.imm != 0 {
+        return Err(reserved(class));
+    }
+    Ok(Operand::Reg(Reg(insn.src)))
+}
+
+const fn place(insn: Insn, base: u8) -> Place {
+    let size = match insn.opcode & 0x18 {
+        0x00 => Size::B4,
+        0x08 => Size::B2,
+        0x10 => Size::B1,
+        _ => Size::B8,
+    };
+    Place { base: Reg(base), off: insn.off, size }
+}
+
+fn writable(dst: u8) -> Result<Reg, Fault> {
+    if dst == 10 {
+        return Err(Fault::new("frame pointer is read only"));
+    }
+    Ok(Reg(dst))
+}
+
+fn reserved(class: &str) -> Fault {
+    Fault::new(format!("{class} uses reserved fields"))
+}
+
+fn unknown(insn: Insn) -> Fault {
+    Fault::new(format!("unknown opcode {:02x}", insn.opcode))
+}

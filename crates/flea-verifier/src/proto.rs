@@ -1,0 +1,128 @@
+//! What each helper takes and gives: a table, checked by [`crate::call`].
+
+use flea_object::helper::Helper;
+use flea_object::spec::MapKind;
+
+/// A helper's prototype.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Proto {
+    /// `r1` on.
+    pub(crate) args: &'static [Arg],
+    pub(crate) ret: Ret,
+}
+
+/// What an argument must be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arg {
+    /// A number, or a pointer used as one.
+    Anything,
+    /// As `Anything`, and need not be set at all (a variadic helper's).
+    Optional,
+    /// A map with elements.
+    ElementMap,
+    /// A map with elements that the helper changes.
+    WrittenMap,
+    /// A ring buffer.
+    RingBuf,
+    /// Readable memory of the map's key size.
+    Key,
+    /// Readable memory of the map's value size.
+    MapValue,
+    /// Readable memory; the next argument is its size.
+    Read,
+    /// Memory that the helper fills; the next argument is its size.
+    Fill,
+    /// 8 bytes that the helper fills.
+    FillU64,
+    /// The size of the argument before.
+    Size(ZeroSize),
+    /// A known number of bytes.
+    KnownSize,
+    /// A record that is given back.
+    Record,
+    /// The context.
+    Ctx,
+}
+
+/// Whether a size may be 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ZeroSize {
+    Allowed,
+    Refused,
+}
+
+/// What `r0` is afterwards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ret {
+    Number,
+    /// At most the size argument, or a small negative number.
+    LengthOrError,
+    /// Unset.
+    Void,
+    ValueOrNull,
+    RecordOrNull,
+    Cookie,
+}
+
+const SIZE: Arg = Arg::Size(ZeroSize::Refused);
+const SIZE_OR_ZERO: Arg = Arg::Size(ZeroSize::Allowed);
+
+/// `helper`'s prototype.
+pub(crate) const fn proto(helper: Helper) -> Proto {
+    use Arg::{
+        Anything, Ctx, ElementMap, Fill, FillU64, Key, KnownSize, MapValue, Optional, Read, Record,
+        RingBuf, WrittenMap,
+    };
+    let (args, ret): (&'static [Arg], Ret) = match helper {
+        Helper::MapLookupElem => (&[ElementMap, Key], Ret::ValueOrNull),
+        Helper::MapUpdateElem => (&[WrittenMap, Key, MapValue, Anything], Ret::Number),
+        Helper::MapDeleteElem => (&[WrittenMap, Key], Ret::Number),
+        Helper::KtimeGetNs
+        | Helper::KtimeGetBootNs
+        | Helper::GetPrandomU32
+        | Helper::GetSmpProcessorId
+        | Helper::GetCurrentPidTgid
+        | Helper::GetCurrentUidGid => (&[], Ret::Number),
+        Helper::TracePrintk => (&[Read, SIZE, Optional, Optional, Optional], Ret::Number),
+        Helper::TraceVprintk => (&[Read, SIZE, Read, SIZE_OR_ZERO], Ret::Number),
+        Helper::GetCurrentComm => (&[Fill, SIZE], Ret::Number),
+        Helper::ProbeReadUser => (&[Fill, SIZE_OR_ZERO, Anything], Ret::Number),
+        Helper::ProbeReadUserStr => (&[Fill, SIZE_OR_ZERO, Anything], Ret::LengthOrError),
+        Helper::RingbufOutput => (&[RingBuf, Read, SIZE_OR_ZERO, Anything], Ret::Number),
+        Helper::RingbufReserve => (&[RingBuf, KnownSize, Anything], Ret::RecordOrNull),
+        Helper::RingbufSubmit | Helper::RingbufDiscard => (&[Record, Anything], Ret::Void),
+        Helper::RingbufQuery => (&[RingBuf, Anything], Ret::Number),
+        Helper::GetFuncIp
+        | Helper::GetAttachCookie
+        | Helper::GetFuncArgCnt
+        | Helper::SessionIsReturn => (&[Ctx], Ret::Number),
+        Helper::GetFuncArg => (&[Ctx, Anything, FillU64], Ret::Number),
+        Helper::GetFuncRet => (&[Ctx, FillU64], Ret::Number),
+        Helper::SessionCookie => (&[Ctx], Ret::Cookie),
+    };
+    Proto { args, ret }
+}
+
+impl Arg {
+    /// Whether a map of this kind fits, for the arguments that take a map.
+    pub(crate) const fn takes_map(self, kind: MapKind) -> bool {
+        match self {
+            Self::ElementMap | Self::WrittenMap => !matches!(kind, MapKind::RingBuf),
+            Self::RingBuf => matches!(kind, MapKind::RingBuf),
+            _ => false,
+        }
+    }
+
+    /// Linux's list of the types that fit, as its messages print it.
+    pub(crate) const fn expected(self) -> &'static str {
+        match self {
+            Self::ElementMap | Self::WrittenMap | Self::RingBuf => "map_ptr",
+            Self::Key | Self::MapValue | Self::Read | Self::Fill | Self::FillU64 => {
+                "fp, map_value, mem, ringbuf_mem"
+            }
+            Self::Record => "ringbuf_mem",
+            Self::Ctx => "ctx",
+            Self::Anything | Self::Optional | Self::Size(_) | Self::KnownSize => "scalar",
+        }
+    }
+}

@@ -1,0 +1,404 @@
+//! An interpreter that trusts nobody: each access must lie inside one live object, and the
+//! machine must be as one of the verifier's states says.
+
+use std::collections::BTreeMap;
+
+use flea_object::helper::Helper;
+use flea_object::spec::MapIdx;
+
+use super::generate::Random;
+use crate::facts::{Fact, Region};
+use crate::number::scalar::{AluOp, Width};
+use crate::number::tests::{concrete, holds, sext};
+use crate::op::{Atomic, Op, Operand, Place, Reg};
+use crate::stack::{Byte, Slot};
+use crate::state::State;
+use crate::value::{Id, PointerKind, Value};
+
+const MAX_STEPS: usize = 20_000;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Frame(usize),
+    Ctx,
+    MapValue(u32),
+    Record,
+    Cookie,
+}
+
+struct Object {
+    kind: Kind,
+    bytes: Vec<u8>,
+}
+
+struct Frame {
+    regs: [u64; 11],
+    return_to: Option<usize>,
+    stack: u64,
+}
+
+pub(crate) struct Interpreter<'a> {
+    ops: &'a [Op],
+    random: Random,
+    objects: BTreeMap<u64, Object>,
+    frames: Vec<Frame>,
+    next_base: u64,
+    hash_values: Vec<u64>,
+}
+
+impl<'a> Interpreter<'a> {
+    pub(crate) fn new(ops: &'a [Op], random: Random) -> Self {
+        let mut this = Self {
+            ops,
+            random,
+            objects: BTreeMap::new(),
+            frames: Vec::new(),
+            next_base: 0x5000_0000_0000,
+            hash_values: Vec::new(),
+        };
+        let ctx = this.allocate(Kind::Ctx, 32);
+        for slot in 0..4 {
+            let n = this.random.number();
+            this.write(ctx + 8 * slot, &n.to_le_bytes()).expect("the context is there");
+        }
+        this.allocate(Kind::MapValue(0), 64);
+        this.allocate(Kind::MapValue(3), 16);
+        for _ in 0..2 {
+            let value = this.allocate(Kind::MapValue(1), 32);
+            this.hash_values.push(value);
+        }
+        let mut regs = [0; 11];
+        regs[1] = ctx;
+        this.enter(regs, None);
+        this
+    }
+
+    fn allocate(&mut self, kind: Kind, size: usize) -> u64 {
+        // Far apart: a stray access finds nothing.
+        self.next_base += 1 << 32;
+        let bytes = (0..size).map(|_| self.random.next() as u8).collect();
+        self.objects.insert(self.next_base, Object { kind, bytes });
+        self.next_base
+    }
+
+    fn enter(&mut self, mut regs: [u64; 11], return_to: Option<usize>) {
+        let stack = self.allocate(Kind::Frame(self.frames.len()), 512);
+        for reg in [0, 6, 7, 8, 9] {
+            regs[reg] = self.random.next();
+        }
+        regs[10] = stack + 512;
+        self.frames.push(Frame { regs, return_to, stack });
+    }
+
+    fn object(&mut self, address: u64, size: usize) -> Result<(u64, &mut Object), String> {
+        let found = self.objects.range_mut(..=address).next_back();
+        match found {
+            Some((base, o)) if address - base + size as u64 <= o.bytes.len() as u64 => {
+                Ok((*base, o))
+            }
+            _ => Err(format!("stray access of {size} bytes at {address:#x}")),
+        }
+    }
+
+    fn read(&mut self, address: u64, size: usize) -> Result<(Kind, u64), String> {
+        let (base, o) = self.object(address, size)?;
+        let at = (address - base) as usize;
+        let mut bytes = [0; 8];
+        bytes[..size].copy_from_slice(&o.bytes[at..at + size]);
+        Ok((o.kind, u64::from_le_bytes(bytes)))
+    }
+
+    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<Kind, String> {
+        let (base, o) = self.object(address, bytes.len())?;
+        let at = (address - base) as usize;
+        o.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(o.kind)
+    }
+
+    fn regs(&mut self) -> &mut [u64; 11] {
+        &mut self.frames.last_mut().expect("a frame until the end").regs
+    }
+
+    fn get(&mut self, operand: Operand) -> u64 {
+        match operand {
+            Operand::Reg(r) => self.regs()[r.index()],
+            Operand::Imm(imm) => i64::from(imm) as u64,
+        }
+    }
+
+    fn set(&mut self, reg: Reg, x: u64) {
+        self.regs()[reg.index()] = x;
+    }
+
+    pub(crate) fn run(&mut self, beliefs: &[Vec<State>], facts: &[Fact]) -> Result<(), String> {
+        let mut idx = 0;
+        for _ in 0..MAX_STEPS {
+            if !beliefs[idx].iter().any(|s| self.agrees(s)) {
+                let n = beliefs[idx].len();
+                let regs = *self.regs();
+                return Err(format!("insn {idx}: none of {n} states describes {regs:x?}"));
+            }
+            match self.step(idx, facts[idx]).map_err(|e| format!("insn {idx}: {e}"))? {
+                Some(next) => idx = next,
+                None => return Ok(()),
+            }
+        }
+        Err("the program does not end".into())
+    }
+
+    fn step(&mut self, idx: usize, fact: Fact) -> Result<Option<usize>, String> {
+        if fact == Fact::Unreachable {
+            return Err("said to be unreachable".into());
+        }
+        match self.ops[idx] {
+            Op::Alu { op, width, dst, src } => {
+                let (a, b) = (self.get(Operand::Reg(dst)), self.get(src));
+                self.set(dst, concrete(op, bits(width), a, b));
+            }
+            Op::Neg { width, dst } => {
+                let a = self.get(Operand::Reg(dst));
+                self.set(dst, concrete(AluOp::Sub, bits(width), 0, a));
+            }
+            Op::Mov { width, dst, src } => {
+                let x = self.get(src);
+                self.set(dst, if width == Width::W64 { x } else { x & 0xffff_ffff });
+            }
+            Op::MovSx { width, bits: n, dst, src } => {
+                let x = sext(self.get(Operand::Reg(src)), n) as u64;
+                self.set(dst, if width == Width::W64 { x } else { x & 0xffff_ffff });
+            }
+            Op::Swap { bits, dst } => {
+                let x = self.get(Operand::Reg(dst));
+                self.set(dst, x.swap_bytes() >> (64 - bits));
+            }
+            Op::Trunc { bits, dst } => {
+                let x = self.get(Operand::Reg(dst));
+                self.set(dst, x << (64 - bits) >> (64 - bits));
+            }
+            Op::Const { dst, value } => {
+                self.set(dst, value);
+                return Ok(Some(idx + 2));
+            }
+            Op::MapAddress { dst, map } => {
+                self.set(dst, map_handle(map));
+                return Ok(Some(idx + 2));
+            }
+            Op::MapValueAddress { dst, map, off } => {
+                let base = self.values_of(map).next().ok_or("no such value")?;
+                self.set(dst, base + u64::from(off));
+                return Ok(Some(idx + 2));
+            }
+            Op::SecondHalf => return Err("half an instruction".into()),
+            Op::Load { dst, place, sign_extend } => {
+                let (kind, x) = self.read(self.address(place), place.size.bytes() as usize)?;
+                agree(kind, fact)?;
+                let n = 8 * place.size.bytes();
+                self.set(dst, if sign_extend { sext(x, n) as u64 } else { x });
+            }
+            Op::Store { place, src } => {
+                let x = self.get(src).to_le_bytes();
+                let size = place.size.bytes() as usize;
+                let kind = self.write(self.address(place), &x[..size])?;
+                agree(kind, fact)?;
+                if matches!(kind, Kind::Ctx | Kind::MapValue(3)) {
+                    return Err(format!("write to {kind:?}"));
+                }
+            }
+            Op::Atomic { op, fetch, place, src } => self.atomic(op, fetch, place, src, fact)?,
+            Op::Goto { target } => return Ok(Some(target)),
+            Op::If { cond, width, dst, src, target } => {
+                let (a, b) = (self.get(Operand::Reg(dst)), self.get(src));
+                let jumps = holds(cond, bits(width), a, b);
+                return Ok(Some(if jumps { target } else { idx + 1 }));
+            }
+            Op::CallHelper { id } => self.helper(id, fact)?,
+            Op::CallLocal { target } => {
+                let regs = *self.regs();
+                self.enter(regs, Some(idx + 1));
+                return Ok(Some(target));
+            }
+            Op::Exit => return Ok(self.leave()),
+        }
+        Ok(Some(idx + 1))
+    }
+
+    fn leave(&mut self) -> Option<usize> {
+        let frame = self.frames.pop()?;
+        self.objects.remove(&frame.stack);
+        let to = frame.return_to?;
+        let scramble = self.random.next();
+        self.regs()[0] = frame.regs[0];
+        self.regs()[1..=5].fill(scramble);
+        Some(to)
+    }
+
+    fn address(&self, place: Place) -> u64 {
+        let frame = self.frames.last().expect("a frame until the end");
+        frame.regs[place.base.index()].wrapping_add_signed(i64::from(place.off))
+    }
+
+    fn atomic(
+        &mut self,
+        op: Atomic,
+        fetch: bool,
+        place: Place,
+        src: Reg,
+        fact: Fact,
+    ) -> Result<(), String> {
+        let size = place.size.bytes() as usize;
+        let address = self.address(place);
+        if address % size as u64 != 0 {
+            return Err("crooked atomic".into());
+        }
+        let (kind, old) = self.read(address, size)?;
+        agree(kind, fact)?;
+        let keep = |x: u64| if size == 8 { x } else { x & 0xffff_ffff };
+        let (x, expected) = (keep(self.get(Operand::Reg(src))), keep(self.regs()[0]));
+        let new = match op {
+            Atomic::Add => old.wrapping_add(x),
+            Atomic::Or => old | x,
+            Atomic::And => old & x,
+            Atomic::Xor => old ^ x,
+            Atomic::Xchg => x,
+            Atomic::Cmpxchg if old == expected => x,
+            Atomic::Cmpxchg => old,
+        };
+        self.write(address, &new.to_le_bytes()[..size])?;
+        if op == Atomic::Cmpxchg {
+            self.set(Reg::R0, old);
+        } else if fetch {
+            self.set(src, old);
+        }
+        Ok(())
+    }
+
+    fn helper(&mut self, id: i32, fact: Fact) -> Result<(), String> {
+        let helper = Helper::from_id(id).ok_or("unknown helper")?;
+        let args: [u64; 5] = std::array::from_fn(|n| self.regs()[n + 1]);
+        let Fact::Call { map, constants, .. } = fact else { return Err("no call fact".into()) };
+        for (known, arg) in constants.iter().zip(args) {
+            if known.is_some_and(|k| k != arg) {
+                return Err(format!("argument {arg:#x} was said to be {known:x?}"));
+            }
+        }
+        if map.is_some_and(|m| args[0] != map_handle(m.0)) {
+            return Err("another map".into());
+        }
+        let result = match helper {
+            Helper::MapLookupElem => {
+                self.read(args[1], 8)?;
+                let n = self.random.below(3) as usize;
+                self.hash_values.get(n).copied().unwrap_or(0)
+            }
+            Helper::RingbufReserve if self.random.below(3) > 0 => {
+                self.allocate(Kind::Record, args[1] as usize)
+            }
+            Helper::RingbufReserve => 0,
+            Helper::RingbufSubmit | Helper::RingbufDiscard => {
+                let freed = self.objects.remove(&args[0]);
+                if !freed.is_some_and(|o| o.kind == Kind::Record) {
+                    return Err("not a record".into());
+                }
+                self.random.next()
+            }
+            Helper::ProbeReadUser | Helper::ProbeReadUserStr => {
+                for i in 0..args[1] {
+                    let byte = self.random.next() as u8;
+                    self.write(args[0] + i, &[byte])?;
+                }
+                match (helper, self.random.below(2)) {
+                    (_, 0) => -14i64 as u64,
+                    (Helper::ProbeReadUser, _) => 0,
+                    _ => self.random.below(args[1] + 1),
+                }
+            }
+            _ => self.random.next(),
+        };
+        let scramble = self.random.next();
+        self.regs()[1..=5].fill(scramble);
+        self.regs()[0] = result;
+        Ok(())
+    }
+
+    fn values_of(&self, map: u32) -> impl Iterator<Item = u64> + '_ {
+        self.bases(move |k| k == Kind::MapValue(map))
+    }
+
+    fn bases(&self, wanted: impl Fn(Kind) -> bool) -> impl Iterator<Item = u64> {
+        self.objects.iter().filter(move |(_, o)| wanted(o.kind)).map(|(base, _)| *base)
+    }
+
+    /// `state` describes the machine.
+    fn agrees(&self, state: &State) -> bool {
+        if state.depth() + 1 != self.frames.len() {
+            return false;
+        }
+        let mut ids = BTreeMap::new();
+        self.frames.iter().enumerate().all(|(depth, frame)| {
+            let believed = state.frame_at(depth);
+            let regs = believed.registers().iter().zip(frame.regs);
+            let regs = regs.into_iter().all(|(v, x)| self.value_agrees(v, x, &mut ids));
+            regs && (0..believed.stack.n_slots()).all(|i| {
+                let memory = &self.objects[&frame.stack].bytes[512 - 8 * (i + 1)..][..8];
+                self.slot_agrees(believed.stack.slot(i), memory, &mut ids)
+            })
+        })
+    }
+
+    fn slot_agrees(&self, slot: &Slot, memory: &[u8], ids: &mut BTreeMap<Id, u64>) -> bool {
+        match slot {
+            Slot::Spill(v) => {
+                let x = u64::from_le_bytes(memory.try_into().expect("8 bytes"));
+                self.value_agrees(v, x, ids)
+            }
+            Slot::Bytes(bytes) => {
+                bytes.iter().zip(memory).all(|(b, m)| *b != Byte::Zero || *m == 0)
+            }
+        }
+    }
+
+    fn value_agrees(&self, value: &Value, x: u64, ids: &mut BTreeMap<Id, u64>) -> bool {
+        let mut same = |id: Option<Id>| id.is_none_or(|id| *ids.entry(id).or_insert(x) == x);
+        match value {
+            Value::NotInit => true,
+            Value::Scalar(n) => n.set.contains(x) && same(n.id),
+            Value::Pointer(p) => {
+                if p.or_null.is_some() && x == 0 {
+                    return true;
+                }
+                let at = |base: u64| p.off.contains(x.wrapping_sub(base));
+                match p.kind {
+                    PointerKind::Stack { frame } => {
+                        self.frames.get(frame).is_some_and(|f| at(f.stack + 512))
+                    }
+                    PointerKind::Map(MapIdx(map)) => x == map_handle(map),
+                    PointerKind::MapValue(MapIdx(map)) => self.values_of(map).any(at),
+                    PointerKind::Ctx => self.bases(|k| k == Kind::Ctx).any(at),
+                    PointerKind::Record { .. } => self.bases(|k| k == Kind::Record).any(at),
+                    PointerKind::Cookie => self.bases(|k| k == Kind::Cookie).any(at),
+                    PointerKind::Memory { .. } => false,
+                }
+            }
+        }
+    }
+}
+
+fn agree(kind: Kind, fact: Fact) -> Result<(), String> {
+    let said = match fact {
+        Fact::Access(Region::Stack) => matches!(kind, Kind::Frame(_)),
+        Fact::Access(Region::Ctx { .. }) => kind == Kind::Ctx,
+        Fact::Access(Region::MapValue { map }) => kind == Kind::MapValue(map.0),
+        Fact::Access(Region::RingbufRecord) => kind == Kind::Record,
+        Fact::Access(Region::SessionCookie) => kind == Kind::Cookie,
+        _ => false,
+    };
+    if said { Ok(()) } else { Err(format!("{kind:?} was said to be {fact:?}")) }
+}
+
+fn map_handle(map: u32) -> u64 {
+    0x1111_0000_0000 + u64::from(map)
+}
+
+fn bits(width: Width) -> u32 {
+    if width == Width::W64 { 64 } else { 32 }
+}

@@ -1,0 +1,345 @@
+//! The verifier's picture of the machine on one path: call frames, and references that are
+//! still to be released.
+//!
+//! **Invariant**: `a.includes(b)` only where every concrete machine that `b` describes is
+//! also described by `a`. Pruning rests on it.
+
+use std::rc::Rc;
+
+use crate::liveness::Liveness;
+use crate::number::scalar::Scalar;
+use crate::op::Reg;
+use crate::stack::{Byte, Slot, Stack};
+use crate::value::{Id, Number, Pointer, PointerKind, Value};
+
+/// One path's picture. Frames are shared with other paths until they are written.
+#[derive(Clone, Debug)]
+pub(crate) struct State {
+    frames: Vec<Rc<Frame>>,
+    references: Rc<Vec<Reference>>,
+}
+
+/// One call frame.
+#[derive(Clone, Debug)]
+pub(crate) struct Frame {
+    regs: [Value; 11],
+    pub(crate) stack: Stack,
+    /// Which function, by index.
+    pub(crate) function: usize,
+    /// The call that made this frame; `None` for the main function's.
+    pub(crate) call_idx: Option<usize>,
+}
+
+/// Something acquired that must be released: a ring buffer record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Reference {
+    pub(crate) id: Id,
+    /// The call that acquired it.
+    pub(crate) insn_idx: usize,
+}
+
+impl Frame {
+    fn new(depth: usize, function: usize, call_idx: Option<usize>) -> Self {
+        let mut regs = [Value::NotInit; 11];
+        regs[Reg::R10.index()] = Value::pointer(PointerKind::Stack { frame: depth });
+        Self { regs, stack: Stack::default(), function, call_idx }
+    }
+
+    /// All registers, for the soundness tests.
+    #[cfg(test)]
+    pub(crate) fn registers(&self) -> &[Value; 11] {
+        &self.regs
+    }
+
+    /// The reference of the record whose pointer here has the null id `id`.
+    pub(crate) fn record_with(&self, id: Id) -> Option<Id> {
+        self.values().find_map(|v| match v {
+            Value::Pointer(Pointer {
+                kind: PointerKind::Record { reference, .. },
+                or_null,
+                ..
+            }) if *or_null == Some(id) => Some(*reference),
+            _ => None,
+        })
+    }
+
+    fn values(&self) -> impl Iterator<Item = &Value> {
+        self.regs.iter().chain(self.stack.spills())
+    }
+
+    fn values_mut(&mut self) -> impl Iterator<Item = &mut Value> {
+        self.regs.iter_mut().chain(self.stack.spills_mut())
+    }
+}
+
+impl State {
+    /// At the main function's entry, with nothing in r1.
+    pub(crate) fn new() -> Self {
+        Self { frames: vec![Rc::new(Frame::new(0, 0, None))], references: Rc::default() }
+    }
+
+    /// Number of the current frame, 0 for the main function's.
+    pub(crate) fn depth(&self) -> usize {
+        self.frames.len() - 1
+    }
+
+    /// The current frame.
+    pub(crate) fn frame(&self) -> &Frame {
+        &self.frames[self.frames.len() - 1]
+    }
+
+    /// Frame number `depth`, which must exist.
+    pub(crate) fn frame_at(&self, depth: usize) -> &Frame {
+        &self.frames[depth]
+    }
+
+    /// Frame number `depth`, which must exist, to be written.
+    pub(crate) fn frame_at_mut(&mut self, depth: usize) -> &mut Frame {
+        Rc::make_mut(&mut self.frames[depth])
+    }
+
+    pub(crate) fn reg(&self, reg: Reg) -> &Value {
+        &self.frame().regs[reg.index()]
+    }
+
+    pub(crate) fn set_reg(&mut self, reg: Reg, value: Value) {
+        let depth = self.depth();
+        self.frame_at_mut(depth).regs[reg.index()] = value;
+    }
+
+    pub(crate) fn references(&self) -> &[Reference] {
+        &self.references
+    }
+
+    pub(crate) fn acquire(&mut self, reference: Reference) {
+        Rc::make_mut(&mut self.references).push(reference);
+    }
+
+    /// Forgets a reference that never was (its pointer is null) or is no more; `false` where
+    /// it was not held.
+    pub(crate) fn drop_reference(&mut self, id: Id) -> bool {
+        let n = self.references.len();
+        Rc::make_mut(&mut self.references).retain(|r| r.id != id);
+        self.references.len() < n
+    }
+
+    /// A call: r1 to r5 go along, everything else of the new frame is unset.
+    pub(crate) fn enter(&mut self, function: usize, call_idx: usize) {
+        let mut frame = Frame::new(self.frames.len(), function, Some(call_idx));
+        frame.regs[1..=5].copy_from_slice(&self.frame().regs[1..=5]);
+        self.frames.push(Rc::new(frame));
+        // The callee's frame holds what it was given; the caller may not rely on r0 to r5.
+        let caller = self.frames.len() - 2;
+        self.frame_at_mut(caller).regs[0..=5].fill(Value::NotInit);
+    }
+
+    /// A return from a called function; the call's index.
+    pub(crate) fn leave(&mut self) -> Option<usize> {
+        let call_idx = self.frame().call_idx?;
+        let r0 = *self.reg(Reg::R0);
+        self.frames.pop();
+        self.set_reg(Reg::R0, r0);
+        Some(call_idx)
+    }
+
+    /// Changes every register and spilled register of every frame that `wanted` picks.
+    pub(crate) fn update(
+        &mut self,
+        wanted: impl Fn(&Value) -> bool,
+        change: impl Fn(&Value) -> Value,
+    ) {
+        for frame in &mut self.frames {
+            // Only frames with something to change stop being shared.
+            if frame.values().any(&wanted) {
+                for value in Rc::make_mut(frame).values_mut().filter(|v| wanted(v)) {
+                    *value = change(value);
+                }
+            }
+        }
+    }
+
+    /// Records what was learnt of the number in `reg`, and of all that are equal to it.
+    pub(crate) fn learn(&mut self, reg: Reg, set: Scalar) {
+        let Value::Scalar(Number { id, .. }) = *self.reg(reg) else { return };
+        self.set_reg(reg, Value::Scalar(Number { set, id }));
+        if id.is_some() {
+            let same = |v: &Value| matches!(v, Value::Scalar(n) if n.id == id);
+            self.update(same, |_| Value::Scalar(Number { set, id }));
+        }
+    }
+
+    /// Forgets what no instruction from `insn_idx` on reads, and widens numbers on which
+    /// neither a branch, nor an address, nor a helper's argument depends. Both only lose
+    /// knowledge: were the liveness wrong, a program would be refused, never accepted.
+    pub(crate) fn forget_dead(&mut self, insn_idx: usize, live: &Liveness) {
+        let mut at = live.before(insn_idx);
+        for depth in (0..self.frames.len()).rev() {
+            let frame = self.frame_at_mut(depth);
+            for (i, value) in frame.regs.iter_mut().enumerate().take(10) {
+                if at.regs >> i & 1 == 0 {
+                    *value = Value::NotInit;
+                } else if at.exact_regs >> i & 1 == 0 && value.as_scalar().is_some() {
+                    *value = Value::UNKNOWN;
+                }
+            }
+            frame.stack.forget(at.slots, at.exact_slots);
+            if let Some(call_idx) = frame.call_idx {
+                at = live.across_call(call_idx);
+            }
+        }
+        self.forget_single_ids();
+    }
+
+    /// An id that only one number carries says nothing.
+    fn forget_single_ids(&mut self) {
+        let mut ids: Vec<Id> = self
+            .frames
+            .iter()
+            .flat_map(|f| f.values())
+            .filter_map(|v| if let Value::Scalar(n) = v { n.id } else { None })
+            .collect();
+        ids.sort_unstable();
+        let single: Vec<Id> =
+            ids.chunk_by(|a, b| a == b).filter(|c| c.len() == 1).map(|c| c[0]).collect();
+        if single.is_empty() {
+            return;
+        }
+        self.update(
+            |v| matches!(v, Value::Scalar(Number { id: Some(id), .. }) if single.binary_search(id).is_ok()),
+            |v| match v {
+                Value::Scalar(n) => Value::Scalar(Number { id: None, ..*n }),
+                other => *other,
+            },
+        );
+    }
+
+    /// Every machine that `other` describes is described by `self`.
+    pub(crate) fn includes(&self, other: &Self) -> bool {
+        self.matches(other, Match::Includes)
+    }
+
+    /// Both describe the same, up to the names of ids.
+    pub(crate) fn equals(&self, other: &Self) -> bool {
+        self.matches(other, Match::Equal)
+    }
+
+    fn matches(&self, other: &Self, how: Match) -> bool {
+        if self.frames.len() != other.frames.len()
+            || self.references.len() != other.references.len()
+        {
+            return false;
+        }
+        let mut ids = IdPairs::default();
+        let references = self.references.iter().zip(other.references.iter());
+        references.clone().all(|(a, b)| a.insn_idx == b.insn_idx && ids.pair(a.id, b.id))
+            && self.frames.iter().zip(&other.frames).all(|(a, b)| a.matches(b, how, &mut ids))
+    }
+}
+
+/// What two states are compared for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Match {
+    Includes,
+    Equal,
+}
+
+/// Which id of one state is which of the other: one to one.
+#[derive(Default)]
+struct IdPairs(Vec<(Id, Id)>);
+
+impl IdPairs {
+    fn pair(&mut self, a: Id, b: Id) -> bool {
+        match self.0.iter().find(|(x, y)| *x == a || *y == b) {
+            Some(known) => *known == (a, b),
+            None => {
+                self.0.push((a, b));
+                true
+            }
+        }
+    }
+}
+
+impl Frame {
+    fn matches(&self, other: &Self, how: Match, ids: &mut IdPairs) -> bool {
+        if self.call_idx != other.call_idx || self.function != other.function {
+            return false;
+        }
+        let n_slots = self.stack.n_slots().max(other.stack.n_slots());
+        self.regs.iter().zip(&other.regs).all(|(a, b)| value_matches(a, b, how, ids))
+            && (0..n_slots)
+                .all(|i| slot_matches(self.stack.slot(i), other.stack.slot(i), how, ids))
+    }
+}
+
+fn value_matches(a: &Value, b: &Value, how: Match, ids: &mut IdPairs) -> bool {
+    match (a, b) {
+        (Value::NotInit, Value::NotInit) => true,
+        (Value::NotInit, _) => how == Match::Includes,
+        (Value::Scalar(a), Value::Scalar(b)) => number_matches(a, b, how, ids),
+        (Value::Pointer(a), Value::Pointer(b)) => pointer_matches(a, b, how, ids),
+        _ => false,
+    }
+}
+
+fn number_matches(a: &Number, b: &Number, how: Match, ids: &mut IdPairs) -> bool {
+    let sets = match how {
+        Match::Includes => a.set.includes(&b.set),
+        Match::Equal => a.set == b.set,
+    };
+    // Where `a` counts on two numbers being equal, they must be equal in `b`.
+    sets && match (a.id, b.id) {
+        (None, None) => true,
+        (None, Some(_)) => how == Match::Includes,
+        (Some(_), None) => false,
+        (Some(a), Some(b)) => ids.pair(a, b),
+    }
+}
+
+fn pointer_matches(a: &Pointer, b: &Pointer, how: Match, ids: &mut IdPairs) -> bool {
+    let kinds = match (a.kind, b.kind) {
+        (
+            PointerKind::Record { size_bytes: size_a, reference: ref_a },
+            PointerKind::Record { size_bytes: size_b, reference: ref_b },
+        ) => size_a == size_b && ids.pair(ref_a, ref_b),
+        (a, b) => a == b,
+    };
+    let offsets = match how {
+        Match::Includes => a.off.includes(&b.off),
+        Match::Equal => a.off == b.off,
+    };
+    kinds
+        && offsets
+        && match (a.or_null, b.or_null) {
+            (None, None) => true,
+            (Some(a), Some(b)) => ids.pair(a, b),
+            _ => false,
+        }
+}
+
+fn slot_matches(a: &Slot, b: &Slot, how: Match, ids: &mut IdPairs) -> bool {
+    if how == Match::Equal {
+        return match (a, b) {
+            (Slot::Spill(a), Slot::Spill(b)) => value_matches(a, b, how, ids),
+            (Slot::Bytes(a), Slot::Bytes(b)) => a == b,
+            _ => false,
+        };
+    }
+    match a {
+        Slot::Spill(a) => match b.as_value() {
+            Some(b) => value_matches(a, &b, how, ids),
+            None => *a == Value::NotInit,
+        },
+        Slot::Bytes(bytes) => {
+            // Bytes of a pointer are never read as numbers where `a` was explored with
+            // numbers: a pointer in `b` would be.
+            let pointer = matches!(b, Slot::Spill(Value::Pointer(_)));
+            let unwritten = bytes.iter().all(|b| *b == Byte::Unwritten);
+            (unwritten || !pointer)
+                && bytes.iter().zip(b.bytes()).all(|(a, b)| match a {
+                    Byte::Unwritten => true,
+                    Byte::Anything => b != Byte::Unwritten,
+                    Byte::Zero => b == Byte::Zero,
+                })
+        }
+    }
+}

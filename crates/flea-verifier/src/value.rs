@@ -1,0 +1,117 @@
+//! What a register holds: nothing yet, a number, or a pointer.
+
+use flea_object::spec::MapIdx;
+
+use crate::number::scalar::Scalar;
+
+/// Identifies numbers that are equal, pointers that are null together, and references.
+pub(crate) type Id = std::num::NonZeroU32;
+
+/// A register's content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Value {
+    /// Must not be read.
+    NotInit,
+    /// A number.
+    Scalar(Number),
+    /// An address.
+    Pointer(Pointer),
+}
+
+/// A number, possibly known to equal others: all with the same `id` are one and the same
+/// number, so that what is learnt of one holds for all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Number {
+    pub(crate) set: Scalar,
+    pub(crate) id: Option<Id>,
+}
+
+/// A pointer: where it points, and how far from there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pointer {
+    pub(crate) kind: PointerKind,
+    /// Bytes from the start of the object; from the top of the frame for the stack (so
+    /// negative there).
+    pub(crate) off: Scalar,
+    /// May be null: all with the same id are null together. `off` is 0.
+    pub(crate) or_null: Option<Id>,
+}
+
+/// The object that a pointer points into.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum PointerKind {
+    /// The stack of call frame `frame`, 0 being the main function's.
+    Stack { frame: usize },
+    /// The context.
+    Ctx,
+    /// A map itself, not its values.
+    Map(MapIdx),
+    /// A value of a map.
+    MapValue(MapIdx),
+    /// A ring buffer record that must be submitted or discarded.
+    Record { size_bytes: u32, reference: Id },
+    /// The u64 of `bpf_session_cookie`.
+    Cookie,
+    /// The bytes of `Context::Memory`.
+    Memory { size_bytes: u32 },
+}
+
+impl Value {
+    pub(crate) const UNKNOWN: Self = Self::scalar(Scalar::UNKNOWN);
+
+    pub(crate) const fn scalar(set: Scalar) -> Self {
+        Self::Scalar(Number { set, id: None })
+    }
+
+    pub(crate) const fn pointer(kind: PointerKind) -> Self {
+        Self::Pointer(Pointer { kind, off: Scalar::constant(0), or_null: None })
+    }
+
+    /// The set of numbers, if it is a number.
+    pub(crate) const fn as_scalar(&self) -> Option<&Scalar> {
+        match self {
+            Self::Scalar(n) => Some(&n.set),
+            _ => None,
+        }
+    }
+
+    /// The number, if it is a known one.
+    pub(crate) fn as_const(&self) -> Option<u64> {
+        self.as_scalar().and_then(Scalar::as_const)
+    }
+
+    /// Linux's name for this type of register.
+    pub(crate) fn type_name(&self) -> String {
+        match self {
+            Self::NotInit => "?".into(),
+            Self::Scalar(_) => "scalar".into(),
+            Self::Pointer(p) => p.type_name(),
+        }
+    }
+
+    pub(crate) const fn is_ctx(&self) -> bool {
+        matches!(self, Self::Pointer(Pointer { kind: PointerKind::Ctx, .. }))
+    }
+}
+
+impl Pointer {
+    /// Linux's name for this type of register.
+    pub(crate) fn type_name(&self) -> String {
+        let null = if self.or_null.is_some() { "_or_null" } else { "" };
+        format!("{}{null}", self.kind.name())
+    }
+}
+
+impl PointerKind {
+    /// Linux's name, without `_or_null`.
+    pub(crate) const fn name(&self) -> &'static str {
+        match self {
+            Self::Stack { .. } => "fp",
+            Self::Ctx => "ctx",
+            Self::Map(_) => "map_ptr",
+            Self::MapValue(_) => "map_value",
+            Self::Record { .. } => "ringbuf_mem",
+            Self::Cookie | Self::Memory { .. } => "mem",
+        }
+    }
+}

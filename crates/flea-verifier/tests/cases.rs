@@ -1,0 +1,127 @@
+//! The verdicts on the programs in `cases/*.txt`.
+//!
+//! ```text
+//! == name
+//! ctx 2 result session      (or: mem 16; default: ctx 2)
+//! map array 4 8 1 ro        (kind, key bytes, value bytes, entries)
+//! ...instructions, see asm/mod.rs...
+//! => ok                     or: => @3 R1 invalid mem access 'scalar'
+//! ```
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "a test's assembler: a wrong number shows as a wrong verdict"
+)]
+
+mod asm;
+
+use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
+use flea_verifier::{Context, verify};
+
+struct Case {
+    name: String,
+    context: Context,
+    maps: Vec<MapSpec>,
+    lines: Vec<String>,
+    expected: String,
+}
+
+fn parse(file: &str, text: &str) -> Vec<Case> {
+    let mut cases = Vec::new();
+    let mut current: Option<Case> = None;
+    for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with("//")) {
+        if let Some(name) = line.strip_prefix("== ") {
+            assert!(current.is_none(), "{file}: no verdict before {name}");
+            current = Some(Case {
+                name: format!("{file}: {name}"),
+                context: Context::Tracing { n_args: 2, has_result: false, session: false },
+                maps: Vec::new(),
+                lines: Vec::new(),
+                expected: String::new(),
+            });
+            continue;
+        }
+        let case = current.as_mut().unwrap_or_else(|| panic!("{file}: {line} outside a case"));
+        if let Some(expected) = line.strip_prefix("=> ") {
+            case.expected = expected.to_string();
+            cases.extend(current.take());
+        } else if let Some(rest) = line.strip_prefix("ctx ") {
+            let n_args = rest.split(' ').next().unwrap_or("").parse().unwrap();
+            let (has_result, session) = (rest.contains("result"), rest.contains("session"));
+            case.context = Context::Tracing { n_args, has_result, session };
+        } else if let Some(rest) = line.strip_prefix("mem ") {
+            case.context = Context::Memory { size_bytes: rest.parse().unwrap() };
+        } else if let Some(rest) = line.strip_prefix("map ") {
+            case.maps.push(map(rest));
+        } else {
+            case.lines.push(line.to_string());
+        }
+    }
+    assert!(current.is_none(), "{file}: no verdict at the end");
+    cases
+}
+
+fn map(text: &str) -> MapSpec {
+    let w: Vec<&str> = text.split(' ').collect();
+    let kind = match w[0] {
+        "hash" => MapKind::Hash,
+        "array" => MapKind::Array,
+        "percpu_hash" => MapKind::PerCpuHash,
+        "percpu_array" => MapKind::PerCpuArray,
+        "ringbuf" => MapKind::RingBuf,
+        other => panic!("map kind {other}"),
+    };
+    MapSpec {
+        name: w[0].to_string(),
+        kind,
+        key_size_bytes: w[1].parse().unwrap(),
+        value_size_bytes: w[2].parse().unwrap(),
+        max_entries: w[3].parse().unwrap(),
+        flags: 0,
+        init: None,
+        read_only: w.contains(&"ro"),
+    }
+}
+
+fn run(case: &Case) -> Result<(), String> {
+    let lines: Vec<&str> = case.lines.iter().map(String::as_str).collect();
+    let program = Program {
+        name: "test".into(),
+        section: "fentry/test".into(),
+        kind: ProgramKind::Fentry,
+        target: None,
+        insns: asm::assemble(&lines),
+        lines: Vec::new(),
+    };
+    let (found, log) = match verify(&program, &case.maps, case.context) {
+        Ok(verified) => {
+            assert_eq!(verified.facts().len(), program.insns.len());
+            ("ok".to_string(), String::new())
+        }
+        Err(e) => {
+            assert_eq!(e.log.last(), Some(&e.message), "the message ends the log");
+            (format!("@{} {}", e.insn_idx, e.message), e.log.join("\n"))
+        }
+    };
+    if found == case.expected {
+        return Ok(());
+    }
+    Err(format!("{}\n  expected {}\n  found    {found}\n{log}\n", case.name, case.expected))
+}
+
+#[test]
+fn every_case_gets_its_verdict() {
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/cases");
+    let mut paths: Vec<_> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
+    paths.sort();
+    let mut n = 0;
+    let mut failures = Vec::new();
+    for path in paths {
+        let file = path.file_stem().unwrap().to_string_lossy().into_owned();
+        for case in parse(&file, &std::fs::read_to_string(&path).unwrap()) {
+            n += 1;
+            failures.extend(run(&case).err());
+        }
+    }
+    assert!(n >= 120, "only {n} cases were found");
+    assert!(failures.is_empty(), "{} of {n} cases:\n{}", failures.len(), failures.join("\n"));
+}
