@@ -48,10 +48,8 @@ fn vectors() -> impl Iterator<Item = Vector> {
     let text = include_str!("../../flea-object/tests/vectors/conformance.tsv");
     text.lines().filter(|l| !l.starts_with('#')).map(|line| {
         let fields: Vec<&str> = line.split('\t').collect();
-        let insns = hex(fields[4])
-            .chunks_exact(8)
-            .map(|c| Insn::decode(c.try_into().unwrap()))
-            .collect();
+        let insns =
+            hex(fields[4]).chunks_exact(8).map(|c| Insn::decode(c.try_into().unwrap())).collect();
         let expected = u64::from_str_radix(fields[5].trim_start_matches("0x"), 16).unwrap();
         Vector { name: fields[0], memory: hex(fields[3]), insns, expected }
     })
@@ -74,7 +72,9 @@ fn vectors_without_the_verifier() {
         }
         match result {
             Ok(found) if found == v.expected => passed += 1,
-            other => failed.push(format!("{}: expected {:#x}, found {other:x?}", v.name, v.expected)),
+            other => {
+                failed.push(format!("{}: expected {:#x}, found {other:x?}", v.name, v.expected))
+            }
         }
     }
     assert!(failed.is_empty(), "{passed} passed\n{}", failed.join("\n"));

@@ -280,7 +280,10 @@ impl<'a, 'b> Translator<'a, 'b> {
                 self.helper(scope, idx, helper, map, constants)?
             }
             _ => {
-                return Err(CompileError::BadFacts { insn_idx: idx, what: "call without its fact" });
+                return Err(CompileError::BadFacts {
+                    insn_idx: idx,
+                    what: "call without its fact",
+                });
             }
         };
         self.b.def_var(scope.regs[0], result);
