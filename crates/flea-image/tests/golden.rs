@@ -9,11 +9,11 @@ use flea_image::{
     SkeletonRequest, check_body, compile_body, link_skeleton,
 };
 use flea_object::helper::Helper;
-use flea_object::spec::{MapKind, MapSpec, ProgramKind};
+use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
 use flea_symbols::addr::RemoteAddr;
 use flea_symbols::signature::Signature;
-use flea_verifier::Verified;
 use flea_verifier::facts::Region;
+use flea_verifier::{Context, Verified, verify};
 use support::programs::{counter, ints, map, plan, record};
 use support::{access, call, insn, plain, program};
 
@@ -94,6 +94,27 @@ fn counter_per_cpu() {
         00af  jmp +0x5c
     "#]],
     );
+}
+
+/// The facts written by hand in these tests are those that the verifier finds.
+#[test]
+fn the_verifier_leads_to_the_same_code() {
+    let maps = [map(MapKind::PerCpuArray, 8, 1), map(MapKind::Array, 64, 1)];
+    for (by_hand, kind) in [(counter(0), ProgramKind::Fentry), (record(1, 3), ProgramKind::Fexit)] {
+        let program = Program {
+            name: "p".into(),
+            section: String::new(),
+            kind,
+            target: None,
+            insns: by_hand.insns().to_vec(),
+            lines: vec![],
+        };
+        let context =
+            Context::Tracing { n_args: 2, has_result: kind == ProgramKind::Fexit, session: false };
+        let verified = verify(&program, &maps, context).unwrap();
+        let compile = |v| compile(&ints(2), &maps, &[(v, kind)]);
+        assert_eq!(compile(&verified), compile(&by_hand));
+    }
 }
 
 #[test]
