@@ -29,10 +29,10 @@ use crate::clif::{self, symbol};
 use crate::code::{Code, RelocTarget};
 use crate::guard::{self, Guard};
 use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads};
-use crate::x86_64::check::check_body;
 use crate::translate::{
     Arguments, Env, Outcome, Side, Translator, Use, call_runtime, op, proved, zero_cookie,
 };
+use crate::x86_64::check::check_body;
 
 /// Compiles all programs of `request` into at most three bodies.
 ///

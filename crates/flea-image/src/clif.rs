@@ -4,13 +4,13 @@ use std::sync::OnceLock;
 
 use cranelift_codegen::binemit::Reloc as ClifReloc;
 use cranelift_codegen::control::ControlPlane;
+use cranelift_codegen::ir::InstBuilder;
 use cranelift_codegen::ir::{
     ExternalName, Function, GlobalValue, GlobalValueData, UserExternalName, Value, types,
 };
 use cranelift_codegen::isa::{OwnedTargetIsa, TargetIsa, lookup_by_name};
 use cranelift_codegen::settings::{self, Configurable};
 use cranelift_codegen::{Context, FinalizedRelocTarget};
-use cranelift_codegen::ir::InstBuilder;
 use cranelift_frontend::FunctionBuilder;
 use flea_layout::shared::RuntimeFn;
 
@@ -76,9 +76,8 @@ pub(crate) fn compile(func: Function) -> Result<Code, CompileError> {
     context
         .compile(isa()?, &mut ControlPlane::default())
         .map_err(|e| CompileError::CodeGenerator(e.inner.to_string()))?;
-    let compiled = context
-        .compiled_code()
-        .ok_or_else(|| CompileError::CodeGenerator("no code".into()))?;
+    let compiled =
+        context.compiled_code().ok_or_else(|| CompileError::CodeGenerator("no code".into()))?;
     let bytes = compiled.code_buffer().to_vec();
     let mut relocs = Vec::new();
     for r in compiled.buffer.relocs() {
@@ -153,5 +152,9 @@ fn existing(b: &FunctionBuilder<'_>, wanted: &GlobalValueData) -> Option<GlobalV
 
 /// The number under which a runtime function goes in an external name.
 pub(crate) fn runtime_index(f: RuntimeFn) -> u32 {
-    RuntimeFn::ALL.iter().position(|g| *g == f).and_then(|i| u32::try_from(i).ok()).unwrap_or(u32::MAX)
+    RuntimeFn::ALL
+        .iter()
+        .position(|g| *g == f)
+        .and_then(|i| u32::try_from(i).ok())
+        .unwrap_or(u32::MAX)
 }

@@ -16,9 +16,9 @@
 //! ([`writes_are_single_instructions`]); where it does not hold the body is compiled again
 //! with guards.
 
+use flea_layout::plan::ArenaPlan;
 use flea_object::helper::Helper;
 use flea_object::spec::MapKind;
-use flea_layout::plan::ArenaPlan;
 use flea_verifier::Verified;
 use flea_verifier::facts::{Fact, Region};
 use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, OpAccess, Register};
@@ -41,7 +41,12 @@ pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
     let mut merged_writes = false;
     for (i, fact) in verified.facts().iter().enumerate() {
         match *fact {
-            Fact::Call { helper, map, .. } if calls_runtime(helper, map.and_then(|m| plan.maps.get(m.0 as usize)).map(|m| m.kind)) => {
+            Fact::Call { helper, map, .. }
+                if calls_runtime(
+                    helper,
+                    map.and_then(|m| plan.maps.get(m.0 as usize)).map(|m| m.kind),
+                ) =>
+            {
                 return Guard::Needed;
             }
             Fact::Access(Region::MapValue { .. } | Region::RingbufRecord)

@@ -4,7 +4,7 @@
 //! Two steps, made by different parties (ARCHITECTURE.md, "Bodies and skeletons"):
 //!
 //! 1. [`compile_body`]: signature + programs -> up to three *bodies*, each a leaf-like piece
-//!    of code that keeps every register ([`body`], [`translate`]).
+//!    of code that keeps every register (modules `body`, `translate`).
 //! 2. [`link_skeleton`]: site + bodies of all controllers -> the few instructions that run
 //!    them around the original ([`x86_64::skeleton`]).
 //!
@@ -31,6 +31,5 @@ pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;
 pub use x86_64::skeleton::{
     BodyRef, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, UnwindRow,
-    UnwindRule, call_patch,
-    link_skeleton,
+    UnwindRule, call_patch, link_skeleton,
 };

@@ -6,6 +6,8 @@ mod support;
 
 use flea_image::{CompileError, compile_plain};
 use flea_object::insn::Insn;
+use flea_object::spec::{Program, ProgramKind};
+use flea_verifier::{Context, Verified, verify};
 use support::{Pages, unverified};
 
 /// `callx` (a call by register) is in no kernel's instruction set; the other calls helper 5,
@@ -19,8 +21,8 @@ fn hex(text: &str) -> Vec<u8> {
     (0..text.len()).step_by(2).map(|i| u8::from_str_radix(&text[i..i + 2], 16).unwrap()).collect()
 }
 
-fn run(insns: &[Insn], memory: &[u8]) -> Result<u64, CompileError> {
-    let code = compile_plain(&unverified(insns, &|_, _| None))?;
+fn run(verified: &Verified, memory: &[u8]) -> Result<u64, CompileError> {
+    let code = compile_plain(verified)?;
     assert!(code.relocs.is_empty());
     let pages = Pages::new(code.bytes.len().next_multiple_of(4096));
     pages.write(0, &code.bytes);
@@ -34,19 +36,32 @@ fn run(insns: &[Insn], memory: &[u8]) -> Result<u64, CompileError> {
     Ok(function(at, memory.len() as u64))
 }
 
-#[test]
-fn vectors() {
+/// One line of the table.
+struct Vector {
+    name: &'static str,
+    memory: Vec<u8>,
+    insns: Vec<Insn>,
+    expected: u64,
+}
+
+fn vectors() -> impl Iterator<Item = Vector> {
     let text = include_str!("../../flea-object/tests/vectors/conformance.tsv");
-    let (mut passed, mut failed) = (0, vec![]);
-    for line in text.lines().filter(|l| !l.starts_with('#')) {
+    text.lines().filter(|l| !l.starts_with('#')).map(|line| {
         let fields: Vec<&str> = line.split('\t').collect();
-        let (name, expected) = (fields[0], fields[5]);
-        let insns: Vec<Insn> = hex(fields[4])
-            .chunks_exact(8)
-            .map(|c| Insn::decode(c.try_into().unwrap()))
-            .collect();
-        if REFUSED.contains(&name) {
-            let refused = run(&insns, &[]).unwrap_err();
+        let insns =
+            hex(fields[4]).chunks_exact(8).map(|c| Insn::decode(c.try_into().unwrap())).collect();
+        let expected = u64::from_str_radix(fields[5].trim_start_matches("0x"), 16).unwrap();
+        Vector { name: fields[0], memory: hex(fields[3]), insns, expected }
+    })
+}
+
+#[test]
+fn vectors_without_the_verifier() {
+    let (mut passed, mut failed) = (0, vec![]);
+    for v in vectors() {
+        let result = run(&unverified(&v.insns, &|_, _| None), &v.memory);
+        if REFUSED.contains(&v.name) {
+            let refused = result.unwrap_err();
             let named = matches!(
                 refused,
                 CompileError::BadFacts { insn_idx: 1, .. }
@@ -55,12 +70,40 @@ fn vectors() {
             assert!(named, "{refused}");
             continue;
         }
-        let expected = u64::from_str_radix(expected.trim_start_matches("0x"), 16).unwrap();
-        match run(&insns, &hex(fields[3])) {
-            Ok(found) if found == expected => passed += 1,
-            other => failed.push(format!("{name}: expected {expected:#x}, found {other:x?}")),
+        match result {
+            Ok(found) if found == v.expected => passed += 1,
+            other => {
+                failed.push(format!("{}: expected {:#x}, found {other:x?}", v.name, v.expected))
+            }
         }
     }
     assert!(failed.is_empty(), "{passed} passed\n{}", failed.join("\n"));
     assert!(passed > 300, "{passed}");
+}
+
+/// The same with the verifier's own facts: it must not call reachable code unreachable, nor
+/// the stack smaller than it is.
+#[test]
+fn vectors_with_the_verifier() {
+    let mut passed = 0;
+    for v in vectors() {
+        let size_bytes = u32::try_from(v.memory.len()).unwrap();
+        let program = Program {
+            name: v.name.into(),
+            section: String::new(),
+            kind: ProgramKind::Fentry,
+            target: None,
+            insns: v.insns.clone(),
+            lines: vec![],
+        };
+        let Ok(verified) = verify(&program, &[], Context::Memory { size_bytes }) else { continue };
+        match run(&verified, &v.memory) {
+            Ok(found) => assert_eq!(found, v.expected, "{}", v.name),
+            // `call_unwind_fail`: a helper.
+            Err(e) => assert!(REFUSED.contains(&v.name), "{}: {e}", v.name),
+        }
+        passed += 1;
+    }
+    println!("{passed} accepted");
+    assert!(passed > 250, "{passed}");
 }

@@ -5,294 +5,15 @@
 
 mod support;
 
-use flea_image::{
-    BODY_FRAMES_OFFSET, BodyRef, BodyRequest, ProgramUse, RelocTarget, SiteKind, SkeletonBody,
-    SkeletonRequest, call_patch, compile_body, link_skeleton,
-};
-use flea_layout::plan::ArenaPlan;
-use flea_layout::shared::{RuntimeFn, THREAD_TABLE_BYTES};
+use flea_image::SiteKind;
+use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_object::helper::Helper;
-use flea_object::spec::{MapKind, MapSpec, ProgramKind};
-use flea_symbols::addr::RemoteAddr;
-use flea_symbols::signature::{ArgWord, RetWord, Signature};
+use flea_object::spec::{MapKind, ProgramKind};
 use flea_verifier::Verified;
 use flea_verifier::facts::Region;
-use iced_x86::code_asm::*;
-use support::programs::{counter, lddw_value, map, plan, record, value, words};
-use support::{Pages, access, call, insn, plain, program};
-
-const PAGE: usize = 4096;
-/// In the code pages: the function, its image, bodies, stubs of the runtime, the harness.
-const FUNCTION: usize = 0;
-const IMAGE: usize = PAGE;
-const BODIES: usize = 4 * PAGE;
-const STUBS: usize = 8 * PAGE;
-const HARNESS: usize = 9 * PAGE;
-const CODE_BYTES: usize = 10 * PAGE;
-
-/// Registers as the harness loads and stores them: 16 integer (rsp unused), 16 vector.
-#[derive(Clone, Copy, PartialEq, Eq)]
-#[repr(C)]
-struct Registers {
-    gpr: [u64; 16],
-    xmm: [[u64; 2]; 16],
-}
-
-impl Registers {
-    fn pattern() -> Self {
-        Self {
-            gpr: std::array::from_fn(|i| 0x1111_0000_0000_0000 * (i as u64 % 14) + i as u64),
-            xmm: std::array::from_fn(|i| [0xaaaa_0000 + i as u64, 0xbbbb_0000_0000 + i as u64]),
-        }
-    }
-}
-
-fn assemble(at: u64, write: impl FnOnce(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>) -> Vec<u8> {
-    let mut a = CodeAssembler::new(64).unwrap();
-    write(&mut a).unwrap();
-    a.assemble(at).unwrap()
-}
-
-const GPRS: [AsmRegister64; 16] =
-    [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
-const XMMS: [AsmRegisterXmm; 16] = [
-    xmm0, xmm1, xmm2, xmm3, xmm4, xmm5, xmm6, xmm7, xmm8, xmm9, xmm10, xmm11, xmm12, xmm13, xmm14,
-    xmm15,
-];
-
-/// `fn(in: &Registers, out: &mut Registers, target)`: loads all registers, pushes the stack
-/// words 0x64, 0xffffffff_00000065, 0x66, 0x67, calls, stores all registers.
-fn harness(at: u64) -> Vec<u8> {
-    assemble(at, |a| {
-        for r in [rbx, rbp, r12, r13, r14, r15, rsi, rdx] {
-            a.push(r)?;
-        }
-        a.sub(rsp, 8)?;
-        a.push(0x67)?;
-        a.push(0x66)?;
-        a.mov(rax, 0xffff_ffff_0000_0065u64)?;
-        a.push(rax)?;
-        a.push(0x64)?;
-        for (i, x) in (0..).zip(XMMS) {
-            a.movdqu(x, ptr(rdi + (128 + 16 * i)))?;
-        }
-        for (i, r) in (0..).zip(GPRS) {
-            if r != rsp && r != rdi {
-                a.mov(r, ptr(rdi + 8 * i))?;
-            }
-        }
-        a.mov(rdi, ptr(rdi + 56))?;
-        a.call(qword_ptr(rsp + 40))?;
-        a.push(rax)?;
-        a.mov(rax, ptr(rsp + 56))?;
-        for (i, r) in (1..).zip(&GPRS[1..]) {
-            if *r != rsp {
-                a.mov(ptr(rax + 8 * i), *r)?;
-            }
-        }
-        for (i, x) in (0..).zip(XMMS) {
-            a.movdqu(ptr(rax + (128 + 16 * i)), x)?;
-        }
-        a.pop(rcx)?;
-        a.mov(ptr(rax), rcx)?;
-        a.add(rsp, 40 + 16)?;
-        for r in [r15, r14, r13, r12, rbp, rbx] {
-            a.pop(r)?;
-        }
-        a.ret()
-    })
-}
-
-/// The traced function: `rax = rdi + rsi + stack[0] + stack[3]; rdx = 7; xmm0 += xmm1;
-/// r10 = rsp % 16`.
-fn function(at: u64, kind: SiteKind) -> (Vec<u8>, usize) {
-    let bytes = assemble(at, |a| {
-        if kind == SiteKind::Nops {
-            a.db(&[0x0f, 0x1f, 0x44, 0x00, 0x00])?;
-        }
-        a.lea(rax, ptr(rdi + rsi))?;
-        a.add(rax, ptr(rsp + 8))?;
-        a.add(rax, ptr(rsp + 32))?;
-        a.mov(edx, 7)?;
-        a.addsd(xmm0, xmm1)?;
-        a.mov(r10, rsp)?;
-        a.and(r10, 15)?;
-        a.ret()
-    });
-    // lea (4 bytes), add (5 bytes)
-    (bytes, if kind == SiteKind::Nops { 5 } else { 9 })
-}
-
-/// How bodies get into the skeleton.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Placing {
-    Inline,
-    Called,
-    /// The site calls the only entry body.
-    Direct,
-}
-
-/// One traced function with everything around it.
-struct Rig {
-    code: Pages,
-    data: Pages,
-    plan: ArenaPlan,
-    slot_found: bool,
-}
-
-impl Rig {
-    fn arena(&self) -> u64 {
-        self.data.address() + THREAD_TABLE_BYTES as u64
-    }
-
-    fn slot_address(&self) -> u64 {
-        self.arena() + self.plan.slots_offset
-    }
-
-    fn new(maps: &[MapSpec], slot_found: bool) -> Self {
-        let plan = plan(maps);
-        let data = Pages::new(THREAD_TABLE_BYTES + plan.size_bytes as usize);
-        let rig = Self { code: Pages::new(CODE_BYTES), data, plan, slot_found };
-        rig.write_stubs();
-        rig.code.write(HARNESS, &harness(rig.code.address() + HARNESS as u64));
-        rig
-    }
-
-    /// The runtime's functions, 64 bytes each: the slot or 0; a clock that ticks at each look.
-    fn write_stubs(&self) {
-        let clock = self.arena() + self.plan.slots_offset - 8;
-        for (i, f) in RuntimeFn::ALL.into_iter().enumerate() {
-            let at = STUBS + 64 * i;
-            let slot = if self.slot_found { self.slot_address() } else { 0 };
-            let bytes = assemble(self.code.address() + at as u64, |a| match f {
-                RuntimeFn::ThreadSlot => {
-                    a.mov(rax, slot)?;
-                    a.ret()
-                }
-                RuntimeFn::ClockNs => {
-                    a.push(rcx)?;
-                    a.mov(rcx, clock)?;
-                    a.add(qword_ptr(rcx), 5)?;
-                    a.mov(rax, qword_ptr(rcx))?;
-                    a.pop(rcx)?;
-                    a.ret()
-                }
-                _ => a.ud2(),
-            });
-            self.code.write(at, &bytes);
-        }
-    }
-
-    fn address_of(&self, target: RelocTarget) -> u64 {
-        match target {
-            RelocTarget::Arena { addend } => self.arena().wrapping_add_signed(addend),
-            RelocTarget::Runtime(f) => {
-                let i = RuntimeFn::ALL.iter().position(|g| *g == f).unwrap();
-                self.code.address() + (STUBS + 64 * i) as u64
-            }
-            RelocTarget::VdsoClockGettime => 0,
-            RelocTarget::ThreadPointer => unreachable!(),
-        }
-    }
-
-    /// Attaches and makes the code executable.
-    fn attach(
-        &self,
-        signature: &Signature,
-        programs: &[(&Verified, ProgramKind)],
-        kind: SiteKind,
-        placing: Placing,
-        stack_words: u32,
-    ) {
-        let programs: Vec<ProgramUse<'_>> = (0u32..)
-            .zip(programs)
-            .map(|(i, p)| ProgramUse { verified: p.0, kind: p.1, cookie: 7, state_index: i })
-            .collect();
-        let site = RemoteAddr(self.code.address());
-        let body = compile_body(&BodyRequest {
-            signature,
-            programs: &programs,
-            maps: &[],
-            plan: &self.plan,
-            function_address: site,
-            frame_offset: BODY_FRAMES_OFFSET,
-            printk_map: None,
-        })
-        .unwrap();
-        let resolved = [&body.entry, &body.session, &body.exit]
-            .map(|c| c.as_ref().map(|c| c.resolve(|t| self.address_of(t))));
-        let at = |i: usize| RemoteAddr(self.code.address() + (BODIES + PAGE * i) as u64);
-        let mut refs = [None; 3];
-        for (i, bytes) in resolved.iter().enumerate() {
-            let Some(bytes) = bytes else { continue };
-            self.code.write(BODIES + PAGE * i, bytes);
-            refs[i] = Some(match placing {
-                Placing::Inline => BodyRef::Inline(bytes),
-                Placing::Called | Placing::Direct => BodyRef::Call(at(i)),
-            });
-        }
-        let (function, n_replaced) = function(site.0, kind);
-        let skeleton = link_skeleton(&SkeletonRequest {
-            site,
-            replaced: &function[..n_replaced],
-            kind,
-            image_address: RemoteAddr(self.code.address() + IMAGE as u64),
-            bodies: &[SkeletonBody {
-                entry: refs[0],
-                session: refs[1],
-                exit: refs[2],
-                reads: &body.reads,
-                frame_words: body.frame_words,
-                frame_offset: BODY_FRAMES_OFFSET,
-            }],
-            stack_words,
-        })
-        .unwrap();
-        self.code.write(FUNCTION, &function);
-        self.code.write(IMAGE, &skeleton.bytes);
-        let patch = match placing {
-            Placing::Direct => call_patch(site, at(0)).unwrap(),
-            _ => skeleton.site_patch,
-        };
-        self.code.write(FUNCTION, &patch);
-        self.code.executable();
-    }
-
-    fn call(&self, input: &Registers) -> Registers {
-        let mut output = Registers { gpr: [0; 16], xmm: [[0; 2]; 16] };
-        // SAFETY: the harness has this very type and keeps what the ABI says.
-        let harness: extern "sysv64" fn(*const Registers, *mut Registers, u64) =
-            unsafe { std::mem::transmute(self.code.address() + HARNESS as u64) };
-        harness(input, &raw mut output, self.code.address());
-        output
-    }
-
-    fn array(&self, map: usize, word: usize) -> u64 {
-        let at = THREAD_TABLE_BYTES + self.plan.maps[map].data_offset as usize;
-        self.data.read(at + 8 * word)
-    }
-
-    fn slot_word(&self, offset: u64) -> u64 {
-        self.data.read(THREAD_TABLE_BYTES + (self.plan.slots_offset + offset) as usize)
-    }
-}
-
-/// What the function does to the registers when nobody traces it.
-fn untraced(kind: SiteKind, input: &Registers) -> Registers {
-    let rig = Rig::new(&[], true);
-    rig.code.write(FUNCTION, &function(rig.code.address(), kind).0);
-    rig.code.executable();
-    rig.call(input)
-}
-
-/// Two integers, a vector register, two stack words of which one is an `int`.
-fn signature() -> Signature {
-    let args =
-        [ArgWord::Gpr(0), ArgWord::Gpr(5), ArgWord::Xmm(7), ArgWord::Stack(0), ArgWord::Stack(1)];
-    let mut s = words(args.into_iter(), &[RetWord::Rax]);
-    s.params[4].ty = support::programs::int(4);
-    s
-}
+use support::programs::{counter, lddw_value, map, record, value};
+use support::rig::{Placing, Registers, Rig, signature, untraced};
+use support::{access, call, insn, plain, program};
 
 const ALL_KINDS: [SiteKind; 2] = [SiteKind::Nops, SiteKind::Relocated];
 
@@ -375,8 +96,7 @@ fn session_cookie_lives_from_entry_to_exit() {
     {
         let rig = Rig::new(&[map(MapKind::Array, 16, 1)], true);
         let latency = latency();
-        let programs =
-            [(&latency, ProgramKind::Fsession), (&latency, ProgramKind::Fsession)];
+        let programs = [(&latency, ProgramKind::Fsession), (&latency, ProgramKind::Fsession)];
         rig.attach(&signature(), &programs, kind, placing, 5);
         for calls in 1..=3 {
             let output = rig.call(&input);
@@ -391,7 +111,8 @@ fn session_cookie_lives_from_entry_to_exit() {
 #[test]
 fn fentry_fexit_and_fsession_together() {
     let input = Registers::pattern();
-    let maps = [map(MapKind::Array, 64, 1), map(MapKind::PerCpuArray, 8, 1), map(MapKind::Array, 64, 1)];
+    let maps =
+        [map(MapKind::Array, 64, 1), map(MapKind::PerCpuArray, 8, 1), map(MapKind::Array, 64, 1)];
     for (kind, placing) in
         ALL_KINDS.into_iter().flat_map(|k| [(k, Placing::Called), (k, Placing::Inline)])
     {

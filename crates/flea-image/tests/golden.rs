@@ -9,11 +9,11 @@ use flea_image::{
     SkeletonRequest, check_body, compile_body, link_skeleton,
 };
 use flea_object::helper::Helper;
-use flea_object::spec::{MapKind, MapSpec, ProgramKind};
+use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
 use flea_symbols::addr::RemoteAddr;
 use flea_symbols::signature::Signature;
-use flea_verifier::Verified;
 use flea_verifier::facts::Region;
+use flea_verifier::{Context, Verified, verify};
 use support::programs::{counter, ints, map, plan, record};
 use support::{access, call, insn, plain, program};
 
@@ -53,7 +53,9 @@ fn check(code: Option<&Code>, expect: &Expect) {
 fn counter_per_cpu() {
     let maps = [map(MapKind::PerCpuArray, 8, 1)];
     let body = compile(&ints(2), &maps, &[(&counter(0), ProgramKind::Fentry)]);
-    check(body.entry.as_ref(), &expect![[r#"
+    check(
+        body.entry.as_ref(),
+        &expect![[r#"
         0000  push %rbp
         0001  mov %rsp,%rbp
         0004  sub $0x30,%rsp
@@ -90,7 +92,29 @@ fn counter_per_cpu() {
         00a6  mov $1,%ecx
         00ab  lock add %rcx,(%rax)
         00af  jmp +0x5c
-    "#]]);
+    "#]],
+    );
+}
+
+/// The facts written by hand in these tests are those that the verifier finds.
+#[test]
+fn the_verifier_leads_to_the_same_code() {
+    let maps = [map(MapKind::PerCpuArray, 8, 1), map(MapKind::Array, 64, 1)];
+    for (by_hand, kind) in [(counter(0), ProgramKind::Fentry), (record(1, 3), ProgramKind::Fexit)] {
+        let program = Program {
+            name: "p".into(),
+            section: String::new(),
+            kind,
+            target: None,
+            insns: by_hand.insns().to_vec(),
+            lines: vec![],
+        };
+        let context =
+            Context::Tracing { n_args: 2, has_result: kind == ProgramKind::Fexit, session: false };
+        let verified = verify(&program, &maps, context).unwrap();
+        let compile = |v| compile(&ints(2), &maps, &[(v, kind)]);
+        assert_eq!(compile(&verified), compile(&by_hand));
+    }
 }
 
 #[test]
@@ -98,7 +122,9 @@ fn two_counters_share_one_slot_lookup() {
     let maps = [map(MapKind::PerCpuArray, 8, 1), map(MapKind::PerCpuArray, 8, 4)];
     let programs = [(&counter(0), ProgramKind::Fentry), (&counter(1), ProgramKind::Fentry)];
     let body = compile(&ints(2), &maps, &programs);
-    check(body.entry.as_ref(), &expect![[r#"
+    check(
+        body.entry.as_ref(),
+        &expect![[r#"
         0000  push %rbp
         0001  mov %rsp,%rbp
         0004  sub $0x30,%rsp
@@ -136,14 +162,17 @@ fn two_counters_share_one_slot_lookup() {
         00ae  mov $1,%ecx
         00b3  lock add %rcx,(%rax)
         00b7  jmp +0x64
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
 fn exit_saves_only_what_is_read() {
     let maps = [map(MapKind::Array, 64, 1)];
     let body = compile(&ints(2), &maps, &[(&record(0, 3), ProgramKind::Fexit)]);
-    check(body.exit.as_ref(), &expect![[r#"
+    check(
+        body.exit.as_ref(),
+        &expect![[r#"
         0000  push %rbp
         0001  mov %rsp,%rbp
         0004  sub $0x30,%rsp
@@ -195,7 +224,8 @@ fn exit_saves_only_what_is_read() {
         00eb  jmp +0x98
         00f0  addq $1,0x48(%rax)
         00f5  jmp +0x98
-    "#]]);
+    "#]],
+    );
     expect![[r#"
         Reads {
             args: [
@@ -210,7 +240,8 @@ fn exit_saves_only_what_is_read() {
                 Rax,
             ],
         }
-    "#]].assert_debug_eq(&body.reads);
+    "#]]
+    .assert_debug_eq(&body.reads);
 }
 
 /// `u64 *c = bpf_session_cookie(ctx); if (is_return) total += now - *c; else *c = now;`
@@ -246,7 +277,9 @@ fn session_carries_a_cookie() {
     let maps = [map(MapKind::Array, 8, 1)];
     let body = compile(&ints(1), &maps, &[(&latency(), ProgramKind::Fsession)]);
     assert_eq!(body.frame_words, 1);
-    check(body.session.as_ref(), &expect![[r#"
+    check(
+        body.session.as_ref(),
+        &expect![[r#"
         0000  push %rbp
         0001  mov %rsp,%rbp
         0004  sub $0x30,%rsp
@@ -299,8 +332,11 @@ fn session_carries_a_cookie() {
         00fd  jmp +0xaa
         0102  addq $1,0x48(%rax)
         0107  jmp +0xaa
-    "#]]);
-    check(body.exit.as_ref(), &expect![[r#"
+    "#]],
+    );
+    check(
+        body.exit.as_ref(),
+        &expect![[r#"
         0000  push %rbp
         0001  mov %rsp,%rbp
         0004  sub $0x30,%rsp
@@ -356,7 +392,8 @@ fn session_carries_a_cookie() {
         010a  jmp +0xb2
         010f  addq $1,0x48(%rax)
         0114  jmp +0xb2
-    "#]]);
+    "#]],
+    );
 }
 
 #[test]
@@ -391,7 +428,8 @@ fn skeletons() {
         0006  mov %rsp,%rbp
         0009  lea 0x40110B,%rax
         0010  jmp 0x000000000040100B
-    "#]].assert_eq(&link(None).listing());
+    "#]]
+    .assert_eq(&link(None).listing());
     let skeleton = link(Some(BodyRef::Inline(&exit)));
     expect![[r#"
         0000  call 0x0000000000500000
@@ -463,7 +501,8 @@ fn skeletons() {
         011b  mov %rsp,%rbp
         011e  lea 0x40110B,%rax
         0125  jmp 0x000000000040100B
-    "#]].assert_eq(&skeleton.listing());
+    "#]]
+    .assert_eq(&skeleton.listing());
     expect![[r#"
         (
             [
@@ -496,5 +535,6 @@ fn skeletons() {
             ],
             0x60011a,
         )
-    "#]].assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));
+    "#]]
+    .assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));
 }

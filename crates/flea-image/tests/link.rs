@@ -39,13 +39,15 @@ fn branches_and_rip_relative_operands_move() {
         0008  dec %edi
         000a  jne +0x0
         000c  jmp 0x0000000000401008
-    "#]].assert_eq(&skeleton.listing());
+    "#]]
+    .assert_eq(&skeleton.listing());
     // cmp qword [rip + 0x10], 0
     let skeleton = link(&[0x48, 0x83, 0x3d, 0x10, 0, 0, 0, 0]).unwrap();
     expect![[r#"
         0000  cmpq $0,0x401018
         0008  jmp 0x0000000000401008
-    "#]].assert_eq(&skeleton.listing());
+    "#]]
+    .assert_eq(&skeleton.listing());
 }
 
 #[test]
@@ -64,15 +66,14 @@ fn what_cannot_be_linked_says_why() {
     let not_nops = SkeletonRequest { kind: SiteKind::Nops, ..request(&[0x55; 5], &[]) };
     assert!(matches!(link_skeleton(&not_nops), Err(LinkError::NotNops { .. })));
 
-    let far = SkeletonRequest {
-        image_address: RemoteAddr(SITE.0 + (1 << 31)),
-        ..request(&nop, &[])
-    };
+    let far =
+        SkeletonRequest { image_address: RemoteAddr(SITE.0 + (1 << 31)), ..request(&nop, &[]) };
     assert!(matches!(link_skeleton(&far), Err(LinkError::OutOfReach { .. })));
 
     // lea rax, [rip - 0x7fff0000]: reaches from the site, not from an image above it
     let lea = [0x48, 0x8d, 0x05, 0, 0, 0x01, 0x80];
-    let far = SkeletonRequest { image_address: RemoteAddr(SITE.0 + 0x1000_0000), ..request(&lea, &[]) };
+    let far =
+        SkeletonRequest { image_address: RemoteAddr(SITE.0 + 0x1000_0000), ..request(&lea, &[]) };
     assert!(matches!(link_skeleton(&far), Err(LinkError::Encode { .. })));
 
     let many = SkeletonRequest { stack_words: 100_000, ..request(&nop, &[]) };
@@ -107,18 +108,17 @@ fn frame_words_of_bodies_do_not_overlap() {
 
 #[test]
 fn the_unwind_row_reads_as_meant() {
-    use gimli::{BaseAddresses, CfaRule, EhFrame, LittleEndian, Register, RegisterRule, UnwindSection};
+    use gimli::{
+        BaseAddresses, CfaRule, EhFrame, LittleEndian, Register, RegisterRule, UnwindSection,
+    };
     let bytes = frame_arena_rows(RemoteAddr(0x7000_0000), 0x1_0000);
     let section = EhFrame::new(&bytes, LittleEndian);
     let bases = BaseAddresses::default();
     let mut context = gimli::UnwindContext::new();
     let row = section
-        .unwind_info_for_address(
-            &bases,
-            &mut context,
-            0x7000_1234,
-            |section, bases, offset| section.cie_from_offset(bases, offset),
-        )
+        .unwind_info_for_address(&bases, &mut context, 0x7000_1234, |section, bases, offset| {
+            section.cie_from_offset(bases, offset)
+        })
         .unwrap();
     assert_eq!(row.cfa(), &CfaRule::RegisterAndOffset { register: Register(6), offset: 16 });
     assert_eq!(row.register(Register(16)), Some(RegisterRule::Offset(-8)));

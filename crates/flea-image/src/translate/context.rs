@@ -132,10 +132,9 @@ fn slots_of(param: &Param) -> impl Iterator<Item = Slot> + '_ {
         | Type::Aggregate { size_bytes, .. } => size_bytes,
         Type::Void | Type::Pointer { .. } | Type::Unknown => u32::MAX,
     };
-    (0u32..).zip(&param.words).map(move |(i, &word)| Slot {
-        word,
-        n_bytes: size_bytes.saturating_sub(8 * i).min(8),
-    })
+    (0u32..)
+        .zip(&param.words)
+        .map(move |(i, &word)| Slot { word, n_bytes: size_bytes.saturating_sub(8 * i).min(8) })
 }
 
 impl Translator<'_, '_> {

@@ -30,7 +30,9 @@ impl Translator<'_, '_> {
         };
         let ty = access_type(insn);
         let value = match fact {
-            Fact::Access(Region::Ctx { offset_bytes }) => self.load_context(idx, offset_bytes, ty)?,
+            Fact::Access(Region::Ctx { offset_bytes }) => {
+                self.load_context(idx, offset_bytes, ty)?
+            }
             Fact::Access(_) => match self.cell(scope, idx, insn.src, i32::from(insn.off), ty) {
                 Some(var) => self.b.use_var(var),
                 None => {
@@ -56,11 +58,8 @@ impl Translator<'_, '_> {
             return Err(out);
         }
         let word = self.context_slot(offset.div_euclid(8)).ok_or(out)?;
-        let word = if byte == 0 {
-            word
-        } else {
-            self.b.ins().ushr_imm_s(word, i64::from(8 * byte))
-        };
+        let word =
+            if byte == 0 { word } else { self.b.ins().ushr_imm_s(word, i64::from(8 * byte)) };
         Ok(self.narrow(word, ty))
     }
 
@@ -85,11 +84,8 @@ impl Translator<'_, '_> {
             op::ATOMIC if is_stx => return self.atomic(scope, idx, insn, region, ty),
             _ => return Err(CompileError::Unsupported { insn_idx: idx, opcode: insn.opcode }),
         }
-        let value = if is_stx {
-            self.reg(scope, insn.src)
-        } else {
-            self.iconst(i64::from(insn.imm))
-        };
+        let value =
+            if is_stx { self.reg(scope, insn.src) } else { self.iconst(i64::from(insn.imm)) };
         let value = self.narrow(value, ty);
         if let Some(var) = self.cell(scope, idx, insn.dst, i32::from(insn.off), ty) {
             self.b.def_var(var, value);
@@ -184,9 +180,12 @@ impl Translator<'_, '_> {
     /// towards signal handlers of the same thread.
     fn is_own_memory(&self, region: Region) -> bool {
         match region {
-            Region::MapValue { map } => self.env.plan.maps.get(map.0 as usize).is_some_and(|m| {
-                matches!(m.kind, MapKind::PerCpuArray | MapKind::PerCpuHash)
-            }),
+            Region::MapValue { map } => self
+                .env
+                .plan
+                .maps
+                .get(map.0 as usize)
+                .is_some_and(|m| matches!(m.kind, MapKind::PerCpuArray | MapKind::PerCpuHash)),
             Region::SessionCookie => true,
             Region::Stack | Region::Ctx { .. } | Region::RingbufRecord | Region::Memory => false,
         }

@@ -120,7 +120,12 @@ impl<'a, 'b> Translator<'a, 'b> {
         self.function(0, [r1, r2, zero, zero, zero], 0)
     }
 
-    fn function(&mut self, index: u32, args: [Value; 5], depth: u32) -> Result<Value, CompileError> {
+    fn function(
+        &mut self,
+        index: u32,
+        args: [Value; 5],
+        depth: u32,
+    ) -> Result<Value, CompileError> {
         let mut scope = self.open_scope(index, args, depth)?;
         let function = self.used.verified.functions()[index as usize];
         let mut filled = false;
@@ -153,11 +158,18 @@ impl<'a, 'b> Translator<'a, 'b> {
         Ok(self.b.use_var(scope.regs[0]))
     }
 
-    fn open_scope(&mut self, index: u32, args: [Value; 5], depth: u32) -> Result<Scope, CompileError> {
+    fn open_scope(
+        &mut self,
+        index: u32,
+        args: [Value; 5],
+        depth: u32,
+    ) -> Result<Scope, CompileError> {
         let verified = self.used.verified;
-        let function = verified.functions().get(index as usize).copied().ok_or(
-            CompileError::BadFacts { insn_idx: 0, what: "no such function" },
-        )?;
+        let function = verified
+            .functions()
+            .get(index as usize)
+            .copied()
+            .ok_or(CompileError::BadFacts { insn_idx: 0, what: "no such function" })?;
         let n = u32::try_from(verified.insns().len()).unwrap_or(u32::MAX);
         if function.end_insn_idx > n || verified.facts().len() != verified.insns().len() {
             return Err(CompileError::BadFacts {
@@ -243,15 +255,19 @@ impl<'a, 'b> Translator<'a, 'b> {
                 self.b.ins().jump(scope.end, &[]);
                 Ok(true)
             }
-            op::JMP if insn.opcode == op::CALL => {
-                self.call(scope, idx, insn, fact).map(|()| false)
-            }
+            op::JMP if insn.opcode == op::CALL => self.call(scope, idx, insn, fact).map(|()| false),
             op::JMP | op::JMP32 => self.jump(scope, idx, insn).map(|()| true),
             _ => Err(CompileError::Unsupported { insn_idx: idx, opcode: insn.opcode }),
         }
     }
 
-    fn call(&mut self, scope: &mut Scope, idx: u32, insn: Insn, fact: Fact) -> Result<(), CompileError> {
+    fn call(
+        &mut self,
+        scope: &mut Scope,
+        idx: u32,
+        insn: Insn,
+        fact: Fact,
+    ) -> Result<(), CompileError> {
         let result = match fact {
             Fact::CallLocal { function } if insn.src == PSEUDO_CALL => {
                 if scope.depth + 1 >= MAX_CALL_DEPTH {
@@ -263,7 +279,12 @@ impl<'a, 'b> Translator<'a, 'b> {
             Fact::Call { helper, map, constants } if insn.src == 0 => {
                 self.helper(scope, idx, helper, map, constants)?
             }
-            _ => return Err(CompileError::BadFacts { insn_idx: idx, what: "call without its fact" }),
+            _ => {
+                return Err(CompileError::BadFacts {
+                    insn_idx: idx,
+                    what: "call without its fact",
+                });
+            }
         };
         self.b.def_var(scope.regs[0], result);
         Ok(())
@@ -311,9 +332,7 @@ impl<'a, 'b> Translator<'a, 'b> {
 
     fn map(&self, map: MapIdx) -> Result<MapPlacement, CompileError> {
         let maps = &self.env.plan.maps;
-        maps.get(map.0 as usize)
-            .copied()
-            .ok_or(CompileError::NoSuchMap { map, n_maps: maps.len() })
+        maps.get(map.0 as usize).copied().ok_or(CompileError::NoSuchMap { map, n_maps: maps.len() })
     }
 
     fn slot(&self, idx: u32) -> Result<Value, CompileError> {

@@ -91,7 +91,10 @@ pub fn check_body(bytes: &[u8]) -> Result<(), CheckError> {
         i += 1;
     }
     let last = insns.last().expect("a prologue was found");
-    if !matches!(last.flow_control(), FlowControl::Return | FlowControl::UnconditionalBranch | FlowControl::Exception) {
+    if !matches!(
+        last.flow_control(),
+        FlowControl::Return | FlowControl::UnconditionalBranch | FlowControl::Exception
+    ) {
         return Err(fault(last, "runs past its end"));
     }
     Ok(())
@@ -143,8 +146,11 @@ fn prologue(insns: &[Instruction]) -> Result<Shape, CheckError> {
 }
 
 fn is_move(insn: &Instruction, to: Register, from: Register) -> bool {
-    insn.mnemonic() == Mnemonic::Mov && insn.op0_register() == to && insn.op1_register() == from
-        && insn.op_count() == 2 && insn.op1_kind() == OpKind::Register
+    insn.mnemonic() == Mnemonic::Mov
+        && insn.op0_register() == to
+        && insn.op1_register() == from
+        && insn.op_count() == 2
+        && insn.op1_kind() == OpKind::Register
 }
 
 /// `[rsp + at]` and nothing else.
@@ -241,7 +247,10 @@ fn registers(
     }
     let is_call = insn.flow_control() == FlowControl::IndirectCall;
     for used in info.info(insn).used_registers() {
-        let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+        let writes = !matches!(
+            used.access(),
+            OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess
+        );
         if !writes {
             continue;
         }
@@ -278,11 +287,15 @@ fn memory(
         if matches!(used.segment(), Register::FS | Register::GS) && !thread_pointer {
             return Err(fault(insn, "touches thread-local memory"));
         }
-        let unaligned = matches!(insn.mnemonic(), Mnemonic::Movdqu | Mnemonic::Movups | Mnemonic::Movupd);
+        let unaligned =
+            matches!(insn.mnemonic(), Mnemonic::Movdqu | Mnemonic::Movups | Mnemonic::Movupd);
         if used.memory_size().size() > 8 && !unaligned {
             return Err(fault(insn, "might need an aligned address"));
         }
-        let writes = !matches!(used.access(), OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess);
+        let writes = !matches!(
+            used.access(),
+            OpAccess::Read | OpAccess::CondRead | OpAccess::None | OpAccess::NoMemAccess
+        );
         if writes && !is_call {
             on_stack(insn, used, shape)?;
         }
@@ -297,7 +310,11 @@ fn on_stack(insn: &Instruction, used: &UsedMemory, shape: &Shape) -> Result<(), 
         // A computed index was proved in range by the verifier; its base is checked.
         Register::RSP => {
             let at = used.displacement();
-            let size = if used.memory_size() == MemorySize::Unknown { 8 } else { used.memory_size().size() as u64 };
+            let size = if used.memory_size() == MemorySize::Unknown {
+                8
+            } else {
+                used.memory_size().size() as u64
+            };
             let end = at.saturating_add(size);
             if end > shape.frame_bytes {
                 return Err(fault(insn, "writes outside its frame"));

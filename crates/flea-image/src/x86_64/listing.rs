@@ -22,7 +22,9 @@ impl Code {
             let reloc = self.relocs.iter().find(|r| range.contains(&(r.offset as usize)))?;
             Some(match (reloc.kind, reloc.target) {
                 (RelocKind::ThreadPointer, _) => "thread pointer".into(),
-                (_, RelocTarget::Arena { addend }) if addend < 0 => format!("arena - {:#x}", -addend),
+                (_, RelocTarget::Arena { addend }) if addend < 0 => {
+                    format!("arena - {:#x}", -addend)
+                }
                 (_, RelocTarget::Arena { addend }) => format!("arena + {addend:#x}"),
                 (_, RelocTarget::Runtime(f)) => f.symbol().into(),
                 (_, other) => format!("{other:?}"),
@@ -43,7 +45,9 @@ fn render(
     for insn in &mut Decoder::with_ip(64, bytes, start.0, DecoderOptions::NONE) {
         text.clear();
         let target = insn.near_branch_target();
-        if (start.0..end).contains(&target) && insn.is_jmp_short_or_near() | insn.is_jcc_short_or_near() {
+        if (start.0..end).contains(&target)
+            && insn.is_jmp_short_or_near() | insn.is_jcc_short_or_near()
+        {
             let _ = write!(text, "{:?} +{:#x}", insn.mnemonic(), target - start.0);
             text.make_ascii_lowercase();
         } else {

@@ -75,11 +75,8 @@ pub(crate) fn inline_body(out: &mut Assembly, bytes: &[u8]) -> Result<(), Reloca
     let ends_in_ret = insns.last().is_some_and(is_ret);
     let n_kept = insns.len() - usize::from(ends_in_ret);
     let end = out.after(n_kept);
-    let places: Vec<(u64, Place)> = insns
-        .iter()
-        .enumerate()
-        .map(|(i, insn)| (insn.ip(), out.after(i.min(n_kept))))
-        .collect();
+    let places: Vec<(u64, Place)> =
+        insns.iter().enumerate().map(|(i, insn)| (insn.ip(), out.after(i.min(n_kept)))).collect();
     insns.truncate(n_kept);
     for mut insn in insns {
         let not_inline = RelocateError::NotInline { offset: offset_of(&insn, ip) };

@@ -27,11 +27,11 @@
 
 use flea_symbols::addr::RemoteAddr;
 use flea_symbols::signature::{ArgWord, RetWord};
-use iced_x86::code_asm::{
-    CodeAssembler, ptr, qword_ptr, rax, rbp, rcx, rdi, rdx, rsi, rsp, xmm0, xmm1, xmm2, xmm3,
-    xmm4, xmm5, xmm6, xmm7,
-};
 use iced_x86::code_asm::registers::gpr64::{r8, r9};
+use iced_x86::code_asm::{
+    CodeAssembler, ptr, qword_ptr, rax, rbp, rcx, rdi, rdx, rsi, rsp, xmm0, xmm1, xmm2, xmm3, xmm4,
+    xmm5, xmm6, xmm7,
+};
 use iced_x86::{Code, IcedError};
 
 use super::assemble::{Assembly, Encoded, Place};
@@ -277,14 +277,20 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
 
 /// No two bodies share a word, whatever holes detached ones have left between them.
 fn check_frame_words(bodies: &[SkeletonBody<'_>]) -> Result<(), LinkError> {
-    let mut ranges: Vec<(u32, u32)> =
-        bodies.iter().filter(|b| b.frame_words > 0).map(|b| (b.frame_offset, b.frame_words)).collect();
+    let mut ranges: Vec<(u32, u32)> = bodies
+        .iter()
+        .filter(|b| b.frame_words > 0)
+        .map(|b| (b.frame_offset, b.frame_words))
+        .collect();
     ranges.sort_unstable();
     let mut free_from = BODY_FRAMES_OFFSET;
     for (offset, n_words) in ranges {
         let end = n_words.checked_mul(8).and_then(|n| offset.checked_add(n)).unwrap_or(u32::MAX);
         if end > BODY_FRAMES_OFFSET + 8 * MAX_FRAME_WORDS {
-            return Err(LinkError::TooManyFrameWords { frame_words: n_words, max: MAX_FRAME_WORDS });
+            return Err(LinkError::TooManyFrameWords {
+                frame_words: n_words,
+                max: MAX_FRAME_WORDS,
+            });
         }
         if offset < free_from || !offset.is_multiple_of(8) {
             return Err(LinkError::FrameOffset { free_from, found: offset });
@@ -316,10 +322,7 @@ impl Emitter<'_> {
     }
 
     fn failed(&self, error: &IcedError) -> LinkError {
-        LinkError::Encode {
-            image_address: self.request.image_address,
-            message: error.to_string(),
-        }
+        LinkError::Encode { image_address: self.request.image_address, message: error.to_string() }
     }
 
     /// Appends what `write` assembles.
@@ -456,8 +459,8 @@ impl Emitter<'_> {
         let offset = |place| self.offset(&encoded, place);
         let at = |place| Ok(address.offset(i64::from(offset(place)?)));
         let site = self.request.site;
-        let site_patch = rel32(0xe9, site, address)
-            .ok_or(LinkError::OutOfReach { from: site, to: address })?;
+        let site_patch =
+            rel32(0xe9, site, address).ok_or(LinkError::OutOfReach { from: site, to: address })?;
         Ok(Skeleton {
             site_patch,
             original_entry: at(original)?,

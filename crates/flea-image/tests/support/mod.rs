@@ -1,8 +1,15 @@
 //! Shared by the tests that execute what was emitted: executable pages, a builder of
 //! unverified programs. Not every test uses all of it.
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![allow(
+    dead_code,
+    clippy::unwrap_used,
+    clippy::cast_possible_truncation,
+    reason = "tests, each of which uses its own part"
+)]
 
 pub mod programs;
+#[cfg(target_arch = "x86_64")]
+pub mod rig;
 
 use flea_object::helper::Helper;
 use flea_object::insn::{Insn, PSEUDO_CALL};
@@ -79,7 +86,9 @@ pub fn unverified(insns: &[Insn], fact_of: FactOf<'_>) -> Verified {
     let mut starts = vec![0];
     for (i, insn) in insns.iter().enumerate() {
         if insn.opcode == 0x85 && insn.src == PSEUDO_CALL {
-            starts.push(usize::try_from(i64::try_from(i).unwrap() + 1 + i64::from(insn.imm)).unwrap());
+            starts.push(
+                usize::try_from(i64::try_from(i).unwrap() + 1 + i64::from(insn.imm)).unwrap(),
+            );
         }
     }
     starts.sort_unstable();
@@ -91,7 +100,8 @@ pub fn unverified(insns: &[Insn], fact_of: FactOf<'_>) -> Verified {
             _ if after_lddw => Fact::Unreachable,
             1..=3 => Fact::Access(Region::Memory),
             5 if insn.opcode == 0x85 && insn.src == PSEUDO_CALL => {
-                let to = usize::try_from(i64::try_from(i).unwrap() + 1 + i64::from(insn.imm)).unwrap();
+                let to =
+                    usize::try_from(i64::try_from(i).unwrap() + 1 + i64::from(insn.imm)).unwrap();
                 let function = starts.iter().position(|s| *s == to).unwrap();
                 Fact::CallLocal { function: u32::try_from(function).unwrap() }
             }
