@@ -16,7 +16,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, Tid};
 use crate::ptrace;
-use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer};
+use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer, hurry};
 
 /// Name of the tracer thread: by it, another flea knows to wait instead of giving up.
 pub const TRACER_THREAD_NAME: &str = "flea-tracer";
@@ -137,6 +137,7 @@ pub fn seize<R: Send>(
             // the middle of a patch.
             let blocked = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
             debug_assert!(blocked.is_ok(), "the arguments are valid");
+            hurry();
             let seized = attach(pid).map(|mut tracer| {
                 let result = work(&mut tracer);
                 tracer.leave();

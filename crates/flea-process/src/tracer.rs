@@ -470,24 +470,40 @@ pub(crate) fn shares_memory(a: Pid, b: Pid) -> bool {
 }
 
 /// How long to wait between two looks: first hardly at all, for a thread on a CPU stops within
-/// microseconds; then in growing sleeps, for the machine is not ours.
+/// microseconds; then in growing sleeps. Never by sched_yield: where the target's threads keep
+/// every CPU busy that gives all of them a turn first, and a thread that waits at a breakpoint
+/// waits for milliseconds. A sleeper that wakes up is served before them.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
     rests: u32,
 }
 
 impl Pace {
+    const IMMEDIATE: u32 = 4;
+    const SHORT: u32 = 60;
+
     pub(crate) fn rest(&mut self) {
         self.rests += 1;
-        if self.rests < 40 {
-            std::thread::yield_now();
-        } else {
-            let micros = u64::from(self.rests - 39).min(20) * 25;
+        if self.rests > Self::SHORT {
+            let micros = u64::from(self.rests - Self::SHORT).min(20) * 25;
             std::thread::sleep(Duration::from_micros(micros));
+        } else if self.rests > Self::IMMEDIATE {
+            std::thread::sleep(Duration::from_micros(5));
         }
     }
 
     pub(crate) fn is_slow(&self) -> bool {
-        self.rests >= 40
+        self.rests > Self::SHORT
     }
+}
+
+/// What the tracer thread asks for itself, where it may: to be served before the threads that
+/// wait for it, and to be woken when it said. Threads of the target that stand at a breakpoint
+/// wait for us; on a busy machine these two are the difference between 0.05 and 10 ms.
+pub(crate) fn hurry() {
+    // SAFETY: both calls take numbers only, and concern this thread alone. Without the right
+    // to the first it is refused; it is no more than a wish.
+    let _refused = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
+    // SAFETY: as above.
+    let _refused = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1, 0, 0, 0) };
 }

@@ -201,7 +201,7 @@ impl Tracer {
             };
             let pending = self.traps.target_behind(regs.pc()).is_some()
                 && proc::thread_status(self.pid, tid)
-                    .is_ok_and(|status| status.pending.contains(libc::SIGTRAP));
+                    .is_ok_and(|status| status.deliverable().contains(libc::SIGTRAP));
             if !pending {
                 return Ok(Some(stop));
             }

@@ -79,7 +79,15 @@ impl Target {
 
 impl Drop for Target {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            println!("the target at the failure: {:?}", self.child.try_wait());
+        }
         let _ended = self.child.kill();
         let _collected = self.child.wait();
+        if std::thread::panicking() && let Some(out) = &mut self.out {
+            let mut text = String::new();
+            let _partly = out.read_to_string(&mut text);
+            println!("it printed: {text}");
+        }
     }
 }
