@@ -6,8 +6,8 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use flea_symbols::{FunctionKind, Module, Refusal, SiteKind};
 use flea_symbols::signature::{SignatureSource, StackWords};
+use flea_symbols::{FunctionKind, Module, Refusal, SiteKind};
 
 fn main() {
     let mut verbose = false;
