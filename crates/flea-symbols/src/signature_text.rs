@@ -8,7 +8,8 @@ use crate::x86_64::stack_words;
 
 impl Module<'_> {
     /// What `function` is called with: from DWARF where that is sure, else six integers are
-    /// assumed and its code is read for how many stack words it takes.
+    /// assumed and its code is read for how many stack words it takes. Of a variadic
+    /// function, the stack words are those of its named parameters.
     #[must_use]
     pub fn signature(&self, function: &Function) -> Signature {
         self.dwarf_signature(function)

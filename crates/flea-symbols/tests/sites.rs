@@ -349,3 +349,50 @@ fn coverage_of_real_binaries() {
         assert!(100.0 * (ok + by_push) / total >= pushed, "{path}: {ok} + {by_push} of {total}");
     }
 }
+
+/// An independent reader (objdump) of real code: no direct branch leads into any site, and
+/// each site ends where objdump, too, sees an instruction start.
+#[test]
+fn objdump_agrees() {
+    let path = "/usr/lib/x86_64-linux-gnu/libstdc++.so.6";
+    let Ok(bytes) = std::fs::read(path) else {
+        eprintln!("skipped: {path} is not installed");
+        return;
+    };
+    let module = Module::parse(&bytes, None).unwrap();
+    let sites: Vec<(u64, u64)> = module
+        .functions()
+        .iter()
+        .filter_map(|f| module.site(f).ok())
+        .map(|site| (site.address.0, site.resume().0))
+        .collect();
+    assert!(sites.windows(2).all(|pair| pair[0].1 <= pair[1].0), "sites overlap");
+    let output = std::process::Command::new("objdump")
+        .args(["-d", "--no-show-raw-insn", path])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (mut starts, mut branches) = (std::collections::HashSet::new(), 0);
+    for line in text.lines() {
+        let Some((address, instruction)) = line.split_once(":\t") else { continue };
+        let Ok(address) = u64::from_str_radix(address.trim(), 16) else { continue };
+        starts.insert(address);
+        let mut words = instruction.split_whitespace().skip_while(|word| {
+            ["bnd", "notrack", "repz", "data16", "rex.W", "addr32"].contains(word)
+        });
+        let Some(mnemonic) = words.next() else { continue };
+        let is_branch = mnemonic.starts_with('j')
+            || mnemonic.starts_with("call")
+            || mnemonic.starts_with("loop");
+        let target = words.next().and_then(|word| u64::from_str_radix(word, 16).ok());
+        let Some(target) = target.filter(|_| is_branch) else { continue };
+        branches += 1;
+        let after = sites.partition_point(|(start, _)| *start < target);
+        let inside = after > 0 && target < sites[after - 1].1;
+        assert!(!inside, "{line}: into the site at {:#x}", sites[after - 1].0);
+    }
+    assert!(branches > 10_000, "objdump's text is understood");
+    for (start, end) in sites {
+        assert!(starts.contains(&end), "the site at {start:#x} ends inside an instruction");
+    }
+}
