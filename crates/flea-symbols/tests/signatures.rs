@@ -175,6 +175,23 @@ fn clones_are_not_believed() {
     assert_eq!(module.signature(clone).source, SignatureSource::Guessed, "{}", clone.name);
 }
 
+/// With line tables only, every function looks as if it took nothing.
+#[test]
+fn line_tables_are_no_signatures() {
+    let source =
+        "long seven(long a, long b, long c, long d, long e, long f, long g) { return a + g; }
+        void none(void) {}";
+    for (compiler, flag) in [("gcc", "-g1"), ("clang", "-gline-tables-only"), ("clang", "-g1")] {
+        let name = format!("lines{compiler}{flag}");
+        let Some(bytes) = compile(&name, compiler, source, &[flag, "-O1"]) else { continue };
+        let module = Module::parse(&bytes, None).unwrap();
+        let seven = signature(&module, "seven");
+        assert_eq!(seven.source, SignatureSource::Guessed, "{name}");
+        assert_eq!(seven.stack_words, StackWords::Proved(1), "{name}");
+        assert_eq!(signature(&module, "none").source, SignatureSource::Guessed, "{name}");
+    }
+}
+
 #[test]
 fn separate_debug_files_and_symbols_from_dwarf() {
     let directory = std::path::PathBuf::from(env!("CARGO_TARGET_TMPDIR"));

@@ -53,6 +53,9 @@ pub(crate) struct Subprogram {
     /// Offset of its unit in `.debug_info`.
     unit: usize,
     die: UnitOffset,
+    /// Its unit describes parameters at all. With line tables only (`-g1`,
+    /// `-gline-tables-only`, Rust's own library) every function looks as if it had none.
+    unit_has_parameters: bool,
 }
 
 impl<'data> DebugInfo<'data> {
@@ -148,21 +151,32 @@ fn load<'data>(elf: &Elf<'data>) -> Sections<'data> {
 fn read_subprograms(dwarf: &Dwarf<'_>, offset: usize) -> gimli::Result<Vec<Subprogram>> {
     let unit = dwarf.unit(dwarf.unit_header(DebugInfoOffset(offset))?)?;
     let mut found = Vec::new();
+    let mut unit_has_parameters = false;
     let mut entries = unit.entries_raw(None)?;
     while !entries.is_empty() {
         let die = entries.next_offset();
         let Some(abbreviation) = entries.read_abbreviation()? else { continue };
+        unit_has_parameters |= abbreviation.tag() == dw::DW_TAG_formal_parameter;
         if abbreviation.tag() == dw::DW_TAG_subprogram {
             let specs = abbreviation.attributes();
             if let Some((low, high)) = read_code_range(dwarf, &unit, &mut entries, specs)?
                 && low < high
             {
                 let (address, size_bytes) = (Svma(low), high - low);
-                found.push(Subprogram { address, size_bytes, unit: offset, die });
+                found.push(Subprogram {
+                    address,
+                    size_bytes,
+                    unit: offset,
+                    die,
+                    unit_has_parameters: false,
+                });
             }
         } else {
             entries.skip_attributes(abbreviation.attributes())?;
         }
+    }
+    for subprogram in &mut found {
+        subprogram.unit_has_parameters = unit_has_parameters;
     }
     Ok(found)
 }

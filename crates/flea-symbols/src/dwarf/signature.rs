@@ -20,6 +20,9 @@ const CHANGED: [&str; 4] = ["isra", "constprop", "part", "cold"];
 
 /// The signature of `subprogram`, whose symbol is `symbol`.
 pub(crate) fn read(dwarf: &Dwarf<'_>, subprogram: &Subprogram, symbol: &str) -> Option<Signature> {
+    if !subprogram.unit_has_parameters {
+        return None;
+    }
     if symbol.split('.').skip(1).any(|suffix| CHANGED.contains(&suffix)) {
         return None;
     }
