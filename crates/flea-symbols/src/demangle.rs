@@ -48,7 +48,11 @@ mod tests {
         let cases = [
             ("_ZN3foo3barEi", Some("foo::bar(int)"), Some("foo::bar")),
             ("_ZN3foo3barEi.cold", Some("foo::bar(int).cold"), Some("foo::bar.cold")),
-            ("_ZN4core3fmt5write17h0123456789abcdefE", Some("core::fmt::write"), Some("core::fmt::write")),
+            (
+                "_ZN4core3fmt5write17h0123456789abcdefE",
+                Some("core::fmt::write"),
+                Some("core::fmt::write"),
+            ),
             ("_RNvCs1234_7mycrate3foo", Some("mycrate::foo"), Some("mycrate::foo")),
             ("main", None, None),
         ];

@@ -95,7 +95,7 @@ pub(crate) fn collect(module: &Module<'_>) -> Vec<Function> {
     if !has_symtab {
         let info = module.debug_info();
         let view = info.dwarf();
-        let dies = dwarf::types::Dies::new(&view);
+        let dies = dwarf::dies::Dies::new(&view);
         for subprogram in info.subprograms() {
             let known = found.contains_key(&subprogram.address.0);
             if known || !is_function_address(module, subprogram.address.0) {

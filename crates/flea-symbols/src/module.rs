@@ -209,9 +209,10 @@ impl<'data> Module<'data> {
     /// PT_INTERP: the dynamic loader's path.
     #[must_use]
     pub fn interpreter(&self) -> Option<&'data [u8]> {
-        self.elf.elf_program_headers().iter().find_map(|header| {
-            header.interpreter(LittleEndian, self.files.image).ok().flatten()
-        })
+        self.elf
+            .elf_program_headers()
+            .iter()
+            .find_map(|header| header.interpreter(LittleEndian, self.files.image).ok().flatten())
     }
 
     /// Loaded where the kernel or the loader likes (ET_DYN).

@@ -17,7 +17,9 @@ pub struct Pattern {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PatternError {
     /// Nothing where the function should be.
-    #[error("the pattern '{pattern}' names no function: write [MODULE:]FUNCTION, for example 'libc.so.6:mall*'")]
+    #[error(
+        "the pattern '{pattern}' names no function: write [MODULE:]FUNCTION, for example 'libc.so.6:mall*'"
+    )]
     NoFunction {
         /// What was typed.
         pattern: String,
@@ -155,9 +157,7 @@ fn edit_distance(a: &str, b: &str, limit: usize) -> usize {
 fn single_colon(text: &str) -> Option<usize> {
     let bytes = text.as_bytes();
     (0..bytes.len()).find(|&i| {
-        bytes[i] == b':'
-            && bytes.get(i + 1) != Some(&b':')
-            && (i == 0 || bytes[i - 1] != b':')
+        bytes[i] == b':' && bytes.get(i + 1) != Some(&b':') && (i == 0 || bytes[i - 1] != b':')
     })
 }
 

@@ -8,11 +8,21 @@ use crate::x86_64::stack_words;
 
 impl Module<'_> {
     /// What `function` is called with: from DWARF where that is sure, else six integers are
-    /// assumed and its code is read for how many stack words it takes.
+    /// assumed and its code is read for how many stack words it takes. Of a variadic
+    /// function, the stack words are those of its named parameters.
+    ///
+    /// Where the code provably reads more stack words than the debug information states, the
+    /// debug information is not believed.
     #[must_use]
     pub fn signature(&self, function: &Function) -> Signature {
-        self.dwarf_signature(function)
-            .unwrap_or_else(|| Signature::guessed(self.stack_words_proof(function)))
+        let proof = self.stack_words_proof(function);
+        let stated = self.dwarf_signature(function).filter(|signature| {
+            match (signature.stack_words, proof) {
+                (StackWords::Known(known), StackWords::Proved(read)) => read <= known,
+                _ => true,
+            }
+        });
+        stated.unwrap_or_else(|| Signature::guessed(proof))
     }
 
     /// How many words of stack arguments the code of `function` can reach, proved without

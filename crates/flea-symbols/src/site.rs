@@ -95,13 +95,17 @@ pub enum Refusal {
         kind: ReferenceKind,
     },
     /// The function jumps back to its first instruction.
-    #[error("a loop jumps from {from} back to the first instruction: every round would be taken for a call")]
+    #[error(
+        "a loop jumps from {from} back to the first instruction: every round would be taken for a call"
+    )]
     LoopsToEntry {
         /// The branch.
         from: Svma,
     },
     /// A call among the first instructions.
-    #[error("a call at {at}, among the bytes to be replaced: its return address would not be the function's")]
+    #[error(
+        "a call at {at}, among the bytes to be replaced: its return address would not be the function's"
+    )]
     CallInPrologue {
         /// The call.
         at: Svma,
@@ -112,7 +116,9 @@ pub enum Refusal {
         if_pushed: Option<Box<Site>>,
     },
     /// A system call among the first instructions.
-    #[error("a system call at {at}, among the bytes to be replaced: the kernel may resume a thread there")]
+    #[error(
+        "a system call at {at}, among the bytes to be replaced: the kernel may resume a thread there"
+    )]
     SystemCall {
         /// The instruction.
         at: Svma,

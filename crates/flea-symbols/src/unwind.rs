@@ -98,9 +98,7 @@ impl UnwindIndex {
 pub(crate) fn cfa_rows(module: &Module<'_>, address: u64) -> Option<Vec<CfaRow>> {
     let entry = module.unwind().entry_at(address)?;
     let (frame, bases) = eh_frame(module)?;
-    let fde = frame
-        .fde_from_offset(&bases, entry.offset.into(), EhFrame::cie_from_offset)
-        .ok()?;
+    let fde = frame.fde_from_offset(&bases, entry.offset.into(), EhFrame::cie_from_offset).ok()?;
     let mut context = UnwindContext::new();
     let mut table = fde.rows(&frame, &bases, &mut context).ok()?;
     let mut rows = Vec::new();

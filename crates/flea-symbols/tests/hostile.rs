@@ -1,5 +1,7 @@
 //! Files come from strangers: whatever is in them, an answer or an error comes back.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use std::sync::OnceLock;
@@ -111,10 +113,7 @@ fn errors_say_what_the_file_is() {
     let mut other = bytes.to_vec();
     other[4] = 1;
     other[18] = 3;
-    assert_eq!(
-        error(&other).to_string(),
-        "32-bit (i386) ELF: Flea traces 64-bit x86-64 only"
-    );
+    assert_eq!(error(&other).to_string(), "32-bit (i386) ELF: Flea traces 64-bit x86-64 only");
     other[4] = 2;
     other[18] = 183;
     assert_eq!(error(&other).to_string(), "ELF for AArch64: Flea traces 64-bit x86-64 only");
@@ -125,6 +124,13 @@ fn errors_say_what_the_file_is() {
         Module::parse(bytes, Some(b"text")).unwrap_err(),
         ModuleError::Debug(inner) if *inner == ModuleError::NotElf
     ));
+}
+
+/// A module is shared between the threads of a controller.
+#[test]
+fn modules_cross_threads() {
+    fn assert_shared<T: Send + Sync>() {}
+    assert_shared::<Module<'static>>();
 }
 
 #[test]
@@ -146,7 +152,10 @@ fn kinds_of_modules() {
         let offset = module.svma_to_offset(entry).unwrap();
         assert_eq!(module.offset_to_svma(offset), Some(entry));
         let main = common::function(&module, "main");
-        assert_eq!(module.function_at(main.address.offset(1)).map(|f| f.address), Some(main.address));
+        assert_eq!(
+            module.function_at(main.address.offset(1)).map(|f| f.address),
+            Some(main.address)
+        );
         assert!(module.site(main).is_ok(), "{flags:?}");
     }
     let bytes = gcc("library", main, &[]);
@@ -155,7 +164,8 @@ fn kinds_of_modules() {
 
 #[test]
 fn names_are_found_and_suggested() {
-    let source = "namespace net { struct server { void accept(int); }; void server::accept(int) {} }
+    let source =
+        "namespace net { struct server { void accept(int); }; void server::accept(int) {} }
         extern \"C\" void reply(void) {}
         void net_alias() __attribute__((alias(\"reply\")));";
     let Some(bytes) = compile("names", "g++", source, &["-O1"]) else { return };

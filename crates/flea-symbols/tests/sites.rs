@@ -1,5 +1,7 @@
 //! Which places are accepted, and that those which are entered inside are not.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod common;
 
 use common::{compile, function, gcc};
@@ -9,19 +11,28 @@ const ADD: &str = "int add(int a, int b) { return a * 31 + b; }\n";
 
 #[test]
 fn nops_of_compilers() {
-    let cases: [(&str, &str, &[&str], &[u8], &[u8]); 6] = [
-        ("mfentry", "gcc", &["-pg", "-mfentry", "-mnop-mcount", "-fno-pic"], &[0x0f, 0x1f, 0x44, 0, 0], &[0]),
-        ("patchable5", "gcc", &["-fpatchable-function-entry=5"], &[0x90; 5], &[0, 1, 2, 3, 4]),
-        ("patchable8-2", "gcc", &["-fpatchable-function-entry=8,2"], &[0x90; 5], &[0, 1, 2, 3, 4]),
-        ("patchable-cet", "gcc", &["-fpatchable-function-entry=5", "-fcf-protection"], &[0x90; 5], &[0, 1, 2, 3, 4]),
-        ("clang5", "clang", &["-fpatchable-function-entry=5"], &[0x0f, 0x1f, 0x44, 0, 0x08], &[0]),
-        ("xray", "clang", &["-fxray-instrument", "-fxray-instruction-threshold=1", "-c"],
-            &[0xeb, 0x09, 0x66, 0x0f, 0x1f, 0x84, 0, 0, 2, 0, 0], &[0]),
+    let (one, five): (&[u8], &[u8]) = (&[0], &[0, 1, 2, 3, 4]);
+    type Case<'a> = (&'a str, &'a str, &'a [&'a str], [u8; 5], &'a [u8]);
+    let cases: [Case<'_>; 5] = [
+        (
+            "mfentry",
+            "gcc",
+            &["-pg", "-mfentry", "-mnop-mcount", "-fno-pic"],
+            [0x0f, 0x1f, 0x44, 0, 0],
+            one,
+        ),
+        ("patchable5", "gcc", &["-fpatchable-function-entry=5"], [0x90; 5], five),
+        ("patchable8-2", "gcc", &["-fpatchable-function-entry=7,2"], [0x90; 5], five),
+        (
+            "patchable-cet",
+            "gcc",
+            &["-fpatchable-function-entry=5", "-fcf-protection"],
+            [0x90; 5],
+            five,
+        ),
+        ("clang5", "clang", &["-fpatchable-function-entry=5"], [0x0f, 0x1f, 0x44, 0, 0x08], one),
     ];
     for (name, compiler, flags, original, boundaries) in cases {
-        if flags.contains(&"-c") {
-            continue; // linking needs compiler-rt; the form itself is a unit test
-        }
         let mut flags = flags.to_vec();
         flags.push("-O2");
         if name == "mfentry" {
@@ -69,7 +80,10 @@ fn prologues_at_every_level() {
                 assert!(site.len_bytes() >= 5);
                 let behind = if cet.ends_with("full") { 4 } else { 0 };
                 assert_eq!(site.address, f.address.offset(behind), "{name} {level}");
-                assert_eq!(module.bytes_from(site.address).unwrap()[..site.len_bytes()], site.original);
+                assert_eq!(
+                    module.bytes_from(site.address).unwrap()[..site.len_bytes()],
+                    site.original
+                );
             }
         }
     }
@@ -80,7 +94,9 @@ fn asm(name: &str, body: &str) -> Vec<u8> {
 }
 
 fn asm_function(name: &str, body: &str) -> String {
-    format!(".globl {name}\n.type {name},@function\n.p2align 4\n{name}:\n{body}\n.size {name},.-{name}\n")
+    format!(
+        ".globl {name}\n.type {name},@function\n.p2align 4\n{name}:\n{body}\n.size {name},.-{name}\n"
+    )
 }
 
 fn refusal(test: &str, body: &str) -> Refusal {
@@ -91,7 +107,8 @@ fn refusal(test: &str, body: &str) -> Refusal {
 
 #[test]
 fn a_jump_back_into_the_prologue_is_refused() {
-    let found = refusal("back", "push %rbx\n1: mov %rdi,%rbx\ndec %rdi\njnz 1b\nnop\npop %rbx\nret");
+    let found =
+        refusal("back", "push %rbx\n1: mov %rdi,%rbx\ndec %rdi\njnz 1b\nnop\npop %rbx\nret");
     let Refusal::EnteredInside { target, kind, .. } = &found else { panic!("{found}") };
     assert_eq!(*kind, ReferenceKind::Branch);
     assert_eq!(target.0 & 0xf, 1);
@@ -113,11 +130,15 @@ fn a_jump_into_the_prologue_from_another_function_is_refused() {
 #[test]
 fn pointers_into_the_prologue_are_refused() {
     let data = "\n.section .data.rel.ro,\"aw\"\n.p2align 3\n.quad .Lin\n.text\n";
-    let body = asm_function("f", "push %rbx\n.Lin: mov %rdi,%rbx\nmov %rbx,%rax\npop %rbx\nret") + data;
+    let body =
+        asm_function("f", "push %rbx\n.Lin: mov %rdi,%rbx\nmov %rbx,%rax\npop %rbx\nret") + data;
     let bytes = asm("pointer", &body);
     let module = Module::parse(&bytes, None).unwrap();
     let found = module.site(function(&module, "f"));
-    assert!(matches!(found, Err(Refusal::EnteredInside { kind: ReferenceKind::Pointer, .. })), "{found:?}");
+    assert!(
+        matches!(found, Err(Refusal::EnteredInside { kind: ReferenceKind::Pointer, .. })),
+        "{found:?}"
+    );
 }
 
 #[test]
@@ -133,16 +154,25 @@ fn a_table_into_the_prologue_is_refused() {
     let bytes = asm("table", &body);
     let module = Module::parse(&bytes, None).unwrap();
     let found = module.site(function(&module, "f"));
-    assert!(matches!(found, Err(Refusal::EnteredInside { kind: ReferenceKind::JumpTable, .. })), "{found:?}");
+    assert!(
+        matches!(found, Err(Refusal::EnteredInside { kind: ReferenceKind::JumpTable, .. })),
+        "{found:?}"
+    );
 }
 
 #[test]
 fn a_label_with_a_symbol_in_the_prologue_is_refused() {
-    let body = asm_function("f", "push %rbx\n.globl inner\ninner: mov %rdi,%rbx\nmov %rbx,%rax\npop %rbx\nret");
+    let body = asm_function(
+        "f",
+        "push %rbx\n.globl inner\ninner: mov %rdi,%rbx\nmov %rbx,%rax\npop %rbx\nret",
+    );
     let bytes = asm("label", &body);
     let module = Module::parse(&bytes, None).unwrap();
     let found = module.site(function(&module, "f"));
-    assert!(matches!(found, Err(Refusal::EnteredInside { kind: ReferenceKind::Symbol, .. })), "{found:?}");
+    assert!(
+        matches!(found, Err(Refusal::EnteredInside { kind: ReferenceKind::Symbol, .. })),
+        "{found:?}"
+    );
     assert!(!module.functions().iter().any(|f| f.name == "inner"), "a label is no function");
 }
 
@@ -156,7 +186,8 @@ fn what_cannot_be_told_is_refused() {
     assert!(matches!(found, Refusal::SystemCall { .. }), "{found}");
     let found = refusal("trap", "ud2\n.fill 16,1,0x90");
     assert!(matches!(found, Refusal::Trap { .. }), "{found}");
-    let found = refusal("bad", "push %rbx\nmov %rdi,%rbx\njmp 1f\n.byte 0x06,0x06\n1: pop %rbx\nret");
+    let found =
+        refusal("bad", "push %rbx\nmov %rdi,%rbx\njmp 1f\n.byte 0x06,0x06\n1: pop %rbx\nret");
     assert!(matches!(found, Refusal::Undecodable { .. }), "{found}");
 }
 
@@ -164,7 +195,8 @@ fn what_cannot_be_told_is_refused() {
 fn a_call_in_the_prologue_is_refused_with_what_would_do() {
     let bytes = asm(
         "call",
-        &(asm_function("f", "sub $8,%rsp\ncall g@PLT\nadd $8,%rsp\nret") + &asm_function("g", "lea 1(%rdi),%rax\nret")),
+        &(asm_function("f", "sub $8,%rsp\ncall g@PLT\nadd $8,%rsp\nret")
+            + &asm_function("g", "lea 1(%rdi),%rax\nret")),
     );
     let module = Module::parse(&bytes, None).unwrap();
     match module.site(function(&module, "f")) {
@@ -180,18 +212,28 @@ fn a_call_in_the_prologue_is_refused_with_what_would_do() {
 fn short_functions_take_their_padding() {
     let body = asm_function("f", "ret\n.fill 15,1,0xcc") // the padding is outside its size below
         .replace(".size f,.-f", ".size f,1")
-        + &asm_function("g", "mov %edi,%eax\nret\n.size g,.-g\nnopw 0(%rax,%rax,1)").replace(".size g,.-g\n\n", "")
+        + &asm_function("g", "mov %edi,%eax\nret\n.size g,.-g\nnopw 0(%rax,%rax,1)")
+            .replace(".size g,.-g\n\n", "")
         + &asm_function("h", "xor %eax,%eax\nret")
         + "tight: ret\n.size h,3\n.globl tight\n.type tight,@function\n.size tight,1\n.byte 1,2,3,4,5,6,7,8";
     let bytes = asm("short", &body);
     let module = Module::parse(&bytes, None).unwrap();
     let site = module.site(function(&module, "f")).unwrap();
-    assert_eq!((site.original.as_slice(), site.boundaries.as_slice()), ([0xc3, 0xcc, 0xcc, 0xcc, 0xcc].as_slice(), [0].as_slice()));
+    assert_eq!(
+        (site.original.as_slice(), site.boundaries.as_slice()),
+        ([0xc3, 0xcc, 0xcc, 0xcc, 0xcc].as_slice(), [0].as_slice())
+    );
     let site = module.site(function(&module, "g")).unwrap();
     assert_eq!(site.boundaries, [0, 2]);
     assert!(site.len_bytes() >= 5);
-    assert!(matches!(module.site(function(&module, "h")), Err(Refusal::TooShort { len_bytes: 3, .. })));
-    assert!(matches!(module.site(function(&module, "tight")), Err(Refusal::TooShort { len_bytes: 1, .. })));
+    assert!(matches!(
+        module.site(function(&module, "h")),
+        Err(Refusal::TooShort { len_bytes: 3, .. })
+    ));
+    assert!(matches!(
+        module.site(function(&module, "tight")),
+        Err(Refusal::TooShort { len_bytes: 1, .. })
+    ));
 }
 
 const SWITCH: &str = "
@@ -231,7 +273,8 @@ fn jump_tables_of_compilers_are_told() {
     for compiler in ["gcc", "clang"] {
         for level in ["-O0", "-O1", "-O2", "-O3"] {
             for mode in ["-fPIC", "-no-pie"] {
-                let flags = if mode == "-no-pie" { vec![level, mode, "-fno-pic"] } else { vec![level] };
+                let flags =
+                    if mode == "-no-pie" { vec![level, mode, "-fno-pic"] } else { vec![level] };
                 let name = format!("switch-{compiler}{level}{mode}");
                 let Some(bytes) = compile(&name, compiler, SWITCH, &flags) else { continue };
                 let module = Module::parse(&bytes, None).unwrap();
@@ -304,5 +347,52 @@ fn coverage_of_real_binaries() {
         }
         assert!(100.0 * ok / total >= strict, "{path}: {ok} of {total}");
         assert!(100.0 * (ok + by_push) / total >= pushed, "{path}: {ok} + {by_push} of {total}");
+    }
+}
+
+/// An independent reader (objdump) of real code: no direct branch leads into any site, and
+/// each site ends where objdump, too, sees an instruction start.
+#[test]
+fn objdump_agrees() {
+    let path = "/usr/lib/x86_64-linux-gnu/libstdc++.so.6";
+    let Ok(bytes) = std::fs::read(path) else {
+        eprintln!("skipped: {path} is not installed");
+        return;
+    };
+    let module = Module::parse(&bytes, None).unwrap();
+    let sites: Vec<(u64, u64)> = module
+        .functions()
+        .iter()
+        .filter_map(|f| module.site(f).ok())
+        .map(|site| (site.address.0, site.resume().0))
+        .collect();
+    assert!(sites.windows(2).all(|pair| pair[0].1 <= pair[1].0), "sites overlap");
+    let output = std::process::Command::new("objdump")
+        .args(["-d", "--no-show-raw-insn", path])
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    let (mut starts, mut branches) = (std::collections::HashSet::new(), 0);
+    for line in text.lines() {
+        let Some((address, instruction)) = line.split_once(":\t") else { continue };
+        let Ok(address) = u64::from_str_radix(address.trim(), 16) else { continue };
+        starts.insert(address);
+        let mut words = instruction.split_whitespace().skip_while(|word| {
+            ["bnd", "notrack", "repz", "data16", "rex.W", "addr32"].contains(word)
+        });
+        let Some(mnemonic) = words.next() else { continue };
+        let is_branch = mnemonic.starts_with('j')
+            || mnemonic.starts_with("call")
+            || mnemonic.starts_with("loop");
+        let target = words.next().and_then(|word| u64::from_str_radix(word, 16).ok());
+        let Some(target) = target.filter(|_| is_branch) else { continue };
+        branches += 1;
+        let after = sites.partition_point(|(start, _)| *start < target);
+        let inside = after > 0 && target < sites[after - 1].1;
+        assert!(!inside, "{line}: into the site at {:#x}", sites[after - 1].0);
+    }
+    assert!(branches > 10_000, "objdump's text is understood");
+    for (start, end) in sites {
+        assert!(starts.contains(&end), "the site at {start:#x} ends inside an instruction");
     }
 }

@@ -1,8 +1,10 @@
 //! A module's DWARF, read lazily: unit ranges first, then the subprograms of the units that
 //! are asked for. Start at [`DebugInfo::subprogram_at`]; signatures are in [`signature`],
-//! types in [`types`]. Knows nothing of instructions.
+//! types in [`types`] and [`spelling`]. Knows nothing of instructions.
 
+pub(crate) mod dies;
 pub(crate) mod signature;
+mod spelling;
 pub(crate) mod types;
 
 use std::borrow::Cow;
@@ -51,6 +53,9 @@ pub(crate) struct Subprogram {
     /// Offset of its unit in `.debug_info`.
     unit: usize,
     die: UnitOffset,
+    /// Its unit describes parameters at all. With line tables only (`-g1`,
+    /// `-gline-tables-only`, Rust's own library) every function looks as if it had none.
+    unit_has_parameters: bool,
 }
 
 impl<'data> DebugInfo<'data> {
@@ -70,8 +75,9 @@ impl<'data> DebugInfo<'data> {
 
     /// A view of the sections; cheap.
     pub(crate) fn dwarf(&self) -> Dwarf<'_> {
-        self.sections
-            .borrow_with_sup(self.supplement.as_ref(), |bytes| EndianSlice::new(bytes, LittleEndian))
+        self.sections.borrow_with_sup(self.supplement.as_ref(), |bytes| {
+            EndianSlice::new(bytes, LittleEndian)
+        })
     }
 
     /// The subprogram that starts at `address`.
@@ -145,25 +151,32 @@ fn load<'data>(elf: &Elf<'data>) -> Sections<'data> {
 fn read_subprograms(dwarf: &Dwarf<'_>, offset: usize) -> gimli::Result<Vec<Subprogram>> {
     let unit = dwarf.unit(dwarf.unit_header(DebugInfoOffset(offset))?)?;
     let mut found = Vec::new();
+    let mut unit_has_parameters = false;
     let mut entries = unit.entries_raw(None)?;
     while !entries.is_empty() {
         let die = entries.next_offset();
         let Some(abbreviation) = entries.read_abbreviation()? else { continue };
+        unit_has_parameters |= abbreviation.tag() == dw::DW_TAG_formal_parameter;
         if abbreviation.tag() == dw::DW_TAG_subprogram {
             let specs = abbreviation.attributes();
-            if let Some((low, high)) = read_code_range(dwarf, &unit, &mut entries, specs)? {
-                if low < high {
-                    found.push(Subprogram {
-                        address: Svma(low),
-                        size_bytes: high - low,
-                        unit: offset,
-                        die,
-                    });
-                }
+            if let Some((low, high)) = read_code_range(dwarf, &unit, &mut entries, specs)?
+                && low < high
+            {
+                let (address, size_bytes) = (Svma(low), high - low);
+                found.push(Subprogram {
+                    address,
+                    size_bytes,
+                    unit: offset,
+                    die,
+                    unit_has_parameters: false,
+                });
             }
         } else {
             entries.skip_attributes(abbreviation.attributes())?;
         }
+    }
+    for subprogram in &mut found {
+        subprogram.unit_has_parameters = unit_has_parameters;
     }
     Ok(found)
 }
@@ -198,7 +211,11 @@ fn read_code_range(
 }
 
 /// A DIE's attribute as text.
-pub(crate) fn text(dwarf: &Dwarf<'_>, unit: &Unit<'_>, value: AttributeValue<Slice<'_>>) -> Option<String> {
+pub(crate) fn text(
+    dwarf: &Dwarf<'_>,
+    unit: &Unit<'_>,
+    value: AttributeValue<Slice<'_>>,
+) -> Option<String> {
     let bytes = dwarf.attr_string(unit, value).ok()?;
     Some(String::from_utf8_lossy(bytes.slice()).into_owned())
 }

@@ -6,7 +6,8 @@
 
 use gimli::{AttributeValue, Expression, Operation, constants as dw};
 
-use super::types::{Die, Dies, File, Shape, is_c};
+use super::dies::{Die, Dies, File, is_c};
+use super::types::Shape;
 use super::{Dwarf, Slice, Subprogram};
 use crate::addr::Svma;
 use crate::signature::{
@@ -19,6 +20,9 @@ const CHANGED: [&str; 4] = ["isra", "constprop", "part", "cold"];
 
 /// The signature of `subprogram`, whose symbol is `symbol`.
 pub(crate) fn read(dwarf: &Dwarf<'_>, subprogram: &Subprogram, symbol: &str) -> Option<Signature> {
+    if !subprogram.unit_has_parameters {
+        return None;
+    }
     if symbol.split('.').skip(1).any(|suffix| CHANGED.contains(&suffix)) {
         return None;
     }
@@ -37,9 +41,9 @@ pub(crate) fn read(dwarf: &Dwarf<'_>, subprogram: &Subprogram, symbol: &str) -> 
         .and_then(|root| dies.language(&root))
         .or_else(|| dies.language(&root))?;
     let reader = Reader {
-        is_llvm: dies
-            .inherited_text(&root, dw::DW_AT_producer)
-            .is_some_and(|producer| ["clang", "rustc", "LLVM"].iter().any(|p| producer.contains(p))),
+        is_llvm: dies.inherited_text(&root, dw::DW_AT_producer).is_some_and(|producer| {
+            ["clang", "rustc", "LLVM"].iter().any(|p| producer.contains(p))
+        }),
         dies,
         entry: subprogram.address,
     };

@@ -1,143 +1,10 @@
-//! DIEs across units and files, and C types out of them. Start at [`Dies`].
+//! What a type's bytes are: sizes, alignments, members. Start at [`Dies::type_of`]. Names are
+//! in [`super::spelling`].
 
-use std::cell::RefCell;
-use std::collections::HashMap;
-use std::rc::Rc;
+use gimli::{AttributeValue, constants as dw};
 
-use gimli::{AttributeValue, DebugInfoOffset, DebuggingInformationEntry, UnitOffset, constants as dw};
-
-use super::{Dwarf, Slice, Unit, text};
+use super::dies::{Die, Dies, MAX_DEPTH, is_pointer, is_transparent};
 use crate::signature::Type;
-
-/// Typedefs, pointers and members nested deeper than this are taken for a loop.
-const MAX_DEPTH: u32 = 64;
-
-/// Follows references between DIEs.
-pub(crate) struct Dies<'a> {
-    dwarf: &'a Dwarf<'a>,
-    units: RefCell<HashMap<(File, usize), Rc<Unit<'a>>>>,
-    /// Where units start, by file: a reference may lead into any.
-    starts: RefCell<HashMap<File, Rc<Vec<usize>>>>,
-}
-
-/// Which file's `.debug_info`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum File {
-    Main,
-    Supplement,
-}
-
-/// One DIE, read.
-#[derive(Clone)]
-pub(crate) struct Die<'a> {
-    pub(crate) file: File,
-    pub(crate) unit: Rc<Unit<'a>>,
-    pub(crate) entry: DebuggingInformationEntry<Slice<'a>>,
-}
-
-impl<'a> Dies<'a> {
-    pub(crate) fn new(dwarf: &'a Dwarf<'a>) -> Self {
-        Self { dwarf, units: RefCell::default(), starts: RefCell::default() }
-    }
-
-    pub(crate) fn at(&self, file: File, unit: usize, offset: UnitOffset) -> Option<Die<'a>> {
-        let unit = self.unit(file, unit)?;
-        let entry = unit.entry(offset).ok()?;
-        Some(Die { file, unit, entry })
-    }
-
-    /// The unit's first DIE.
-    pub(crate) fn root(&self, die: &Die<'a>) -> Option<Die<'a>> {
-        let entry = die.unit.entry(die.unit.header.root_offset()).ok()?;
-        Some(Die { file: die.file, unit: Rc::clone(&die.unit), entry })
-    }
-
-    /// The DIE that `name` refers to. `None` also where it is in a file that was not given.
-    pub(crate) fn follow(&self, die: &Die<'a>, name: gimli::DwAt) -> Option<Die<'a>> {
-        match die.entry.attr_value(name)? {
-            AttributeValue::UnitRef(offset) => {
-                let entry = die.unit.entry(offset).ok()?;
-                Some(Die { file: die.file, unit: Rc::clone(&die.unit), entry })
-            }
-            AttributeValue::DebugInfoRef(offset) => self.anywhere(die.file, offset.0),
-            AttributeValue::DebugInfoRefSup(offset) => self.anywhere(File::Supplement, offset.0),
-            _ => None,
-        }
-    }
-
-    /// A DIE's own attribute, or that of the DIE it completes.
-    pub(crate) fn inherited(&self, die: &Die<'a>, name: gimli::DwAt) -> Option<(Die<'a>, AttributeValue<Slice<'a>>)> {
-        let mut die = die.clone();
-        for _ in 0..4 {
-            if let Some(value) = die.entry.attr_value(name) {
-                return Some((die, value));
-            }
-            die = self
-                .follow(&die, dw::DW_AT_abstract_origin)
-                .or_else(|| self.follow(&die, dw::DW_AT_specification))?;
-        }
-        None
-    }
-
-    pub(crate) fn name(&self, die: &Die<'a>) -> Option<String> {
-        self.inherited_text(die, dw::DW_AT_name)
-    }
-
-    pub(crate) fn inherited_text(&self, die: &Die<'a>, name: gimli::DwAt) -> Option<String> {
-        let (owner, value) = self.inherited(die, name)?;
-        text(self.dwarf_of(owner.file)?, &owner.unit, value)
-    }
-
-    pub(crate) fn children(&self, die: &Die<'a>) -> Vec<Die<'a>> {
-        let mut found = Vec::new();
-        let Ok(mut tree) = die.unit.entries_tree(Some(die.entry.offset())) else { return found };
-        let Ok(root) = tree.root() else { return found };
-        let mut children = root.children();
-        while let Ok(Some(child)) = children.next() {
-            found.push(Die { file: die.file, unit: Rc::clone(&die.unit), entry: child.entry().clone() });
-        }
-        found
-    }
-
-    pub(crate) fn dwarf_of(&self, file: File) -> Option<&'a Dwarf<'a>> {
-        match file {
-            File::Main => Some(self.dwarf),
-            File::Supplement => self.dwarf.sup(),
-        }
-    }
-
-    fn unit(&self, file: File, offset: usize) -> Option<Rc<Unit<'a>>> {
-        if let Some(unit) = self.units.borrow().get(&(file, offset)) {
-            return Some(Rc::clone(unit));
-        }
-        let dwarf = self.dwarf_of(file)?;
-        let header = dwarf.unit_header(DebugInfoOffset(offset)).ok()?;
-        let unit = Rc::new(dwarf.unit(header).ok()?);
-        self.units.borrow_mut().insert((file, offset), Rc::clone(&unit));
-        Some(unit)
-    }
-
-    fn anywhere(&self, file: File, offset: usize) -> Option<Die<'a>> {
-        let starts = self.starts(file)?;
-        let after = starts.partition_point(|start| *start <= offset);
-        let start = *starts.get(after.checked_sub(1)?)?;
-        self.at(file, start, UnitOffset(offset - start))
-    }
-
-    fn starts(&self, file: File) -> Option<Rc<Vec<usize>>> {
-        if let Some(starts) = self.starts.borrow().get(&file) {
-            return Some(Rc::clone(starts));
-        }
-        let mut starts = Vec::new();
-        let mut headers = self.dwarf_of(file)?.units();
-        while let Ok(Some(header)) = headers.next() {
-            starts.extend(header.debug_info_offset().map(|offset| offset.0));
-        }
-        let starts = Rc::new(starts);
-        self.starts.borrow_mut().insert(file, Rc::clone(&starts));
-        Some(starts)
-    }
-}
 
 /// A type as the classification needs it, typedefs and qualifiers taken off.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -173,7 +40,9 @@ impl Shape {
     pub(crate) fn size(&self) -> u64 {
         match self {
             Self::Void => 0,
-            Self::Integer(size) | Self::Float(size) | Self::Complex(size) | Self::Vector(size) => *size,
+            Self::Integer(size) | Self::Float(size) | Self::Complex(size) | Self::Vector(size) => {
+                *size
+            }
             Self::LongDouble => 16,
             Self::Aggregate(record) => record.size,
         }
@@ -219,18 +88,6 @@ impl<'a> Dies<'a> {
         }
     }
 
-    /// Without typedefs and qualifiers.
-    fn bare(&self, die: &Die<'a>) -> Option<Die<'a>> {
-        let mut die = die.clone();
-        for _ in 0..MAX_DEPTH {
-            if !is_transparent(die.entry.tag()) {
-                return Some(die);
-            }
-            die = self.follow(&die, dw::DW_AT_type)?;
-        }
-        None
-    }
-
     fn points_to_char(&self, pointer: &Die<'a>) -> bool {
         let target = self.follow(pointer, dw::DW_AT_type).and_then(|die| self.bare(&die));
         target.is_some_and(|die| {
@@ -249,10 +106,6 @@ impl<'a> Dies<'a> {
             die.entry.attr_value(dw::DW_AT_encoding),
             Some(AttributeValue::Encoding(dw::DW_ATE_signed | dw::DW_ATE_signed_char))
         )
-    }
-
-    pub(crate) fn number(&self, die: &Die<'a>, name: gimli::DwAt) -> Option<u64> {
-        die.entry.attr_value(name)?.udata_value()
     }
 
     /// `None` for what cannot be told: incomplete types, missing files, loops.
@@ -284,7 +137,8 @@ impl<'a> Dies<'a> {
     }
 
     fn base_shape(&self, die: &Die<'a>, size: u64) -> Option<Shape> {
-        let Some(AttributeValue::Encoding(encoding)) = die.entry.attr_value(dw::DW_AT_encoding) else {
+        let Some(AttributeValue::Encoding(encoding)) = die.entry.attr_value(dw::DW_AT_encoding)
+        else {
             return None;
         };
         match encoding {
@@ -348,7 +202,13 @@ impl<'a> Dies<'a> {
         let n = if size <= 64 { count } else { 0 };
         let fields = (0..n.min(64)).map(|i| (i * element.size(), element.clone())).collect();
         let align = element.align();
-        Some(Shape::Aggregate(Record { size, align, by_address: false, fields, bit_fields: vec![] }))
+        Some(Shape::Aggregate(Record {
+            size,
+            align,
+            by_address: false,
+            fields,
+            bit_fields: vec![],
+        }))
     }
 
     fn record_shape(&self, die: &Die<'a>, size: u64, depth: u32) -> Option<Shape> {
@@ -437,116 +297,11 @@ impl<'a> Dies<'a> {
         });
         let target = params.next().and_then(|param| self.follow(param, dw::DW_AT_type));
         let reference = target.filter(|die| {
-            matches!(
-                die.entry.tag(),
-                dw::DW_TAG_reference_type | dw::DW_TAG_rvalue_reference_type
-            )
+            matches!(die.entry.tag(), dw::DW_TAG_reference_type | dw::DW_TAG_rvalue_reference_type)
         });
         let referred = reference
             .and_then(|die| self.follow(&die, dw::DW_AT_type))
             .and_then(|die| self.bare(&die));
         referred.is_some_and(|die| die.entry.offset() == class.entry.offset())
     }
-
-    /// As the source spells the type.
-    pub(crate) fn spelling(&self, die: &Die<'a>, depth: u32) -> String {
-        if depth > MAX_DEPTH {
-            return "...".into();
-        }
-        let inner = || match self.follow(die, dw::DW_AT_type) {
-            Some(target) => self.spelling(&target, depth + 1),
-            None => "void".into(),
-        };
-        let name = || self.name(die);
-        match die.entry.tag() {
-            dw::DW_TAG_const_type => qualified("const", &inner()),
-            dw::DW_TAG_volatile_type => qualified("volatile", &inner()),
-            dw::DW_TAG_restrict_type => format!("{} restrict", inner()),
-            dw::DW_TAG_atomic_type => qualified("_Atomic", &inner()),
-            dw::DW_TAG_pointer_type => name().unwrap_or_else(|| pointer_to(&inner(), "*")),
-            dw::DW_TAG_reference_type => pointer_to(&inner(), "&"),
-            dw::DW_TAG_rvalue_reference_type => pointer_to(&inner(), "&&"),
-            dw::DW_TAG_array_type => format!("{}[]", inner()),
-            dw::DW_TAG_subroutine_type => self.function_spelling(die, depth),
-            dw::DW_TAG_structure_type => self.tagged(die, "struct"),
-            dw::DW_TAG_union_type => self.tagged(die, "union"),
-            dw::DW_TAG_enumeration_type => self.tagged(die, "enum"),
-            dw::DW_TAG_class_type => name().unwrap_or_else(|| "class {...}".into()),
-            _ => name().unwrap_or_else(|| "?".into()),
-        }
-    }
-
-    fn function_spelling(&self, die: &Die<'a>, depth: u32) -> String {
-        let of = |die: &Die<'a>| match self.follow(die, dw::DW_AT_type) {
-            Some(target) => self.spelling(&target, depth + 1),
-            None => "void".into(),
-        };
-        let params: Vec<String> = self
-            .children(die)
-            .iter()
-            .filter_map(|child| match child.entry.tag() {
-                dw::DW_TAG_formal_parameter => Some(of(child)),
-                dw::DW_TAG_unspecified_parameters => Some("...".into()),
-                _ => None,
-            })
-            .collect();
-        let params = if params.is_empty() { "void".to_owned() } else { params.join(", ") };
-        format!("{} ()({params})", of(die))
-    }
-
-    fn tagged(&self, die: &Die<'a>, keyword: &str) -> String {
-        let name = self.name(die);
-        let is_c = self.root(die).and_then(|root| self.language(&root)).is_some_and(is_c);
-        match name {
-            Some(name) if is_c => format!("{keyword} {name}"),
-            Some(name) => name,
-            None => format!("{keyword} {{...}}"),
-        }
-    }
-
-    pub(crate) fn language(&self, root: &Die<'a>) -> Option<gimli::DwLang> {
-        match root.entry.attr_value(dw::DW_AT_language)? {
-            AttributeValue::Language(language) => Some(language),
-            _ => None,
-        }
-    }
-}
-
-pub(crate) fn is_c(language: gimli::DwLang) -> bool {
-    matches!(
-        language,
-        dw::DW_LANG_C | dw::DW_LANG_C89 | dw::DW_LANG_C99 | dw::DW_LANG_C11 | dw::DW_LANG_C17
-    )
-}
-
-fn qualified(word: &str, inner: &str) -> String {
-    if inner.ends_with('*') { format!("{inner} {word}") } else { format!("{word} {inner}") }
-}
-
-fn pointer_to(inner: &str, mark: &str) -> String {
-    // A function's spelling has a place for the name: `int ()(int)`.
-    match inner.find("()(") {
-        Some(at) => format!("{}({mark}){}", &inner[..at], &inner[at + 2..]),
-        None if inner.ends_with(['*', '&']) => format!("{inner}{mark}"),
-        None => format!("{inner} {mark}"),
-    }
-}
-
-fn is_transparent(tag: gimli::DwTag) -> bool {
-    matches!(
-        tag,
-        dw::DW_TAG_typedef
-            | dw::DW_TAG_const_type
-            | dw::DW_TAG_volatile_type
-            | dw::DW_TAG_restrict_type
-            | dw::DW_TAG_atomic_type
-            | dw::DW_TAG_immutable_type
-    )
-}
-
-fn is_pointer(tag: gimli::DwTag) -> bool {
-    matches!(
-        tag,
-        dw::DW_TAG_pointer_type | dw::DW_TAG_reference_type | dw::DW_TAG_rvalue_reference_type
-    )
 }

@@ -187,7 +187,7 @@ fn merge_record(classes: &mut [Class], base: u64, record: &Record) -> Result<boo
             }
             continue;
         }
-        if shape.size() > 0 && at % shape.align() != 0 {
+        if shape.size() > 0 && !at.is_multiple_of(shape.align()) {
             return Ok(false);
         }
         if matches!(shape, Shape::Vector(32 | 64)) {

@@ -194,8 +194,8 @@ impl<'a> Search<'a> {
         if !writes {
             return Definition::None;
         }
-        let wide = instruction.op0_kind() == OpKind::Register
-            && instruction.op0_register() == register;
+        let wide =
+            instruction.op0_kind() == OpKind::Register && instruction.op0_register() == register;
         let from_memory = instruction.op1_kind() == OpKind::Memory;
         let from_register = instruction.op1_kind() == OpKind::Register;
         match instruction.mnemonic() {
@@ -218,9 +218,7 @@ impl<'a> Search<'a> {
             Mnemonic::Lea if wide && instruction.is_ip_rel_memory_operand() => Definition::Known,
             Mnemonic::Pop | Mnemonic::Xchg if wide => Definition::Known,
             Mnemonic::Xor if from_memory && is_pointer_guard(instruction) => Definition::Known,
-            Mnemonic::Add | Mnemonic::Lea if wide && self.is_table_sum(at) => {
-                Definition::TableSum
-            }
+            Mnemonic::Add | Mnemonic::Lea if wide && self.is_table_sum(at) => Definition::TableSum,
             _ if wide && is_cmov(instruction) && from_register => {
                 Definition::Either(instruction.op1_register().full_register())
             }
@@ -297,8 +295,8 @@ impl<'a> Search<'a> {
             if is_of_pair && (is_table_load(instruction) || self.is_unoptimized_load(at)) {
                 return true;
             }
-            let is_lea = instruction.mnemonic() == Mnemonic::Lea
-                && instruction.is_ip_rel_memory_operand();
+            let is_lea =
+                instruction.mnemonic() == Mnemonic::Lea && instruction.is_ip_rel_memory_operand();
             let clobbers = self.info.info(instruction).used_registers().iter().any(|used| {
                 let register = used.register().full_register();
                 (register == pair.0 || register == pair.1)

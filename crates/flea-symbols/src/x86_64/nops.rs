@@ -48,7 +48,8 @@ mod tests {
 
     #[test]
     fn forms() {
-        let cases: [(&[u8], Option<(usize, &[u8])>); 9] = [
+        type Case = (&'static [u8], Option<(usize, &'static [u8])>);
+        let cases: [Case; 9] = [
             (&[0x0f, 0x1f, 0x44, 0x00, 0x00], Some((5, &[0]))),
             (&[0x0f, 0x1f, 0x44, 0x00, 0x08], Some((5, &[0]))),
             (&[0x90; 5], Some((5, &[0, 1, 2, 3, 4]))),

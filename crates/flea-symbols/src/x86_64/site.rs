@@ -1,8 +1,6 @@
 //! The proof of a site. Start at [`find`].
 
-use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic,
-};
+use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use object::Object as _;
 
 use crate::addr::Svma;
@@ -84,16 +82,15 @@ fn relocatable_prologue(code: &[u8], address: Svma) -> Result<Candidate, Refusal
                 return Err(Refusal::CallInPrologue { at, if_pushed: None });
             }
             may_move(&instruction, at)?;
-            if matches!(
-                instruction.flow_control(),
-                FlowControl::Call | FlowControl::IndirectCall
-            ) {
+            if matches!(instruction.flow_control(), FlowControl::Call | FlowControl::IndirectCall) {
                 call = Some(at);
             }
             boundaries.push(u8::try_from(len).unwrap_or(u8::MAX));
             ended = matches!(
                 instruction.flow_control(),
-                FlowControl::Return | FlowControl::UnconditionalBranch | FlowControl::IndirectBranch
+                FlowControl::Return
+                    | FlowControl::UnconditionalBranch
+                    | FlowControl::IndirectBranch
             );
         }
         len += instruction.len();
@@ -111,7 +108,11 @@ fn may_move(instruction: &Instruction, at: Svma) -> Result<(), Refusal> {
         Mnemonic::Syscall | Mnemonic::Sysenter | Mnemonic::Int => {
             return Err(Refusal::SystemCall { at });
         }
-        Mnemonic::Int3 | Mnemonic::Int1 | Mnemonic::Hlt | Mnemonic::Ud0 | Mnemonic::Ud1
+        Mnemonic::Int3
+        | Mnemonic::Int1
+        | Mnemonic::Hlt
+        | Mnemonic::Ud0
+        | Mnemonic::Ud1
         | Mnemonic::Ud2 => return Err(Refusal::Trap { at, instruction: name() }),
         _ => {}
     }

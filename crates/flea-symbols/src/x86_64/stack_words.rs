@@ -155,8 +155,8 @@ impl<'a> Reader<'a> {
             self.depth_is_final = false;
         } else if let Some(previous) = previous.filter(|_| !self.depth_is_final) {
             let by = previous.stack_pointer_increment();
-            let is_sub = previous.mnemonic() == Mnemonic::Sub
-                && previous.op0_register() == Register::RSP;
+            let is_sub =
+                previous.mnemonic() == Mnemonic::Sub && previous.op0_register() == Register::RSP;
             if is_sub {
                 let by = previous.try_immediate(1).map_or(0, u64::cast_signed);
                 self.depth += by.max(0);
@@ -193,8 +193,7 @@ impl<'a> Reader<'a> {
             return Some(());
         }
         let framed = register == CfaRegister::Rbp;
-        let constant =
-            !matches!(instruction.op1_kind(), OpKind::Register | OpKind::Memory);
+        let constant = !matches!(instruction.op1_kind(), OpKind::Register | OpKind::Memory);
         match instruction.mnemonic() {
             Mnemonic::Add | Mnemonic::Sub if constant => Some(()),
             Mnemonic::Cmp | Mnemonic::Test => Some(()),
@@ -226,8 +225,7 @@ impl<'a> Reader<'a> {
         let below = if register == CfaRegister::Rsp { -offset } else { -depth };
         if reads_rsp && explicit {
             let into = instruction.op0_register();
-            if instruction.mnemonic() == Mnemonic::Mov
-                && instruction.op0_kind() == OpKind::Register
+            if instruction.mnemonic() == Mnemonic::Mov && instruction.op0_kind() == OpKind::Register
             {
                 if into == Register::RBP && next_is_rbp {
                     return Some(());
@@ -312,7 +310,8 @@ impl<'a> Reader<'a> {
             let displacement = instruction.memory_displacement64().cast_signed();
             let size = i64::try_from(instruction.memory_size().size()).ok()?;
             let is_lea = instruction.mnemonic() == Mnemonic::Lea;
-            let end = address.checked_add(displacement)?.checked_add(if is_lea { 1 } else { size })?;
+            let end =
+                address.checked_add(displacement)?.checked_add(if is_lea { 1 } else { size })?;
             if end > 0 {
                 return None;
             }

@@ -58,7 +58,9 @@ impl Sweep {
         }
         let mut sweep = pass.found;
         sweep.references.sort_unstable();
-        sweep.references.dedup_by_key(|reference| (reference.target, reference.kind, reference.from));
+        sweep
+            .references
+            .dedup_by_key(|reference| (reference.target, reference.kind, reference.from));
         sweep.undecodable.sort_unstable();
         sweep.unproven_jumps.sort_unstable();
         sweep
@@ -140,9 +142,13 @@ impl<'m, 'data> Pass<'m, 'data> {
         let first = self.starts.partition_point(|start| *start <= range.start);
         let last = self.starts.partition_point(|start| *start < range.end);
         let mut at = range.start;
-        for next in self.starts[first..last].to_vec().into_iter().chain([range.end]) {
-            let offsets = (at - range.start).try_into().ok().zip((next - range.start).try_into().ok());
-            if let Some(code) = offsets.and_then(|(start, end): (usize, usize)| bytes.get(start..end)) {
+        let starts: Vec<u64> = self.starts.get(first..last).unwrap_or_default().to_vec();
+        for next in starts.into_iter().chain([range.end]) {
+            let offsets =
+                (at - range.start).try_into().ok().zip((next - range.start).try_into().ok());
+            if let Some(code) =
+                offsets.and_then(|(start, end): (usize, usize)| bytes.get(start..end))
+            {
                 self.sweep_region(at, code);
             }
             at = next;

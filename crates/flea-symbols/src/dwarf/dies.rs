@@ -1,0 +1,199 @@
+//! DIEs across units and files: references followed, attributes inherited. Start at
+//! [`Dies`]. Knows nothing of what a type's bytes are.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use gimli::{
+    AttributeValue, DebugInfoOffset, DebuggingInformationEntry, UnitOffset, constants as dw,
+};
+
+use super::{Dwarf, Slice, Unit, text};
+
+/// Typedefs, pointers and members nested deeper than this are taken for a loop.
+pub(crate) const MAX_DEPTH: u32 = 64;
+
+/// Follows references between DIEs.
+pub(crate) struct Dies<'a> {
+    dwarf: &'a Dwarf<'a>,
+    units: RefCell<HashMap<(File, usize), Rc<Unit<'a>>>>,
+    /// Where units start, by file: a reference may lead into any.
+    starts: RefCell<HashMap<File, Rc<Vec<usize>>>>,
+}
+
+/// Which file's `.debug_info`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum File {
+    Main,
+    Supplement,
+}
+
+/// One DIE, read.
+#[derive(Clone)]
+pub(crate) struct Die<'a> {
+    pub(crate) file: File,
+    pub(crate) unit: Rc<Unit<'a>>,
+    pub(crate) entry: DebuggingInformationEntry<Slice<'a>>,
+}
+
+impl<'a> Dies<'a> {
+    pub(crate) fn new(dwarf: &'a Dwarf<'a>) -> Self {
+        Self { dwarf, units: RefCell::default(), starts: RefCell::default() }
+    }
+
+    pub(crate) fn at(&self, file: File, unit: usize, offset: UnitOffset) -> Option<Die<'a>> {
+        let unit = self.unit(file, unit)?;
+        let entry = unit.entry(offset).ok()?;
+        Some(Die { file, unit, entry })
+    }
+
+    /// The unit's first DIE.
+    pub(crate) fn root(&self, die: &Die<'a>) -> Option<Die<'a>> {
+        let entry = die.unit.entry(die.unit.header.root_offset()).ok()?;
+        Some(Die { file: die.file, unit: Rc::clone(&die.unit), entry })
+    }
+
+    /// The DIE that `name` refers to. `None` also where it is in a file that was not given.
+    pub(crate) fn follow(&self, die: &Die<'a>, name: gimli::DwAt) -> Option<Die<'a>> {
+        match die.entry.attr_value(name)? {
+            AttributeValue::UnitRef(offset) => {
+                let entry = die.unit.entry(offset).ok()?;
+                Some(Die { file: die.file, unit: Rc::clone(&die.unit), entry })
+            }
+            AttributeValue::DebugInfoRef(offset) => self.anywhere(die.file, offset.0),
+            AttributeValue::DebugInfoRefSup(offset) => self.anywhere(File::Supplement, offset.0),
+            _ => None,
+        }
+    }
+
+    /// A DIE's own attribute, or that of the DIE it completes.
+    pub(crate) fn inherited(
+        &self,
+        die: &Die<'a>,
+        name: gimli::DwAt,
+    ) -> Option<(Die<'a>, AttributeValue<Slice<'a>>)> {
+        let mut die = die.clone();
+        for _ in 0..4 {
+            if let Some(value) = die.entry.attr_value(name) {
+                return Some((die, value));
+            }
+            die = self
+                .follow(&die, dw::DW_AT_abstract_origin)
+                .or_else(|| self.follow(&die, dw::DW_AT_specification))?;
+        }
+        None
+    }
+
+    pub(crate) fn name(&self, die: &Die<'a>) -> Option<String> {
+        self.inherited_text(die, dw::DW_AT_name)
+    }
+
+    pub(crate) fn inherited_text(&self, die: &Die<'a>, name: gimli::DwAt) -> Option<String> {
+        let (owner, value) = self.inherited(die, name)?;
+        text(self.dwarf_of(owner.file)?, &owner.unit, value)
+    }
+
+    pub(crate) fn children(&self, die: &Die<'a>) -> Vec<Die<'a>> {
+        let mut found = Vec::new();
+        let Ok(mut tree) = die.unit.entries_tree(Some(die.entry.offset())) else { return found };
+        let Ok(root) = tree.root() else { return found };
+        let mut children = root.children();
+        while let Ok(Some(child)) = children.next() {
+            found.push(Die {
+                file: die.file,
+                unit: Rc::clone(&die.unit),
+                entry: child.entry().clone(),
+            });
+        }
+        found
+    }
+
+    pub(crate) fn dwarf_of(&self, file: File) -> Option<&'a Dwarf<'a>> {
+        match file {
+            File::Main => Some(self.dwarf),
+            File::Supplement => self.dwarf.sup(),
+        }
+    }
+
+    fn unit(&self, file: File, offset: usize) -> Option<Rc<Unit<'a>>> {
+        if let Some(unit) = self.units.borrow().get(&(file, offset)) {
+            return Some(Rc::clone(unit));
+        }
+        let dwarf = self.dwarf_of(file)?;
+        let header = dwarf.unit_header(DebugInfoOffset(offset)).ok()?;
+        let unit = Rc::new(dwarf.unit(header).ok()?);
+        self.units.borrow_mut().insert((file, offset), Rc::clone(&unit));
+        Some(unit)
+    }
+
+    fn anywhere(&self, file: File, offset: usize) -> Option<Die<'a>> {
+        let starts = self.starts(file)?;
+        let after = starts.partition_point(|start| *start <= offset);
+        let start = *starts.get(after.checked_sub(1)?)?;
+        self.at(file, start, UnitOffset(offset - start))
+    }
+
+    fn starts(&self, file: File) -> Option<Rc<Vec<usize>>> {
+        if let Some(starts) = self.starts.borrow().get(&file) {
+            return Some(Rc::clone(starts));
+        }
+        let mut starts = Vec::new();
+        let mut headers = self.dwarf_of(file)?.units();
+        while let Ok(Some(header)) = headers.next() {
+            starts.extend(header.debug_info_offset().map(|offset| offset.0));
+        }
+        let starts = Rc::new(starts);
+        self.starts.borrow_mut().insert(file, Rc::clone(&starts));
+        Some(starts)
+    }
+
+    pub(crate) fn number(&self, die: &Die<'a>, name: gimli::DwAt) -> Option<u64> {
+        die.entry.attr_value(name)?.udata_value()
+    }
+
+    /// Without typedefs and qualifiers.
+    pub(crate) fn bare(&self, die: &Die<'a>) -> Option<Die<'a>> {
+        let mut die = die.clone();
+        for _ in 0..MAX_DEPTH {
+            if !is_transparent(die.entry.tag()) {
+                return Some(die);
+            }
+            die = self.follow(&die, dw::DW_AT_type)?;
+        }
+        None
+    }
+
+    pub(crate) fn language(&self, root: &Die<'a>) -> Option<gimli::DwLang> {
+        match root.entry.attr_value(dw::DW_AT_language)? {
+            AttributeValue::Language(language) => Some(language),
+            _ => None,
+        }
+    }
+}
+
+pub(crate) fn is_c(language: gimli::DwLang) -> bool {
+    matches!(
+        language,
+        dw::DW_LANG_C | dw::DW_LANG_C89 | dw::DW_LANG_C99 | dw::DW_LANG_C11 | dw::DW_LANG_C17
+    )
+}
+
+pub(crate) fn is_transparent(tag: gimli::DwTag) -> bool {
+    matches!(
+        tag,
+        dw::DW_TAG_typedef
+            | dw::DW_TAG_const_type
+            | dw::DW_TAG_volatile_type
+            | dw::DW_TAG_restrict_type
+            | dw::DW_TAG_atomic_type
+            | dw::DW_TAG_immutable_type
+    )
+}
+
+pub(crate) fn is_pointer(tag: gimli::DwTag) -> bool {
+    matches!(
+        tag,
+        dw::DW_TAG_pointer_type | dw::DW_TAG_reference_type | dw::DW_TAG_rvalue_reference_type
+    )
+}
