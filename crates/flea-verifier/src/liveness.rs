@@ -332,10 +332,11 @@ fn follow(op: &Op, at: &mut Addresses, loaded: FrameAddress) {
             };
             at[dst.index()] = moved;
         }
-        Op::Alu { dst, src: Operand::Reg(src), .. } => {
-            if at[src.index()] != FrameAddress::No || at[dst.index()] != FrameAddress::No {
-                at[dst.index()] = FrameAddress::Maybe;
-            }
+        Op::Alu { dst, src: Operand::Reg(src), .. } if at[src.index()] != FrameAddress::No => {
+            at[dst.index()] = FrameAddress::Maybe;
+        }
+        Op::Alu { dst, .. } if at[dst.index()] != FrameAddress::No => {
+            at[dst.index()] = FrameAddress::Maybe;
         }
         Op::Mov { dst, .. } | Op::MovSx { dst, .. } | Op::Const { dst, .. } => {
             at[dst.index()] = FrameAddress::No;

@@ -54,11 +54,6 @@ impl Scalar {
         Self::constant((x as i64).cast_unsigned())
     }
 
-    /// `min..=max`, unsigned.
-    pub(crate) fn unsigned(min: u64, max: u64) -> Self {
-        Self { wide: Range::unsigned(min, max), low: Range::UNKNOWN }.settled()
-    }
-
     /// `min..=max`, signed.
     pub(crate) fn signed(smin: i64, smax: i64) -> Self {
         let wide = Range { smin, smax, ..Range::UNKNOWN }.settled();
@@ -161,6 +156,10 @@ impl Scalar {
 
     /// Lets each half narrow the other. `None` where the set is empty.
     fn settle(mut self) -> Option<Self> {
+        if let (Some(x), true) = (self.wide.as_const(), self.wide.umin == self.wide.umax) {
+            // The commonest case: one number, if the lower half agrees.
+            return self.low.contains(x & !UPPER).then(|| Self::constant(x));
+        }
         // Twice, as in `Range::settle`.
         for _ in 0..2 {
             self.low = self.low.intersect(&lower_half(&self.wide))?;

@@ -3,6 +3,11 @@
 //! the states that the verifier had there must describe the machine: every register, every
 //! spilled register, every byte known to be zero, and the equality of numbers with one id.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "random numbers are cut to size on purpose"
+)]
+
 mod generate;
 mod interpret;
 
