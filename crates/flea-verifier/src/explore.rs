@@ -257,7 +257,8 @@ impl<'a> Explorer<'a> {
     }
 
     fn too_large(&self, processed: usize) -> Fault {
-        let fault = Fault::new(format!("BPF program is too large. Processed {} insn", processed + 1));
+        let fault =
+            Fault::new(format!("BPF program is too large. Processed {} insn", processed + 1));
         match self.back_jumps.iter().enumerate().max_by_key(|(_, n)| **n) {
             Some((idx, n)) if *n > 0 => fault.hint(format!(
                 "the jump back at insn {idx} was followed {n} times: give its loop a smaller bound"

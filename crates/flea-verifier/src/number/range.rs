@@ -106,10 +106,8 @@ impl<const BITS: u32> Range<BITS> {
             self.umin = self.umin.max(self.bits.value);
             self.umax = self.umax.min(self.bits.max());
             let sign = 1 << (BITS - 1);
-            self.smin =
-                self.smin.max(Self::signed(self.bits.value | (self.bits.mask & sign)));
-            self.smax =
-                self.smax.min(Self::signed(self.bits.value | (self.bits.mask & !sign)));
+            self.smin = self.smin.max(Self::signed(self.bits.value | (self.bits.mask & sign)));
+            self.smax = self.smax.min(Self::signed(self.bits.value | (self.bits.mask & !sign)));
             // An interval that does not cross the point where the other order breaks is an
             // interval there too.
             if self.smin >= 0 || self.smax < 0 {

@@ -83,12 +83,9 @@ impl Scalar {
         let wide = apply(op, &a.wide, &b.wide);
         // The lower half of these depends on the lower halves alone.
         let low = match op {
-            AluOp::Add
-            | AluOp::Sub
-            | AluOp::Mul
-            | AluOp::Or
-            | AluOp::And
-            | AluOp::Xor => apply(op, &a.low, &b.low),
+            AluOp::Add | AluOp::Sub | AluOp::Mul | AluOp::Or | AluOp::And | AluOp::Xor => {
+                apply(op, &a.low, &b.low)
+            }
             _ => Range::UNKNOWN,
         };
         Self { wide, low }.settled()
@@ -145,12 +142,7 @@ impl Scalar {
 
     /// A 32-bit result: the upper half is 0.
     fn from_low(low: Range<32>) -> Self {
-        let wide = Range {
-            bits: low.bits,
-            umin: low.umin,
-            umax: low.umax,
-            ..Range::UNKNOWN
-        };
+        let wide = Range { bits: low.bits, umin: low.umin, umax: low.umax, ..Range::UNKNOWN };
         Self { wide: wide.settled(), low }
     }
 

@@ -3,10 +3,7 @@
 //! The oracles below are written from RFC 9669's text on plain integers, apart from the
 //! code under test.
 
-#![allow(
-    clippy::cast_possible_truncation,
-    reason = "random numbers are cut to size on purpose"
-)]
+#![allow(clippy::cast_possible_truncation, reason = "random numbers are cut to size on purpose")]
 
 use proptest::prelude::*;
 
