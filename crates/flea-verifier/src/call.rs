@@ -167,9 +167,7 @@ impl Machine<'_> {
             return Err(mismatch(reg, value, Arg::Size(zero)));
         };
         if size.wide.smin < 0 {
-            let text = format!(
-                "R{r} min value is negative, either use unsigned or 'var &= const'"
-            );
+            let text = format!("R{r} min value is negative, either use unsigned or 'var &= const'");
             return Err(Fault::new(text));
         }
         if size.wide.umin == 0 && zero == ZeroSize::Refused {
@@ -280,8 +278,10 @@ fn ctx_arg(reg: Reg, value: &Value) -> Result<(), Fault> {
             _ => {
                 let off = p.off.wide.smin;
                 let r = reg.index();
-                Err(Fault::new(format!("dereference of modified ctx ptr R{r} off={off} disallowed"))
-                    .hint("pass the context as the program was given it"))
+                Err(Fault::new(format!(
+                    "dereference of modified ctx ptr R{r} off={off} disallowed"
+                ))
+                .hint("pass the context as the program was given it"))
             }
         },
         _ => Err(mismatch(reg, value, Arg::Ctx)),

@@ -69,11 +69,6 @@ impl Cfg {
         self.functions.partition_point(|f| f.start < start)
     }
 
-    /// The function that has instruction `idx`.
-    pub(crate) fn function_of(&self, idx: usize) -> usize {
-        self.functions.partition_point(|f| f.start <= idx).saturating_sub(1)
-    }
-
     /// Several ways lead here: where states are compared.
     pub(crate) fn is_join(&self, idx: usize) -> bool {
         self.joins.get(idx).copied().unwrap_or(false)

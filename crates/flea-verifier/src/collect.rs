@@ -33,8 +33,10 @@ impl Collector {
         match &mut self.facts[idx] {
             Fact::Access(known) if *known == region => Ok(()),
             Fact::Access(_) => Err(Fault::new("same insn cannot be used with different pointers")
-                .hint("the paths that meet here must bring pointers into the same kind of memory, \
-                     and the same map")),
+                .hint(
+                    "the paths that meet here must bring pointers into the same kind of memory, \
+                     and the same map",
+                )),
             fact => {
                 *fact = Fact::Access(region);
                 Ok(())

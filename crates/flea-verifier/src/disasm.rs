@@ -29,7 +29,9 @@ pub(crate) fn text(op: &Op) -> String {
             let sign = if sign_extend { 's' } else { 'u' };
             format!("r{} = *({sign}{})", dst.index(), address(place))
         }
-        Op::Store { place, src } => format!("*(u{}) = {}", address(place), operand(Width::W64, src)),
+        Op::Store { place, src } => {
+            format!("*(u{}) = {}", address(place), operand(Width::W64, src))
+        }
         Op::Atomic { op, fetch, place, src } => atomic(op, fetch, place, src),
         Op::Goto { target } => format!("goto {target}"),
         Op::If { cond, width, dst, src, target } => format!(

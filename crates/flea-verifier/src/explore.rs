@@ -29,6 +29,9 @@ pub(crate) const BUDGET: usize = 1_000_000;
 const MAX_WAITING: usize = 8192;
 /// States remembered per instruction.
 const MAX_REMEMBERED: usize = 64;
+/// Of its own path's states, so many are looked at. A cycle that is longer is not seen as
+/// one, and ends at the budget.
+const MAX_ANCESTORS: usize = 16;
 /// A state is remembered if so many instructions and jumps lie behind the last one: fewer
 /// would cost more than they save (Linux's numbers).
 const MIN_INSNS_BETWEEN: u32 = 8;
@@ -205,10 +208,12 @@ impl<'a> Explorer<'a> {
     fn arrive(&mut self, path: &mut Path) -> Result<bool, Fault> {
         let idx = path.idx;
         path.state.forget_dead(idx, self.live);
+        let mut ancestors = 0;
         for &n in self.remembered[idx].iter().rev() {
             let node = &self.nodes[n];
             if node.open > 0 {
-                if node.state.equals(&path.state) {
+                ancestors += 1;
+                if ancestors <= MAX_ANCESTORS && node.state.equals(&path.state) {
                     return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
                         .hint("nothing that the loop's end depends on changes in it"));
                 }
@@ -252,7 +257,8 @@ impl<'a> Explorer<'a> {
     }
 
     fn too_large(&self, processed: usize) -> Fault {
-        let fault = Fault::new(format!("BPF program is too large. Processed {} insn", processed + 1));
+        let fault =
+            Fault::new(format!("BPF program is too large. Processed {} insn", processed + 1));
         match self.back_jumps.iter().enumerate().max_by_key(|(_, n)| **n) {
             Some((idx, n)) if *n > 0 => fault.hint(format!(
                 "the jump back at insn {idx} was followed {n} times: give its loop a smaller bound"

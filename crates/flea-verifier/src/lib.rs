@@ -98,8 +98,7 @@ pub fn verify(
     let ops = op::decode(&program.insns).map_err(structural)?;
     let cfg = Cfg::new(&ops).map_err(structural)?;
     let live = Liveness::new(&ops, &cfg);
-    let explorer =
-        || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
+    let explorer = || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
 
     let mut walk = explorer();
     if let Err(Refusal { insn_idx, fault, steps }) = walk.run() {

@@ -75,17 +75,32 @@ impl Liveness {
     }
 
     fn analyse(&mut self, ops: &[Op], span: Span, addresses: &[Addresses], role: Role) {
-        let mut changed = true;
-        while changed {
-            changed = false;
-            for idx in (span.start..span.end).rev() {
-                let mut live = Live::default();
-                for to in Successors::of(idx, &ops[idx]).iter() {
-                    live = live.union(self.before[to]);
+        let n = span.end - span.start;
+        let mut predecessors = vec![Vec::new(); n];
+        for (idx, op) in ops.iter().enumerate().take(span.end).skip(span.start) {
+            for to in Successors::of(idx, op).iter() {
+                predecessors[to - span.start].push(idx);
+            }
+        }
+        // Last instruction first; then whatever leads to a change. Sets only grow, so this
+        // ends.
+        let mut todo: Vec<usize> = (span.start..span.end).collect();
+        let mut queued = vec![true; n];
+        while let Some(idx) = todo.pop() {
+            queued[idx - span.start] = false;
+            let mut live = Live::default();
+            for to in Successors::of(idx, &ops[idx]).iter() {
+                live = live.union(self.before[to]);
+            }
+            let live = self.step(&ops[idx], live, &addresses[idx - span.start], role);
+            if live == self.before[idx] {
+                continue;
+            }
+            self.before[idx] = live;
+            for &from in &predecessors[idx - span.start] {
+                if !std::mem::replace(&mut queued[from - span.start], true) {
+                    todo.push(from);
                 }
-                let live = self.step(&ops[idx], live, &addresses[idx - span.start], role);
-                changed |= live != self.before[idx];
-                self.before[idx] = live;
             }
         }
     }
@@ -109,7 +124,9 @@ impl Liveness {
                 l.kill(dst);
                 l.read(src, after.is_exact(dst));
             }
-            Op::Const { dst, .. } | Op::MapAddress { dst, .. } | Op::MapValueAddress { dst, .. } => {
+            Op::Const { dst, .. }
+            | Op::MapAddress { dst, .. }
+            | Op::MapValueAddress { dst, .. } => {
                 l.kill(dst);
             }
             Op::SecondHalf | Op::Goto { .. } => {}
@@ -332,10 +349,11 @@ fn follow(op: &Op, at: &mut Addresses, loaded: FrameAddress) {
             };
             at[dst.index()] = moved;
         }
-        Op::Alu { dst, src: Operand::Reg(src), .. } => {
-            if at[src.index()] != FrameAddress::No || at[dst.index()] != FrameAddress::No {
-                at[dst.index()] = FrameAddress::Maybe;
-            }
+        Op::Alu { dst, src: Operand::Reg(src), .. } if at[src.index()] != FrameAddress::No => {
+            at[dst.index()] = FrameAddress::Maybe;
+        }
+        Op::Alu { dst, .. } if at[dst.index()] != FrameAddress::No => {
+            at[dst.index()] = FrameAddress::Maybe;
         }
         Op::Mov { dst, .. } | Op::MovSx { dst, .. } | Op::Const { dst, .. } => {
             at[dst.index()] = FrameAddress::No;

@@ -32,7 +32,11 @@ pub(crate) struct Machine<'a> {
 pub(crate) enum Flow {
     To(usize),
     /// Here, and to another place with another state.
-    Both { next: usize, jump: usize, jump_state: Box<State> },
+    Both {
+        next: usize,
+        jump: usize,
+        jump_state: Box<State>,
+    },
     /// The program ends, or the path turned out impossible.
     End,
 }
@@ -75,7 +79,9 @@ impl<'a> Machine<'a> {
     /// Words of the context that can be read.
     pub(crate) fn ctx_slots(&self) -> u32 {
         match self.context {
-            Context::Tracing { n_args, has_result, .. } => u32::from(n_args) + u32::from(has_result),
+            Context::Tracing { n_args, has_result, .. } => {
+                u32::from(n_args) + u32::from(has_result)
+            }
             Context::Memory { .. } => 0,
         }
     }

@@ -82,27 +82,84 @@ pub(crate) enum Atomic {
 /// One instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
-    Alu { op: AluOp, width: Width, dst: Reg, src: Operand },
-    Neg { width: Width, dst: Reg },
-    Mov { width: Width, dst: Reg, src: Operand },
+    Alu {
+        op: AluOp,
+        width: Width,
+        dst: Reg,
+        src: Operand,
+    },
+    Neg {
+        width: Width,
+        dst: Reg,
+    },
+    Mov {
+        width: Width,
+        dst: Reg,
+        src: Operand,
+    },
     /// `dst = (s8)src` and so on.
-    MovSx { width: Width, bits: u32, dst: Reg, src: Reg },
+    MovSx {
+        width: Width,
+        bits: u32,
+        dst: Reg,
+        src: Reg,
+    },
     /// Bytes reversed: `be16`, `bswap32`...
-    Swap { bits: u32, dst: Reg },
+    Swap {
+        bits: u32,
+        dst: Reg,
+    },
     /// `le16` and so on: the lowest bits, zero-extended.
-    Trunc { bits: u32, dst: Reg },
-    Const { dst: Reg, value: u64 },
-    MapAddress { dst: Reg, map: u32 },
-    MapValueAddress { dst: Reg, map: u32, off: u32 },
+    Trunc {
+        bits: u32,
+        dst: Reg,
+    },
+    Const {
+        dst: Reg,
+        value: u64,
+    },
+    MapAddress {
+        dst: Reg,
+        map: u32,
+    },
+    MapValueAddress {
+        dst: Reg,
+        map: u32,
+        off: u32,
+    },
     /// A `lddw`'s second half.
     SecondHalf,
-    Load { dst: Reg, place: Place, sign_extend: bool },
-    Store { place: Place, src: Operand },
-    Atomic { op: Atomic, fetch: bool, place: Place, src: Reg },
-    Goto { target: usize },
-    If { cond: Cond, width: Width, dst: Reg, src: Operand, target: usize },
-    CallHelper { id: i32 },
-    CallLocal { target: usize },
+    Load {
+        dst: Reg,
+        place: Place,
+        sign_extend: bool,
+    },
+    Store {
+        place: Place,
+        src: Operand,
+    },
+    Atomic {
+        op: Atomic,
+        fetch: bool,
+        place: Place,
+        src: Reg,
+    },
+    Goto {
+        target: usize,
+    },
+    If {
+        cond: Cond,
+        width: Width,
+        dst: Reg,
+        src: Operand,
+        target: usize,
+    },
+    CallHelper {
+        id: i32,
+    },
+    CallLocal {
+        target: usize,
+    },
     Exit,
 }
 

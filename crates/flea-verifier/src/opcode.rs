@@ -1,6 +1,6 @@
 //! Numbers of the encoding, as RFC 9669 lays them out. Only [`crate::op`] reads them.
 
-/// Low three bits of an opcode.
+/// Low three bits of an opcode; what is left, 6, is JMP32.
 pub(crate) mod class {
     pub(crate) const LD: u8 = 0;
     pub(crate) const LDX: u8 = 1;
@@ -8,7 +8,6 @@ pub(crate) mod class {
     pub(crate) const STX: u8 = 3;
     pub(crate) const ALU: u8 = 4;
     pub(crate) const JMP: u8 = 5;
-    pub(crate) const JMP32: u8 = 6;
     pub(crate) const ALU64: u8 = 7;
 }
 

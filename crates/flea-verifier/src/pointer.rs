@@ -62,10 +62,12 @@ fn moved(dst: Reg, p: &Pointer, op: AluOp, by: &Scalar) -> Result<Value, Fault> 
     let sane = -MAX_OFFSET..=MAX_OFFSET;
     if !sane.contains(&by.wide.smin) || !sane.contains(&by.wide.smax) {
         let text = match by.as_const() {
-            Some(c) => format!("math between {name} pointer and {} is not allowed", c.cast_signed()),
-            None if sane.contains(&by.wide.smin) => format!(
-                "R{d} unbounded memory access, make sure to bounds check any such access"
-            ),
+            Some(c) => {
+                format!("math between {name} pointer and {} is not allowed", c.cast_signed())
+            }
+            None if sane.contains(&by.wide.smin) => {
+                format!("R{d} unbounded memory access, make sure to bounds check any such access")
+            }
             None => format!(
                 "math between {name} pointer and register with unbounded min value is not allowed"
             ),
@@ -129,11 +131,13 @@ pub(crate) fn compare(
 }
 
 /// A pointer at or above its object's start; further down, it might come out at address 0.
+/// A map itself need not have an address at all in compiled code.
 fn cannot_be_null(p: &Pointer) -> bool {
     match p.kind {
         PointerKind::Stack { .. } => {
             p.off.wide.smin >= -i64::from(STACK_BYTES) && p.off.wide.smax <= 0
         }
+        PointerKind::Map(_) => false,
         _ => p.off.wide.smin >= 0,
     }
 }

@@ -266,8 +266,7 @@ impl Frame {
         }
         let n_slots = self.stack.n_slots().max(other.stack.n_slots());
         self.regs.iter().zip(&other.regs).all(|(a, b)| value_matches(a, b, how, ids))
-            && (0..n_slots)
-                .all(|i| slot_matches(self.stack.slot(i), other.stack.slot(i), how, ids))
+            && (0..n_slots).all(|i| slot_matches(self.stack.slot(i), other.stack.slot(i), how, ids))
     }
 }
 

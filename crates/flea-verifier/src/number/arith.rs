@@ -8,16 +8,28 @@ impl<const BITS: u32> Range<BITS> {
     pub(crate) fn add(&self, b: &Self) -> Self {
         self.wrapped(
             self.bits.add(b.bits),
-            (i128::from(self.umin) + i128::from(b.umin), i128::from(self.umax) + i128::from(b.umax)),
-            (i128::from(self.smin) + i128::from(b.smin), i128::from(self.smax) + i128::from(b.smax)),
+            (
+                i128::from(self.umin) + i128::from(b.umin),
+                i128::from(self.umax) + i128::from(b.umax),
+            ),
+            (
+                i128::from(self.smin) + i128::from(b.smin),
+                i128::from(self.smax) + i128::from(b.smax),
+            ),
         )
     }
 
     pub(crate) fn sub(&self, b: &Self) -> Self {
         self.wrapped(
             self.bits.sub(b.bits),
-            (i128::from(self.umin) - i128::from(b.umax), i128::from(self.umax) - i128::from(b.umin)),
-            (i128::from(self.smin) - i128::from(b.smax), i128::from(self.smax) - i128::from(b.smin)),
+            (
+                i128::from(self.umin) - i128::from(b.umax),
+                i128::from(self.umax) - i128::from(b.umin),
+            ),
+            (
+                i128::from(self.smin) - i128::from(b.smax),
+                i128::from(self.smax) - i128::from(b.smin),
+            ),
         )
     }
 
@@ -62,10 +74,8 @@ impl<const BITS: u32> Range<BITS> {
         let count = count.shift_count();
         let Some(k) = count.as_const().map(shift) else {
             let lowest = shift(count.umin);
-            let (lo, hi) = (
-                u128::from(self.umin) << lowest,
-                u128::from(self.umax) << shift(count.umax),
-            );
+            let (lo, hi) =
+                (u128::from(self.umin) << lowest, u128::from(self.umax) << shift(count.umax));
             let zeros = Tnum::new(0, !low_bits(lowest)).truncate(BITS);
             let mut r = Self { bits: zeros, ..Self::UNKNOWN };
             if let (Ok(lo), Ok(hi)) = (u64::try_from(lo), u64::try_from(hi))
@@ -143,11 +153,8 @@ impl<const BITS: u32> Range<BITS> {
             // Nothing gets further from 0 by a division; only MIN / -1 does not fit.
             None if self.smin > Self::SMIN => {
                 let far = self.smin.abs().max(self.smax.abs());
-                let (smin, smax) = if b.smin >= 0 {
-                    (self.smin.min(0), self.smax.max(0))
-                } else {
-                    (-far, far)
-                };
+                let (smin, smax) =
+                    if b.smin >= 0 { (self.smin.min(0), self.smax.max(0)) } else { (-far, far) };
                 Self { smin, smax, ..Self::UNKNOWN }.settled()
             }
             None => Self::UNKNOWN,

@@ -41,6 +41,7 @@ impl<const BITS: u32> Range<BITS> {
     }
 
     /// `min..=max`, unsigned. Unknown where that is no interval.
+    #[cfg(test)]
     pub(crate) fn unsigned(min: u64, max: u64) -> Self {
         Self { umin: min, umax: max.min(Self::UMAX), ..Self::UNKNOWN }.settled()
     }
@@ -94,15 +95,19 @@ impl<const BITS: u32> Range<BITS> {
     /// Lets each of the three descriptions narrow the others. `None` where they contradict
     /// each other, that is where the set is empty.
     pub(crate) fn settle(mut self) -> Option<Self> {
+        if self.umin == self.umax && self.bits.is_const() && self.umin == self.bits.value {
+            // The commonest case: one number, if the signed bounds agree.
+            let s = Self::signed(self.umin);
+            let agrees = self.smin <= s && s <= self.smax;
+            return agrees.then(|| Self::constant(self.umin));
+        }
         // Twice: what the intervals teach the bits may teach the other interval again.
         for _ in 0..2 {
             self.umin = self.umin.max(self.bits.value);
             self.umax = self.umax.min(self.bits.max());
             let sign = 1 << (BITS - 1);
-            self.smin =
-                self.smin.max(Self::signed(self.bits.value | (self.bits.mask & sign)));
-            self.smax =
-                self.smax.min(Self::signed(self.bits.value | (self.bits.mask & !sign)));
+            self.smin = self.smin.max(Self::signed(self.bits.value | (self.bits.mask & sign)));
+            self.smax = self.smax.min(Self::signed(self.bits.value | (self.bits.mask & !sign)));
             // An interval that does not cross the point where the other order breaks is an
             // interval there too.
             if self.smin >= 0 || self.smax < 0 {

@@ -54,11 +54,6 @@ impl Scalar {
         Self::constant((x as i64).cast_unsigned())
     }
 
-    /// `min..=max`, unsigned.
-    pub(crate) fn unsigned(min: u64, max: u64) -> Self {
-        Self { wide: Range::unsigned(min, max), low: Range::UNKNOWN }.settled()
-    }
-
     /// `min..=max`, signed.
     pub(crate) fn signed(smin: i64, smax: i64) -> Self {
         let wide = Range { smin, smax, ..Range::UNKNOWN }.settled();
@@ -88,12 +83,9 @@ impl Scalar {
         let wide = apply(op, &a.wide, &b.wide);
         // The lower half of these depends on the lower halves alone.
         let low = match op {
-            AluOp::Add
-            | AluOp::Sub
-            | AluOp::Mul
-            | AluOp::Or
-            | AluOp::And
-            | AluOp::Xor => apply(op, &a.low, &b.low),
+            AluOp::Add | AluOp::Sub | AluOp::Mul | AluOp::Or | AluOp::And | AluOp::Xor => {
+                apply(op, &a.low, &b.low)
+            }
             _ => Range::UNKNOWN,
         };
         Self { wide, low }.settled()
@@ -150,17 +142,16 @@ impl Scalar {
 
     /// A 32-bit result: the upper half is 0.
     fn from_low(low: Range<32>) -> Self {
-        let wide = Range {
-            bits: low.bits,
-            umin: low.umin,
-            umax: low.umax,
-            ..Range::UNKNOWN
-        };
+        let wide = Range { bits: low.bits, umin: low.umin, umax: low.umax, ..Range::UNKNOWN };
         Self { wide: wide.settled(), low }
     }
 
     /// Lets each half narrow the other. `None` where the set is empty.
     fn settle(mut self) -> Option<Self> {
+        if let (Some(x), true) = (self.wide.as_const(), self.wide.umin == self.wide.umax) {
+            // The commonest case: one number, if the lower half agrees.
+            return self.low.contains(x & !UPPER).then(|| Self::constant(x));
+        }
         // Twice, as in `Range::settle`.
         for _ in 0..2 {
             self.low = self.low.intersect(&lower_half(&self.wide))?;

@@ -3,6 +3,8 @@
 //! The oracles below are written from RFC 9669's text on plain integers, apart from the
 //! code under test.
 
+#![allow(clippy::cast_possible_truncation, reason = "random numbers are cut to size on purpose")]
+
 use proptest::prelude::*;
 
 use super::compare::Cond;
@@ -289,7 +291,7 @@ fn narrow(s: Scalar, x: u64, kind: u8, y: u64) -> Scalar {
     };
     let conds = [Cond::Ge, Cond::Le, Cond::Sge, Cond::Sle, Cond::Ne, Cond::Set];
     let cond = conds[usize::from(kind) % conds.len()];
-    let width = if kind % 2 == 0 { Width::W64 } else { Width::W32 };
+    let width = if kind.is_multiple_of(2) { Width::W64 } else { Width::W32 };
     let cond = if holds(cond, bits(width), x, y) { cond } else { cond.opposite() };
     Scalar::refine(cond, width, &s, &other).expect("x takes this branch").0
 }

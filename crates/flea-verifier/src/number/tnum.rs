@@ -142,10 +142,7 @@ impl Tnum {
     /// Reverses the order of the lowest `bytes` bytes; those above become 0.
     pub(crate) const fn swap_bytes(self, bytes: u32) -> Self {
         let down = 64 - 8 * bytes;
-        Self {
-            value: self.value.swap_bytes() >> down,
-            mask: self.mask.swap_bytes() >> down,
-        }
+        Self { value: self.value.swap_bytes() >> down, mask: self.mask.swap_bytes() >> down }
     }
 }
 

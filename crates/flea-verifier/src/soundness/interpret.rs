@@ -247,7 +247,7 @@ impl<'a> Interpreter<'a> {
     ) -> Result<(), String> {
         let size = place.size.bytes() as usize;
         let address = self.address(place);
-        if address % size as u64 != 0 {
+        if !address.is_multiple_of(size as u64) {
             return Err("crooked atomic".into());
         }
         let (kind, old) = self.read(address, size)?;

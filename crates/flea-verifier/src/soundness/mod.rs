@@ -3,6 +3,8 @@
 //! the states that the verifier had there must describe the machine: every register, every
 //! spilled register, every byte known to be zero, and the equality of numbers with one id.
 
+#![allow(clippy::cast_possible_truncation, reason = "random numbers are cut to size on purpose")]
+
 mod generate;
 mod interpret;
 
@@ -19,8 +21,7 @@ use crate::state::State;
 use generate::Random;
 use interpret::Interpreter;
 
-pub(crate) const CONTEXT: Context =
-    Context::Tracing { n_args: 3, has_result: true, session: true };
+pub(crate) const CONTEXT: Context = Context::Tracing { n_args: 3, has_result: true, session: true };
 
 /// A direct array, a hash with 8-byte keys, a ring buffer, a read-only array.
 pub(crate) fn maps() -> Vec<MapSpec> {

@@ -28,7 +28,8 @@ pub fn assemble(lines: &[&str]) -> Vec<Insn> {
     }
     let mut out = Vec::new();
     for line in lines.iter().filter(|l| !l.ends_with(':')) {
-        let insns = one(line, out.len() as i32, &labels).unwrap_or_else(|| panic!("syntax: {line}"));
+        let insns =
+            one(line, out.len() as i32, &labels).unwrap_or_else(|| panic!("syntax: {line}"));
         out.extend(insns);
     }
     out

@@ -1,0 +1,167 @@
+//! What an accepted program's facts say, and what a refused one's report looks like.
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::unwrap_used,
+    reason = "a test's assembler: a wrong number fails the test"
+)]
+
+mod asm;
+
+use flea_object::helper::Helper;
+use flea_object::spec::{MapIdx, MapKind, MapSpec, Program, ProgramKind, SourceLine};
+use flea_verifier::facts::{Fact, Region};
+use flea_verifier::{Context, Rejection, Verified, verify};
+
+fn program(lines: &[&str]) -> Program {
+    Program {
+        name: "test".into(),
+        section: "fexit/test".into(),
+        kind: ProgramKind::Fexit,
+        target: None,
+        insns: asm::assemble(lines),
+        lines: vec![
+            SourceLine {
+                insn_idx: 0,
+                file: "a.bpf.c".into(),
+                line: 7,
+                text: "  int x = 0;".into(),
+            },
+            SourceLine { insn_idx: 1, file: "a.bpf.c".into(), line: 8, text: "  return x;".into() },
+        ],
+    }
+}
+
+fn check(lines: &[&str]) -> Result<Verified, Rejection> {
+    let map = MapSpec {
+        name: "counts".into(),
+        kind: MapKind::Hash,
+        key_size_bytes: 8,
+        value_size_bytes: 8,
+        max_entries: 16,
+        flags: 0,
+        init: None,
+        read_only: false,
+    };
+    let context = Context::Tracing { n_args: 2, has_result: true, session: false };
+    verify(&program(lines), &[map], context)
+}
+
+#[test]
+fn facts_of_a_counter() {
+    let verified = check(&[
+        "r2 = *(u64 *)(r1 + 16)",
+        "*(u64 *)(r10 - 8) = r2",
+        "r1 = map 0",
+        "r2 = r10",
+        "r2 += -8",
+        "call bpf_map_lookup_elem",
+        "if r0 == 0 goto out",
+        "r1 = 1",
+        "lock *(u64 *)(r0 + 0) += r1",
+        "out:",
+        "r0 = 0",
+        "exit",
+    ])
+    .unwrap();
+    let call =
+        Fact::Call { helper: Helper::MapLookupElem, map: Some(MapIdx(0)), constants: [None; 5] };
+    let plain = Fact::Plain;
+    let expected = [
+        Fact::Access(Region::Ctx { offset_bytes: 16 }),
+        Fact::Access(Region::Stack),
+        plain,
+        Fact::Unreachable,
+        plain,
+        plain,
+        call,
+        plain,
+        plain,
+        Fact::Access(Region::MapValue { map: MapIdx(0) }),
+        plain,
+        plain,
+    ];
+    assert_eq!(verified.facts(), expected);
+    assert_eq!(verified.functions().len(), 1);
+    assert_eq!(verified.functions()[0].stack_bytes, 8);
+    assert_eq!(verified.functions()[0].end_insn_idx, 12);
+}
+
+#[test]
+fn dead_branches_are_unreachable() {
+    let verified =
+        check(&["r0 = 5", "if r0 == 5 goto out", "r0 = *(u64 *)(r9 + 0)", "out:", "exit"]).unwrap();
+    assert_eq!(verified.facts()[2], Fact::Unreachable);
+}
+
+#[test]
+fn constants_are_those_of_all_paths() {
+    let lines = |second: &'static str| {
+        [
+            "r6 = *(u64 *)(r1 + 0)",
+            "r2 = 1",
+            "if r6 == 0 goto call",
+            second,
+            "call:",
+            "r3 = r10",
+            "r3 += -8",
+            "call bpf_get_func_arg",
+            "r0 = 0",
+            "exit",
+        ]
+    };
+    let constant = |v: &Verified| match v.facts()[6] {
+        Fact::Call { constants, .. } => constants[1],
+        _ => panic!("not a call"),
+    };
+    assert_eq!(constant(&check(&lines("r2 = 1")).unwrap()), Some(1));
+    assert_eq!(constant(&check(&lines("r2 = 0")).unwrap()), None);
+}
+
+#[test]
+fn functions_and_their_stacks() {
+    let verified = check(&[
+        "r1 = r10",
+        "r1 += -40",
+        "call f",
+        "r0 = 0",
+        "exit",
+        "f:",
+        "*(u32 *)(r10 - 12) = 1",
+        "*(u64 *)(r1 + 0) = 1",
+        "r0 = 0",
+        "exit",
+    ])
+    .unwrap();
+    assert_eq!(verified.facts()[2], Fact::CallLocal { function: 1 });
+    let stacks: Vec<u32> = verified.functions().iter().map(|f| f.stack_bytes).collect();
+    assert_eq!(stacks, [40, 16]);
+    assert_eq!(verified.functions()[1].start_insn_idx, 5);
+}
+
+#[test]
+fn report_of_a_refused_program() {
+    let refused = check(&["r2 = *(u64 *)(r1 + 0)", "r0 = *(u64 *)(r2 + 0)", "exit"]).unwrap_err();
+    expect_test::expect![[r#"
+        0: R1=ctx() R10=fp0
+        ; int x = 0; @ a.bpf.c:7
+        0: (79) r2 = *(u64 *)(r1 +0) ; R2=scalar() R1=ctx()
+        ; return x; @ a.bpf.c:8
+        1: (79) r0 = *(u64 *)(r2 +0)
+        R2 invalid mem access 'scalar'"#]]
+    .assert_eq(&refused.log.join("\n"));
+    assert_eq!(refused.to_string(), "R2 invalid mem access 'scalar'");
+    assert!(refused.hint.is_some_and(|h| h.contains("bpf_probe_read_user")));
+}
+
+#[test]
+fn log_is_bounded_and_names_the_loop() {
+    let refused =
+        check(&["r0 = 1", "loop:", "r0 += 1", "if r0 > 0 goto loop", "exit"]).unwrap_err();
+    assert!(refused.log.len() <= 200);
+    assert!(refused.hint.is_some_and(|h| h.contains("insn 2 was followed")));
+}
+
+#[test]
+fn nothing_at_all_is_refused() {
+    assert!(check(&[]).is_err());
+}
