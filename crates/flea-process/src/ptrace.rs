@@ -157,17 +157,25 @@ pub(crate) fn poll_stop(whose: Whose) -> Result<Option<(Tid, Stop)>, Errno> {
 }
 
 /// Whether thread `tid` has ended. The exit status is left for the parent to collect.
+///
+/// The kernel reports a tracee's *stops* to its tracer whatever the options say ("we see
+/// ptrace'd stopped tasks regardless of options", wait_task_stopped), so the code decides.
 pub(crate) fn has_ended(tid: Tid) -> bool {
     match wait(Whose::Thread(tid), libc::WEXITED | libc::WNOWAIT) {
-        Ok(found) => found.is_some(),
+        Ok(Some(info)) => {
+            matches!(info.si_code, libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED)
+        }
+        Ok(None) => false,
         Err(errno) => errno == Errno::ECHILD,
     }
 }
 
-/// Collects an ended thread, so that an exec of the process need not wait for us. Never call
-/// it for a process's first thread: its status belongs to the parent.
-pub(crate) fn reap(tid: Tid) -> bool {
-    matches!(wait(Whose::Thread(tid), libc::WEXITED), Ok(Some(_)) | Err(Errno::ECHILD))
+/// Collects a thread that has ended, as `has_ended` says, so that an exec of the process need
+/// not wait for us. Never call it for a process's first thread: its status belongs to the
+/// parent.
+pub(crate) fn reap(tid: Tid) {
+    // Nothing to collect: the kernel has done so.
+    let _collected = wait(Whose::Thread(tid), libc::WEXITED);
 }
 
 fn wait(whose: Whose, what: i32) -> Result<Option<libc::siginfo_t>, Errno> {
