@@ -12,12 +12,12 @@
 use std::mem::offset_of;
 
 use cranelift_codegen::ir::{
-    AbiParam, AtomicRmwOp, Block, Function, InstBuilder, Signature, UserFuncName, Value, types,
+    AbiParam, Block, Function, InstBuilder, Signature, UserFuncName, Value, types,
 };
 use cranelift_codegen::isa::CallConv;
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 use flea_layout::shared::{
-    ArenaHeader, ProgramState, RuntimeFn, THREAD_TABLE_BYTES, THREAD_TABLE_ENTRIES,
+    ProgramState, RuntimeFn, THREAD_TABLE_BYTES, THREAD_TABLE_ENTRIES,
     THREAD_TABLE_SHIFT, ThreadEntry,
 };
 use flea_object::helper::Helper;
@@ -197,14 +197,15 @@ fn uses_slot(program: &ProgramUse<'_>, request: &BodyRequest<'_>) -> bool {
     })
 }
 
-/// Emits the slot lookup; threads without one count themselves and go to `end`.
+/// Emits the slot lookup; threads without one go to `end`, counted by the runtime.
+///
+/// A hit needs a slot as well: where `fs:0` is 0 (Go's own threads), the free home entry looks
+/// like a hit.
 fn find_slot(b: &mut FunctionBuilder<'_>, outcome: &mut Outcome, end: Block) -> Value {
     outcome.calls_runtime = true;
     let cold = b.create_block();
-    let none = b.create_block();
     let found = b.create_block();
     b.set_cold_block(cold);
-    b.set_cold_block(none);
     let slot = b.append_block_param(found, types::I64);
 
     let tp = symbol(b, RelocTarget::ThreadPointer);
@@ -221,19 +222,16 @@ fn find_slot(b: &mut FunctionBuilder<'_>, outcome: &mut Outcome, end: Block) -> 
     // Right before its only use, so that it becomes the comparison's memory operand.
     let owner = b.ins().load(types::I64, proved(), entry, owner_at);
     let hit = b.ins().icmp(cranelift_codegen::ir::condcodes::IntCC::Equal, owner, tp);
-    b.ins().brif(hit, found, &[home.into()], cold, &[]);
+    let own = b.create_block();
+    b.ins().brif(hit, own, &[], cold, &[]);
+
+    b.switch_to_block(own);
+    b.ins().brif(home, found, &[home.into()], cold, &[]);
 
     b.switch_to_block(cold);
     let arena = symbol(b, RelocTarget::Arena { addend: 0 });
     let claimed = call_runtime(b, RuntimeFn::ThreadSlot, &[arena]);
-    b.ins().brif(claimed, found, &[claimed.into()], none, &[]);
-
-    b.switch_to_block(none);
-    let counter = RelocTarget::Arena { addend: offset(offset_of!(ArenaHeader, no_slot)) };
-    let counter = symbol(b, counter);
-    let one = b.ins().iconst(types::I64, 1);
-    b.ins().atomic_rmw(types::I64, proved(), AtomicRmwOp::Add, counter, one);
-    b.ins().jump(end, &[]);
+    b.ins().brif(claimed, found, &[claimed.into()], end, &[]);
 
     b.switch_to_block(found);
     slot

@@ -21,31 +21,45 @@ const NS_ARENA: u32 = 0;
 const NS_RUNTIME: u32 = 1;
 const NS_VDSO: u32 = 2;
 const NS_THREAD_POINTER: u32 = 3;
+const NS_CONSTANT: u32 = 4;
 
 /// The x86-64 back end, baseline instructions only: no AVX, so the upper halves of vector
 /// registers, which `PreserveAll` does not save, are never touched.
 pub(crate) fn isa() -> Result<&'static dyn TargetIsa, CompileError> {
     static ISA: OnceLock<Result<OwnedTargetIsa, String>> = OnceLock::new();
-    let built = ISA.get_or_init(|| {
-        let mut flags = settings::builder();
-        let wanted = [
-            ("opt_level", "speed"),
-            ("preserve_frame_pointers", "true"),
-            ("is_pic", "false"),
-            ("unwind_info", "false"),
-            ("enable_probestack", "false"),
-            // `verify` below does it.
-            ("enable_verifier", "false"),
-        ];
-        for (name, value) in wanted {
-            flags.set(name, value).map_err(|e| e.to_string())?;
-        }
-        lookup_by_name("x86_64-unknown-linux-gnu")
-            .map_err(|e| e.to_string())?
-            .finish(settings::Flags::new(flags))
-            .map_err(|e| e.to_string())
-    });
-    match built {
+    built(ISA.get_or_init(|| build_isa("speed")))
+}
+
+/// The same without the optimiser; see [`compile`].
+fn plain_isa() -> Result<&'static dyn TargetIsa, CompileError> {
+    static ISA: OnceLock<Result<OwnedTargetIsa, String>> = OnceLock::new();
+    built(ISA.get_or_init(|| build_isa("none")))
+}
+
+fn build_isa(opt_level: &str) -> Result<OwnedTargetIsa, String> {
+    let mut flags = settings::builder();
+    let wanted = [
+        ("opt_level", opt_level),
+        ("preserve_frame_pointers", "true"),
+        ("is_pic", "false"),
+        ("unwind_info", "false"),
+        ("enable_probestack", "false"),
+        // `verify` below does it.
+        ("enable_verifier", "false"),
+    ];
+    for (name, value) in wanted {
+        flags.set(name, value).map_err(|e| e.to_string())?;
+    }
+    lookup_by_name("x86_64-unknown-linux-gnu")
+        .map_err(|e| e.to_string())?
+        .finish(settings::Flags::new(flags))
+        .map_err(|e| e.to_string())
+}
+
+fn built(
+    isa: &'static Result<OwnedTargetIsa, String>,
+) -> Result<&'static dyn TargetIsa, CompileError> {
+    match isa {
         Ok(isa) => Ok(&**isa),
         Err(e) => Err(CompileError::CodeGenerator(e.clone())),
     }
@@ -70,11 +84,37 @@ fn verify(func: &Function) -> Result<(), CompileError> {
 }
 
 /// Compiles a finished CLIF function.
+///
+/// A body is instructions and nothing else: it is put into skeletons instruction by
+/// instruction. But Cranelift keeps constants that are no 32-bit immediate in a pool behind
+/// the code. The constants that we have are therefore symbols ([`symbol`]), which are opaque;
+/// where the optimiser made new ones (a shift left and right becomes a mask), the function is
+/// compiled once more without it.
 pub(crate) fn compile(func: Function) -> Result<Code, CompileError> {
     verify(&func)?;
+    let optimised = compile_for(func.clone(), isa()?)?;
+    if !has_constant_pool(&optimised.bytes) {
+        return Ok(optimised);
+    }
+    let plain = compile_for(func, plain_isa()?)?;
+    if has_constant_pool(&plain.bytes) {
+        return Err(CompileError::CodeGenerator("a constant pool behind the code".into()));
+    }
+    Ok(plain)
+}
+
+/// Does any instruction refer to its own neighbourhood? Only the pool is there to refer to.
+fn has_constant_pool(bytes: &[u8]) -> bool {
+    iced_x86::Decoder::new(64, bytes, iced_x86::DecoderOptions::NONE)
+        .iter()
+        .take_while(|insn| !insn.is_invalid())
+        .any(|insn| insn.is_ip_rel_memory_operand())
+}
+
+fn compile_for(func: Function, isa: &dyn TargetIsa) -> Result<Code, CompileError> {
     let mut context = Context::for_function(func);
     context
-        .compile(isa()?, &mut ControlPlane::default())
+        .compile(isa, &mut ControlPlane::default())
         .map_err(|e| CompileError::CodeGenerator(e.inner.to_string()))?;
     let compiled =
         context.compiled_code().ok_or_else(|| CompileError::CodeGenerator("no code".into()))?;
@@ -109,6 +149,7 @@ fn target_of(func: &Function, name: &ExternalName, addend: i64) -> Option<RelocT
         }
         NS_VDSO if addend == 0 => Some(RelocTarget::VdsoClockGettime),
         NS_THREAD_POINTER if addend == 0 => Some(RelocTarget::ThreadPointer),
+        NS_CONSTANT => Some(RelocTarget::Constant(addend.cast_unsigned())),
         _ => None,
     }
 }
@@ -123,6 +164,9 @@ pub(crate) fn symbol(b: &mut FunctionBuilder<'_>, target: RelocTarget) -> Value 
         RelocTarget::Runtime(f) => (UserExternalName::new(NS_RUNTIME, runtime_index(f)), 0),
         RelocTarget::VdsoClockGettime => (UserExternalName::new(NS_VDSO, 0), 0),
         RelocTarget::ThreadPointer => (UserExternalName::new(NS_THREAD_POINTER, 0), 0),
+        RelocTarget::Constant(value) => {
+            (UserExternalName::new(NS_CONSTANT, 0), value.cast_signed())
+        }
     };
     let name = b.func.declare_imported_user_function(name);
     let data = GlobalValueData::Symbol {
@@ -133,6 +177,14 @@ pub(crate) fn symbol(b: &mut FunctionBuilder<'_>, target: RelocTarget) -> Value 
     };
     let global = existing(b, &data).unwrap_or_else(|| b.create_global_value(data));
     b.ins().symbol_value(types::I64, global)
+}
+
+/// A 64-bit constant that never lands in a constant pool.
+pub(crate) fn constant(b: &mut FunctionBuilder<'_>, value: i64) -> Value {
+    if i32::try_from(value).is_ok() {
+        return b.ins().iconst(types::I64, value);
+    }
+    symbol(b, RelocTarget::Constant(value.cast_unsigned()))
 }
 
 /// The same symbol twice is one global value, so that equal addresses are one value.

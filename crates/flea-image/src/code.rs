@@ -46,13 +46,15 @@ pub enum RelocTarget {
     Runtime(RuntimeFn),
     /// The vDSO's `clock_gettime`, 0 where there is none.
     VdsoClockGettime,
+    /// A number that is known already; see `clif::constant`.
+    Constant(u64),
     /// The thread pointer: no address, see [`RelocKind::ThreadPointer`].
     ThreadPointer,
 }
 
 impl Code {
     /// The bytes with every relocation applied. `address_of` is asked for all targets but
-    /// [`RelocTarget::ThreadPointer`].
+    /// [`RelocTarget::ThreadPointer`] and [`RelocTarget::Constant`].
     ///
     /// # Panics
     /// If a relocation is not inside a `movabs`: [`Code`]s made by this crate were checked.
@@ -64,7 +66,11 @@ impl Code {
             assert!(is_movabs_at(&bytes, at), "relocation at {at:#x} is not in a movabs");
             match reloc.kind {
                 RelocKind::Abs8 => {
-                    bytes[at..at + 8].copy_from_slice(&address_of(reloc.target).to_le_bytes());
+                    let value = match reloc.target {
+                        RelocTarget::Constant(value) => value,
+                        target => address_of(target),
+                    };
+                    bytes[at..at + 8].copy_from_slice(&value.to_le_bytes());
                 }
                 RelocKind::ThreadPointer => {
                     let insn = load_thread_pointer(bytes[at - 2], bytes[at - 1]);

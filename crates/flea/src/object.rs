@@ -357,6 +357,7 @@ impl Loaded {
             RelocTarget::VdsoClockGettime => {
                 self.session.vdso_clock_gettime().map_or(0, |address| address.0)
             }
+            RelocTarget::Constant(value) => value,
             RelocTarget::ThreadPointer => 0,
         }
     }

@@ -24,7 +24,7 @@ use flea_object::spec::{MapIdx, MapKind, ProgramKind};
 use flea_verifier::Verified;
 use flea_verifier::facts::Fact;
 
-use crate::clif::symbol;
+use crate::clif::{constant, symbol};
 use crate::code::RelocTarget;
 use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
@@ -345,7 +345,7 @@ impl<'a, 'b> Translator<'a, 'b> {
     }
 
     fn iconst(&mut self, value: i64) -> Value {
-        self.b.ins().iconst(types::I64, value)
+        constant(&mut self.b, value)
     }
 
     fn reg(&mut self, scope: &Scope, reg: u8) -> Value {

@@ -158,13 +158,21 @@ impl Rig {
 
     /// The runtime's functions, 64 bytes each: the slot or 0; a clock that ticks at each look.
     pub fn write_stubs(&self) {
+        let no_slot = self.arena() + offset_of!(ArenaHeader, no_slot) as u64;
         let clock = self.arena() + self.plan.slots_offset - 8;
         for (i, f) in RuntimeFn::ALL.into_iter().enumerate() {
             let at = STUBS + 64 * i;
             let slot = if self.slot_found { self.slot_address() } else { 0 };
             let bytes = assemble(self.code.address() + at as u64, |a| match f {
-                RuntimeFn::ThreadSlot => {
+                RuntimeFn::ThreadSlot if slot != 0 => {
                     a.mov(rax, slot)?;
+                    a.ret()
+                }
+                // No slot: the real one counts that in the arena's header.
+                RuntimeFn::ThreadSlot => {
+                    a.mov(rax, no_slot)?;
+                    a.inc(qword_ptr(rax))?;
+                    a.mov(rax, 0u64)?;
                     a.ret()
                 }
                 RuntimeFn::ClockNs => {
@@ -189,7 +197,7 @@ impl Rig {
                 self.code.address() + (STUBS + 64 * i) as u64
             }
             RelocTarget::VdsoClockGettime => 0,
-            RelocTarget::ThreadPointer => unreachable!(),
+            RelocTarget::Constant(_) | RelocTarget::ThreadPointer => unreachable!(),
         }
     }
 
