@@ -174,7 +174,9 @@ fn resolve(
     let symbol = file.symbol_by_index(index)?;
     let name = symbol.name().unwrap_or("?");
     let SymbolSection::Section(section) = symbol.section() else {
-        return Err(format!("blob: `{name}` is not defined: a panic path, or a library call").into());
+        return Err(
+            format!("blob: `{name}` is not defined: a panic path, or a library call").into()
+        );
     };
     let place = places.get(&section).ok_or(format!("blob: `{name}` is in no loaded section"))?;
     Ok(place + symbol.address())

@@ -14,28 +14,13 @@ struct Step {
 }
 
 const STEPS: &[Step] = &[
-    Step {
-        name: "format",
-        args: &["fmt", "--all", "--check"],
-        env: None,
-    },
+    Step { name: "format", args: &["fmt", "--all", "--check"], env: None },
     Step {
         name: "lints",
-        args: &[
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ],
+        args: &["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"],
         env: None,
     },
-    Step {
-        name: "tests",
-        args: &["test", "--workspace", "--no-fail-fast"],
-        env: None,
-    },
+    Step { name: "tests", args: &["test", "--workspace", "--no-fail-fast"], env: None },
     Step {
         name: "documentation",
         args: &["doc", "--workspace", "--no-deps", "--lib"],
@@ -51,9 +36,7 @@ pub fn run() -> Result<ExitCode> {
         let begun = Instant::now();
         let mut command = Command::new(cargo());
         command.args(step.args).envs(step.env);
-        let status = command
-            .status()
-            .with_context(|| format!("running {command:?}"))?;
+        let status = command.status().with_context(|| format!("running {command:?}"))?;
         results.push((step.name, status.success(), begun.elapsed()));
     }
     println!();
@@ -62,11 +45,7 @@ pub fn run() -> Result<ExitCode> {
         println!("{name:14} {verdict:7} {:6.1} s", took.as_secs_f64());
     }
     let passed = results.iter().all(|(_, passed, _)| *passed);
-    Ok(if passed {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// The cargo that runs us: of the same toolchain.

@@ -1,10 +1,7 @@
 //! The repository's rules, as a test: layers, sizes, module docs, nothing half done, nothing
 //! that names the machine it was written on. Each rule collects all its findings; a rule
 //! that should have an exception gets it here, with its reason.
-#![allow(
-    clippy::unwrap_used,
-    reason = "all of this file is a test, its helpers too"
-)]
+#![allow(clippy::unwrap_used, reason = "all of this file is a test, its helpers too")]
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -26,10 +23,7 @@ const LAYERS: &[(Layer, &[&str])] = &[
             "flea-script",
         ],
     ),
-    (
-        Layer::Effects,
-        &["flea-process", "flea-patch", "flea-maps", "flea-runtime"],
-    ),
+    (Layer::Effects, &["flea-process", "flea-patch", "flea-maps", "flea-runtime"]),
     (Layer::Faces, &["flea", "flea-cli"]),
     (Layer::Development, &["flea-fixtures", "xtask"]),
 ];
@@ -47,10 +41,7 @@ const MAX_FILE_LINES: usize = 800;
 const MAX_ARCHITECTURE_LINES: usize = 300;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("..")
-        .canonicalize()
-        .unwrap()
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..").canonicalize().unwrap()
 }
 
 /// A file of the repository, read once.
@@ -66,9 +57,7 @@ impl File {
 
     /// The module docs and comments that the file opens with.
     fn header(&self) -> impl Iterator<Item = &str> {
-        self.text
-            .lines()
-            .take_while(|line| line.starts_with("//") || line.is_empty())
+        self.text.lines().take_while(|line| line.starts_with("//") || line.is_empty())
     }
 }
 
@@ -79,11 +68,9 @@ fn paths() -> Vec<String> {
         .current_dir(root())
         .output();
     match git {
-        Ok(output) if output.status.success() => String::from_utf8(output.stdout)
-            .unwrap()
-            .lines()
-            .map(str::to_owned)
-            .collect(),
+        Ok(output) if output.status.success() => {
+            String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
+        }
         _ => walk(&root()),
     }
 }
@@ -99,13 +86,7 @@ fn walk(dir: &Path) -> Vec<String> {
         if path.is_dir() {
             found.extend(walk(&path));
         } else {
-            found.push(
-                path.strip_prefix(root())
-                    .unwrap()
-                    .to_str()
-                    .unwrap()
-                    .to_owned(),
-            );
+            found.push(path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned());
         }
     }
     found
@@ -119,10 +100,7 @@ fn files() -> Vec<File> {
         Some(File { path, text })
     };
     let files: Vec<File> = paths().into_iter().filter_map(read).collect();
-    assert!(
-        files.iter().any(|f| f.path == "Cargo.toml"),
-        "the walk found no repository"
-    );
+    assert!(files.iter().any(|f| f.path == "Cargo.toml"), "the walk found no repository");
     files
 }
 
@@ -131,10 +109,7 @@ fn report(rule: &str, findings: &[String]) {
 }
 
 fn layer_of(name: &str) -> Option<Layer> {
-    LAYERS
-        .iter()
-        .find(|(_, names)| names.contains(&name))
-        .map(|(layer, _)| *layer)
+    LAYERS.iter().find(|(_, names)| names.contains(&name)).map(|(layer, _)| *layer)
 }
 
 /// Every package of the workspace and its dependencies, as (name, is for tests only).
@@ -145,27 +120,16 @@ fn packages() -> BTreeMap<String, BTreeSet<(String, bool)>> {
         .current_dir(root())
         .output()
         .unwrap();
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let metadata: Value = serde_json::from_slice(&output.stdout).unwrap();
     let edges = |package: &Value| {
         let dependencies = package["dependencies"].as_array().unwrap().iter();
         dependencies
-            .map(|d| {
-                (
-                    d["name"].as_str().unwrap().to_owned(),
-                    d["kind"].as_str() == Some("dev"),
-                )
-            })
+            .map(|d| (d["name"].as_str().unwrap().to_owned(), d["kind"].as_str() == Some("dev")))
             .collect()
     };
     let packages = metadata["packages"].as_array().unwrap().iter();
-    packages
-        .map(|p| (p["name"].as_str().unwrap().to_owned(), edges(p)))
-        .collect()
+    packages.map(|p| (p["name"].as_str().unwrap().to_owned(), edges(p))).collect()
 }
 
 #[test]
@@ -174,9 +138,7 @@ fn edges_go_down() {
     let mut findings = Vec::new();
     for (name, edges) in &packages {
         let Some(layer) = layer_of(name) else {
-            findings.push(format!(
-                "{name} has no layer: put it into the table of this test"
-            ));
+            findings.push(format!("{name} has no layer: put it into the table of this test"));
             continue;
         };
         for (to, is_dev) in edges.iter().filter(|(to, _)| packages.contains_key(to)) {
@@ -222,13 +184,7 @@ fn pure_crates_forbid_unsafe() {
 /// Words that the rules below look for are put together here, or this file would be found.
 #[test]
 fn nothing_is_half_done() {
-    let marks = [
-        "TO\u{44}O",
-        "FIX\u{4d}E",
-        "XX\u{58}",
-        "todo\u{21}(",
-        "unimplemented\u{21}(",
-    ];
+    let marks = ["TO\u{44}O", "FIX\u{4d}E", "XX\u{58}", "todo\u{21}(", "unimplemented\u{21}("];
     let ignored = "#[ignor\u{65}";
     let code = [".rs", ".c", ".h", ".cpp", ".S", ".sh", ".toml", "/run"];
     let mut findings = Vec::new();
@@ -248,11 +204,8 @@ fn nothing_is_half_done() {
 #[test]
 fn every_rust_file_opens_with_module_docs() {
     let opens = |file: &File| file.text.starts_with("//!");
-    let findings: Vec<String> = files()
-        .into_iter()
-        .filter(|f| f.is_rust() && !opens(f))
-        .map(|f| f.path)
-        .collect();
+    let findings: Vec<String> =
+        files().into_iter().filter(|f| f.is_rust() && !opens(f)).map(|f| f.path).collect();
     report("every file opens with //!", &findings);
 }
 
@@ -261,47 +214,29 @@ fn every_rust_file_opens_with_module_docs() {
 fn files_are_small() {
     let mut findings = Vec::new();
     let code = [".rs", ".c", ".h", ".cpp", ".S"];
-    for file in files()
-        .iter()
-        .filter(|f| code.iter().any(|end| f.path.ends_with(end)))
-    {
+    for file in files().iter().filter(|f| code.iter().any(|end| f.path.ends_with(end))) {
         let n_lines = file.text.lines().count();
         let excused = file.header().any(|line| line.contains("800 lines"));
         if n_lines > MAX_FILE_LINES && !excused {
             findings.push(format!("{}: {n_lines} lines", file.path));
         }
     }
-    report(
-        "over 800 lines need a split, or a header that says why with \"800 lines\"",
-        &findings,
-    );
+    report("over 800 lines need a split, or a header that says why with \"800 lines\"", &findings);
 }
 
 #[test]
 fn architecture_is_a_map_not_a_book() {
     let text = fs::read_to_string(root().join("ARCHITECTURE.md")).unwrap();
-    assert!(
-        text.lines().count() <= MAX_ARCHITECTURE_LINES,
-        "ARCHITECTURE.md is too long"
-    );
+    assert!(text.lines().count() <= MAX_ARCHITECTURE_LINES, "ARCHITECTURE.md is too long");
 }
 
 #[test]
 fn no_machine_paths() {
     let mut findings = Vec::new();
     // Cut in two, or this file would be found.
-    for machine in [
-        concat!("/wo", "rk/"),
-        concat!("/ro", "ot/"),
-        concat!("/ho", "me/"),
-    ] {
+    for machine in [concat!("/wo", "rk/"), concat!("/ro", "ot/"), concat!("/ho", "me/")] {
         for file in files() {
-            for (i, line) in file
-                .text
-                .lines()
-                .enumerate()
-                .filter(|(_, l)| l.contains(machine))
-            {
+            for (i, line) in file.text.lines().enumerate().filter(|(_, l)| l.contains(machine)) {
                 findings.push(format!("{}:{}: {}", file.path, i + 1, line.trim()));
             }
         }
@@ -351,19 +286,14 @@ fn dependencies_come_from_the_root() {
             }
         }
     }
-    report(
-        "dependencies are declared in the root Cargo.toml",
-        &findings,
-    );
+    report("dependencies are declared in the root Cargo.toml", &findings);
 }
 
 #[test]
 fn no_drawers_for_odds_and_ends() {
     let names = ["utils", "util", "common", "misc"];
-    let is_drawer = |path: &str| {
-        path.split('/')
-            .any(|part| names.contains(&part.trim_end_matches(".rs")))
-    };
+    let is_drawer =
+        |path: &str| path.split('/').any(|part| names.contains(&part.trim_end_matches(".rs")));
     let findings: Vec<String> = files()
         .into_iter()
         .map(|f| f.path)

@@ -42,11 +42,7 @@ pub fn try_build(fixture: Fixture) -> Result<Option<PathBuf>> {
     };
     let root = fixtures_dir();
     fs::create_dir_all(&root).with_context(|| format!("creating {}", root.display()))?;
-    let dir = root.join(format!(
-        "{}-{:016x}",
-        recipe.program,
-        hash(&recipe, &versions)
-    ));
+    let dir = root.join(format!("{}-{:016x}", recipe.program, hash(&recipe, &versions)));
     let program = dir.join(&recipe.program);
     let lock = File::create(root.join(format!("{}.lock", recipe.program)))?;
     lock.lock().context("locking the fixture")?;
@@ -64,9 +60,7 @@ fn fixtures_dir() -> PathBuf {
     let dir = workspace.join(target).join("fixtures");
     // A tidy path: it ends up in what tracers print.
     let parent = dir.parent().map(Path::to_path_buf).unwrap_or_default();
-    parent
-        .canonicalize()
-        .map_or(dir, |parent| parent.join("fixtures"))
+    parent.canonicalize().map_or(dir, |parent| parent.join("fixtures"))
 }
 
 /// What each compiler says it is; `None` when one is missing.

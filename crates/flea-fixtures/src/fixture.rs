@@ -96,10 +96,7 @@ impl CBuild {
 
     /// Those that C++ programs can be built with: there is no C++ library for musl.
     pub fn all_cpp() -> impl Iterator<Item = Self> {
-        Self::ALL
-            .iter()
-            .copied()
-            .filter(|build| !matches!(build, Self::Musl | Self::MuslStatic))
+        Self::ALL.iter().copied().filter(|build| !matches!(build, Self::Musl | Self::MuslStatic))
     }
 
     /// The variant in a file name.

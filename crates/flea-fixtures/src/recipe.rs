@@ -29,10 +29,7 @@ pub(crate) struct Recipe {
 
 macro_rules! source {
     ($dir:literal, $name:literal) => {
-        Source {
-            name: $name,
-            text: include_str!(concat!($dir, "/", $name)).to_owned(),
-        }
+        Source { name: $name, text: include_str!(concat!($dir, "/", $name)).to_owned() }
     };
 }
 
@@ -57,31 +54,17 @@ fn c_flags(build: CBuild) -> Flags {
         CBuild::OnlyDynsym => (Tool::Gcc, "-O2", "-s -rdynamic"),
         // gcc has no -mnop-mcount for position independent code. -pg is left out of the
         // link: it would bring a profiler along.
-        CBuild::NopMcount => (
-            Tool::Gcc,
-            "-O2 -fno-pie -pg -mfentry -mnop-mcount",
-            "-no-pie",
-        ),
+        CBuild::NopMcount => (Tool::Gcc, "-O2 -fno-pie -pg -mfentry -mnop-mcount", "-no-pie"),
         CBuild::Patchable5 => (Tool::Gcc, "-O2 -fpatchable-function-entry=5", ""),
         CBuild::Patchable16Before5 => (Tool::Gcc, "-O2 -fpatchable-function-entry=16,5", ""),
-        CBuild::ClangPatchable5 => (
-            Tool::Clang,
-            "-O2 -fPIE -fpatchable-function-entry=5",
-            "-pie",
-        ),
+        CBuild::ClangPatchable5 => (Tool::Clang, "-O2 -fPIE -fpatchable-function-entry=5", "-pie"),
         CBuild::Clang => (Tool::Clang, "-O2 -fPIE", "-pie"),
         CBuild::CfProtection => (Tool::Gcc, "-O2 -fcf-protection=full", ""),
-        CBuild::CfProtectionPatchable5 => (
-            Tool::Gcc,
-            "-O2 -fcf-protection=full -fpatchable-function-entry=5",
-            "",
-        ),
+        CBuild::CfProtectionPatchable5 => {
+            (Tool::Gcc, "-O2 -fcf-protection=full -fpatchable-function-entry=5", "")
+        }
     };
-    Flags {
-        tool,
-        compile,
-        link,
-    }
+    Flags { tool, compile, link }
 }
 
 fn words(text: &str) -> impl Iterator<Item = String> {
@@ -97,16 +80,7 @@ fn c_steps(flags: &Flags, source: &str, objects: &str, program: &str) -> Vec<Ste
     link.extend(words(objects));
     link.extend(words(flags.link));
     link.extend(["-o".into(), program.to_owned()]);
-    vec![
-        Step {
-            tool: flags.tool,
-            args: compile,
-        },
-        Step {
-            tool: flags.tool,
-            args: link,
-        },
-    ]
+    vec![Step { tool: flags.tool, args: compile }, Step { tool: flags.tool, args: link }]
 }
 
 fn counts_cpp(build: CBuild, program: &str) -> Vec<Step> {
@@ -124,28 +98,16 @@ fn counts_rust(build: RustBuild, program: &str) -> Vec<Step> {
         RustBuild::Release => "3",
     };
     let mut args: Vec<String> = words("--edition 2024 --crate-name counts -g").collect();
-    args.extend(words(
-        "-C symbol-mangling-version=v0 -C codegen-units=1 -C panic=unwind",
-    ));
+    args.extend(words("-C symbol-mangling-version=v0 -C codegen-units=1 -C panic=unwind"));
     args.extend(["-C".into(), format!("opt-level={opt}"), "counts.rs".into()]);
     args.extend(["-o".into(), program.to_owned()]);
-    vec![Step {
-        tool: Tool::Rustc,
-        args,
-    }]
+    vec![Step { tool: Tool::Rustc, args }]
 }
 
 fn library_steps(compile: &'static str, link: &'static str, program: &str) -> Vec<Step> {
     let flags = "-g -O2 -Wall -Wextra -fPIC -shared counted_lib.c -o libcounted.so";
-    let mut steps = vec![Step {
-        tool: Tool::Gcc,
-        args: words(flags).collect(),
-    }];
-    let flags = Flags {
-        tool: Tool::Gcc,
-        compile,
-        link,
-    };
+    let mut steps = vec![Step { tool: Tool::Gcc, args: words(flags).collect() }];
+    let flags = Flags { tool: Tool::Gcc, compile, link };
     steps.extend(c_steps(&flags, "plt.c", "", program));
     steps
 }
@@ -191,11 +153,7 @@ fn many_source(n_functions: u32) -> String {
 }
 
 fn simple(program: &str, source: &str, objects: &str) -> Vec<Step> {
-    let flags = Flags {
-        tool: Tool::Gcc,
-        compile: "-O2",
-        link: "",
-    };
+    let flags = Flags { tool: Tool::Gcc, compile: "-O2", link: "" };
     c_steps(&flags, source, objects, program)
 }
 
@@ -216,14 +174,12 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
             vec![harness, source!("c", "counts.c")],
             c_steps(&c_flags(build), "counts.c", "", &program),
         ),
-        Fixture::CountsCpp(build) => (
-            vec![harness, source!("cpp", "counts.cpp")],
-            counts_cpp(build, &program),
-        ),
-        Fixture::CountsRust(build) => (
-            vec![source!("rust", "counts.rs")],
-            counts_rust(build, &program),
-        ),
+        Fixture::CountsCpp(build) => {
+            (vec![harness, source!("cpp", "counts.cpp")], counts_cpp(build, &program))
+        }
+        Fixture::CountsRust(build) => {
+            (vec![source!("rust", "counts.rs")], counts_rust(build, &program))
+        }
         Fixture::Plt => {
             let link = "-L. -lcounted -Wl,-z,lazy -Wl,-rpath,$ORIGIN";
             (library(), library_steps("-O2", link, &program))
@@ -232,52 +188,25 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
             let link = "-L. -lcounted -Wl,-z,now -Wl,-rpath,$ORIGIN";
             (library(), library_steps("-O2 -fno-plt", link, &program))
         }
-        Fixture::Dlopen => (
-            library(),
-            library_steps("-O2 -DUSE_DLOPEN", "-ldl", &program),
-        ),
+        Fixture::Dlopen => (library(), library_steps("-O2 -DUSE_DLOPEN", "-ldl", &program)),
         Fixture::Odd => {
             let mut steps = simple(&program, "odd.c", "odd.o");
             let args = words("-g -c odd.S -o odd.o").collect();
-            steps.insert(
-                0,
-                Step {
-                    tool: Tool::Gcc,
-                    args,
-                },
-            );
-            (
-                vec![harness, source!("c", "odd.c"), source!("asm", "odd.S")],
-                steps,
-            )
+            steps.insert(0, Step { tool: Tool::Gcc, args });
+            (vec![harness, source!("c", "odd.c"), source!("asm", "odd.S")], steps)
         }
-        Fixture::Disturb => (
-            vec![source!("c", "disturb.c")],
-            simple(&program, "disturb.c", ""),
-        ),
+        Fixture::Disturb => (vec![source!("c", "disturb.c")], simple(&program, "disturb.c", "")),
         Fixture::Dies => (vec![source!("c", "dies.c")], simple(&program, "dies.c", "")),
         Fixture::Spin => (vec![source!("c", "spin.c")], simple(&program, "spin.c", "")),
-        Fixture::BenchLoop => (
-            vec![source!("c", "bench_loop.c")],
-            simple(&program, "bench_loop.c", ""),
-        ),
+        Fixture::BenchLoop => {
+            (vec![source!("c", "bench_loop.c")], simple(&program, "bench_loop.c", ""))
+        }
         Fixture::Many(n) => {
             let compile = "-O1 -fno-pie -pg -mfentry -mnop-mcount";
-            let flags = Flags {
-                tool: Tool::Gcc,
-                compile,
-                link: "-no-pie",
-            };
-            let sources = vec![Source {
-                name: "many.c",
-                text: many_source(n),
-            }];
+            let flags = Flags { tool: Tool::Gcc, compile, link: "-no-pie" };
+            let sources = vec![Source { name: "many.c", text: many_source(n) }];
             (sources, c_steps(&flags, "many.c", "", &program))
         }
     };
-    Recipe {
-        program,
-        sources,
-        steps,
-    }
+    Recipe { program, sources, steps }
 }

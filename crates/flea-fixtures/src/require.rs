@@ -103,10 +103,7 @@ pub fn require(tool: Tool) -> Option<PathBuf> {
     // A panic must not poison what other tests find.
     drop(found);
     if path.is_none() && std::env::var("CI").is_ok_and(|ci| ci == "true") {
-        panic!(
-            "{} is missing, and CI=true allows no skipped test",
-            tool.name()
-        );
+        panic!("{} is missing, and CI=true allows no skipped test", tool.name());
     }
     path
 }
@@ -120,20 +117,13 @@ fn find(tool: Tool) -> Option<PathBuf> {
     dirs.extend(postgres_dirs());
     names.iter().find_map(|name| {
         // Joining an absolute name gives that name.
-        dirs.iter()
-            .map(|dir| dir.join(name))
-            .find(|candidate| candidate.is_file())
+        dirs.iter().map(|dir| dir.join(name)).find(|candidate| candidate.is_file())
     })
 }
 
 fn postgres_dirs() -> Vec<PathBuf> {
     let mut dirs: Vec<PathBuf> = fs::read_dir("/usr/lib/postgresql")
-        .map(|entries| {
-            entries
-                .flatten()
-                .map(|entry| entry.path().join("bin"))
-                .collect()
-        })
+        .map(|entries| entries.flatten().map(|entry| entry.path().join("bin")).collect())
         .unwrap_or_default();
     dirs.sort();
     dirs.reverse();
@@ -196,19 +186,15 @@ const POLICY: &str = "/usr/sbin/policy-rc.d";
 
 impl NoServices {
     fn begin() -> Self {
-        let written = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o755)
-            .open(POLICY)
-            .and_then(|mut file| {
-                file.write_all(b"#!/bin/sh\nexit 101\n")?;
-                // The umask may have taken the execute bits.
-                file.set_permissions(fs::Permissions::from_mode(0o755))
-            });
-        Self {
-            ours: written.is_ok(),
-        }
+        let written =
+            OpenOptions::new().write(true).create_new(true).mode(0o755).open(POLICY).and_then(
+                |mut file| {
+                    file.write_all(b"#!/bin/sh\nexit 101\n")?;
+                    // The umask may have taken the execute bits.
+                    file.set_permissions(fs::Permissions::from_mode(0o755))
+                },
+            );
+        Self { ours: written.is_ok() }
     }
 }
 

@@ -80,24 +80,9 @@ impl Running {
             .spawn()
             .with_context(|| format!("starting {command:?}"))?;
         let stdin = child.stdin.take();
-        let stdout = child
-            .stdout
-            .take()
-            .map(lines_of)
-            .context("stdout was piped")?;
-        let stderr = child
-            .stderr
-            .take()
-            .map(lines_of)
-            .context("stderr was piped")?;
-        Ok(Self {
-            child,
-            stdin,
-            stdout,
-            stderr,
-            exited: None,
-            scope,
-        })
+        let stdout = child.stdout.take().map(lines_of).context("stdout was piped")?;
+        let stderr = child.stderr.take().map(lines_of).context("stderr was piped")?;
+        Ok(Self { child, stdin, stdout, stderr, exited: None, scope })
     }
 
     /// The process id.
@@ -115,9 +100,7 @@ impl Running {
     /// When it no longer reads.
     pub fn send(&mut self, line: &str) -> Result<()> {
         let stdin = self.stdin.as_mut().context("stdin is closed")?;
-        stdin
-            .write_all(format!("{line}\n").as_bytes())
-            .with_context(|| format!("sending {line}"))
+        stdin.write_all(format!("{line}\n").as_bytes()).with_context(|| format!("sending {line}"))
     }
 
     /// Ends its stdin.
@@ -150,17 +133,11 @@ impl Running {
         match self.stdout.recv_timeout(timeout) {
             Ok(line) => Ok(line),
             Err(RecvTimeoutError::Timeout) => {
-                bail!(
-                    "no line within {timeout:?}; stderr: {:?}",
-                    self.stderr_so_far()
-                )
+                bail!("no line within {timeout:?}; stderr: {:?}", self.stderr_so_far())
             }
             Err(RecvTimeoutError::Disconnected) => {
                 let status = self.wait();
-                bail!(
-                    "its output ended ({status:?}); stderr: {:?}",
-                    self.rest_of_stderr()
-                )
+                bail!("its output ended ({status:?}); stderr: {:?}", self.rest_of_stderr())
             }
         }
     }
@@ -171,10 +148,7 @@ impl Running {
     /// When another one comes, or none.
     pub fn expect_line(&mut self, expected: &str) -> Result<()> {
         let line = self.line()?;
-        ensure!(
-            line == expected,
-            "expected the line {expected:?}, got {line:?}"
-        );
+        ensure!(line == expected, "expected the line {expected:?}, got {line:?}");
         Ok(())
     }
 
@@ -183,9 +157,7 @@ impl Running {
     /// # Errors
     /// When none comes in time, or its output has ended.
     pub fn stderr_line_within(&mut self, timeout: Duration) -> Result<String> {
-        self.stderr
-            .recv_timeout(timeout)
-            .context("waiting for a line on stderr")
+        self.stderr.recv_timeout(timeout).context("waiting for a line on stderr")
     }
 
     /// The lines of stderr that have come and were not read.
@@ -239,10 +211,7 @@ impl Running {
             }
             self.exited = self.child.try_wait().context("waiting for its exit")?;
             if self.exited.is_none() {
-                ensure!(
-                    Instant::now() < deadline,
-                    "it did not exit within {timeout:?}"
-                );
+                ensure!(Instant::now() < deadline, "it did not exit within {timeout:?}");
                 thread::sleep(Duration::from_millis(2));
             }
         }
@@ -268,10 +237,7 @@ impl Running {
     pub fn finish_counts(&mut self) -> Result<()> {
         self.send("end")?;
         let status = self.wait()?;
-        ensure!(
-            status.code() == Some(7),
-            "ended with {status}, not with its code 7"
-        );
+        ensure!(status.code() == Some(7), "ended with {status}, not with its code 7");
         Ok(())
     }
 }

@@ -24,16 +24,7 @@ fn check_c(report: &Report) {
     let count = |name: &str| report.functions[name].count;
     assert_eq!(report.errors, 0);
     assert_eq!((report.threads, report.calls), (3, 80));
-    for name in [
-        "big",
-        "sum_double",
-        "str",
-        "swap_pair",
-        "hidden",
-        "tail",
-        "tail_end",
-        "half",
-    ] {
+    for name in ["big", "sum_double", "str", "swap_pair", "hidden", "tail", "tail_end", "half"] {
         assert_eq!(count(name), 240, "{name}");
     }
     assert_eq!(count("add"), 240 + 30); // choose(2), every eighth
@@ -42,10 +33,7 @@ fn check_c(report: &Report) {
     let add = report.functions["add"];
     assert_eq!(add.arg0_sum, 3 * (79 * 80 / 2) + 30);
     assert_eq!(add.retval_sum, 3 * (79 * 80 / 2) + 80 * (1 + 2) + 60);
-    assert_eq!(
-        report.functions["sum_double"].retval_sum,
-        3 * (79 * 80 / 2) + 240
-    );
+    assert_eq!(report.functions["sum_double"].retval_sum, 3 * (79 * 80 / 2) + 240);
 }
 
 #[test]
@@ -151,25 +139,16 @@ fn entries_are_what_the_variants_promise() -> Result<()> {
         (CBuild::NopMcount, &["0x0f", "0x1f", "0x44", "0x00", "0x00"]),
         (CBuild::Patchable5, &["0x90"; 5]),
         (CBuild::Patchable16Before5, &["0x90"; 11]),
-        (
-            CBuild::ClangPatchable5,
-            &["0x0f", "0x1f", "0x44", "0x00", "0x08"],
-        ),
+        (CBuild::ClangPatchable5, &["0x0f", "0x1f", "0x44", "0x00", "0x08"]),
         (CBuild::CfProtection, &["0xf3", "0x0f", "0x1e", "0xfa"]),
-        (
-            CBuild::CfProtectionPatchable5,
-            &["0xf3", "0x0f", "0x1e", "0xfa", "0x90", "0x90"],
-        ),
+        (CBuild::CfProtectionPatchable5, &["0xf3", "0x0f", "0x1e", "0xfa", "0x90", "0x90"]),
     ];
     for (variant, expected) in cases {
         let Some(program) = build(Fixture::CountsC(*variant)) else {
             continue;
         };
         let examine = format!("x/{}bx add", expected.len());
-        let output = Command::new(&gdb)
-            .args(["-batch", "-ex", &examine])
-            .arg(&program)
-            .output()?;
+        let output = Command::new(&gdb).args(["-batch", "-ex", &examine]).arg(&program).output()?;
         let text = String::from_utf8(output.stdout)?;
         let bytes: Vec<&str> = text.split_whitespace().filter(|w| w.len() == 4).collect();
         assert_eq!(&bytes, expected, "{variant:?}: {text}");
@@ -179,11 +158,8 @@ fn entries_are_what_the_variants_promise() -> Result<()> {
 
 #[test]
 fn waits_runs_and_exits_with_seven() -> Result<()> {
-    let fixtures = [
-        Fixture::CountsC(CBuild::O2),
-        Fixture::CountsRust(RustBuild::Release),
-        Fixture::Many(100),
-    ];
+    let fixtures =
+        [Fixture::CountsC(CBuild::O2), Fixture::CountsRust(RustBuild::Release), Fixture::Many(100)];
     for fixture in fixtures {
         let Some(mut target) = spawn_waiting(fixture, 3, 80)? else {
             continue;
@@ -230,10 +206,7 @@ fn guard_of_a_group_takes_the_children_along() -> Result<()> {
     // Its new parent reaps it at some time: until then it is a zombie.
     let begun = Instant::now();
     while std::fs::read_to_string(&proc).is_ok_and(|stat| !stat.contains(") Z ")) {
-        ensure!(
-            begun.elapsed() < Duration::from_secs(30),
-            "the child lives on"
-        );
+        ensure!(begun.elapsed() < Duration::from_secs(30), "the child lives on");
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(())
@@ -260,11 +233,7 @@ fn undisturbed_when_left_alone() -> Result<()> {
     assert!(target.line()?.starts_with("gap "));
     target.send("check")?;
     let lines = target.rest()?;
-    assert_eq!(
-        lines.last().map(String::as_str),
-        Some("undisturbed"),
-        "{lines:?}"
-    );
+    assert_eq!(lines.last().map(String::as_str), Some("undisturbed"), "{lines:?}");
     assert_eq!(target.wait()?.code(), Some(0));
     Ok(())
 }
@@ -303,10 +272,7 @@ fn settle(target: &Running) -> Result<()> {
         let any = |is: &dyn Fn(&[&str]) -> bool| calls.iter().any(|call| is(call));
         let all = any(&is_main_read) && any(&is_epoll_forever) && any(&is_semop);
         let pending = of_tasks(target, "status")?;
-        Ok(all
-            && pending
-                .iter()
-                .all(|text| text.contains("ShdPnd:\t0000000000000000")))
+        Ok(all && pending.iter().all(|text| text.contains("ShdPnd:\t0000000000000000")))
     })
 }
 
@@ -377,10 +343,7 @@ fn spin_counts_in_every_mode() -> Result<()> {
         let begun = Instant::now();
         let mut n_calls = 0;
         while n_calls == 0 {
-            ensure!(
-                begun.elapsed() < Duration::from_secs(30),
-                "spin {mode:?} makes no calls"
-            );
+            ensure!(begun.elapsed() < Duration::from_secs(30), "spin {mode:?} makes no calls");
             target.send("now")?;
             let report: Report = serde_json::from_str(&target.line()?)?;
             n_calls = report.functions["spin_step"].count;
@@ -399,20 +362,10 @@ fn bench_loop_answers() -> Result<()> {
     let Some(mut target) = start(Fixture::BenchLoop, &[])? else {
         return Ok(());
     };
-    for name in [
-        "f0",
-        "f31",
-        "p0",
-        "hand",
-        "hand_thread",
-        "hand_lock",
-        "hand_empty",
-    ] {
+    for name in ["f0", "f31", "p0", "hand", "hand_thread", "hand_lock", "hand_empty"] {
         target.send(&format!("round {name} 1000"))?;
         let line = target.line()?;
-        let ns = line
-            .strip_prefix(&format!("round {name} "))
-            .with_context(|| line.clone())?;
+        let ns = line.strip_prefix(&format!("round {name} ")).with_context(|| line.clone())?;
         assert!(ns.parse::<f64>()? > 0.0);
     }
     target.send("counter")?;
@@ -428,13 +381,8 @@ fn bench_loop_answers() -> Result<()> {
 #[test]
 fn parallel_builds_agree() {
     let paths: Vec<_> = std::thread::scope(|scope| {
-        let handles: Vec<_> = (0..4)
-            .map(|_| scope.spawn(|| build(Fixture::Many(7))))
-            .collect();
-        handles
-            .into_iter()
-            .map(|handle| handle.join().unwrap())
-            .collect()
+        let handles: Vec<_> = (0..4).map(|_| scope.spawn(|| build(Fixture::Many(7)))).collect();
+        handles.into_iter().map(|handle| handle.join().unwrap()).collect()
     });
     assert!(paths.windows(2).all(|pair| pair[0] == pair[1]));
 }

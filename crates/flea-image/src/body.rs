@@ -17,8 +17,8 @@ use cranelift_codegen::ir::{
 use cranelift_codegen::isa::CallConv;
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 use flea_layout::shared::{
-    ProgramState, RuntimeFn, THREAD_TABLE_BYTES, THREAD_TABLE_ENTRIES,
-    THREAD_TABLE_SHIFT, ThreadEntry,
+    ProgramState, RuntimeFn, THREAD_TABLE_BYTES, THREAD_TABLE_ENTRIES, THREAD_TABLE_SHIFT,
+    ThreadEntry,
 };
 use flea_object::helper::Helper;
 use flea_object::insn::PSEUDO_MAP_VALUE;

@@ -76,8 +76,7 @@ impl ArenaPlan {
             PROGRAM_STATES_OFFSET + u64::from(n_programs) * size_of::<ProgramState>() as u64;
         let mut placed = Vec::with_capacity(maps.len());
         for (i, m) in (0u64..).zip(maps) {
-            let value_stride =
-                m.value_size_bytes.checked_next_multiple_of(8).unwrap_or(!7);
+            let value_stride = m.value_size_bytes.checked_next_multiple_of(8).unwrap_or(!7);
             let values = (u64::from(value_stride) * u64::from(m.max_entries)).min(ENOUGH);
             let (data_size_bytes, per_thread) = match m.kind {
                 MapKind::Array => (values, 0),

@@ -16,7 +16,9 @@ pub enum ArenaError {
         source: io::Error,
     },
     /// The maps together are larger than what Flea is ready to map.
-    #[error("the maps need {size_bytes} bytes, more than the {limit_bytes} that can be mapped: lower max_entries")]
+    #[error(
+        "the maps need {size_bytes} bytes, more than the {limit_bytes} that can be mapped: lower max_entries"
+    )]
     TooLarge {
         /// Bytes of the arena.
         size_bytes: u64,
@@ -32,7 +34,9 @@ pub enum ArenaError {
         found_bytes: u64,
     },
     /// The file could be cut short under our feet, which would kill the controller.
-    #[error("the maps' shared memory cannot be sealed against shrinking: make it with MFD_ALLOW_SEALING")]
+    #[error(
+        "the maps' shared memory cannot be sealed against shrinking: make it with MFD_ALLOW_SEALING"
+    )]
     NotSealable,
     /// A map's sizes make no sense for its kind.
     #[error("map {index} (`{name}`) is no valid {kind:?}: {reason}")]

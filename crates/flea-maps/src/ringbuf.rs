@@ -59,7 +59,8 @@ impl RingBuf {
             if available == 0 {
                 return n_records;
             }
-            if available > size || !available.is_multiple_of(8) || !self.position.is_multiple_of(8) {
+            if available > size || !available.is_multiple_of(8) || !self.position.is_multiple_of(8)
+            {
                 self.resync(data, end);
                 return n_records;
             }

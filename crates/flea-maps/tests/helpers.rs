@@ -180,9 +180,7 @@ fn strings_end_at_nul_at_the_buffers_end_or_fail() {
     let border = cliff();
     let mut out = [0x77u8; 300];
     let to = out.as_mut_ptr() as u64;
-    let read = |from, size: u64| {
-        target.call(F::ProbeReadUserStr, &[to, size, from]).cast_signed()
-    };
+    let read = |from, size: u64| target.call(F::ProbeReadUserStr, &[to, size, from]).cast_signed();
     put(border - 6, b"hello\0");
     assert_eq!(read(border - 6, 300), 6);
     assert_eq!(&out[..8], b"hello\0ww", "what follows the NUL stays");
@@ -237,13 +235,41 @@ fn printk_formats_as_c_does() {
     let s = word.as_ptr() as u64;
     let numbers = [0, 1, 42, 0x7fff_ffff, 0x8000_0000, u64::MAX, 1 << 63, 0xdead_beef_1234];
     for format in [
-        c"%d", c"%i", c"%u", c"%x", c"%X", c"%lx", c"%llx", c"%lu", c"%ld", c"%lld", c"%llu",
-        c"%5d|", c"%-5d|", c"%05d|", c"%+d", c"% d", c"%#x", c"%#lX", c"%016lx", c"%-20ld|",
-        c"%hd", c"%hhu", c"%o", c"%3x%3x%3x", c"a%%b%db", c"%30ld|%-30lx|%d", c"%zu",
+        c"%d",
+        c"%i",
+        c"%u",
+        c"%x",
+        c"%X",
+        c"%lx",
+        c"%llx",
+        c"%lu",
+        c"%ld",
+        c"%lld",
+        c"%llu",
+        c"%5d|",
+        c"%-5d|",
+        c"%05d|",
+        c"%+d",
+        c"% d",
+        c"%#x",
+        c"%#lX",
+        c"%016lx",
+        c"%-20ld|",
+        c"%hd",
+        c"%hhu",
+        c"%o",
+        c"%3x%3x%3x",
+        c"a%%b%db",
+        c"%30ld|%-30lx|%d",
+        c"%zu",
     ] {
         for n in numbers {
             let args = [n, 7, n];
-            assert_eq!(printed(&target, format, &args), Ok(printed_by_c(format, &args)), "{format:?} of {n:#x}");
+            assert_eq!(
+                printed(&target, format, &args),
+                Ok(printed_by_c(format, &args)),
+                "{format:?} of {n:#x}"
+            );
         }
     }
     for format in [c"<%s>", c"<%10s>", c"<%-10s>", c"<%3s>", c"%s %ld", c"%s=%s", c"%600s|"] {

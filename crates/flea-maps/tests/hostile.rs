@@ -34,7 +34,10 @@ extern "C" fn handler(_signal: i32) {
             REFUSED.fetch_add(u64::from(result == -16), Relaxed);
         }
     }
-    target.call(F::RingbufOutput, &[target.base, target.map(1), n.to_le_bytes().as_ptr() as u64, 8, 0]);
+    target.call(
+        F::RingbufOutput,
+        &[target.base, target.map(1), n.to_le_bytes().as_ptr() as u64, 8, 0],
+    );
 }
 
 #[test]

@@ -57,7 +57,9 @@ pub enum CommitError<E: std::error::Error + 'static> {
     Plan(#[from] PlanError),
     /// Other bytes than expected: another tool is there, or another version of the file.
     /// Nothing has been written.
-    #[error("at {site} stands {found:02x?}, not {expected:02x?}: another tool may have changed it; nothing was changed")]
+    #[error(
+        "at {site} stands {found:02x?}, not {expected:02x?}: another tool may have changed it; nothing was changed"
+    )]
     Mismatch {
         /// The site.
         site: RemoteAddr,
@@ -68,7 +70,9 @@ pub enum CommitError<E: std::error::Error + 'static> {
     },
     /// A thread stays between the replaced instructions (in a signal handler that
     /// interrupted it there). Everything has been put back.
-    #[error("a thread was interrupted inside the bytes at {site} by a signal handler that does not return; nothing was changed; try again")]
+    #[error(
+        "a thread was interrupted inside the bytes at {site} by a signal handler that does not return; nothing was changed; try again"
+    )]
     Busy {
         /// The site.
         site: RemoteAddr,
@@ -93,7 +97,9 @@ pub enum CommitError<E: std::error::Error + 'static> {
         undo: E,
     },
     /// As [`CommitError::Busy`], but then putting things back failed.
-    #[error("a thread stays inside the bytes at {site}, and putting the old bytes back failed: {undo}")]
+    #[error(
+        "a thread stays inside the bytes at {site}, and putting the old bytes back failed: {undo}"
+    )]
     Stranded {
         /// The site.
         site: RemoteAddr,
@@ -101,7 +107,9 @@ pub enum CommitError<E: std::error::Error + 'static> {
         undo: E,
     },
     /// The bytes read back are not the ones written: somebody else patches as well.
-    #[error("at {site} stands {found:02x?} right after {written:02x?} was written there: somebody else is patching this process")]
+    #[error(
+        "at {site} stands {found:02x?} right after {written:02x?} was written there: somebody else is patching this process"
+    )]
     ReadBack {
         /// The site.
         site: RemoteAddr,
@@ -216,9 +224,7 @@ impl<T: Target> Commit<'_, T> {
     }
 
     fn site_around(&self, addr: RemoteAddr) -> RemoteAddr {
-        let inside = |poke: &&Poke| {
-            addr >= poke.site && addr.0 - poke.site.0 < PATCH_BYTES as u64
-        };
+        let inside = |poke: &&Poke| addr >= poke.site && addr.0 - poke.site.0 < PATCH_BYTES as u64;
         self.plan.pokes.iter().find(inside).map_or(addr, |poke| poke.site)
     }
 }

@@ -58,9 +58,17 @@ impl Site {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Place {
     /// At instruction `insn` of a site, in the original or in the copy.
-    In { site: usize, insn: usize, copy: bool },
-    Trapped { site: usize },
-    NewCode { site: usize },
+    In {
+        site: usize,
+        insn: usize,
+        copy: bool,
+    },
+    Trapped {
+        site: usize,
+    },
+    NewCode {
+        site: usize,
+    },
     Outside,
 }
 
@@ -191,7 +199,9 @@ impl World {
             }
             Place::In { site, insn, copy } => self.execute(i, site, insn, copy),
             Place::Trapped { site } => self.answer(site),
-            Place::NewCode { site } if self.dice.one_in(2) => Place::In { site, insn: 0, copy: true },
+            Place::NewCode { site } if self.dice.one_in(2) => {
+                Place::In { site, insn: 0, copy: true }
+            }
             place @ Place::NewCode { .. } => place,
         };
     }

@@ -203,17 +203,18 @@ pub fn status(pid: Pid) -> Result<Status, ProcError> {
 /// Reads the status of one thread.
 pub fn thread_status(pid: Pid, tid: Tid) -> Result<Status, ProcError> {
     let file = format!("task/{tid}/status");
-    parse_status(&read_text(pid, &file)?)
-        .ok_or_else(|| ProcError::Malformed { path: format!("/proc/{pid}/{file}"), field: "status" })
+    parse_status(&read_text(pid, &file)?).ok_or_else(|| ProcError::Malformed {
+        path: format!("/proc/{pid}/{file}"),
+        field: "status",
+    })
 }
 
 /// The threads of process `pid` at one instant, ascending.
 pub fn threads(pid: Pid) -> Result<Vec<Tid>, ProcError> {
     let path = format!("/proc/{pid}/task");
     let entries = fs::read_dir(&path).map_err(|e| explain(pid, &path, e))?;
-    let mut tids: Vec<Tid> = entries
-        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
-        .collect();
+    let mut tids: Vec<Tid> =
+        entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
     tids.sort_unstable();
     Ok(tids)
 }

@@ -54,7 +54,9 @@ pub enum RemoteError {
         errno: Errno,
     },
     /// No thread could be borrowed.
-    #[error("no thread of process {pid} can run a system call now: each one sleeps uninterruptibly or has a signal pending; try again")]
+    #[error(
+        "no thread of process {pid} can run a system call now: each one sleeps uninterruptibly or has a signal pending; try again"
+    )]
     NoThread {
         /// The process.
         pid: Pid,

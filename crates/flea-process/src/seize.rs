@@ -40,7 +40,9 @@ pub enum SeizeError {
         pid: Pid,
     },
     /// Somebody else traces it.
-    #[error("process {pid} is traced by {comm} (process or thread {tracer_tid}) already, and a process has one tracer at a time; end that one first")]
+    #[error(
+        "process {pid} is traced by {comm} (process or thread {tracer_tid}) already, and a process has one tracer at a time; end that one first"
+    )]
     OtherTracer {
         /// The process.
         pid: Pid,
@@ -50,7 +52,9 @@ pub enum SeizeError {
         comm: String,
     },
     /// Another flea has held it for longer than we wait.
-    #[error("another flea (thread {tracer_tid}) has been at work on process {pid} for over {waited_ms} ms; try again")]
+    #[error(
+        "another flea (thread {tracer_tid}) has been at work on process {pid} for over {waited_ms} ms; try again"
+    )]
     Locked {
         /// The process.
         pid: Pid,
@@ -60,7 +64,9 @@ pub enum SeizeError {
         waited_ms: u64,
     },
     /// It belongs to somebody else.
-    #[error("process {pid} belongs to user {owner}, and we are user {us}; run as that user or as root")]
+    #[error(
+        "process {pid} belongs to user {owner}, and we are user {us}; run as that user or as root"
+    )]
     OtherUser {
         /// The process.
         pid: Pid,
@@ -78,13 +84,17 @@ pub enum SeizeError {
         scope: u32,
     },
     /// It has changed its user, or forbids dumps.
-    #[error("process {pid} has made itself undumpable (it changed its user, has file capabilities, or asked for it by prctl); only root may trace it")]
+    #[error(
+        "process {pid} has made itself undumpable (it changed its user, has file capabilities, or asked for it by prctl); only root may trace it"
+    )]
     NotDumpable {
         /// The process.
         pid: Pid,
     },
     /// Refused, for no reason we could find.
-    #[error("the kernel does not let us trace process {pid} ({errno}); in a container, give it the capability SYS_PTRACE, else look at the security module's log")]
+    #[error(
+        "the kernel does not let us trace process {pid} ({errno}); in a container, give it the capability SYS_PTRACE, else look at the security module's log"
+    )]
     Denied {
         /// The process.
         pid: Pid,

@@ -35,7 +35,9 @@ pub enum SpawnError {
         program: String,
     },
     /// It cannot be executed.
-    #[error("{program:?} cannot be executed: permission denied (is it a program, and may this user run it?)")]
+    #[error(
+        "{program:?} cannot be executed: permission denied (is it a program, and may this user run it?)"
+    )]
     NotExecutable {
         /// As given.
         program: String,
@@ -209,8 +211,11 @@ fn exit_of(status: ExitStatus) -> Exit {
 }
 
 fn send(pid: Pid, signal: Signal) -> Result<(), SpawnError> {
-    kill(NixPid::from_raw(pid), signal)
-        .map_err(|errno| SpawnError::Kernel { request: "signalling", pid, errno })
+    kill(NixPid::from_raw(pid), signal).map_err(|errno| SpawnError::Kernel {
+        request: "signalling",
+        pid,
+        errno,
+    })
 }
 
 /// From one group stop to the next, with a breakpoint in between. The SIGSTOP is pending

@@ -316,8 +316,7 @@ mod tests {
     fn ranges_asked_for() {
         let range = |a, b| RemoteAddr(a)..RemoteAddr(b);
         let wanted = Wanted::new(&[range(40, 50), range(10, 20)], false);
-        let inside: Vec<u64> =
-            (0..60).filter(|&addr| wanted.contains(RemoteAddr(addr))).collect();
+        let inside: Vec<u64> = (0..60).filter(|&addr| wanted.contains(RemoteAddr(addr))).collect();
         assert_eq!(inside, (10..20).chain(40..50).collect::<Vec<_>>());
     }
 }

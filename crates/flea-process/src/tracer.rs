@@ -455,10 +455,8 @@ impl Tracer {
 /// Whether delivering `signal` changes nothing: ignored, or without a handler and of a kind
 /// that is ignored by default.
 fn status_ignores(status: &proc::Status, signal: i32) -> bool {
-    let by_default = matches!(
-        signal,
-        libc::SIGCHLD | libc::SIGURG | libc::SIGWINCH | libc::SIGCONT
-    );
+    let by_default =
+        matches!(signal, libc::SIGCHLD | libc::SIGURG | libc::SIGWINCH | libc::SIGCONT);
     status.ignored.contains(signal) || (by_default && !status.caught.contains(signal))
 }
 

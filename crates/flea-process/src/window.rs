@@ -135,7 +135,9 @@ impl Tracer {
         };
         match done {
             Ok(_) => self.sync = SyncMethod::Membarrier,
-            Err(RemoteError::Trace(error @ (TraceError::Gone { .. } | TraceError::Execed { .. }))) => {
+            Err(RemoteError::Trace(
+                error @ (TraceError::Gone { .. } | TraceError::Execed { .. }),
+            )) => {
                 return Err(error);
             }
             Err(RemoteError::NoThread { .. }) => self.sync_by_interrupts()?,
@@ -179,7 +181,9 @@ impl Tracer {
             Ok(Some(stop)) => self.unhalt(tid, stop),
             Ok(None) => Ok(()),
             // Asleep by now, or in vfork: then it is in no exception of ours.
-            Err(TraceError::Stuck { .. }) if self.whereabouts(tid) != Whereabouts::Running => Ok(()),
+            Err(TraceError::Stuck { .. }) if self.whereabouts(tid) != Whereabouts::Running => {
+                Ok(())
+            }
             Err(error) => Err(error),
         }
     }
@@ -194,8 +198,7 @@ impl Tracer {
         // ever, which only a wrong `goes_to` could make it do.
         for _ in 0..1000 {
             let Some(stop) = self.halt(tid, wait)? else { return Ok(None) };
-            let Some(regs) =
-                self.still_there(tid, "reading registers", ptrace::registers(tid))?
+            let Some(regs) = self.still_there(tid, "reading registers", ptrace::registers(tid))?
             else {
                 return Ok(None);
             };
@@ -224,8 +227,7 @@ impl Tracer {
                 Ok(Some(stop)) => self.unhalt(tid, stop)?,
                 Ok(None) => {}
                 // Asleep since: it has been through the scheduler.
-                Err(TraceError::Stuck { .. })
-                    if self.whereabouts(tid) != Whereabouts::Running => {}
+                Err(TraceError::Stuck { .. }) if self.whereabouts(tid) != Whereabouts::Running => {}
                 Err(error) => return Err(error),
             }
         }

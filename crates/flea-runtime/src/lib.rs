@@ -18,10 +18,10 @@ pub mod mem;
 pub mod printk;
 pub mod probe;
 pub mod ringbuf;
-pub mod task;
-pub mod thread;
 #[path = "x86_64/mod.rs"]
 pub mod sys;
+pub mod task;
+pub mod thread;
 
 use flea_layout::shared;
 use flea_layout::shared::RuntimeFn;

@@ -214,7 +214,8 @@ impl Text {
         let Some(room) = self.bytes.get_mut(start..) else { return };
         let size = low_half(room.len() as u64);
         // SAFETY: `room` is this many bytes.
-        let with_nul = unsafe { probe::read_str::<STRING_CHUNK>(room.as_mut_ptr(), size, from) }.unwrap_or(0);
+        let with_nul =
+            unsafe { probe::read_str::<STRING_CHUNK>(room.as_mut_ptr(), size, from) }.unwrap_or(0);
         let length = with_nul.saturating_sub(1);
         let padding = spec.width.saturating_sub(length);
         if spec.flags & flag::LEFT != 0 {

@@ -132,10 +132,7 @@ fn enter(table: Shared<'_>, thread_pointer: u64, slot: u64) -> Entered {
         }
         let free = found == 0 || found == ENTRY_TOMBSTONE;
         if free
-            && entry
-                .thread_pointer
-                .compare_exchange(found, ENTRY_CLAIMING, AcqRel, Relaxed)
-                .is_ok()
+            && entry.thread_pointer.compare_exchange(found, ENTRY_CLAIMING, AcqRel, Relaxed).is_ok()
         {
             entry.slot.store(slot, Relaxed);
             entry.thread_pointer.store(thread_pointer, Release);

@@ -38,7 +38,8 @@ fn every_reference_stays_inside_and_none_is_written() {
         }
         for memory in infos.info(&instruction).used_memory() {
             let relative = memory.base() == Register::RIP || memory.base() == Register::None;
-            let reads = memory.access() == OpAccess::Read || memory.access() == OpAccess::NoMemAccess;
+            let reads =
+                memory.access() == OpAccess::Read || memory.access() == OpAccess::NoMemAccess;
             assert!(reads || !relative, "{at:#x}: {instruction} writes to the blob");
         }
         let near = matches!(instruction.op0_kind(), OpKind::NearBranch64);

@@ -17,7 +17,9 @@ fn chains_are_short_for_numbers_addresses_and_names() {
     let n = 1024u64;
     assert!(longest_chain((0..n).map(|i| i.to_le_bytes().to_vec())) < 9);
     assert!(longest_chain((0..n).map(|i| (i << 32).to_le_bytes().to_vec())) < 9);
-    assert!(longest_chain((0..n).map(|i| (0x7f00_0000_0000 + i * 4096).to_le_bytes().to_vec())) < 9);
+    assert!(
+        longest_chain((0..n).map(|i| (0x7f00_0000_0000 + i * 4096).to_le_bytes().to_vec())) < 9
+    );
     assert!(longest_chain((0..n).map(|i| format!("worker-{i:09}").into_bytes())) < 9);
     assert!(longest_chain((1..=1024).map(|i| vec![0; i])) < 9);
     let pairs = (0..n).map(|i| [(i % 32).to_le_bytes(), (i / 32).to_le_bytes()].concat());

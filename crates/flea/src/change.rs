@@ -37,13 +37,7 @@ impl Change {
     /// Starts from what is there. `known_code` has the bytes of every body in `registry` that
     /// the change may copy.
     pub(crate) fn new(registry: Registry, known_code: HashMap<RemoteAddr, Vec<u8>>) -> Self {
-        Self {
-            registry,
-            writes: Vec::new(),
-            pokes: Vec::new(),
-            retired: Vec::new(),
-            known_code,
-        }
+        Self { registry, writes: Vec::new(), pokes: Vec::new(), retired: Vec::new(), known_code }
     }
 
     /// Places `bytes` within reach of `near`.
@@ -103,11 +97,7 @@ impl Change {
         let was_original = f.patched[..] == f.original[..5];
         let before = f.patched;
         if let Some(code) = f.skeleton {
-            self.retired.push(Retired {
-                code,
-                calls_original: f.calls_original,
-                arenas,
-            });
+            self.retired.push(Retired { code, calls_original: f.calls_original, arenas });
         }
         let old_entry = f.skeleton.map(|s| s.at);
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
@@ -159,8 +149,12 @@ impl Change {
 
     fn place_skeleton(&mut self, f: &mut FunctionState) -> Result<Skeleton, AttachError> {
         let reads: Vec<Reads> = f.bodies.iter().map(|b| unpack_reads(b.reads)).collect();
-        let bodies: Vec<SkeletonBody<'_>> =
-            f.bodies.iter().zip(&reads).map(|(b, r)| skeleton_body(&self.known_code, f, b, r)).collect();
+        let bodies: Vec<SkeletonBody<'_>> = f
+            .bodies
+            .iter()
+            .zip(&reads)
+            .map(|(b, r)| skeleton_body(&self.known_code, f, b, r))
+            .collect();
         let link = |at| {
             flea_image::link_skeleton(&SkeletonRequest {
                 site: f.site,

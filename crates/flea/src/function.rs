@@ -137,7 +137,8 @@ pub(crate) fn find(modules: &[Arc<Module>], pattern: &str) -> Result<Vec<Functio
 }
 
 fn find_in(module: &Arc<Module>, pattern: &Pattern) -> Result<Vec<Function>, Arc<OpenError>> {
-    let symbols: Vec<_> = module.with_symbols(|s| s.find(pattern).into_iter().cloned().collect())?;
+    let symbols: Vec<_> =
+        module.with_symbols(|s| s.find(pattern).into_iter().cloned().collect())?;
     symbols
         .into_iter()
         .map(|symbol| {

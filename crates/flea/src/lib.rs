@@ -24,8 +24,11 @@ mod transaction;
 mod vdso;
 
 pub use flea_maps::{Map, MapError};
+pub use flea_object::{
+    ObjectError, parse as parse_object,
+    spec::{MapKind, MapSpec, Object as ObjectSpec, ProgramKind},
+};
 pub use flea_process::Exit;
-pub use flea_object::{ObjectError, parse as parse_object, spec::{MapKind, MapSpec, Object as ObjectSpec, ProgramKind}};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
 
 pub use self::{

@@ -102,13 +102,7 @@ pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
         } else {
             flea_process::module_file_path(pid, &mapping)?
         };
-        modules.push(Module {
-            path,
-            open_path,
-            mapping,
-            is_main,
-            parsed: OnceLock::new(),
-        });
+        modules.push(Module { path, open_path, mapping, is_main, parsed: OnceLock::new() });
     }
     modules.sort_by_key(|m| !m.is_main);
     Ok(modules.into_iter().map(Arc::new).collect())
@@ -147,9 +141,8 @@ impl Module {
     /// Where `address` is in the target.
     pub(crate) fn remote(&self, address: Svma) -> Result<RemoteAddr, Arc<OpenError>> {
         let first = &self.mapping;
-        let no_segment = || {
-            Arc::new(OpenError::NoSegment { path: self.path.clone(), at: first.start })
-        };
+        let no_segment =
+            || Arc::new(OpenError::NoSegment { path: self.path.clone(), at: first.start });
         let stated = self.with_symbols(|s| s.offset_to_svma(first.offset))?;
         let bias = first.start.0.wrapping_sub(stated.ok_or_else(no_segment)?.0);
         Ok(RemoteAddr(address.0.wrapping_add(bias)))
@@ -184,7 +177,9 @@ fn debug_files(image: &[u8], path: &str) -> Result<(Option<Mmap>, Option<Mmap>),
         let directory = Path::new(path).parent()?;
         [directory.join(name), directory.join(".debug").join(name)]
             .iter()
-            .chain([&Path::new("/usr/lib/debug").join(directory.strip_prefix("/").ok()?).join(name)])
+            .chain([&Path::new("/usr/lib/debug")
+                .join(directory.strip_prefix("/").ok()?)
+                .join(name)])
             .find_map(|candidate| map(&File::open(candidate).ok()?).ok())
     });
     let alt = match &debug {

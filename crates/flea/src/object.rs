@@ -104,8 +104,7 @@ impl Object {
 
     /// Its programs, in the object's order.
     pub fn programs(&self) -> impl Iterator<Item = Program> + '_ {
-        (0..self.inner.spec.programs.len())
-            .map(|index| Program { object: self.clone(), index })
+        (0..self.inner.spec.programs.len()).map(|index| Program { object: self.clone(), index })
     }
 
     /// The program with this name.
@@ -134,8 +133,7 @@ impl Object {
     /// [`AttachError`] for the first that cannot be; the target runs as before.
     pub fn attach(&self, attachments: &[Attachment]) -> Result<Link, AttachError> {
         let prepared = self.prepare(attachments)?;
-        let keys: Vec<_> =
-            attachments.iter().map(|a| (a.program, a.function.address())).collect();
+        let keys: Vec<_> = attachments.iter().map(|a| (a.program, a.function.address())).collect();
         self.claim(&keys, attachments)?;
         let ids = transaction::attach(&self.inner, &prepared).inspect_err(|_| {
             self.release(&keys);
@@ -219,10 +217,9 @@ impl Object {
     }
 
     fn prepare_function(&self, function: &Function) -> Result<Prepared, AttachError> {
-        let site = function.site().map_err(|refusal| AttachError::Refused {
-            function: function.name(),
-            refusal,
-        })?;
+        let site = function
+            .site()
+            .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         Ok(Prepared {
             function: function.clone(),
             site: site.clone(),
@@ -279,10 +276,9 @@ impl Program {
     /// # Errors
     /// The reason why not.
     pub fn check(&self, function: &Function) -> Result<Arc<Verified>, AttachError> {
-        function.site().map_err(|refusal| AttachError::Refused {
-            function: function.name(),
-            refusal,
-        })?;
+        function
+            .site()
+            .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
         if self.kind() != ProgramKind::Fentry {
             stack_words(function, signature)?;
@@ -290,8 +286,7 @@ impl Program {
         let context = context(signature, self.kind());
         let loaded = &self.object.inner;
         let key = (self.index, context);
-        if let Some(known) = lock(&loaded.verified).get(&key)
-        {
+        if let Some(known) = lock(&loaded.verified).get(&key) {
             return Ok(Arc::clone(known));
         }
         let verified = flea_verifier::verify(self.spec(), &loaded.spec.maps, context)
@@ -317,11 +312,7 @@ impl Prepared {
     }
 
     /// Compiles the programs on this function, for a frame that starts at `frame_offset`.
-    pub(crate) fn compile(
-        &self,
-        object: &Loaded,
-        frame_offset: u32,
-    ) -> Result<Body, AttachError> {
+    pub(crate) fn compile(&self, object: &Loaded, frame_offset: u32) -> Result<Body, AttachError> {
         let programs: Vec<ProgramUse<'_>> = self
             .uses
             .iter()
@@ -416,4 +407,3 @@ fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {
         MapIdx(index)
     })
 }
-

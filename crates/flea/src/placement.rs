@@ -78,10 +78,8 @@ impl Registry {
     /// Gives a stretch back: nobody can be in it.
     pub(crate) fn unplace(&mut self, placed: Placed) {
         let bytes = u64::from(placed.len).next_multiple_of(ALIGN);
-        let home = self
-            .code
-            .iter_mut()
-            .find(|arena| arena.base <= placed.at && placed.at < arena.end());
+        let home =
+            self.code.iter_mut().find(|arena| arena.base <= placed.at && placed.at < arena.end());
         if let Some(arena) = home {
             arena.give_back(placed.at, bytes);
         }

@@ -203,7 +203,9 @@ pub enum RegistryError {
         what: String,
     },
     /// Too much is attached.
-    #[error("the registry would take {bytes} bytes, more than its {HALF_BYTES}: attach to fewer functions")]
+    #[error(
+        "the registry would take {bytes} bytes, more than its {HALF_BYTES}: attach to fewer functions"
+    )]
     Full {
         /// What it would take.
         bytes: usize,
@@ -249,11 +251,7 @@ impl Storage {
     }
 
     /// Makes `registry` the current state.
-    pub(crate) fn store(
-        self,
-        memory: &Memory,
-        registry: &Registry,
-    ) -> Result<(), RegistryError> {
+    pub(crate) fn store(self, memory: &Memory, registry: &Registry) -> Result<(), RegistryError> {
         let text = serde_json::to_vec(registry).expect("plain data serializes");
         if text.len() as u64 > HALF_BYTES {
             return Err(RegistryError::Full { bytes: text.len() });

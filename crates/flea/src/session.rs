@@ -72,7 +72,8 @@ impl Session {
         command.args(args);
         let mut spawned = flea_process::spawn(command)?;
         let pid = spawned.pid();
-        if let Err(error) = flea_process::check_traceable(pid).map_err(SessionError::from)
+        if let Err(error) = flea_process::check_traceable(pid)
+            .map_err(SessionError::from)
             .and_then(|_| run_to_start(&mut spawned))
         {
             // It has not run; its parent ends it.

@@ -59,8 +59,7 @@ pub(crate) fn create_arena(
     maps: &[MapSpec],
 ) -> Result<(flea_maps::Arena, RemoteAddr), LoadError> {
     let size_bytes = plan.size_bytes;
-    let goes_to =
-        if is_own(session.pid()) { FileGoesTo::Target } else { FileGoesTo::Controller };
+    let goes_to = if is_own(session.pid()) { FileGoesTo::Target } else { FileGoesTo::Controller };
     let (fd, base) = seized(session.pid(), |tracer| -> Result<_, LoadError> {
         Ok(Ground::open(tracer)?.add_data_arena(size_bytes, goes_to)?)
     })?;
@@ -93,15 +92,10 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
 }
 
 /// Attaches all of `prepared` or none; the numbers of the new bodies.
-pub(crate) fn attach(
-    object: &Loaded,
-    prepared: &[Prepared],
-) -> Result<Vec<u32>, AttachError> {
+pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>, AttachError> {
     let pid = object.session.pid();
     let mut registry = match find_registry(pid)? {
-        Some(storage) => {
-            storage.load(&Memory::open(pid).map_err(RemoteError::from)?)?
-        }
+        Some(storage) => storage.load(&Memory::open(pid).map_err(RemoteError::from)?)?,
         None => Registry::default(),
     };
     for _ in 0..MAX_ATTEMPTS {
@@ -157,10 +151,7 @@ pub(crate) fn detach_from(pid: Pid, ids: &[u32]) -> Result<(), AttachError> {
 }
 
 /// Seizes `pid` for the time that `f` takes. On this very process a forked child does it.
-fn seized<R, E>(
-    pid: Pid,
-    f: impl FnOnce(&mut Tracer) -> Result<R, E> + Send,
-) -> Result<R, E>
+fn seized<R, E>(pid: Pid, f: impl FnOnce(&mut Tracer) -> Result<R, E> + Send) -> Result<R, E>
 where
     R: Send + Serialize + DeserializeOwned,
     E: From<SeizeError> + From<HelperError> + Display + Send,
@@ -325,8 +316,7 @@ fn add_body(
         let bytes = code.resolve(|target| object.resolve(runtime, target));
         change.place(site, bytes).map(Some)
     };
-    let (entry, session, exit) =
-        (place(&body.entry)?, place(&body.session)?, place(&body.exit)?);
+    let (entry, session, exit) = (place(&body.entry)?, place(&body.session)?, place(&body.exit)?);
     let id = change.registry.next_id;
     change.registry.next_id += 1;
     let state = BodyState {

@@ -21,8 +21,7 @@ pub(crate) fn clock_gettime(pid: Pid) -> Option<RemoteAddr> {
     let symbol = file.dynamic_symbols().find(|s| s.name() == Ok(SYMBOL))?;
     let start = usize::try_from(symbol.address()).ok()?;
     let code = image.get(start..start + usize::try_from(symbol.size()).ok()?)?;
-    keeps_vector_registers(code)
-        .then(|| mapping.start.offset(symbol.address().cast_signed()))
+    keeps_vector_registers(code).then(|| mapping.start.offset(symbol.address().cast_signed()))
 }
 
 /// No instruction of `code` writes a vector, mask or x87 register, and none leads out of it:

@@ -42,10 +42,7 @@ pub struct Pause {
 
 /// Attaches to 1, 10, ... functions of a program each.
 pub fn measure(flea: Option<&Flea>) -> Vec<Bulk> {
-    let bulk = |n_functions| Bulk {
-        n_functions,
-        outcome: measure_one(flea, n_functions),
-    };
+    let bulk = |n_functions| Bulk { n_functions, outcome: measure_one(flea, n_functions) };
     SIZES.into_iter().map(bulk).collect()
 }
 
@@ -56,10 +53,7 @@ fn measure_one(flea: Option<&Flea>, n_functions: u32) -> Result<BulkTimes> {
     target.expect_line("ready")?;
     let names: Vec<String> = (0..n_functions).map(|i| format!("many_{i}")).collect();
     let sites = sites_of(target.pid(), &program, &names)?;
-    let original: Vec<Text> = sites
-        .iter()
-        .map(|site| site.text())
-        .collect::<Result<_>>()?;
+    let original: Vec<Text> = sites.iter().map(|site| site.text()).collect::<Result<_>>()?;
     let attached = flea.attach(&["count", "many_*"], target.pid(), &sites)?;
     let attach = attached.took;
     let report = target.run_counts()?;
@@ -96,19 +90,13 @@ pub fn pause(flea: Option<&Flea>) -> Result<Pause> {
     }
     idle.sort_unstable();
     busy.sort_unstable();
-    Ok(Pause {
-        idle_ns: idle[idle.len() / 2],
-        attach_ns: busy[busy.len() / 2],
-    })
+    Ok(Pause { idle_ns: idle[idle.len() / 2], attach_ns: busy[busy.len() / 2] })
 }
 
 /// The longest gap since it was asked last.
 fn gap(target: &mut Running) -> Result<u64> {
     target.send("gap")?;
     let line = target.line()?;
-    let ns = line
-        .strip_prefix("gap ")
-        .with_context(|| format!("a gap, not {line:?}"))?;
-    ns.parse()
-        .with_context(|| format!("nanoseconds, not {ns:?}"))
+    let ns = line.strip_prefix("gap ").with_context(|| format!("a gap, not {line:?}"))?;
+    ns.parse().with_context(|| format!("nanoseconds, not {ns:?}"))
 }

@@ -42,17 +42,10 @@ impl Flea {
 
     /// Starts `flea SUBCOMMAND -p PID ARGS...` and waits until all `sites` are patched.
     pub fn attach(&self, words: &[&str], pid: u32, sites: &[Site]) -> Result<Attached> {
-        let before: Vec<Text> = sites
-            .iter()
-            .map(|site| site.text())
-            .collect::<Result<_>>()?;
+        let before: Vec<Text> = sites.iter().map(|site| site.text()).collect::<Result<_>>()?;
         let (subcommand, rest) = words.split_first().context("a subcommand")?;
         let mut command = Command::new(&self.path);
-        command
-            .arg(subcommand)
-            .arg("-p")
-            .arg(pid.to_string())
-            .args(rest);
+        command.arg(subcommand).arg("-p").arg(pid.to_string()).args(rest);
         let begun = Instant::now();
         let mut running = Running::start(&mut command)?;
         let mut n_patched = 0;
@@ -71,10 +64,7 @@ impl Flea {
             Ok(true)
         })
         .with_context(|| format!("flea {}", words.join(" ")))?;
-        Ok(Attached {
-            running,
-            took: begun.elapsed(),
-        })
+        Ok(Attached { running, took: begun.elapsed() })
     }
 }
 
@@ -85,26 +75,15 @@ impl Attached {
         self.running.signal(Signal::SIGINT)?;
         let status = self.running.wait_within(PATIENCE)?;
         let took = begun.elapsed();
-        ensure!(
-            status.success(),
-            "after Ctrl-C {status}: {}",
-            reason(&mut self.running)
-        );
-        Ok(Finished {
-            output: self.running.rest()?.join("\n"),
-            took,
-        })
+        ensure!(status.success(), "after Ctrl-C {status}: {}", reason(&mut self.running));
+        Ok(Finished { output: self.running.rest()?.join("\n"), took })
     }
 }
 
 /// What a command that failed said, in a line.
 fn reason(running: &mut Running) -> String {
     let lines = running.rest_of_stderr();
-    if lines.is_empty() {
-        "it said nothing".to_owned()
-    } else {
-        lines.join("; ")
-    }
+    if lines.is_empty() { "it said nothing".to_owned() } else { lines.join("; ") }
 }
 
 /// Whether `output` holds exactly this number, by itself or with separators of thousands.
@@ -112,11 +91,7 @@ pub fn mentions(output: &str, number: u64) -> bool {
     let wanted = number.to_string();
     output
         .split(|c: char| !(c.is_ascii_digit() || matches!(c, ',' | '_' | '\'')))
-        .map(|word| {
-            word.chars()
-                .filter(char::is_ascii_digit)
-                .collect::<String>()
-        })
+        .map(|word| word.chars().filter(char::is_ascii_digit).collect::<String>())
         .any(|word| word == wanted)
 }
 
@@ -128,12 +103,7 @@ mod tests {
 
     #[test]
     fn numbers_are_found_whole() {
-        for output in [
-            "f3 1234567",
-            "{\"f3\":1234567}",
-            "f3  1,234,567\n",
-            "1_234_567",
-        ] {
+        for output in ["f3 1234567", "{\"f3\":1234567}", "f3  1,234,567\n", "1_234_567"] {
             assert!(mentions(output, 1_234_567), "{output}");
         }
         for output in ["", "f3 12345678", "1234 567", "11234567"] {
@@ -142,10 +112,7 @@ mod tests {
     }
 
     fn fake() -> Flea {
-        let dir = concat!(
-            env!("CARGO_MANIFEST_DIR"),
-            "/src/bench/testdata/fake-flea.sh"
-        );
+        let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bench/testdata/fake-flea.sh");
         Flea::new(dir.into())
     }
 
@@ -182,10 +149,7 @@ mod tests {
     fn a_command_that_fails_says_why() {
         let mut harness = Harness::start().unwrap();
         let site = harness.site("f1").unwrap();
-        let error = fake()
-            .attach(&["refuse"], harness.pid(), &[site])
-            .err()
-            .unwrap();
+        let error = fake().attach(&["refuse"], harness.pid(), &[site]).err().unwrap();
         assert!(format!("{error:#}").contains("no reason"), "{error:#}");
     }
 }

@@ -43,13 +43,8 @@ impl Harness {
 
     /// Nanoseconds per call over `n` calls of `function`.
     pub fn round(&mut self, function: &str, n: u64) -> Result<f64> {
-        let answer = self.ask(
-            &format!("round {function} {n}"),
-            &format!("round {function}"),
-        )?;
-        answer
-            .parse()
-            .with_context(|| format!("a time, not {answer:?}"))
+        let answer = self.ask(&format!("round {function} {n}"), &format!("round {function}"))?;
+        answer.parse().with_context(|| format!("a time, not {answer:?}"))
     }
 
     /// How many calls of `function` make a round of the right length.
@@ -73,9 +68,7 @@ impl Harness {
     /// A counter of the harness about `function`: `hits` (the kernel's) or `total` (its own).
     pub fn number(&mut self, what: &str, function: &str) -> Result<u64> {
         let answer = self.ask(&format!("{what} {function}"), &format!("{what} {function}"))?;
-        answer
-            .parse()
-            .with_context(|| format!("a number, not {answer:?}"))
+        answer.parse().with_context(|| format!("a number, not {answer:?}"))
     }
 
     /// The site of `function`.
@@ -89,9 +82,8 @@ impl Harness {
     /// Instructions that one call of `function` executes in user space, itself included.
     pub fn instructions(&mut self, function: &str) -> Result<u32> {
         let entry = self.site(function)?.address();
-        let n_insns = steps::count(self.pid(), entry, || {
-            self.running.send(&format!("once {function}"))
-        })?;
+        let n_insns =
+            steps::count(self.pid(), entry, || self.running.send(&format!("once {function}")))?;
         self.running.expect_line("once")?;
         Ok(n_insns)
     }

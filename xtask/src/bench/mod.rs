@@ -32,22 +32,14 @@ struct Options {
 }
 
 fn parse(args: &[&str]) -> Result<Options> {
-    let mut options = Options {
-        n_rounds: MIN_ROUNDS,
-        flea: None,
-        json: false,
-    };
+    let mut options = Options { n_rounds: MIN_ROUNDS, flea: None, json: false };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         match *arg {
             "--json" => options.json = true,
             "--flea" => options.flea = Some(args.next().context("--flea PATH")?.into()),
             "--rounds" => {
-                let n: usize = args
-                    .next()
-                    .context("--rounds N")?
-                    .parse()
-                    .context("--rounds N")?;
+                let n: usize = args.next().context("--rounds N")?.parse().context("--rounds N")?;
                 options.n_rounds = n.max(MIN_ROUNDS);
             }
             other => bail!("bench does not know {other}: --rounds N, --flea PATH, --json"),
@@ -94,16 +86,10 @@ fn find_flea(named: Option<PathBuf>) -> Result<Flea> {
         }
     };
     if !path.is_file() {
-        bail!(
-            "{} is missing: cargo build --release -p flea-cli",
-            path.display()
-        );
+        bail!("{} is missing: cargo build --release -p flea-cli", path.display());
     }
     // A binary that cannot even print its help attaches nowhere: say so once, not per row.
-    let help = Command::new(&path)
-        .arg("--help")
-        .output()
-        .context("running flea --help")?;
+    let help = Command::new(&path).arg("--help").output().context("running flea --help")?;
     if !help.status.success() || help.stdout.is_empty() {
         bail!("{} --help says nothing ({})", path.display(), help.status);
     }

@@ -56,12 +56,7 @@ pub struct Times {
 const HAND: &str = "hand";
 
 const fn row(label: &'static str, function: &'static str, bare: &'static str, probe: Probe) -> Row {
-    Row {
-        label,
-        function,
-        bare,
-        probe,
-    }
+    Row { label, function, bare, probe }
 }
 
 const COUNT: &[&str] = &["count", "FN"];
@@ -126,13 +121,10 @@ impl Active {
                 let flea = flea.context("no flea to run")?;
                 let site = harness.site(function)?;
                 self.original = Some(site.text()?);
-                let words: Vec<&str> = words
-                    .iter()
-                    .map(|w| if *w == "FN" { function } else { *w })
-                    .collect();
+                let words: Vec<&str> =
+                    words.iter().map(|w| if *w == "FN" { function } else { *w }).collect();
                 for _ in 0..n_processes {
-                    self.attached
-                        .push(flea.attach(&words, harness.pid(), &[site])?);
+                    self.attached.push(flea.attach(&words, harness.pid(), &[site])?);
                 }
             }
         }
@@ -191,10 +183,8 @@ fn median(values: &[f64]) -> Option<f64> {
 /// Measures every row of the plan over `n_rounds` interleaved rounds.
 pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Vec<Hit>> {
     let mut harness = Harness::start()?;
-    let mut rows: Vec<Active> = PLAN
-        .iter()
-        .map(|row| Active::begin(row, &mut harness, flea))
-        .collect();
+    let mut rows: Vec<Active> =
+        PLAN.iter().map(|row| Active::begin(row, &mut harness, flea)).collect();
     for round in 0..n_rounds {
         let n_rows = rows.len();
         // Another first row each time: no row always follows the same neighbour's caches.
@@ -205,16 +195,10 @@ pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Vec<Hit>> {
     for active in &mut rows {
         active.count_instructions(&mut harness);
     }
-    let medians: Vec<(&str, Option<f64>)> = rows
-        .iter()
-        .map(|active| (active.row.function, median(&active.rounds)))
-        .collect();
-    let of = |function: &str| {
-        medians
-            .iter()
-            .find(|(name, _)| *name == function)
-            .and_then(|(_, ns)| *ns)
-    };
+    let medians: Vec<(&str, Option<f64>)> =
+        rows.iter().map(|active| (active.row.function, median(&active.rounds))).collect();
+    let of =
+        |function: &str| medians.iter().find(|(name, _)| *name == function).and_then(|(_, ns)| *ns);
     let hand = of(HAND).zip(of("f0")).map(|(hand, bare)| hand - bare);
     Ok(rows
         .into_iter()
@@ -228,19 +212,10 @@ pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Vec<Hit>> {
                     let hand = hand.ok_or_else(|| anyhow!("no rounds of the counter by hand"))?;
                     let added_ns = ns - bare;
                     let ratio = added_ns / hand;
-                    Ok(Times {
-                        ns,
-                        added_ns,
-                        ratio,
-                        n_insns: active.n_insns,
-                        exact,
-                    })
+                    Ok(Times { ns, added_ns, ratio, n_insns: active.n_insns, exact })
                 }),
             };
-            Hit {
-                row: active.row,
-                outcome: times,
-            }
+            Hit { row: active.row, outcome: times }
         })
         .collect())
 }
@@ -272,10 +247,7 @@ mod tests {
         }
         let hits = measure(None, 3).unwrap();
         let n_insns = |function: &str| {
-            let hit = hits
-                .iter()
-                .find(|hit| hit.row.function == function)
-                .unwrap();
+            let hit = hits.iter().find(|hit| hit.row.function == function).unwrap();
             hit.outcome.as_ref().unwrap().n_insns
         };
         assert_eq!(n_insns("f0"), Some(3)); // nop, lea, ret

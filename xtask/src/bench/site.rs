@@ -54,11 +54,7 @@ impl Site {
     /// Whether a finished patch is there that was not in `before`.
     pub fn is_patched_since(self, before: &Text) -> Result<bool> {
         let now = self.text()?;
-        let first = if before.starts_with(&ENDBR64) {
-            ENDBR64.len()
-        } else {
-            0
-        };
+        let first = if before.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 };
         Ok(now != *before && now[first] != INT3)
     }
 }
@@ -66,10 +62,7 @@ impl Site {
 /// The addresses of functions of a running `program`, in the order of `names`.
 pub fn sites_of(pid: u32, program: &Path, names: &[String]) -> Result<Vec<Site>> {
     let nm = require(Tool::Nm).context("nm is missing")?;
-    let output = Command::new(nm)
-        .arg("--defined-only")
-        .arg(program)
-        .output()?;
+    let output = Command::new(nm).arg("--defined-only").arg(program).output()?;
     let symbols = String::from_utf8(output.stdout).context("nm's output")?;
     let table: std::collections::HashMap<&str, &str> = symbols
         .lines()
@@ -83,9 +76,7 @@ pub fn sites_of(pid: u32, program: &Path, names: &[String]) -> Result<Vec<Site>>
     names
         .iter()
         .map(|name| {
-            let address = table
-                .get(name.as_str())
-                .with_context(|| format!("no symbol {name}"))?;
+            let address = table.get(name.as_str()).with_context(|| format!("no symbol {name}"))?;
             let svma = u64::from_str_radix(address, 16).context("an address of nm")?;
             Ok(Site::new(pid, RemoteAddr(bias + svma)))
         })
@@ -96,9 +87,7 @@ pub fn sites_of(pid: u32, program: &Path, names: &[String]) -> Result<Vec<Site>>
 fn load_bias(pid: u32, program: &Path) -> Result<u64> {
     const ET_DYN: [u8; 2] = [3, 0];
     let mut header = [0; 18];
-    File::open(program)?
-        .read_exact_at(&mut header, 0)
-        .context("reading the ELF header")?;
+    File::open(program)?.read_exact_at(&mut header, 0).context("reading the ELF header")?;
     if header[16..] != ET_DYN {
         return Ok(0);
     }
@@ -121,10 +110,7 @@ pub fn wait_until(timeout: Duration, mut holds: impl FnMut() -> Result<bool>) ->
         if holds()? {
             return Ok(begun.elapsed());
         }
-        ensure!(
-            begun.elapsed() < timeout,
-            "nothing happened within {timeout:?}"
-        );
+        ensure!(begun.elapsed() < timeout, "nothing happened within {timeout:?}");
         thread::sleep(Duration::from_micros(200));
     }
 }
@@ -134,10 +120,7 @@ pub fn ensure_restored(sites: &[Site], original: &[Text]) -> Result<()> {
     for (site, original) in sites.iter().zip(original) {
         let now = site.text()?;
         if now != *original {
-            bail!(
-                "{:#x} was left as {now:02x?}, was {original:02x?}",
-                site.address.0
-            );
+            bail!("{:#x} was left as {now:02x?}, was {original:02x?}", site.address.0);
         }
     }
     Ok(())

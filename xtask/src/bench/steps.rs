@@ -61,20 +61,13 @@ pub fn count(pid: u32, entry: RemoteAddr, trigger: impl FnOnce() -> Result<()>) 
         }
         at = traced.step()?;
     }
-    ensure!(
-        at.0 == entry.0,
-        "{:#x} was not reached from the int3",
-        entry.0
-    );
+    ensure!(at.0 == entry.0, "{:#x} was not reached from the int3", entry.0);
     let stack = at.1;
     // The word at rsp is the return address: an image may jump about, the call is over when
     // that is popped and reached.
     #[allow(clippy::cast_sign_loss, reason = "ptrace's long is a word of memory")]
-    let back = ptrace::read(
-        pid,
-        std::ptr::with_exposed_provenance_mut(usize::try_from(stack)?),
-    )
-    .context("reading the return address")? as u64;
+    let back = ptrace::read(pid, std::ptr::with_exposed_provenance_mut(usize::try_from(stack)?))
+        .context("reading the return address")? as u64;
     for n_insns in 1..=MAX_PER_CALL {
         let (rip, rsp) = traced.step()?;
         if rip == back && rsp == stack + 8 {

@@ -14,18 +14,13 @@ fn reason(error: &Error) -> String {
 }
 
 fn hit_line(times: &Times) -> String {
-    let n_insns = times
-        .n_insns
-        .map_or_else(|| "-".to_owned(), |n| n.to_string());
+    let n_insns = times.n_insns.map_or_else(|| "-".to_owned(), |n| n.to_string());
     let exact = match times.exact {
         Some(true) => "exact",
         Some(false) => "WRONG",
         None => "-",
     };
-    format!(
-        "{:9.2} {:9.2} {:9.2} {n_insns:>7} {exact:>7}",
-        times.ns, times.added_ns, times.ratio
-    )
+    format!("{:9.2} {:9.2} {:9.2} {n_insns:>7} {exact:>7}", times.ns, times.added_ns, times.ratio)
 }
 
 /// The cost of a hit, a line per row.

@@ -6,12 +6,14 @@ use flea_image::{
     SkeletonRequest, call_patch, compile_body, link_skeleton,
 };
 use flea_layout::plan::ArenaPlan;
-use flea_layout::shared::{RuntimeFn, THREAD_TABLE_BYTES};
+use flea_layout::shared::{ArenaHeader, RuntimeFn, THREAD_TABLE_BYTES};
 use flea_object::spec::{MapSpec, ProgramKind};
 use flea_symbols::addr::RemoteAddr;
 use flea_symbols::signature::{ArgWord, RetWord, Signature};
 use flea_verifier::Verified;
 use iced_x86::code_asm::*;
+
+use std::mem::offset_of;
 
 use super::Pages;
 use super::programs::{int, plan, words};

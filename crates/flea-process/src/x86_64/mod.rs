@@ -89,7 +89,8 @@ impl Registers {
     /// The thread is on its way out of a system call that gave up with `EINTR`: unlike
     /// ERESTART*, which the kernel acts on itself, the program would see it.
     pub(crate) fn would_show_eintr(&self) -> bool {
-        self.interrupted_syscall().is_some() && self.raw.rax.cast_signed() == -i64::from(libc::EINTR)
+        self.interrupted_syscall().is_some()
+            && self.raw.rax.cast_signed() == -i64::from(libc::EINTR)
     }
 
     /// As if the system call had not begun: the thread stands before its instruction.

@@ -17,7 +17,8 @@ pub struct Target {
 /// Compiles `tests/targets/NAME.c`.
 pub fn compile(name: &str, flags: &[&str]) -> PathBuf {
     let source = format!("{}/tests/targets/{name}.c", env!("CARGO_MANIFEST_DIR"));
-    let tag: String = flags.iter().flat_map(|f| f.chars()).filter(char::is_ascii_alphanumeric).collect();
+    let tag: String =
+        flags.iter().flat_map(|f| f.chars()).filter(char::is_ascii_alphanumeric).collect();
     let unique = format!("{name}-{tag}-{}-{:?}", std::process::id(), std::thread::current().id());
     let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(unique.replace(['(', ')'], ""));
     let status = Command::new("gcc")
@@ -84,7 +85,9 @@ impl Drop for Target {
         }
         let _ended = self.child.kill();
         let _collected = self.child.wait();
-        if std::thread::panicking() && let Some(out) = &mut self.out {
+        if std::thread::panicking()
+            && let Some(out) = &mut self.out
+        {
             let mut text = String::new();
             let _partly = out.read_to_string(&mut text);
             println!("it printed: {text}");

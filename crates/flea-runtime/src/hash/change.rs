@@ -190,9 +190,7 @@ impl<'a> Table<'a> {
         }
         let used = self.word(state::USED)?;
         let max = u64::from(self.geometry.max_entries);
-        let index = used
-            .fetch_update(Relaxed, Relaxed, |n| (n < max).then_some(n + 1))
-            .ok()?;
+        let index = used.fetch_update(Relaxed, Relaxed, |n| (n < max).then_some(n + 1)).ok()?;
         Some(Fresh { index: NodeIdx(low_half(index)), used_before: false })
     }
 

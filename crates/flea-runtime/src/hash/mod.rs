@@ -37,7 +37,9 @@ use core::sync::atomic::{
 };
 
 use crate::mem::{Bytes, Shared};
-use crate::shared::{HASH_BUCKET_BYTES, HASH_NODE_HEADER_BYTES, hash_bucket_count, hash_node_bytes};
+use crate::shared::{
+    HASH_BUCKET_BYTES, HASH_NODE_HEADER_BYTES, hash_bucket_count, hash_node_bytes,
+};
 
 /// `state` words.
 pub mod state {

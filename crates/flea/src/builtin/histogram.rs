@@ -61,9 +61,8 @@ impl Histogram {
         let mut total = Self::default();
         let mut buckets = [0u64; N_BUCKETS];
         for value in per_thread.iter().filter(|v| v.len() == WORDS * 8) {
-            let word = |i: usize| {
-                u64::from_le_bytes(value[i * 8..i * 8 + 8].try_into().expect("8 bytes"))
-            };
+            let word =
+                |i: usize| u64::from_le_bytes(value[i * 8..i * 8 + 8].try_into().expect("8 bytes"));
             if word(0) == 0 {
                 continue;
             }
@@ -141,10 +140,8 @@ mod tests {
         a[FIRST_BUCKET + FIRST_NEGATIVE] = 1;
         a[FIRST_BUCKET + FIRST_NEGATIVE + 1] = 1;
         let bytes = |w: &[u64]| w.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
-        let h = Histogram::read(
-            &[bytes(&a), vec![0; WORDS * 8], vec![1, 2, 3]],
-            Signedness::Signed,
-        );
+        let h =
+            Histogram::read(&[bytes(&a), vec![0; WORDS * 8], vec![1, 2, 3]], Signedness::Signed);
         assert_eq!((h.count, h.sum, h.min, h.max), (2, -3, Some(-2), Some(-1)));
         assert_eq!(
             h.buckets,

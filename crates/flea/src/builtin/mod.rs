@@ -14,9 +14,7 @@ pub use self::{
     histogram::{Bucket, Histogram, Signedness},
     trace::{Call, Trace, Word},
 };
-use crate::{
-    AttachError, Attachment, Function, Link, LoadError, Object, Program, Session,
-};
+use crate::{AttachError, Attachment, Function, Link, LoadError, Object, Program, Session};
 
 /// Why a command could not start.
 #[derive(Debug, thiserror::Error)]
@@ -266,7 +264,9 @@ fn value_of(
     let slots = |n| signature.params.iter().take(n).map(|p| p.words.len()).sum::<usize>();
     let as_slot = |n| u8::try_from(n).map_err(|_| "it has too many arguments".to_owned());
     let index = match expr {
-        Expr::Duration => return Ok((programs::Source::Duration, Signedness::Unsigned, "duration_ns".to_owned())),
+        Expr::Duration => {
+            return Ok((programs::Source::Duration, Signedness::Unsigned, "duration_ns".to_owned()));
+        }
         Expr::Retval => {
             if signature.ret.words.first() != Some(&RetWord::Rax) {
                 let what = "retval is not an integer or a pointer";
@@ -314,9 +314,9 @@ fn integer(ty: &Type) -> Result<(u8, Signedness), String> {
         Type::Pointer { .. } => Ok((64, Signedness::Unsigned)),
         Type::Unknown => Ok((64, Signedness::Signed)),
         Type::Void => Err("it returns nothing".to_owned()),
-        Type::Int { name, .. } | Type::Float { name, .. } | Type::Aggregate { name, .. } => Err(
-            format!("a histogram is taken of integers and pointers, and this is a `{name}`"),
-        ),
+        Type::Int { name, .. } | Type::Float { name, .. } | Type::Aggregate { name, .. } => {
+            Err(format!("a histogram is taken of integers and pointers, and this is a `{name}`"))
+        }
     }
 }
 
