@@ -80,6 +80,9 @@ pub struct Segment {
     pub writable: bool,
 }
 
+/// What the kernel maps at least.
+const PAGE_BYTES: u64 = 4096;
+
 /// An ELF module. Parsing reads headers only; functions, branches, unwind rows and DWARF are
 /// indexed when first asked for.
 pub struct Module<'data> {
@@ -177,6 +180,22 @@ impl<'data> Module<'data> {
         self.segments.iter().find_map(|segment| {
             let into = offset.0.checked_sub(segment.file_offset.0)?;
             (into < segment.file_size_bytes).then(|| Svma(segment.address.0 + into))
+        })
+    }
+
+    /// Which address the first byte of an executable mapping gets that begins at `offset`.
+    ///
+    /// Whole pages are mapped: before a segment that does not begin on one, the mapping shows
+    /// the end of the segment before, whose addresses lie elsewhere (lld's layout).
+    #[must_use]
+    pub fn code_mapping_svma(&self, offset: FileOffset) -> Option<Svma> {
+        self.segments.iter().filter(|segment| segment.executable).find_map(|segment| {
+            let end = segment.file_offset.0.checked_add(segment.file_size_bytes)?;
+            let before = segment.file_offset.0 % PAGE_BYTES;
+            let first = segment.file_offset.0 - before;
+            let into = offset.0.checked_sub(first)?;
+            let svma = segment.address.0.wrapping_sub(before).wrapping_add(into);
+            (offset.0 < end).then_some(Svma(svma))
         })
     }
 
