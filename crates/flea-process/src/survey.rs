@@ -199,12 +199,7 @@ impl Tracer {
     /// A thread that does not stop: asleep in a page fault or in vfork, it is where it is until
     /// that is over; and our interrupt waits for it there, so that what is read is of one
     /// instant.
-    fn look_at_stuck(
-        &self,
-        tid: Tid,
-        wanted: Option<&Wanted>,
-        maps: &[Mapping],
-    ) -> Vec<StackWord> {
+    fn look_at_stuck(&self, tid: Tid, wanted: Option<&Wanted>, maps: &[Mapping]) -> Vec<StackWord> {
         let (Whereabouts::Syscall { sp, pc, .. } | Whereabouts::Elsewhere { sp, pc }) =
             self.whereabouts(tid)
         else {

@@ -146,7 +146,9 @@ impl Tracer {
         };
         match done {
             Ok(_) => self.sync = SyncMethod::Membarrier,
-            Err(RemoteError::Trace(error @ (TraceError::Gone { .. } | TraceError::Execed { .. }))) => {
+            Err(RemoteError::Trace(
+                error @ (TraceError::Gone { .. } | TraceError::Execed { .. }),
+            )) => {
                 return Err(error);
             }
             Err(RemoteError::NoThread { .. }) => self.sync_by_interrupts()?,
@@ -239,8 +241,7 @@ impl Tracer {
         // ever, which only a wrong `goes_to` could make it do.
         for _ in 0..1000 {
             let Some(stop) = self.halt(tid, wait)? else { return Ok(None) };
-            let Some(regs) =
-                self.still_there(tid, "reading registers", ptrace::registers(tid))?
+            let Some(regs) = self.still_there(tid, "reading registers", ptrace::registers(tid))?
             else {
                 return Ok(None);
             };

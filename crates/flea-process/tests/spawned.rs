@@ -40,7 +40,11 @@ fn stops_at_the_entry_point_with_libraries_mapped() {
     .unwrap();
     assert_eq!(after, text, "the breakpoint is gone");
     let now = status(pid).unwrap();
-    assert_eq!((now.state, now.tracer_tid), ('T', 0), "still stopped, by a stopped-state borrow too");
+    assert_eq!(
+        (now.state, now.tracer_tid),
+        ('T', 0),
+        "still stopped, by a stopped-state borrow too"
+    );
     assert_eq!(child.wait().unwrap(), Exit::Code(3));
 }
 

@@ -154,9 +154,9 @@ fn record<E>(
     let (Some(head), Some(time_ns), Some(pid_tgid)) = (word(0), word(1), word(2)) else {
         return Ok(());
     };
-    let (tag, index) = ((head >> 32) as u32, head as u32 as usize);
-    let Some(function) = functions.get(index) else { return Ok(()) };
-    let key = |time_ns| CallKey { pid_tgid, function: index as u32, time_ns };
+    let (tag, index) = (high(head), low(head));
+    let Some(function) = functions.get(index as usize) else { return Ok(()) };
+    let key = |time_ns| CallKey { pid_tgid, function: index, time_ns };
     match tag {
         TAG_ENTRY if open.len() < MAX_OPEN_CALLS => {
             let args = arguments(function.signature(), &bytes[ENTRY_HEADER_BYTES..]);
@@ -171,8 +171,8 @@ fn record<E>(
             };
             each(Call {
                 time_ns: entered_ns,
-                pid: (pid_tgid >> 32) as u32,
-                tid: pid_tgid as u32,
+                pid: high(pid_tgid),
+                tid: low(pid_tgid),
                 function,
                 args: call.args,
                 retval: retval(function.signature(), result),
@@ -184,6 +184,14 @@ fn record<E>(
             Ok(())
         }
     }
+}
+
+fn high(word: u64) -> u32 {
+    u32::try_from(word >> 32).expect("32 bits are left")
+}
+
+fn low(word: u64) -> u32 {
+    u32::try_from(word & u64::from(u32::MAX)).expect("32 bits are left")
 }
 
 fn shape(signature: &Signature) -> Shape {
@@ -246,7 +254,7 @@ fn typed(ty: &Type, words: &[u64]) -> Word {
                 Word::Unsigned((word << unused) >> unused)
             }
         }
-        Type::Float { size_bytes: 4, .. } => Word::Float(f32::from_bits(word as u32).into()),
+        Type::Float { size_bytes: 4, .. } => Word::Float(f32::from_bits(low(word)).into()),
         Type::Float { size_bytes: 8, .. } => Word::Float(f64::from_bits(word)),
         Type::Unknown => Word::Signed(word.cast_signed()),
         _ => Word::Pointer(word),
