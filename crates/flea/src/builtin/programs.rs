@@ -121,16 +121,18 @@ pub(super) fn trace_program(n_args: u8, strings: &[u8]) -> Program {
         a.mov64_imm(R2, STRING_BYTES.cast_signed());
         a.load(Size::DW, R3, R6, 8 * i16::from(slot)).call(Helper::ProbeReadUserStr);
     }
-    a.mov64_reg(R1, R6).call(Helper::SessionCookie);
-    a.store(Size::DW, R0, 0, R9);
+    a.mov64_reg(R1, R6).call(Helper::SessionCookie).mov64_reg(R9, R0);
+    // The time last, so that the duration is the function's and not this program's.
+    a.call(Helper::KtimeGetNs).store(Size::DW, R7, 8, R0).store(Size::DW, R9, 0, R0);
     submit(&mut a, out);
 
-    a.bind(exit_side).mov64_reg(R1, R6).call(Helper::SessionCookie);
-    a.load(Size::DW, R0, R0, 0).jump_if(JmpOp::Eq, R0, 0, out);
-    a.store(Size::DW, R10, -8, R0);
+    // For the same reason, the time first.
+    a.bind(exit_side).call(Helper::KtimeGetNs).store(Size::DW, R10, -8, R0);
+    a.mov64_reg(R1, R6).call(Helper::SessionCookie).load(Size::DW, R9, R0, 0);
+    a.jump_if(JmpOp::Eq, R9, 0, out);
     reserve(&mut a, EXIT_BYTES, out);
     header(&mut a, TAG_EXIT);
-    a.load(Size::DW, R1, R10, -8).store(Size::DW, R7, 24, R1);
+    a.load(Size::DW, R1, R10, -8).store(Size::DW, R7, 8, R1).store(Size::DW, R7, 24, R9);
     a.load(Size::DW, R1, R6, 8 * i16::from(n_args)).store(Size::DW, R7, 32, R1);
     submit(&mut a, out);
 
@@ -160,11 +162,9 @@ fn reserve(a: &mut Asm, bytes: usize, out: flea_object::asm::Label) {
     a.jump_if(JmpOp::Eq, R0, 0, out).mov64_reg(R7, R0);
 }
 
-/// The first three words of the record in r7, for the function whose index is in r8. Leaves
-/// the time in r9.
+/// The record in r7 but for its time, for the function whose index is in r8.
 fn header(a: &mut Asm, tag: u32) {
     a.call(Helper::GetCurrentPidTgid).store(Size::DW, R7, 16, R0);
-    a.call(Helper::KtimeGetNs).mov64_reg(R9, R0).store(Size::DW, R7, 8, R0);
     a.store(Size::W, R7, 0, R8).store_imm(Size::W, R7, 4, tag.cast_signed());
 }
 
