@@ -57,7 +57,9 @@ pub enum CommitError<E: std::error::Error + 'static> {
     Plan(#[from] PlanError),
     /// Other bytes than expected: another tool is there, or another version of the file.
     /// Nothing has been written.
-    #[error("at {site} stands {found:02x?}, not {expected:02x?}: another tool may have changed it; nothing was changed")]
+    #[error(
+        "at {site} stands {found:02x?}, not {expected:02x?}: another tool may have changed it; nothing was changed"
+    )]
     Mismatch {
         /// The site.
         site: RemoteAddr,
@@ -68,7 +70,9 @@ pub enum CommitError<E: std::error::Error + 'static> {
     },
     /// A thread stays between the replaced instructions (in a signal handler that
     /// interrupted it there). Everything has been put back.
-    #[error("a thread was interrupted inside the bytes at {site} by a signal handler that does not return; nothing was changed; try again")]
+    #[error(
+        "a thread was interrupted inside the bytes at {site} by a signal handler that does not return; nothing was changed; try again"
+    )]
     Busy {
         /// The site.
         site: RemoteAddr,
@@ -93,7 +97,9 @@ pub enum CommitError<E: std::error::Error + 'static> {
         undo: E,
     },
     /// As [`CommitError::Busy`], but then putting things back failed.
-    #[error("a thread stays inside the bytes at {site}, and putting the old bytes back failed: {undo}")]
+    #[error(
+        "a thread stays inside the bytes at {site}, and putting the old bytes back failed: {undo}"
+    )]
     Stranded {
         /// The site.
         site: RemoteAddr,
@@ -101,7 +107,9 @@ pub enum CommitError<E: std::error::Error + 'static> {
         undo: E,
     },
     /// The bytes read back are not the ones written: somebody else patches as well.
-    #[error("at {site} stands {found:02x?} right after {written:02x?} was written there: somebody else is patching this process")]
+    #[error(
+        "at {site} stands {found:02x?} right after {written:02x?} was written there: somebody else is patching this process"
+    )]
     ReadBack {
         /// The site.
         site: RemoteAddr,
@@ -120,10 +128,24 @@ pub fn commit<T: Target>(target: &mut T, plan: &Plan) -> Result<Report, CommitEr
     if plan.pokes.is_empty() {
         return Ok(Report::default());
     }
-    let traps: Vec<Trap> =
-        plan.pokes.iter().map(|poke| Trap { site: poke.site, goes_to: poke.trap_to }).collect();
-    target.arm(&traps).map_err(|source| CommitError::Failed { step: "arming", source })?;
-    let mut commit = Commit { target, plan, opened: Instant::now(), n_evacuations: 0 };
+    let traps: Vec<Trap> = plan
+        .pokes
+        .iter()
+        .map(|poke| Trap {
+            site: poke.site,
+            goes_to: poke.trap_to,
+        })
+        .collect();
+    target.arm(&traps).map_err(|source| CommitError::Failed {
+        step: "arming",
+        source,
+    })?;
+    let mut commit = Commit {
+        target,
+        plan,
+        opened: Instant::now(),
+        n_evacuations: 0,
+    };
     let outcome = commit.forward();
     let window = commit.opened.elapsed();
     let n_evacuations = commit.n_evacuations;
@@ -144,7 +166,12 @@ pub fn commit<T: Target>(target: &mut T, plan: &Plan) -> Result<Report, CommitEr
     }
     read_back(target, plan)?;
     let n_sites = plan.pokes.len();
-    Ok(Report { n_sites, n_evacuations, window, elapsed: started.elapsed() })
+    Ok(Report {
+        n_sites,
+        n_evacuations,
+        window,
+        elapsed: started.elapsed(),
+    })
 }
 
 enum Setback<E> {
@@ -163,13 +190,22 @@ impl<T: Target> Commit<'_, T> {
     /// Steps 2 to 9.
     fn forward(&mut self) -> Result<(), Setback<T::Error>> {
         let at = |step| move |error| Setback::Error(step, error);
-        self.write(|_| INT3.into()).map_err(at("setting breakpoints"))?;
-        self.target.sync_core().map_err(at("synchronising after the breakpoints"))?;
+        self.write(|_| INT3.into())
+            .map_err(at("setting breakpoints"))?;
+        self.target
+            .sync_core()
+            .map_err(at("synchronising after the breakpoints"))?;
         self.evacuate()?;
-        self.write(|poke| Part { skip: 1, bytes: poke.new[1..].to_vec() })
-            .map_err(at("writing tails"))?;
-        self.target.sync_core().map_err(at("synchronising after the tails"))?;
-        self.write(|poke| poke.new[0].into()).map_err(at("writing first bytes"))?;
+        self.write(|poke| Part {
+            skip: 1,
+            bytes: poke.new[1..].to_vec(),
+        })
+        .map_err(at("writing tails"))?;
+        self.target
+            .sync_core()
+            .map_err(at("synchronising after the tails"))?;
+        self.write(|poke| poke.new[0].into())
+            .map_err(at("writing first bytes"))?;
         self.close().map_err(at("closing the window"))
     }
 
@@ -178,7 +214,10 @@ impl<T: Target> Commit<'_, T> {
     fn undo(&mut self) -> Result<(), T::Error> {
         self.write(|_| INT3.into())?;
         self.target.sync_core()?;
-        self.write(|poke| Part { skip: 1, bytes: poke.old()[1..].to_vec() })?;
+        self.write(|poke| Part {
+            skip: 1,
+            bytes: poke.old()[1..].to_vec(),
+        })?;
         self.target.sync_core()?;
         self.write(|poke| poke.old()[0].into())?;
         self.close()
@@ -207,7 +246,9 @@ impl<T: Target> Commit<'_, T> {
         loop {
             let inside = self.target.evacuate(&moves).map_err(at)?;
             self.n_evacuations += 1;
-            let Some(&word) = inside.first() else { return Ok(()) };
+            let Some(&word) = inside.first() else {
+                return Ok(());
+            };
             if self.n_evacuations >= EVACUATION_ATTEMPTS {
                 return Err(Setback::Busy(self.site_around(word)));
             }
@@ -216,10 +257,12 @@ impl<T: Target> Commit<'_, T> {
     }
 
     fn site_around(&self, addr: RemoteAddr) -> RemoteAddr {
-        let inside = |poke: &&Poke| {
-            addr >= poke.site && addr.0 - poke.site.0 < PATCH_BYTES as u64
-        };
-        self.plan.pokes.iter().find(inside).map_or(addr, |poke| poke.site)
+        let inside = |poke: &&Poke| addr >= poke.site && addr.0 - poke.site.0 < PATCH_BYTES as u64;
+        self.plan
+            .pokes
+            .iter()
+            .find(inside)
+            .map_or(addr, |poke| poke.site)
     }
 }
 
@@ -231,7 +274,10 @@ struct Part {
 
 impl From<u8> for Part {
     fn from(first: u8) -> Self {
-        Self { skip: 0, bytes: vec![first] }
+        Self {
+            skip: 0,
+            bytes: vec![first],
+        }
     }
 }
 
@@ -240,10 +286,17 @@ fn compare<T: Target>(target: &mut T, plan: &Plan) -> Result<(), CommitError<T::
         let mut found = vec![0; poke.expected.len()];
         target
             .read(poke.site, &mut found)
-            .map_err(|source| CommitError::Failed { step: "comparing", source })?;
+            .map_err(|source| CommitError::Failed {
+                step: "comparing",
+                source,
+            })?;
         if found != poke.expected {
             let expected = poke.expected.clone();
-            return Err(CommitError::Mismatch { site: poke.site, expected, found });
+            return Err(CommitError::Mismatch {
+                site: poke.site,
+                expected,
+                found,
+            });
         }
     }
     Ok(())
@@ -254,7 +307,11 @@ fn read_back<T: Target>(target: &mut T, plan: &Plan) -> Result<(), CommitError<T
         let mut found = vec![0; PATCH_BYTES];
         // Unmapped by now: the library has been closed, and its bytes do not matter.
         if target.read(poke.site, &mut found).is_ok() && found != poke.new {
-            return Err(CommitError::ReadBack { site: poke.site, written: poke.new, found });
+            return Err(CommitError::ReadBack {
+                site: poke.site,
+                written: poke.new,
+                found,
+            });
         }
     }
     Ok(())

@@ -34,7 +34,10 @@ impl Target for Tracer {
         &mut self,
         moves: &[(RemoteAddr, RemoteAddr)],
     ) -> Result<Vec<RemoteAddr>, TraceError> {
-        Ok(Self::evacuate(self, moves)?.into_iter().map(|word| word.value).collect())
+        Ok(Self::evacuate(self, moves)?
+            .into_iter()
+            .map(|word| word.value)
+            .collect())
     }
 
     fn wait_a_moment(&mut self, duration: Duration) -> Result<(), TraceError> {

@@ -93,10 +93,15 @@ impl<'de> Deserialize<'de> for Plan {
             expected,
             new,
             trap_to: RemoteAddr(trap_to),
-            moves: moves.into_iter().map(|(a, b)| (RemoteAddr(a), RemoteAddr(b))).collect(),
+            moves: moves
+                .into_iter()
+                .map(|(a, b)| (RemoteAddr(a), RemoteAddr(b)))
+                .collect(),
         };
         let wire = Vec::<WirePoke>::deserialize(deserializer)?;
-        Ok(Self { pokes: wire.into_iter().map(poke).collect() })
+        Ok(Self {
+            pokes: wire.into_iter().map(poke).collect(),
+        })
     }
 }
 
@@ -110,7 +115,10 @@ impl Poke {
     pub(crate) fn inner_moves(&self) -> impl Iterator<Item = (RemoteAddr, RemoteAddr)> {
         let site = self.site.0;
         let inside = move |from: RemoteAddr| from.0 > site && from.0 < site + PATCH_BYTES as u64;
-        self.moves.iter().copied().filter(move |&(from, _)| inside(from))
+        self.moves
+            .iter()
+            .copied()
+            .filter(move |&(from, _)| inside(from))
     }
 }
 
@@ -121,10 +129,16 @@ impl Plan {
         for poke in &self.pokes {
             let site = poke.site;
             if poke.expected.len() < PATCH_BYTES {
-                return Err(PlanError::TooShort { site, n_expected: poke.expected.len() });
+                return Err(PlanError::TooShort {
+                    site,
+                    n_expected: poke.expected.len(),
+                });
             }
             if !sites.insert(site) {
-                return Err(PlanError::Overlap { first: site, second: site });
+                return Err(PlanError::Overlap {
+                    first: site,
+                    second: site,
+                });
             }
             let end = site.0.saturating_add(poke.expected.len() as u64);
             for &(from, _) in &poke.moves {
@@ -140,7 +154,10 @@ impl Plan {
             }
         }
         let changes = |to: RemoteAddr| {
-            sites.range(..=to).next_back().is_some_and(|site| to.0 - site.0 < patch)
+            sites
+                .range(..=to)
+                .next_back()
+                .is_some_and(|site| to.0 - site.0 < patch)
         };
         for poke in &self.pokes {
             let inner = poke.inner_moves();
@@ -161,21 +178,44 @@ mod tests {
     fn poke(site: u64) -> Poke {
         let at = RemoteAddr;
         let moves = vec![(at(site + 1), at(0x9001))];
-        Poke { site: at(site), expected: vec![0x90; 6], new: [0; 5], trap_to: at(0x9000), moves }
+        Poke {
+            site: at(site),
+            expected: vec![0x90; 6],
+            new: [0; 5],
+            trap_to: at(0x9000),
+            moves,
+        }
     }
 
     #[test]
     fn nonsense_is_refused() {
-        let check = |pokes: &[Poke]| Plan { pokes: pokes.to_vec() }.check();
+        let check = |pokes: &[Poke]| {
+            Plan {
+                pokes: pokes.to_vec(),
+            }
+            .check()
+        };
         assert_eq!(check(&[poke(0x1000), poke(0x1005)]), Ok(()));
-        assert!(matches!(check(&[poke(16), poke(20)]), Err(PlanError::Overlap { .. })));
-        assert!(matches!(check(&[poke(16), poke(16)]), Err(PlanError::Overlap { .. })));
+        assert!(matches!(
+            check(&[poke(16), poke(20)]),
+            Err(PlanError::Overlap { .. })
+        ));
+        assert!(matches!(
+            check(&[poke(16), poke(16)]),
+            Err(PlanError::Overlap { .. })
+        ));
         let mut short = poke(16);
         short.expected.truncate(4);
-        assert!(matches!(check(&[short]), Err(PlanError::TooShort { n_expected: 4, .. })));
+        assert!(matches!(
+            check(&[short]),
+            Err(PlanError::TooShort { n_expected: 4, .. })
+        ));
         let mut outside = poke(16);
         outside.moves.push((RemoteAddr(22), RemoteAddr(0x9000)));
-        assert!(matches!(check(&[outside]), Err(PlanError::MoveOutside { .. })));
+        assert!(matches!(
+            check(&[outside]),
+            Err(PlanError::MoveOutside { .. })
+        ));
         let mut home = poke(16);
         home.trap_to = RemoteAddr(20);
         assert!(matches!(check(&[home]), Err(PlanError::IntoPatch { .. })));

@@ -28,7 +28,10 @@ pub trait Target {
     /// Moves threads that stand at the first address of a pair to the second one. Returns
     /// the addresses that some thread will come back to (from a signal handler), or stands at
     /// and could not be moved from.
-    fn evacuate(&mut self, moves: &[(RemoteAddr, RemoteAddr)]) -> Result<Vec<RemoteAddr>, Self::Error>;
+    fn evacuate(
+        &mut self,
+        moves: &[(RemoteAddr, RemoteAddr)],
+    ) -> Result<Vec<RemoteAddr>, Self::Error>;
 
     /// Lets the target run for a moment.
     fn wait_a_moment(&mut self, duration: Duration) -> Result<(), Self::Error>;

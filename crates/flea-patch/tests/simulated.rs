@@ -15,7 +15,14 @@ use flea_symbols::addr::RemoteAddr;
 use proptest::prelude::*;
 
 /// Instruction lengths that a site may have: all sum up to at least five bytes.
-const LAYOUTS: [&[usize]; 6] = [&[5], &[1, 1, 1, 1, 1], &[1, 3, 4], &[4, 3], &[2, 2, 2], &[7]];
+const LAYOUTS: [&[usize]; 6] = [
+    &[5],
+    &[1, 1, 1, 1, 1],
+    &[1, 3, 4],
+    &[4, 3],
+    &[2, 2, 2],
+    &[7],
+];
 const STRIDE: u64 = 0x100;
 const COPIES: u64 = 0x10_0000;
 
@@ -58,9 +65,17 @@ impl Site {
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Place {
     /// At instruction `insn` of a site, in the original or in the copy.
-    In { site: usize, insn: usize, copy: bool },
-    Trapped { site: usize },
-    NewCode { site: usize },
+    In {
+        site: usize,
+        insn: usize,
+        copy: bool,
+    },
+    Trapped {
+        site: usize,
+    },
+    NewCode {
+        site: usize,
+    },
     Outside,
 }
 
@@ -87,6 +102,8 @@ struct World {
     fault_stays: bool,
     /// A CPU that is never synchronised: the simulator must notice.
     sync_is_broken: bool,
+    /// Nobody is moved: the simulator must notice that, too.
+    evacuation_is_broken: bool,
     longest_handler: u64,
     torn: Option<String>,
 }
@@ -106,7 +123,11 @@ impl World {
             })
             .collect();
         let threads = (0..n_threads)
-            .map(|_| Thread { place: Place::Outside, handler: 0, stale: BTreeMap::new() })
+            .map(|_| Thread {
+                place: Place::Outside,
+                handler: 0,
+                stale: BTreeMap::new(),
+            })
             .collect();
         let mut world = Self {
             dice,
@@ -117,6 +138,7 @@ impl World {
             fault_in: None,
             fault_stays: false,
             sync_is_broken: false,
+            evacuation_is_broken: false,
             longest_handler: 4,
             torn: None,
         };
@@ -127,16 +149,23 @@ impl World {
     fn plan(&self) -> Plan {
         let poke = |site: &Site| {
             let copy = |offset: usize| RemoteAddr(COPIES + site.at + offset as u64);
-            let moves = site.starts().into_iter().filter(|&s| s > 0 && s < site.old.len());
+            let moves = site
+                .starts()
+                .into_iter()
+                .filter(|&s| s > 0 && s < site.old.len());
             Poke {
                 site: RemoteAddr(site.at),
                 expected: site.old.clone(),
                 new: new_bytes(),
                 trap_to: copy(0),
-                moves: moves.map(|s| (RemoteAddr(site.at + s as u64), copy(s))).collect(),
+                moves: moves
+                    .map(|s| (RemoteAddr(site.at + s as u64), copy(s)))
+                    .collect(),
             }
         };
-        Plan { pokes: self.sites.iter().map(poke).collect() }
+        Plan {
+            pokes: self.sites.iter().map(poke).collect(),
+        }
     }
 
     /// Some steps of some threads, then perhaps the fault.
@@ -187,11 +216,19 @@ impl World {
         self.threads[i].place = match self.threads[i].place {
             Place::Outside => {
                 let site = usize::try_from(self.dice.below(self.sites.len() as u64)).unwrap();
-                Place::In { site, insn: 0, copy: false }
+                Place::In {
+                    site,
+                    insn: 0,
+                    copy: false,
+                }
             }
             Place::In { site, insn, copy } => self.execute(i, site, insn, copy),
             Place::Trapped { site } => self.answer(site),
-            Place::NewCode { site } if self.dice.one_in(2) => Place::In { site, insn: 0, copy: true },
+            Place::NewCode { site } if self.dice.one_in(2) => Place::In {
+                site,
+                insn: 0,
+                copy: true,
+            },
             place @ Place::NewCode { .. } => place,
         };
     }
@@ -199,7 +236,11 @@ impl World {
     /// The tracer's answer to a trap.
     fn answer(&mut self, site: usize) -> Place {
         if self.traps.contains_key(&self.sites[site].at) {
-            Place::In { site, insn: 0, copy: true }
+            Place::In {
+                site,
+                insn: 0,
+                copy: true,
+            }
         } else {
             self.torn = Some(format!("a trap at site {site} that nobody answers"));
             Place::Outside
@@ -212,7 +253,11 @@ impl World {
         let next = if insn + 2 == starts.len() {
             Place::Outside
         } else {
-            Place::In { site, insn: insn + 1, copy }
+            Place::In {
+                site,
+                insn: insn + 1,
+                copy,
+            }
         };
         if copy {
             return next;
@@ -231,7 +276,9 @@ impl World {
         if insn == 0 && seen[..PATCH_BYTES] == new_bytes() {
             return Place::NewCode { site };
         }
-        self.torn = Some(format!("thread {i} at site {site}, instruction {insn}: {seen:02x?}"));
+        self.torn = Some(format!(
+            "thread {i} at site {site}, instruction {insn}: {seen:02x?}"
+        ));
         Place::Outside
     }
 }
@@ -266,14 +313,17 @@ impl Target for World {
     fn sync_core(&mut self) -> Result<(), Fault> {
         self.operation()?;
         if !self.sync_is_broken {
-            self.threads.iter_mut().for_each(|thread| thread.stale.clear());
+            self.threads
+                .iter_mut()
+                .for_each(|thread| thread.stale.clear());
         }
         Ok(())
     }
 
     fn arm(&mut self, traps: &[Trap]) -> Result<(), Fault> {
         self.operation()?;
-        self.traps.extend(traps.iter().map(|trap| (trap.site.0, trap.goes_to.0)));
+        self.traps
+            .extend(traps.iter().map(|trap| (trap.site.0, trap.goes_to.0)));
         Ok(())
     }
 
@@ -286,16 +336,30 @@ impl Target for World {
         self.operation()?;
         let moves: BTreeMap<u64, u64> = moves.iter().map(|(a, b)| (a.0, b.0)).collect();
         let mut inside = Vec::new();
+        if self.evacuation_is_broken {
+            return Ok(inside);
+        }
         for i in 0..self.threads.len() {
             self.run(3);
-            let Place::In { site, insn, copy: false } = self.threads[i].place else { continue };
+            let Place::In {
+                site,
+                insn,
+                copy: false,
+            } = self.threads[i].place
+            else {
+                continue;
+            };
             let at = self.sites[site].at + self.sites[site].starts()[insn] as u64;
             let Some(&to) = moves.get(&at) else { continue };
             if self.threads[i].handler > 0 {
                 inside.push(RemoteAddr(at));
             } else {
                 assert_eq!(to, at + COPIES);
-                self.threads[i].place = Place::In { site, insn, copy: true };
+                self.threads[i].place = Place::In {
+                    site,
+                    insn,
+                    copy: true,
+                };
             }
         }
         Ok(inside)
@@ -328,7 +392,12 @@ fn check_committed(world: &World) {
 fn check_untouched(world: &World) {
     for site in &world.sites {
         for (k, &byte) in site.old.iter().enumerate() {
-            assert_eq!(world.bytes[&(site.at + k as u64)], byte, "site {:#x}", site.at);
+            assert_eq!(
+                world.bytes[&(site.at + k as u64)],
+                byte,
+                "site {:#x}",
+                site.at
+            );
         }
     }
 }
@@ -342,7 +411,9 @@ fn reverse(plan: &Plan) -> Plan {
         trap_to: poke.trap_to,
         moves: Vec::new(),
     };
-    Plan { pokes: plan.pokes.iter().map(back).collect() }
+    Plan {
+        pokes: plan.pokes.iter().map(back).collect(),
+    }
 }
 
 proptest! {
@@ -405,21 +476,33 @@ fn other_bytes_are_left_alone() {
     *world.bytes.get_mut(&(last.0 + 4)).unwrap() = 0x77;
     let before = world.bytes.clone();
     let error = commit(&mut world, &plan).unwrap_err();
-    let CommitError::Mismatch { site, expected, found } = error else { panic!("{error}") };
+    let CommitError::Mismatch {
+        site,
+        expected,
+        found,
+    } = error
+    else {
+        panic!("{error}")
+    };
     assert_eq!((site, found[4]), (last, 0x77));
     assert_eq!(expected.len(), found.len());
     assert_eq!(world.bytes, before);
 }
 
 #[test]
-fn the_simulator_notices_a_missing_sync() {
-    let torn = (1..200).filter(|&seed| {
-        let mut world = World::new(seed * 0x9e37_79b9, 3, 6);
-        world.sync_is_broken = true;
-        let plan = world.plan();
-        let _any = commit(&mut world, &plan);
-        world.run(200);
-        world.torn.is_some()
-    });
-    assert!(torn.count() > 10);
+fn the_simulator_notices_what_is_left_out() {
+    let n_torn = |leave_out: fn(&mut World)| {
+        let torn = (1..200).filter(|&seed| {
+            let mut world = World::new(seed * 0x9e37_79b9, 3, 6);
+            leave_out(&mut world);
+            let plan = world.plan();
+            let _any = commit(&mut world, &plan);
+            world.run(200);
+            world.torn.is_some()
+        });
+        torn.count()
+    };
+    assert!(n_torn(|world| world.sync_is_broken = true) > 10);
+    assert!(n_torn(|world| world.evacuation_is_broken = true) > 10);
+    assert_eq!(n_torn(|_| {}), 0);
 }

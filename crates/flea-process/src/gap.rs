@@ -80,26 +80,57 @@ pub fn find_gap(
 
 /// First and last mapping of the file that `near` belongs to, with what lies between.
 fn module_extent(maps: &[Mapping], near: RemoteAddr) -> Result<(u64, u64), GapError> {
-    let home = maps.iter().find(|m| m.contains(near)).ok_or(GapError::NotMapped { near })?;
+    let home = maps
+        .iter()
+        .find(|m| m.contains(near))
+        .ok_or(GapError::NotMapped { near })?;
     let same = |m: &&Mapping| m.start == home.start || m.same_file(home);
-    let start = maps.iter().filter(same).map(|m| m.start.0).min().unwrap_or(home.start.0);
-    let end = maps.iter().filter(same).map(|m| m.end.0).max().unwrap_or(home.end.0);
+    let start = maps
+        .iter()
+        .filter(same)
+        .map(|m| m.start.0)
+        .min()
+        .unwrap_or(home.start.0);
+    let end = maps
+        .iter()
+        .filter(same)
+        .map(|m| m.end.0)
+        .max()
+        .unwrap_or(home.end.0);
     // One file mapped at far places (two linker namespaces): only the nearer one counts.
-    if end - start < REACH { Ok((start, end)) } else { Ok((home.start.0, home.end.0)) }
+    if end - start < REACH {
+        Ok((start, end))
+    } else {
+        Ok((home.start.0, home.end.0))
+    }
 }
 
 /// What a mapping occupies, with the room it may grow into: up to its neighbour, no further.
 fn reserved(maps: &[Mapping], mapping: &Mapping) -> (u64, u64) {
     let (start, end) = (mapping.start.0, mapping.end.0);
     let upwards = || {
-        let next = maps.iter().map(|m| m.start.0).filter(|&next| next >= end).min();
-        end.saturating_add(HEAP_GROWTH).min(next.unwrap_or(u64::MAX))
+        let next = maps
+            .iter()
+            .map(|m| m.start.0)
+            .filter(|&next| next >= end)
+            .min();
+        end.saturating_add(HEAP_GROWTH)
+            .min(next.unwrap_or(u64::MAX))
     };
     match mapping.path.as_str() {
         "[heap]" => (start, upwards()),
         "[stack]" => {
-            let previous = maps.iter().map(|m| m.end.0).filter(|&previous| previous <= start).max();
-            (start.saturating_sub(STACK_GROWTH).max(previous.unwrap_or(0)), end)
+            let previous = maps
+                .iter()
+                .map(|m| m.end.0)
+                .filter(|&previous| previous <= start)
+                .max();
+            (
+                start
+                    .saturating_sub(STACK_GROWTH)
+                    .max(previous.unwrap_or(0)),
+                end,
+            )
         }
         // Before the first brk there is no [heap], and it will start up to 32 MiB (or, for a
         // PIE, right) behind the executable. The executable is the first mapping of all.

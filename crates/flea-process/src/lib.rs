@@ -28,6 +28,7 @@ mod x86_64;
 pub use gap::{GapError, find_gap};
 pub use maps::{Mapping, Perms, parse_maps};
 pub use memory::{Memory, MemoryError};
+pub use nix::errno::Errno;
 pub use proc::{
     AuxVector, Pid, ProcError, SignalSet, Status, Tid, Whereabouts, auxv, check_traceable, comm,
     exe, maps, module_file_path, status, thread_status, threads, whereabouts,
@@ -39,4 +40,3 @@ pub use survey::StackWord;
 pub use tracer::{TraceError, Tracer, TracerCounts};
 pub use traps::Trap;
 pub use x86_64::Registers;
-pub use nix::errno::Errno;

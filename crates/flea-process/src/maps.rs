@@ -99,7 +99,10 @@ fn parse_line(line: &str) -> Option<Mapping> {
             shared: perms.get(3)? == &b's',
         },
         offset: FileOffset(u64::from_str_radix(offset, 16).ok()?),
-        dev: (u32::from_str_radix(major, 16).ok()?, u32::from_str_radix(minor, 16).ok()?),
+        dev: (
+            u32::from_str_radix(major, 16).ok()?,
+            u32::from_str_radix(minor, 16).ok()?,
+        ),
         inode,
         path: unescape(path),
         deleted,

@@ -101,7 +101,10 @@ impl Memory {
             if done == bytes.len() {
                 break (done, None);
             }
-            match self.file.write_at(&bytes[done..], at.0.wrapping_add(done as u64)) {
+            match self
+                .file
+                .write_at(&bytes[done..], at.0.wrapping_add(done as u64))
+            {
                 Ok(0) => break (done, None),
                 Ok(n) => done += n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -114,7 +117,10 @@ impl Memory {
     fn read_part(&self, at: RemoteAddr, into: &mut [u8]) -> (usize, Option<io::Error>) {
         let mut done = 0;
         while done < into.len() {
-            match self.file.read_at(&mut into[done..], at.0.wrapping_add(done as u64)) {
+            match self
+                .file
+                .read_at(&mut into[done..], at.0.wrapping_add(done as u64))
+            {
                 Ok(0) => return (done, None),
                 Ok(n) => done += n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
@@ -134,7 +140,11 @@ fn finish(
     match reason {
         None if done == size_bytes => Ok(()),
         // A file of /proc/PID/mem whose address space has been torn down reads as empty.
-        None => Err(MemoryError::Gone { doing, at, size_bytes }),
+        None => Err(MemoryError::Gone {
+            doing,
+            at,
+            size_bytes,
+        }),
         Some(reason) => Err(MemoryError::Unmapped {
             doing,
             at,

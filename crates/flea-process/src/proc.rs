@@ -196,15 +196,19 @@ pub struct AuxVector {
 
 /// Reads the status of process `pid`.
 pub fn status(pid: Pid) -> Result<Status, ProcError> {
-    parse_status(&read_text(pid, "status")?)
-        .ok_or(ProcError::Malformed { path: format!("/proc/{pid}/status"), field: "status" })
+    parse_status(&read_text(pid, "status")?).ok_or(ProcError::Malformed {
+        path: format!("/proc/{pid}/status"),
+        field: "status",
+    })
 }
 
 /// Reads the status of one thread.
 pub fn thread_status(pid: Pid, tid: Tid) -> Result<Status, ProcError> {
     let file = format!("task/{tid}/status");
-    parse_status(&read_text(pid, &file)?)
-        .ok_or_else(|| ProcError::Malformed { path: format!("/proc/{pid}/{file}"), field: "status" })
+    parse_status(&read_text(pid, &file)?).ok_or_else(|| ProcError::Malformed {
+        path: format!("/proc/{pid}/{file}"),
+        field: "status",
+    })
 }
 
 /// The threads of process `pid` at one instant, ascending.
@@ -228,7 +232,9 @@ pub fn exe(pid: Pid) -> Result<PathBuf, ProcError> {
     let path = format!("/proc/{pid}/exe");
     let link = fs::read_link(&path).map_err(|e| explain(pid, &path, e))?;
     let text = link.to_string_lossy();
-    Ok(text.strip_suffix(" (deleted)").map_or_else(|| link.clone(), PathBuf::from))
+    Ok(text
+        .strip_suffix(" (deleted)")
+        .map_or_else(|| link.clone(), PathBuf::from))
 }
 
 /// The name of a process or thread.
@@ -252,7 +258,11 @@ pub fn auxv(pid: Pid) -> Result<AuxVector, ProcError> {
     let mut found = AuxVector::default();
     for pair in bytes.chunks_exact(16) {
         let (key, value) = pair.split_at(8);
-        let word = |b: &[u8]| b.iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte));
+        let word = |b: &[u8]| {
+            b.iter()
+                .rev()
+                .fold(0, |sum, &byte| sum << 8 | u64::from(byte))
+        };
         let addr = Some(RemoteAddr(word(value))).filter(|a| a.0 != 0);
         match word(key) {
             libc::AT_ENTRY => found.entry = addr,
@@ -271,7 +281,10 @@ pub fn auxv(pid: Pid) -> Result<AuxVector, ProcError> {
 /// root is believed only where device and inode agree.
 pub fn module_file_path(pid: Pid, mapping: &Mapping) -> Result<PathBuf, ProcError> {
     use std::os::unix::fs::MetadataExt;
-    let exact = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start.0, mapping.end.0);
+    let exact = format!(
+        "/proc/{pid}/map_files/{:x}-{:x}",
+        mapping.start.0, mapping.end.0
+    );
     let reason = match fs::File::open(&exact) {
         Ok(_) => return Ok(exact.into()),
         Err(reason) => reason,
@@ -293,17 +306,27 @@ pub fn module_file_path(pid: Pid, mapping: &Mapping) -> Result<PathBuf, ProcErro
 pub fn check_traceable(pid: Pid) -> Result<Status, ProcError> {
     let status = status(pid)?;
     if status.tgid != pid {
-        return Err(ProcError::NotLeader { tid: pid, pid: status.tgid });
+        return Err(ProcError::NotLeader {
+            tid: pid,
+            pid: status.tgid,
+        });
     }
     if status.state == 'Z' || status.state == 'X' {
         // The first thread may end before the others: then the process lives on.
         let alive = threads(pid)?
             .into_iter()
             .any(|tid| thread_status(pid, tid).is_ok_and(|s| !matches!(s.state, 'Z' | 'X')));
-        return if alive { Ok(status) } else { Err(ProcError::Zombie { pid }) };
+        return if alive {
+            Ok(status)
+        } else {
+            Err(ProcError::Zombie { pid })
+        };
     }
     if !status.has_memory {
-        return Err(ProcError::KernelThread { pid, comm: status.name });
+        return Err(ProcError::KernelThread {
+            pid,
+            comm: status.name,
+        });
     }
     let path = format!("/proc/{pid}/exe");
     let mut header = [0u8; 20];
@@ -329,16 +352,23 @@ fn explain(pid: Pid, path: &str, reason: io::Error) -> ProcError {
         Some(libc::ENOENT | libc::ESRCH) if !fs::exists(format!("/proc/{pid}")).unwrap_or(true) => {
             ProcError::NotFound { pid }
         }
-        Some(libc::EACCES | libc::EPERM) => {
-            ProcError::Denied { pid, path: path.to_owned(), reason }
-        }
-        _ => ProcError::Read { path: path.to_owned(), reason },
+        Some(libc::EACCES | libc::EPERM) => ProcError::Denied {
+            pid,
+            path: path.to_owned(),
+            reason,
+        },
+        _ => ProcError::Read {
+            path: path.to_owned(),
+            reason,
+        },
     }
 }
 
 fn parse_status(text: &str) -> Option<Status> {
     let field = |name: &str| {
-        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+            .map(str::trim)
     };
     let set = |name| u64::from_str_radix(field(name)?, 16).ok().map(SignalSet);
     let count = |name| field(name).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
@@ -353,7 +383,11 @@ fn parse_status(text: &str) -> Option<Status> {
         tracer_tid: field("TracerPid")?.parse().ok()?,
         uids,
         ns_pids: field("NSpid")
-            .map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect())
+            .map(|ids| {
+                ids.split_whitespace()
+                    .filter_map(|id| id.parse().ok())
+                    .collect()
+            })
             .unwrap_or_default(),
         pending: set("SigPnd")?,
         shared_pending: set("ShdPnd")?,
@@ -370,9 +404,10 @@ fn parse_whereabouts(text: &str) -> Option<Whereabouts> {
     let words: Vec<&str> = text.split_whitespace().collect();
     let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
     match words.as_slice() {
-        ["-1", sp, pc] => {
-            Some(Whereabouts::Elsewhere { sp: RemoteAddr(hex(sp)?), pc: RemoteAddr(hex(pc)?) })
-        }
+        ["-1", sp, pc] => Some(Whereabouts::Elsewhere {
+            sp: RemoteAddr(hex(sp)?),
+            pc: RemoteAddr(hex(pc)?),
+        }),
         [number, first, .., sp, pc] => Some(Whereabouts::Syscall {
             number: number.parse().ok()?,
             first_arg: hex(first)?,
@@ -396,7 +431,10 @@ mod tests {
         let aux = auxv(pid).expect("we have one");
         let maps = maps(pid).expect("we have mappings");
         let entry = aux.entry.expect("every program has one");
-        let text = maps.iter().find(|m| m.contains(entry)).expect("the entry is mapped");
+        let text = maps
+            .iter()
+            .find(|m| m.contains(entry))
+            .expect("the entry is mapped");
         assert!(text.perms.execute);
         assert_eq!(text.path, exe(pid).expect("we have one").to_string_lossy());
         let file = module_file_path(pid, text).expect("our own file");
@@ -413,7 +451,10 @@ mod tests {
             && kthreadd.name == "kthreadd"
         {
             let refused = check_traceable(2).expect_err("a kernel thread");
-            assert!(matches!(refused, ProcError::KernelThread { .. }), "{refused}");
+            assert!(
+                matches!(refused, ProcError::KernelThread { .. }),
+                "{refused}"
+            );
         }
     }
 
@@ -431,7 +472,10 @@ mod tests {
         );
         assert_eq!(
             parse_whereabouts("-1 0x7ffe10 0x7f20\n"),
-            Some(Whereabouts::Elsewhere { sp: RemoteAddr(0x7ffe10), pc: RemoteAddr(0x7f20) })
+            Some(Whereabouts::Elsewhere {
+                sp: RemoteAddr(0x7ffe10),
+                pc: RemoteAddr(0x7f20)
+            })
         );
     }
 }

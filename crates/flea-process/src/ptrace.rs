@@ -27,6 +27,8 @@ pub(crate) enum Stop {
     Group(i32),
     /// A PTRACE_EVENT_* other than the stop.
     Event(i32),
+    /// At a breakpoint of ours; answered, but not resumed yet. See `window`.
+    Parked,
 }
 
 /// Whose stops to ask for.
@@ -43,7 +45,11 @@ fn request(op: u32, tid: Tid, addr: usize, data: *mut c_void) -> Result<i64, Err
     // to a live local of the size that `op` is documented to access; `addr` is never a
     // pointer of ours.
     let result = unsafe { libc::ptrace(op, tid, addr as *mut c_void, data) };
-    if result == -1 { Err(Errno::last()) } else { Ok(result) }
+    if result == -1 {
+        Err(Errno::last())
+    } else {
+        Ok(result)
+    }
 }
 
 fn number(data: usize) -> *mut c_void {
@@ -117,14 +123,25 @@ pub(crate) fn set_registers(tid: Tid, registers: &Registers) -> Result<(), Errno
 /// its duration (ppoll, sigsuspend), the one it will go back to.
 pub(crate) fn signal_mask(tid: Tid) -> Result<SignalSet, Errno> {
     let mut mask: u64 = 0;
-    request(libc::PTRACE_GETSIGMASK, tid, SIGSET_BYTES, (&raw mut mask).cast())?;
+    request(
+        libc::PTRACE_GETSIGMASK,
+        tid,
+        SIGSET_BYTES,
+        (&raw mut mask).cast(),
+    )?;
     Ok(SignalSet(mask))
 }
 
 /// Sets the signals that a stopped thread blocks.
 pub(crate) fn set_signal_mask(tid: Tid, mask: SignalSet) -> Result<(), Errno> {
     let mut mask = mask.0;
-    request(libc::PTRACE_SETSIGMASK, tid, SIGSET_BYTES, (&raw mut mask).cast()).map(drop)
+    request(
+        libc::PTRACE_SETSIGMASK,
+        tid,
+        SIGSET_BYTES,
+        (&raw mut mask).cast(),
+    )
+    .map(drop)
 }
 
 /// `si_code` of the signal that a thread is stopped for.
@@ -140,7 +157,13 @@ pub(crate) fn signal_code(tid: Tid) -> Result<i32, Errno> {
 pub(crate) fn rseq_area(tid: Tid) -> Option<u64> {
     let mut config = MaybeUninit::<libc::ptrace_rseq_configuration>::zeroed();
     let size = size_of::<libc::ptrace_rseq_configuration>();
-    request(GET_RSEQ_CONFIGURATION, tid, size, config.as_mut_ptr().cast()).ok()?;
+    request(
+        GET_RSEQ_CONFIGURATION,
+        tid,
+        size,
+        config.as_mut_ptr().cast(),
+    )
+    .ok()?;
     // SAFETY: all integers, zeroed above and filled by the kernel.
     let area = unsafe { config.assume_init() }.rseq_abi_pointer;
     (area != 0).then_some(area)
@@ -148,7 +171,9 @@ pub(crate) fn rseq_area(tid: Tid) -> Option<u64> {
 
 /// The next stop that nobody has asked about yet; `None` where there is none at the moment.
 pub(crate) fn poll_stop(whose: Whose) -> Result<Option<(Tid, Stop)>, Errno> {
-    let Some(info) = wait(whose, libc::WSTOPPED)? else { return Ok(None) };
+    let Some(info) = wait(whose, libc::WSTOPPED)? else {
+        return Ok(None);
+    };
     // SAFETY: waitid has filled the child fields: it returned a child.
     let tid = unsafe { info.si_pid() };
     // SAFETY: as above.
@@ -163,7 +188,10 @@ pub(crate) fn poll_stop(whose: Whose) -> Result<Option<(Tid, Stop)>, Errno> {
 pub(crate) fn has_ended(tid: Tid) -> bool {
     match wait(Whose::Thread(tid), libc::WEXITED | libc::WNOWAIT) {
         Ok(Some(info)) => {
-            matches!(info.si_code, libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED)
+            matches!(
+                info.si_code,
+                libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED
+            )
         }
         Ok(None) => false,
         Err(errno) => errno == Errno::ECHILD,

@@ -54,7 +54,9 @@ pub enum RemoteError {
         errno: Errno,
     },
     /// No thread could be borrowed.
-    #[error("no thread of process {pid} can run a system call now: each one sleeps uninterruptibly or has a signal pending; try again")]
+    #[error(
+        "no thread of process {pid} can run a system call now: each one sleeps uninterruptibly or has a signal pending; try again"
+    )]
     NoThread {
         /// The process.
         pid: Pid,
@@ -187,13 +189,18 @@ impl Tracer {
                     self.remote_syscall(libc::SYS_munmap, [at, request.size_bytes, 0, 0, 0, 0])?;
                     if attempt >= MAP_ATTEMPTS {
                         let number = libc::SYS_mmap;
-                        return Err(RemoteError::Refused { number, errno: Errno::EEXIST });
+                        return Err(RemoteError::Refused {
+                            number,
+                            errno: Errno::EEXIST,
+                        });
                     }
                 }
                 Ok(at) => return Ok(RemoteAddr(at)),
                 // Another thread was faster: look again.
-                Err(RemoteError::Refused { errno: Errno::EEXIST, .. })
-                    if attempt < MAP_ATTEMPTS => {}
+                Err(RemoteError::Refused {
+                    errno: Errno::EEXIST,
+                    ..
+                }) if attempt < MAP_ATTEMPTS => {}
                 Err(error) => return Err(error),
             }
         }
@@ -211,7 +218,9 @@ impl Tracer {
             let size_bytes = usize::try_from(mapping.size_bytes().min(4 << 20)).unwrap_or(0);
             let mut text = vec![0; size_bytes];
             let n_read = self.memory.read_prefix(mapping.start, &mut text);
-            let at = text[..n_read].windows(SYSCALL.len()).position(|bytes| bytes == SYSCALL);
+            let at = text[..n_read]
+                .windows(SYSCALL.len())
+                .position(|bytes| bytes == SYSCALL);
             if let Some(at) = at {
                 let found = RemoteAddr(mapping.start.0 + at as u64);
                 self.syscall_insn = Some(found);
@@ -248,7 +257,12 @@ impl Tracer {
     fn candidates(&self) -> Vec<Tid> {
         let mut ranked = Vec::new();
         for tid in self.threads() {
+            let parked = self
+                .tasks
+                .get(&tid)
+                .is_some_and(|task| task.parked.is_some());
             let rank = match self.whereabouts(tid) {
+                _ if parked => 0,
                 Whereabouts::Syscall { number, .. } => 2 * disturbance(number),
                 Whereabouts::Running => 1,
                 Whereabouts::Elsewhere { .. } => 3,
@@ -274,7 +288,8 @@ impl Tracer {
         let (Some(registers), Some(mask)) = (registers, mask) else {
             return Ok(Taken::Unsuitable);
         };
-        let Ok(status) = proc::thread_status(self.pid, tid) else {
+        let Ok(status) = proc::thread_status(self.process_of(tid), tid) else {
+            self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);
         };
         if status.deliverable() != SignalSet::default() || self.in_rseq_section(tid, &registers) {
@@ -290,24 +305,44 @@ impl Tracer {
         }
         let seccomp_suspended = status.seccomp;
         let blocked = ptrace::set_signal_mask(tid, SignalSet::ALL);
-        if self.still_there(tid, "setting the mask", blocked)?.is_none() {
+        if self
+            .still_there(tid, "setting the mask", blocked)?
+            .is_none()
+        {
             return Ok(Taken::Unsuitable);
         }
         let used = false;
         let over = false;
-        let loan = Loan { tid, stop, registers, mask, used, over, seccomp_suspended };
+        let loan = Loan {
+            tid,
+            stop,
+            registers,
+            mask,
+            used,
+            over,
+            seccomp_suspended,
+        };
         Ok(Taken::Loan(Box::new(loan)))
     }
 
     fn in_rseq_section(&self, tid: Tid, registers: &Registers) -> bool {
         let section = |area: u64| -> Option<bool> {
-            let descriptor = self.memory.read_u64(RemoteAddr(area + RSEQ_CS_OFFSET)).ok()?;
+            let descriptor = self
+                .memory
+                .read_u64(RemoteAddr(area + RSEQ_CS_OFFSET))
+                .ok()?;
             if descriptor == 0 {
                 return Some(false);
             }
             // struct rseq_cs: version and flags, start, length, abort address.
-            let start = self.memory.read_u64(RemoteAddr(descriptor).offset(8)).ok()?;
-            let size_bytes = self.memory.read_u64(RemoteAddr(descriptor).offset(16)).ok()?;
+            let start = self
+                .memory
+                .read_u64(RemoteAddr(descriptor).offset(8))
+                .ok()?;
+            let size_bytes = self
+                .memory
+                .read_u64(RemoteAddr(descriptor).offset(16))
+                .ok()?;
             Some(registers.pc().0.wrapping_sub(start) < size_bytes)
         };
         ptrace::rseq_area(tid).and_then(section).unwrap_or(false)
@@ -322,7 +357,9 @@ impl Tracer {
         number: i64,
         args: [u64; 6],
     ) -> Result<Option<u64>, TraceError> {
-        let Some(insn) = self.syscall_insn else { return Ok(None) };
+        let Some(insn) = self.syscall_insn else {
+            return Ok(None);
+        };
         let calling = registers.calling(insn, number.cast_unsigned(), args);
         let set = ptrace::set_registers(tid, &calling);
         if self.still_there(tid, "setting registers", set)?.is_none() {
@@ -367,7 +404,11 @@ impl Tracer {
                 Ok(Some((_, stop))) => return Ok(Some(stop)),
                 Err(Errno::ECHILD) => return Ok(None),
                 Err(errno) => {
-                    return Err(TraceError::Ptrace { request: "waiting for", tid, errno });
+                    return Err(TraceError::Ptrace {
+                        request: "waiting for",
+                        tid,
+                        errno,
+                    });
                 }
                 Ok(None) if pace.is_slow() && ptrace::has_ended(tid) => return Ok(None),
                 Ok(None) if Instant::now() > until => {
@@ -429,12 +470,16 @@ impl Borrowed<'_> {
         let result = self.tracer.call(loan.tid, &loan.registers, number, args)?;
         let Some(result) = result else {
             loan.over = true;
-            return Err(TraceError::Gone { pid: self.tracer.pid }.into());
+            return Err(TraceError::Gone {
+                pid: self.tracer.pid,
+            }
+            .into());
         };
         match i32::try_from(-result.cast_signed()) {
-            Ok(errno @ 1..4096) => {
-                Err(RemoteError::Refused { number, errno: Errno::from_raw(errno) })
-            }
+            Ok(errno @ 1..4096) => Err(RemoteError::Refused {
+                number,
+                errno: Errno::from_raw(errno),
+            }),
             _ => Ok(result),
         }
     }
@@ -442,7 +487,9 @@ impl Borrowed<'_> {
     /// Maps private anonymous memory for reading and writing.
     pub fn map_anonymous(&mut self, size_bytes: u64) -> Result<RemoteAddr, RemoteError> {
         let prot = (libc::PROT_READ | libc::PROT_WRITE).cast_unsigned().into();
-        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS).cast_unsigned().into();
+        let flags = (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+            .cast_unsigned()
+            .into();
         let args = [0, size_bytes, prot, flags, u64::MAX, 0];
         self.syscall(libc::SYS_mmap, args).map(RemoteAddr)
     }
@@ -452,7 +499,15 @@ impl Borrowed<'_> {
         if std::mem::replace(&mut self.loan.over, true) {
             return Ok(());
         }
-        let Loan { tid, stop, registers, mask, used, seccomp_suspended, .. } = self.loan;
+        let Loan {
+            tid,
+            stop,
+            registers,
+            mask,
+            used,
+            seccomp_suspended,
+            ..
+        } = self.loan;
         let tracer = &mut *self.tracer;
         let set = ptrace::set_registers(tid, &registers);
         tracer.still_there(tid, "setting registers", set)?;
@@ -461,7 +516,14 @@ impl Borrowed<'_> {
             tracer.still_there(tid, "setting options", set)?;
         }
         let mut stop = stop;
-        if used {
+        if used && stop == Stop::Parked {
+            // Not in a system call of its own: nothing to restart.
+            if let Some(task) = tracer.tasks.get_mut(&tid)
+                && let Some(parked) = &mut task.parked
+            {
+                parked.has_left_its_stop = true;
+            }
+        } else if used {
             // Signals are still blocked, so that this stop comes before any of theirs.
             let asked = ptrace::interrupt(tid);
             tracer.still_there(tid, "interrupting", asked)?;

@@ -40,7 +40,9 @@ pub enum SeizeError {
         pid: Pid,
     },
     /// Somebody else traces it.
-    #[error("process {pid} is traced by {comm} (process or thread {tracer_tid}) already, and a process has one tracer at a time; end that one first")]
+    #[error(
+        "process {pid} is traced by {comm} (process or thread {tracer_tid}) already, and a process has one tracer at a time; end that one first"
+    )]
     OtherTracer {
         /// The process.
         pid: Pid,
@@ -50,7 +52,9 @@ pub enum SeizeError {
         comm: String,
     },
     /// Another flea has held it for longer than we wait.
-    #[error("another flea (thread {tracer_tid}) has been at work on process {pid} for over {waited_ms} ms; try again")]
+    #[error(
+        "another flea (thread {tracer_tid}) has been at work on process {pid} for over {waited_ms} ms; try again"
+    )]
     Locked {
         /// The process.
         pid: Pid,
@@ -60,7 +64,9 @@ pub enum SeizeError {
         waited_ms: u64,
     },
     /// It belongs to somebody else.
-    #[error("process {pid} belongs to user {owner}, and we are user {us}; run as that user or as root")]
+    #[error(
+        "process {pid} belongs to user {owner}, and we are user {us}; run as that user or as root"
+    )]
     OtherUser {
         /// The process.
         pid: Pid,
@@ -78,13 +84,17 @@ pub enum SeizeError {
         scope: u32,
     },
     /// It has changed its user, or forbids dumps.
-    #[error("process {pid} has made itself undumpable (it changed its user, has file capabilities, or asked for it by prctl); only root may trace it")]
+    #[error(
+        "process {pid} has made itself undumpable (it changed its user, has file capabilities, or asked for it by prctl); only root may trace it"
+    )]
     NotDumpable {
         /// The process.
         pid: Pid,
     },
     /// Refused, for no reason we could find.
-    #[error("the kernel does not let us trace process {pid} ({errno}); in a container, give it the capability SYS_PTRACE, else look at the security module's log")]
+    #[error(
+        "the kernel does not let us trace process {pid} ({errno}); in a container, give it the capability SYS_PTRACE, else look at the security module's log"
+    )]
     Denied {
         /// The process.
         pid: Pid,
@@ -183,7 +193,9 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
                 tracer.tasks.entry(tid).or_insert_with(Task::default);
             }
         }
-        let Some(tracer_now) = &mut tracer else { return Err(SeizeError::Gone { pid }) };
+        let Some(tracer_now) = &mut tracer else {
+            return Err(SeizeError::Gone { pid });
+        };
         if tracer_now.pump().is_err() {
             return Err(SeizeError::Gone { pid });
         }
@@ -192,7 +204,10 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
             return tracer.ok_or(SeizeError::Gone { pid });
         }
     }
-    Err(SeizeError::Restless { pid, rounds: MOST_ROUNDS })
+    Err(SeizeError::Restless {
+        pid,
+        rounds: MOST_ROUNDS,
+    })
 }
 
 /// Whether the thread is ours now; not if it has ended.
@@ -204,7 +219,9 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
             Err(Errno::ESRCH) => return Ok(false),
             Err(errno) => errno,
         };
-        let Ok(status) = proc::thread_status(pid, tid) else { return Ok(false) };
+        let Ok(status) = proc::thread_status(pid, tid) else {
+            return Ok(false);
+        };
         if matches!(status.state, 'Z' | 'X') {
             return Ok(false);
         }
@@ -223,11 +240,19 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
         let tracer_tid = status.tracer_tid;
         let comm = proc::comm(tracer_tid).unwrap_or_default();
         if comm != TRACER_THREAD_NAME && comm != "flea" && !comm.is_empty() {
-            return Err(SeizeError::OtherTracer { pid, tracer_tid, comm });
+            return Err(SeizeError::OtherTracer {
+                pid,
+                tracer_tid,
+                comm,
+            });
         }
         if since.elapsed() > LOCK_PATIENCE {
             let waited_ms = u64::try_from(LOCK_PATIENCE.as_millis()).unwrap_or(u64::MAX);
-            return Err(SeizeError::Locked { pid, tracer_tid, waited_ms });
+            return Err(SeizeError::Locked {
+                pid,
+                tracer_tid,
+                waited_ms,
+            });
         }
         thread::sleep(Duration::from_millis(2));
     }
@@ -283,7 +308,13 @@ fn adopt_vfork_children(tracer: &mut Tracer) {
                 && crate::tracer::shares_memory(pid, child)
                 && ptrace::seize(child, OPTIONS).is_ok()
             {
-                tracer.tasks.insert(child, Task { foreign: true, ..Task::default() });
+                tracer.tasks.insert(
+                    child,
+                    Task {
+                        foreign: true,
+                        ..Task::default()
+                    },
+                );
             }
         }
     }

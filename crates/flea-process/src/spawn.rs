@@ -35,7 +35,9 @@ pub enum SpawnError {
         program: String,
     },
     /// It cannot be executed.
-    #[error("{program:?} cannot be executed: permission denied (is it a program, and may this user run it?)")]
+    #[error(
+        "{program:?} cannot be executed: permission denied (is it a program, and may this user run it?)"
+    )]
     NotExecutable {
         /// As given.
         program: String,
@@ -109,7 +111,11 @@ pub fn spawn(mut command: Command) -> Result<Spawned, SpawnError> {
     let trace_me = || {
         // SAFETY: PTRACE_TRACEME reads none of the other arguments.
         let done = unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) };
-        if done == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        if done == -1 {
+            Err(io::Error::last_os_error())
+        } else {
+            Ok(())
+        }
     };
     // SAFETY: between fork and exec the closure makes one system call and touches errno,
     // nothing else: no lock, no allocation.
@@ -120,10 +126,20 @@ pub fn spawn(mut command: Command) -> Result<Spawned, SpawnError> {
         _ => SpawnError::Exec { program, reason },
     })?;
     let pid = Pid::try_from(child.id()).unwrap_or(-1);
-    let spawned = Spawned { child, pid, released: false };
+    let spawned = Spawned {
+        child,
+        pid,
+        released: false,
+    };
     // The exec of a traced process ends with a SIGTRAP. It is turned into the SIGSTOP.
     spawned.wait_for_stop("the exec")?;
-    let kernel = |request| move |errno| SpawnError::Kernel { request, pid, errno };
+    let kernel = |request| {
+        move |errno| SpawnError::Kernel {
+            request,
+            pid,
+            errno,
+        }
+    };
     ptrace::detach(pid, libc::SIGSTOP).map_err(kernel("letting go"))?;
     spawned.wait_for_stop("its first instruction")?;
     Ok(spawned)
@@ -168,7 +184,10 @@ impl Spawned {
             self.release()?;
         }
         let program = String::new();
-        let status = self.child.wait().map_err(|reason| SpawnError::Exec { program, reason })?;
+        let status = self
+            .child
+            .wait()
+            .map_err(|reason| SpawnError::Exec { program, reason })?;
         Ok(exit_of(status))
     }
 
@@ -188,16 +207,27 @@ impl Spawned {
             match ptrace::poll_stop(Whose::Thread(pid)) {
                 Ok(Some(_)) => return Ok(()),
                 Ok(None) if pace.is_slow() && ptrace::has_ended(pid) => {
-                    return Err(SpawnError::Ended { pid, wanted: wanted.to_owned() });
+                    return Err(SpawnError::Ended {
+                        pid,
+                        wanted: wanted.to_owned(),
+                    });
                 }
                 Ok(None) => pace.rest(),
                 Err(errno) => {
-                    return Err(SpawnError::Kernel { request: "waiting for the stop", pid, errno });
+                    return Err(SpawnError::Kernel {
+                        request: "waiting for the stop",
+                        pid,
+                        errno,
+                    });
                 }
             }
         }
         let waited_ms = u64::try_from(STOP_PATIENCE.as_millis()).unwrap_or(u64::MAX);
-        Err(SpawnError::Late { pid, wanted: wanted.to_owned(), waited_ms })
+        Err(SpawnError::Late {
+            pid,
+            wanted: wanted.to_owned(),
+            waited_ms,
+        })
     }
 }
 
@@ -209,8 +239,11 @@ fn exit_of(status: ExitStatus) -> Exit {
 }
 
 fn send(pid: Pid, signal: Signal) -> Result<(), SpawnError> {
-    kill(NixPid::from_raw(pid), signal)
-        .map_err(|errno| SpawnError::Kernel { request: "signalling", pid, errno })
+    kill(NixPid::from_raw(pid), signal).map_err(|errno| SpawnError::Kernel {
+        request: "signalling",
+        pid,
+        errno,
+    })
 }
 
 /// From one group stop to the next, with a breakpoint in between. The SIGSTOP is pending
@@ -222,14 +255,29 @@ fn run_to(
 ) -> Result<(), SpawnError> {
     let pid = tracer.pid();
     let mut original = [0];
-    tracer.memory().read(addr, &mut original).map_err(TraceError::from)?;
-    tracer.memory().write(addr, &[INT3]).map_err(TraceError::from)?;
+    tracer
+        .memory()
+        .read(addr, &mut original)
+        .map_err(TraceError::from)?;
+    tracer
+        .memory()
+        .write(addr, &[INT3])
+        .map_err(TraceError::from)?;
     send(pid, Signal::SIGCONT)?;
     let until = Instant::now() + RUN_PATIENCE;
     loop {
         let tid = wait_for_arrival(tracer, addr, until)?;
-        tracer.memory().write(addr, &original).map_err(TraceError::from)?;
-        let kernel = |request| move |errno| SpawnError::Kernel { request, pid, errno };
+        tracer
+            .memory()
+            .write(addr, &original)
+            .map_err(TraceError::from)?;
+        let kernel = |request| {
+            move |errno| SpawnError::Kernel {
+                request,
+                pid,
+                errno,
+            }
+        };
         let registers = ptrace::registers(tid).map_err(kernel("reading registers"))?;
         ptrace::set_registers(tid, &registers.with_pc(addr))
             .map_err(kernel("setting registers"))?;
@@ -240,7 +288,10 @@ fn run_to(
         }
         ptrace::single_step(tid).map_err(kernel("stepping"))?;
         wait_for_signal(tracer, until, addr)?;
-        tracer.memory().write(addr, &[INT3]).map_err(TraceError::from)?;
+        tracer
+            .memory()
+            .write(addr, &[INT3])
+            .map_err(TraceError::from)?;
         tracer.resume(tid, 0)?;
     }
 }
@@ -274,14 +325,21 @@ fn wait_for_signal(
             Some((tid, stop)) => tracer.answer(tid, stop)?,
             None => {
                 if pace.is_slow() && ptrace::has_ended(pid) {
-                    return Err(SpawnError::Ended { pid, wanted: addr.to_string() });
+                    return Err(SpawnError::Ended {
+                        pid,
+                        wanted: addr.to_string(),
+                    });
                 }
                 pace.rest();
             }
         }
     }
     let waited_ms = u64::try_from(RUN_PATIENCE.as_millis()).unwrap_or(u64::MAX);
-    Err(SpawnError::Late { pid, wanted: addr.to_string(), waited_ms })
+    Err(SpawnError::Late {
+        pid,
+        wanted: addr.to_string(),
+        waited_ms,
+    })
 }
 
 fn wait_for_group_stop(tracer: &mut Tracer, until: Instant) -> Result<(), SpawnError> {
@@ -300,5 +358,9 @@ fn wait_for_group_stop(tracer: &mut Tracer, until: Instant) -> Result<(), SpawnE
     }
     let waited_ms = u64::try_from(RUN_PATIENCE.as_millis()).unwrap_or(u64::MAX);
     drop(proc::status(pid));
-    Err(SpawnError::Late { pid, wanted: "its stop".to_owned(), waited_ms })
+    Err(SpawnError::Late {
+        pid,
+        wanted: "its stop".to_owned(),
+        waited_ms,
+    })
 }

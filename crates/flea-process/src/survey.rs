@@ -60,7 +60,10 @@ impl Wanted {
     fn new(ranges: &[Range<RemoteAddr>], any_register: bool) -> Self {
         let mut ranges = ranges.to_vec();
         ranges.sort_unstable_by_key(|range| range.start);
-        Self { ranges, any_register }
+        Self {
+            ranges,
+            any_register,
+        }
     }
 
     fn contains(&self, addr: RemoteAddr) -> bool {
@@ -102,9 +105,14 @@ impl Tracer {
     ) -> Result<Vec<StackWord>, TraceError> {
         let mut moves = moves.to_vec();
         moves.sort_unstable();
-        let ranges: Vec<_> = moves.iter().map(|&(from, _)| from..from.offset(1)).collect();
+        let ranges: Vec<_> = moves
+            .iter()
+            .map(|&(from, _)| from..from.offset(1))
+            .collect();
         self.survey(&Wanted::new(&ranges, false), &mut |_, registers| {
-            let at = moves.binary_search_by_key(&registers.pc(), |&(from, _)| from).ok()?;
+            let at = moves
+                .binary_search_by_key(&registers.pc(), |&(from, _)| from)
+                .ok()?;
             Some(moves[at].1)
         })
     }
@@ -151,12 +159,14 @@ impl Tracer {
                 // Stopped by SIGSTOP, perhaps, or in a page fault: it has to be moved.
                 break;
             }
-            let Ok(status) = proc::thread_status(self.pid, tid) else { return Ok(Vec::new()) };
+            let Ok(status) = proc::thread_status(self.process_of(tid), tid) else {
+                return Ok(Vec::new());
+            };
             if !maps.iter().any(|m| m.contains(sp)) {
                 *maps = proc::maps(self.pid)?;
             }
             let found = search_stack(tid, &self.memory, maps, sp, wanted);
-            let unmoved = proc::thread_status(self.pid, tid)
+            let unmoved = proc::thread_status(self.process_of(tid), tid)
                 .is_ok_and(|later| later.switches == status.switches);
             if unmoved && self.whereabouts(tid) == before {
                 return Ok(found);
@@ -181,7 +191,9 @@ impl Tracer {
         {
             let moved = now.with_pc(goes_to);
             let set = ptrace::set_registers(tid, &moved);
-            registers = self.still_there(tid, "setting registers", set)?.map(|()| moved);
+            registers = self
+                .still_there(tid, "setting registers", set)?
+                .map(|()| moved);
         }
         let mut found = Vec::new();
         if let (Some(registers), Some(wanted)) = (registers, wanted) {
@@ -199,21 +211,22 @@ impl Tracer {
     /// A thread that does not stop: asleep in a page fault or in vfork, it is where it is until
     /// that is over; and our interrupt waits for it there, so that what is read is of one
     /// instant.
-    fn look_at_stuck(
-        &self,
-        tid: Tid,
-        wanted: Option<&Wanted>,
-        maps: &[Mapping],
-    ) -> Vec<StackWord> {
+    fn look_at_stuck(&self, tid: Tid, wanted: Option<&Wanted>, maps: &[Mapping]) -> Vec<StackWord> {
         let (Whereabouts::Syscall { sp, pc, .. } | Whereabouts::Elsewhere { sp, pc }) =
             self.whereabouts(tid)
         else {
             return Vec::new();
         };
-        let Some(wanted) = wanted else { return Vec::new() };
+        let Some(wanted) = wanted else {
+            return Vec::new();
+        };
         let mut found = search_stack(tid, &self.memory, maps, sp, wanted);
         if wanted.contains(pc) {
-            found.push(StackWord { tid, found_at: None, value: pc });
+            found.push(StackWord {
+                tid,
+                found_at: None,
+                value: pc,
+            });
         }
         found
     }
@@ -227,12 +240,20 @@ fn search(
     wanted: &Wanted,
 ) -> Vec<StackWord> {
     let words = registers.words();
-    let searched = if wanted.any_register { &words[..] } else { &words[..1] };
+    let searched = if wanted.any_register {
+        &words[..]
+    } else {
+        &words[..1]
+    };
     let mut found: Vec<StackWord> = searched
         .iter()
         .map(|&word| RemoteAddr(word))
         .filter(|&value| wanted.contains(value))
-        .map(|value| StackWord { tid, found_at: None, value })
+        .map(|value| StackWord {
+            tid,
+            found_at: None,
+            value,
+        })
         .collect();
     found.extend(search_stack(tid, memory, maps, registers.sp(), wanted));
     found
@@ -251,7 +272,9 @@ fn search_stack(
     let mut to_search = vec![sp];
     let mut searched = BTreeSet::new();
     while let Some(sp) = to_search.pop() {
-        let Some(stack) = maps.iter().find(|m| m.contains(sp)) else { continue };
+        let Some(stack) = maps.iter().find(|m| m.contains(sp)) else {
+            continue;
+        };
         if !searched.insert(stack.start) {
             continue;
         }
@@ -261,7 +284,11 @@ fn search_stack(
         for_each_word(memory, start, end, |at, word| {
             if wanted.contains(RemoteAddr(word)) {
                 let found_at = Some(RemoteAddr(at));
-                found.push(StackWord { tid, found_at, value: RemoteAddr(word) });
+                found.push(StackWord {
+                    tid,
+                    found_at,
+                    value: RemoteAddr(word),
+                });
             }
             if word == SIGNAL_FRAME_SEGMENTS {
                 to_search.push(RemoteAddr(recent[0]));
@@ -277,10 +304,15 @@ fn for_each_word(memory: &Memory, start: u64, end: u64, mut visit: impl FnMut(u6
     let mut chunk = vec![0u8; CHUNK_BYTES];
     let mut at = start;
     while at < end {
-        let wanted = usize::try_from(end - at).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
+        let wanted = usize::try_from(end - at)
+            .unwrap_or(CHUNK_BYTES)
+            .min(CHUNK_BYTES);
         let n_read = memory.read_prefix(RemoteAddr(at), &mut chunk[..wanted]);
         for (i, bytes) in (0u64..).zip(chunk[..n_read].chunks_exact(8)) {
-            let word = bytes.iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte));
+            let word = bytes
+                .iter()
+                .rev()
+                .fold(0, |sum, &byte| sum << 8 | u64::from(byte));
             visit(at + 8 * i, word);
         }
         if n_read < wanted {
@@ -298,8 +330,9 @@ mod tests {
     fn ranges_asked_for() {
         let range = |a, b| RemoteAddr(a)..RemoteAddr(b);
         let wanted = Wanted::new(&[range(40, 50), range(10, 20)], false);
-        let inside: Vec<u64> =
-            (0..60).filter(|&addr| wanted.contains(RemoteAddr(addr))).collect();
+        let inside: Vec<u64> = (0..60)
+            .filter(|&addr| wanted.contains(RemoteAddr(addr)))
+            .collect();
         assert_eq!(inside, (10..20).chain(40..50).collect::<Vec<_>>());
     }
 }

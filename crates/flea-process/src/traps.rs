@@ -45,7 +45,8 @@ pub(crate) struct TrapTable {
 
 impl TrapTable {
     pub(crate) fn add(&mut self, traps: &[Trap]) {
-        self.by_site.extend(traps.iter().map(|trap| (trap.site, trap.goes_to)));
+        self.by_site
+            .extend(traps.iter().map(|trap| (trap.site, trap.goes_to)));
     }
 
     pub(crate) fn clear(&mut self) {
@@ -66,7 +67,11 @@ impl TrapTable {
 /// when we last knew it, `now` the one at the stop.
 pub(crate) fn was_blocked(noted: SignalSet, now: SignalSet) -> bool {
     let unchanged = noted.without(libc::SIGTRAP) == now.without(libc::SIGTRAP);
-    if unchanged { noted.contains(libc::SIGTRAP) } else { is_filled_but_for_sigtrap(now) }
+    if unchanged {
+        noted.contains(libc::SIGTRAP)
+    } else {
+        is_filled_but_for_sigtrap(now)
+    }
 }
 
 fn is_filled_but_for_sigtrap(mask: SignalSet) -> bool {
@@ -84,17 +89,35 @@ mod tests {
         let filled = SignalSet::ALL.without(libc::SIGKILL).without(libc::SIGSTOP);
         let some = none.with(libc::SIGUSR1);
         assert!(!was_blocked(none, none), "never blocked");
-        assert!(was_blocked(filled, filled.without(libc::SIGTRAP)), "blocked all along");
-        assert!(was_blocked(some.with(libc::SIGTRAP), some), "blocked by itself");
-        assert!(!was_blocked(filled, none), "a new thread that has taken its own mask");
-        assert!(!was_blocked(filled, some), "the same with a mask of its own");
-        assert!(was_blocked(none, filled.without(libc::SIGTRAP)), "filled since");
+        assert!(
+            was_blocked(filled, filled.without(libc::SIGTRAP)),
+            "blocked all along"
+        );
+        assert!(
+            was_blocked(some.with(libc::SIGTRAP), some),
+            "blocked by itself"
+        );
+        assert!(
+            !was_blocked(filled, none),
+            "a new thread that has taken its own mask"
+        );
+        assert!(
+            !was_blocked(filled, some),
+            "the same with a mask of its own"
+        );
+        assert!(
+            was_blocked(none, filled.without(libc::SIGTRAP)),
+            "filled since"
+        );
     }
 
     #[test]
     fn only_right_behind() {
         let mut table = TrapTable::default();
-        table.add(&[Trap { site: RemoteAddr(16), goes_to: RemoteAddr(99) }]);
+        table.add(&[Trap {
+            site: RemoteAddr(16),
+            goes_to: RemoteAddr(99),
+        }]);
         assert_eq!(table.target_behind(RemoteAddr(17)), Some(RemoteAddr(99)));
         assert_eq!(table.target_behind(RemoteAddr(16)), None);
         table.clear();

@@ -26,7 +26,12 @@ fn ends_with_its_own_code() {
 fn stops_at_the_entry_point_with_libraries_mapped() {
     let mut child = spawn(shell("exit 3")).unwrap();
     let pid = child.pid();
-    let has_libc = || maps(pid).unwrap().iter().any(|m| m.path.contains("libc.so"));
+    let has_libc = || {
+        maps(pid)
+            .unwrap()
+            .iter()
+            .any(|m| m.path.contains("libc.so"))
+    };
     assert!(!has_libc(), "the loader has not run");
     let entry = auxv(pid).unwrap().entry.unwrap();
     let text = seize(pid, |t| t.memory().read_vec(entry, 8).unwrap()).unwrap();
@@ -40,7 +45,11 @@ fn stops_at_the_entry_point_with_libraries_mapped() {
     .unwrap();
     assert_eq!(after, text, "the breakpoint is gone");
     let now = status(pid).unwrap();
-    assert_eq!((now.state, now.tracer_tid), ('T', 0), "still stopped, by a stopped-state borrow too");
+    assert_eq!(
+        (now.state, now.tracer_tid),
+        ('T', 0),
+        "still stopped, by a stopped-state borrow too"
+    );
     assert_eq!(child.wait().unwrap(), Exit::Code(3));
 }
 
@@ -51,7 +60,12 @@ fn what_cannot_be_started() {
     let text = spawn(Command::new("/etc/passwd")).unwrap_err();
     assert!(matches!(text, SpawnError::NotExecutable { .. }), "{text}");
     let mut short = spawn(shell("exit 0")).unwrap();
-    let never = maps(short.pid()).unwrap().iter().find(|m| m.perms.execute).unwrap().start;
+    let never = maps(short.pid())
+        .unwrap()
+        .iter()
+        .find(|m| m.perms.execute)
+        .unwrap()
+        .start;
     let ended = short.run_until(never, |_| false);
     assert!(matches!(ended, Err(SpawnError::Ended { .. })), "{ended:?}");
 }

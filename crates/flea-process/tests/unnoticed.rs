@@ -10,7 +10,10 @@ use flea_process::{Tracer, seize};
 use support::Target;
 
 fn getpid(tracer: &mut Tracer) -> i64 {
-    tracer.remote_syscall(libc::SYS_getpid, [0; 6]).unwrap().cast_signed()
+    tracer
+        .remote_syscall(libc::SYS_getpid, [0; 6])
+        .unwrap()
+        .cast_signed()
 }
 
 #[test]
@@ -19,7 +22,10 @@ fn sleepers_sleep_on() {
     let pid = target.pid();
     let started = Instant::now();
     let n_threads = seize(pid, |tracer| tracer.threads().len()).unwrap();
-    println!("seize and release: {:?} for {n_threads} threads", started.elapsed());
+    println!(
+        "seize and release: {:?} for {n_threads} threads",
+        started.elapsed()
+    );
     assert_eq!(n_threads, 21);
     seize(pid, |tracer| {
         for tid in tracer.threads() {

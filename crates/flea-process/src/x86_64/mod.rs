@@ -14,9 +14,14 @@ pub(crate) const SIGNAL_FRAME_RSP_WORDS_BACK: usize = 3;
 
 /// System calls that make processes: a thread in one of them may be copying the text.
 pub(crate) fn is_fork(number: u64) -> bool {
-    [libc::SYS_clone, libc::SYS_fork, libc::SYS_vfork, libc::SYS_clone3]
-        .iter()
-        .any(|&n| u64::try_from(n) == Ok(number))
+    [
+        libc::SYS_clone,
+        libc::SYS_fork,
+        libc::SYS_vfork,
+        libc::SYS_clone3,
+    ]
+    .iter()
+    .any(|&n| u64::try_from(n) == Ok(number))
 }
 
 /// How well a thread that sleeps in this system call serves for running another one in it.
@@ -83,13 +88,16 @@ impl Registers {
     /// The number of the system call that the thread was interrupted in.
     #[must_use]
     pub fn interrupted_syscall(&self) -> Option<u64> {
-        i64::try_from(self.raw.orig_rax).is_ok().then_some(self.raw.orig_rax)
+        i64::try_from(self.raw.orig_rax)
+            .is_ok()
+            .then_some(self.raw.orig_rax)
     }
 
     /// The thread is on its way out of a system call that gave up with `EINTR`: unlike
     /// ERESTART*, which the kernel acts on itself, the program would see it.
     pub(crate) fn would_show_eintr(&self) -> bool {
-        self.interrupted_syscall().is_some() && self.raw.rax.cast_signed() == -i64::from(libc::EINTR)
+        self.interrupted_syscall().is_some()
+            && self.raw.rax.cast_signed() == -i64::from(libc::EINTR)
     }
 
     /// As if the system call had not begun: the thread stands before its instruction.

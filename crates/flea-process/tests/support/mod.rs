@@ -17,8 +17,16 @@ pub struct Target {
 /// Compiles `tests/targets/NAME.c`.
 pub fn compile(name: &str, flags: &[&str]) -> PathBuf {
     let source = format!("{}/tests/targets/{name}.c", env!("CARGO_MANIFEST_DIR"));
-    let tag: String = flags.iter().flat_map(|f| f.chars()).filter(char::is_ascii_alphanumeric).collect();
-    let unique = format!("{name}-{tag}-{}-{:?}", std::process::id(), std::thread::current().id());
+    let tag: String = flags
+        .iter()
+        .flat_map(|f| f.chars())
+        .filter(char::is_ascii_alphanumeric)
+        .collect();
+    let unique = format!(
+        "{name}-{tag}-{}-{:?}",
+        std::process::id(),
+        std::thread::current().id()
+    );
     let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(unique.replace(['(', ')'], ""));
     let status = Command::new("gcc")
         .args(["-O1", "-g", "-pthread", "-Wall", "-o"])
@@ -42,7 +50,11 @@ impl Target {
             .spawn()
             .expect("compiled just now");
         let out = child.stdout.take().expect("piped");
-        let mut target = Self { child, first_line: String::new(), out: Some(BufReader::new(out)) };
+        let mut target = Self {
+            child,
+            first_line: String::new(),
+            out: Some(BufReader::new(out)),
+        };
         let _unused = std::fs::remove_file(&program);
         target.first_line = target.line();
         target
@@ -55,7 +67,11 @@ impl Target {
     /// The next line it prints.
     pub fn line(&mut self) -> String {
         let mut line = String::new();
-        self.out.as_mut().expect("open").read_line(&mut line).expect("readable");
+        self.out
+            .as_mut()
+            .expect("open")
+            .read_line(&mut line)
+            .expect("readable");
         line.trim_end().to_owned()
     }
 
@@ -71,7 +87,11 @@ impl Target {
             std::thread::sleep(Duration::from_millis(5));
         };
         let mut text = String::new();
-        self.out.take().expect("open").read_to_string(&mut text).expect("readable");
+        self.out
+            .take()
+            .expect("open")
+            .read_to_string(&mut text)
+            .expect("readable");
         assert!(status.success(), "the target failed: {status}\n{text}");
         text
     }
@@ -84,7 +104,9 @@ impl Drop for Target {
         }
         let _ended = self.child.kill();
         let _collected = self.child.wait();
-        if std::thread::panicking() && let Some(out) = &mut self.out {
+        if std::thread::panicking()
+            && let Some(out) = &mut self.out
+        {
             let mut text = String::new();
             let _partly = out.read_to_string(&mut text);
             println!("it printed: {text}");
