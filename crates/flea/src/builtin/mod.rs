@@ -265,7 +265,11 @@ fn value_of(
     let as_slot = |n| u8::try_from(n).map_err(|_| "it has too many arguments".to_owned());
     let index = match expr {
         Expr::Duration => {
-            return Ok((programs::Source::Duration, Signedness::Unsigned, "duration_ns".to_owned()));
+            return Ok((
+                programs::Source::Duration,
+                Signedness::Unsigned,
+                "duration_ns".to_owned(),
+            ));
         }
         Expr::Retval => {
             if signature.ret.words.first() != Some(&RetWord::Rax) {
