@@ -108,6 +108,7 @@ fn the_verifier_leads_to_the_same_code() {
             target: None,
             insns: by_hand.insns().to_vec(),
             lines: vec![],
+            ..Program::default()
         };
         let context =
             Context::Tracing { n_args: 2, has_result: kind == ProgramKind::Fexit, session: false };

@@ -148,50 +148,50 @@ fn number(text: &str, name: &str) -> u64 {
 
 #[test]
 fn eight_hot_threads() {
-    let text = exercise("8", "", 1000, 100);
+    let text = exercise("8", "", 200, 50);
     assert!(number(&text, "counted") > 0);
 }
 
 #[test]
 fn threads_that_block_every_signal() {
-    exercise("4", "b", 300, 50);
+    exercise("4", "b", 60, 20);
 }
 
 #[test]
 fn a_sigtrap_handler_beside_blocked_threads() {
-    exercise("3", "bh", 200, 20);
-    exercise("3", "h", 100, 20);
+    exercise("3", "bh", 40, 10);
+    exercise("3", "h", 20, 10);
 }
 
 #[test]
 fn sigtrap_ignored() {
-    exercise("3", "i", 200, 20);
-    exercise("3", "bi", 100, 20);
+    exercise("3", "i", 40, 10);
+    exercise("3", "bi", 20, 10);
 }
 
 #[test]
 fn a_sigtrap_of_its_own_is_pending() {
-    exercise("3", "bp", 200, 20);
-    exercise("3", "bph", 100, 20);
+    exercise("3", "bp", 40, 10);
+    exercise("3", "bph", 40, 10);
 }
 
 #[test]
 fn handlers_interrupt_everywhere() {
-    let text = exercise("4", "u", 300, 30);
+    let text = exercise("4", "u", 60, 10);
     assert!(number(&text, "handled") > 0);
-    exercise("4", "ua", 100, 10);
+    exercise("4", "ua", 30, 10);
 }
 
 #[test]
 fn threads_come_and_go() {
-    let text = exercise("2", "c", 200, 10);
+    let text = exercise("2", "c", 40, 10);
     assert!(number(&text, "births") > 0);
-    exercise("2", "cbh", 100, 10);
+    exercise("2", "cbh", 30, 10);
 }
 
 #[test]
 fn children_come_and_go() {
-    let text = exercise("2", "f", 200, 10);
+    let text = exercise("2", "f", 40, 10);
     assert!(number(&text, "forks") > 0);
-    exercise("2", "v", 200, 10);
+    exercise("2", "v", 40, 10);
 }

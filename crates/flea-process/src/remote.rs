@@ -401,7 +401,7 @@ impl Tracer {
         result
     }
 
-    fn send_postponed(&mut self) {
+    pub(crate) fn send_postponed(&mut self) {
         for (tid, signal) in std::mem::take(&mut self.postponed) {
             // SAFETY: tgkill takes numbers only; the thread is one of the target.
             let sent = unsafe { libc::syscall(libc::SYS_tgkill, self.pid, tid, signal) };

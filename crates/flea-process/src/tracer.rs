@@ -187,8 +187,9 @@ impl Tracer {
     /// Answers every stop that has happened. Whoever keeps a process seized for longer than a
     /// millisecond calls this in between; [`Tracer::wait_a_moment`] does.
     pub fn pump(&mut self) -> Result<(), TraceError> {
-        // Bounded: a hot thread at a breakpoint could keep us here for ever.
-        for _ in 0..256 {
+        // One stop of each thread at most. Hot threads run from one breakpoint into the next
+        // as fast as they are answered, and what ends that is the caller's next step.
+        for _ in 0..self.tasks.len() + 4 {
             let Some((tid, stop)) = self.poll(Whose::Any)? else { break };
             self.answer(tid, stop)?;
         }
@@ -344,6 +345,9 @@ impl Tracer {
     fn answer_signal(&mut self, tid: Tid, signal: i32) -> Result<(), TraceError> {
         if signal == libc::SIGTRAP && self.answer_trap(tid)? {
             return Ok(());
+        }
+        if signal == libc::SIGTRAP && self.sigtrap.is_ignored {
+            return self.resume(tid, 0);
         }
         self.counts.signals += 1;
         let Some(regs) = self.still_there(tid, "reading registers", ptrace::registers(tid))? else {

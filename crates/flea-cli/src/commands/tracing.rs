@@ -27,7 +27,7 @@ pub fn count(args: &Functions) -> Result<u8> {
     target.run(|| Ok(()))?;
     count.detach()?;
     let mut rows: Vec<_> = count.functions().iter().zip(count.read()).collect();
-    rows.sort_by(|a, b| b.1.cmp(&a.1));
+    rows.sort_by_key(|row| std::cmp::Reverse(row.1));
     for (function, n) in rows {
         let name = function.name();
         output.record(&Record::Count { module: function.module(), function: &name, count: n })?;
