@@ -7,11 +7,18 @@
 //!    frame: any word on the stack that points into the code counts.
 //! 2. Code that calls the original has its return address on the stack for as long as the
 //!    traced function takes, and the stack may be a coroutine's, switched away and anywhere in
-//!    memory. So all writable memory is read for such words. Nobody enters the code any more,
-//!    so a word that is not there can only come from one that is.
-//! 3. What shows up in 1 or 2, by accident or truly, stays retired until the next time.
+//!    memory. So all writable memory is read for that one word, which the code overwrites
+//!    when it was used, and for signal frames inside the code, whose handler may have switched
+//!    stacks. Nobody enters the code any more, so a word that is not there can only come from
+//!    one that is.
+//! 3. A body that the code calls when the original has returned is needed for as long.
+//! 4. What shows up in 1 or 2, by accident or truly, stays retired until the next time. (By
+//!    accident: a call that an exception has left, on the dead stack of an ended thread.)
 
-use std::ops::Range;
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
 
 use flea_process::Mapping;
 use flea_symbols::addr::RemoteAddr;
@@ -42,6 +49,7 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
     if retired.iter().zip(&in_use).any(|(r, used)| r.calls_original && !used) {
         scan_memory(ground, &ranges, &mut in_use, &retired)?;
     }
+    keep_called(&retired, &mut in_use);
     for (one, used) in retired.into_iter().zip(in_use) {
         if used {
             ground.registry.retired.push(one);
@@ -67,7 +75,16 @@ fn mark(ranges: &[Range<RemoteAddr>], in_use: &mut [bool], value: RemoteAddr) {
     }
 }
 
-/// Step 2: marks everything that calls the original and that some word points into.
+/// Step 3.
+fn keep_called(retired: &[Retired], in_use: &mut [bool]) {
+    let used = retired.iter().zip(&*in_use).filter(|(_, used)| **used);
+    let called: HashSet<RemoteAddr> = used.flat_map(|(r, _)| r.calls.iter().copied()).collect();
+    for (one, used) in retired.iter().zip(in_use) {
+        *used |= called.contains(&one.code.at);
+    }
+}
+
+/// Step 2: marks everything that the original returns to, or that a signal interrupted.
 fn scan_memory(
     ground: &Ground<'_>,
     ranges: &[Range<RemoteAddr>],
@@ -79,6 +96,8 @@ fn scan_memory(
             *used |= r.calls_original;
         }
     };
+    let returns: HashMap<u64, usize> =
+        retired.iter().enumerate().filter_map(|(i, r)| Some((r.returns_to?.0, i))).collect();
     let lowest = ranges.iter().map(|r| r.start).min().unwrap_or_default().0;
     let highest = ranges.iter().map(|r| r.end).max().unwrap_or_default().0;
     let maps = flea_process::maps(ground.tracer.pid())?;
@@ -86,15 +105,25 @@ fn scan_memory(
     let mut n_scanned = 0u64;
     for mapping in maps.iter().filter(|m| may_hold_stacks(m)) {
         let mut at = mapping.start;
+        // A signal frame has rip, eflags and the segments in a row.
+        let mut before = [0; 2];
         while at < mapping.end {
             let left = mapping.end.0 - at.0;
             let want = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
             let got = ground.memory().read_prefix(at, &mut buffer[..want]);
             for chunk in buffer[..got].chunks_exact(8) {
                 let word = u64::from_le_bytes(chunk.try_into().expect("chunks of 8"));
-                if lowest <= word && word <= highest {
-                    mark(ranges, in_use, RemoteAddr(word));
+                if (lowest..=highest).contains(&word)
+                    && let Some(&i) = returns.get(&word)
+                {
+                    in_use[i] = true;
                 }
+                let [rip, eflags] = before;
+                if word == flea_process::SIGNAL_FRAME_SEGMENTS && (lowest..=highest).contains(&rip)
+                {
+                    mark(ranges, in_use, RemoteAddr(rip));
+                }
+                before = [eflags, word];
             }
             // A page that cannot be read (a guard, a hole in a file) holds no stack.
             at = RemoteAddr(at.0 + (got as u64).next_multiple_of(4096).max(4096));

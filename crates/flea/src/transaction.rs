@@ -408,6 +408,8 @@ fn new_function(p: &Prepared, site: RemoteAddr) -> FunctionState {
         bypass: site,
         stack_words: 0,
         calls_original: false,
+        returns_to: None,
+        calls: Vec::new(),
         bodies: Vec::new(),
     }
 }
