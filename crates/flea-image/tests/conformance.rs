@@ -95,6 +95,7 @@ fn vectors_with_the_verifier() {
             target: None,
             insns: v.insns.clone(),
             lines: vec![],
+            ..Program::default()
         };
         let Ok(verified) = verify(&program, &[], Context::Memory { size_bytes }) else { continue };
         match run(&verified, &v.memory) {

@@ -20,7 +20,6 @@
 
 use std::collections::BTreeSet;
 use std::ops::Range;
-use std::time::{Duration, Instant};
 
 use flea_symbols::addr::RemoteAddr;
 
@@ -31,11 +30,6 @@ use crate::ptrace;
 use crate::tracer::{TraceError, Tracer};
 use crate::x86_64::{Registers, SIGNAL_FRAME_RSP_WORDS_BACK, SIGNAL_FRAME_SEGMENTS};
 
-/// Long, for on a busy machine a runnable thread may wait that long for a CPU; a thread that
-/// sleeps uninterruptibly is noticed sooner, see `look_at_stopped`.
-const HALT_PATIENCE: Duration = Duration::from_secs(5);
-/// How long to wait before looking whether the thread is asleep.
-const HALT_ROUND: Duration = Duration::from_millis(100);
 const LOOKS_AT_A_SLEEPER: u32 = 3;
 const CHUNK_BYTES: usize = 64 << 10;
 /// Goroutine stacks lie in arenas of 64 MiB; no ordinary stack is larger.
@@ -157,12 +151,14 @@ impl Tracer {
                 // Stopped by SIGSTOP, perhaps, or in a page fault: it has to be moved.
                 break;
             }
-            let Ok(status) = proc::thread_status(self.pid, tid) else { return Ok(Vec::new()) };
+            let Ok(status) = proc::thread_status(self.process_of(tid), tid) else {
+                return Ok(Vec::new());
+            };
             if !maps.iter().any(|m| m.contains(sp)) {
                 *maps = proc::maps(self.pid)?;
             }
             let found = search_stack(tid, &self.memory, maps, sp, wanted);
-            let unmoved = proc::thread_status(self.pid, tid)
+            let unmoved = proc::thread_status(self.process_of(tid), tid)
                 .is_ok_and(|later| later.switches == status.switches);
             if unmoved && self.whereabouts(tid) == before {
                 return Ok(found);
@@ -178,17 +174,8 @@ impl Tracer {
         maps: &[Mapping],
         mover: &mut Mover<'_>,
     ) -> Result<Vec<StackWord>, TraceError> {
-        let since = Instant::now();
-        let stop = loop {
-            match self.halt_past_trap(tid, HALT_ROUND) {
-                Ok(Some(stop)) => break stop,
-                Ok(None) => return Ok(Vec::new()),
-                Err(TraceError::Stuck { .. })
-                    if self.whereabouts(tid) == Whereabouts::Running
-                        && since.elapsed() < HALT_PATIENCE => {}
-                Err(TraceError::Stuck { .. }) => return self.look_at_stuck(tid, wanted, maps),
-                Err(error) => return Err(error),
-            }
+        let Some(stop) = self.halt_unless_asleep(tid)? else {
+            return Ok(self.look_at_stuck(tid, wanted, maps));
         };
         let mut registers = self.still_there(tid, "reading registers", ptrace::registers(tid))?;
         if let Some(now) = registers
@@ -211,29 +198,23 @@ impl Tracer {
         Ok(found)
     }
 
-    /// A thread that did not stop: asleep in a page fault or in vfork, it is where it is until
+    /// A thread that does not stop: asleep in a page fault or in vfork, it is where it is until
     /// that is over; and our interrupt waits for it there, so that what is read is of one
-    /// instant. One that is *running* and was just not given a CPU may be anywhere: an error.
-    fn look_at_stuck(
-        &self,
-        tid: Tid,
-        wanted: Option<&Wanted>,
-        maps: &[Mapping],
-    ) -> Result<Vec<StackWord>, TraceError> {
-        let (sp, pc) = match self.whereabouts(tid) {
-            Whereabouts::Syscall { sp, pc, .. } | Whereabouts::Elsewhere { sp, pc } => (sp, pc),
-            Whereabouts::Gone => return Ok(Vec::new()),
-            Whereabouts::Running => {
-                let waited_ms = u64::try_from(HALT_PATIENCE.as_millis()).unwrap_or(u64::MAX);
-                return Err(TraceError::Stuck { tid, waited_ms });
-            }
+    /// instant.
+    fn look_at_stuck(&self, tid: Tid, wanted: Option<&Wanted>, maps: &[Mapping]) -> Vec<StackWord> {
+        let (Whereabouts::Syscall { sp, pc, .. } | Whereabouts::Elsewhere { sp, pc }) =
+            self.whereabouts(tid)
+        else {
+            return Vec::new();
         };
-        let Some(wanted) = wanted else { return Ok(Vec::new()) };
+        let Some(wanted) = wanted else {
+            return Vec::new();
+        };
         let mut found = search_stack(tid, &self.memory, maps, sp, wanted);
         if wanted.contains(pc) {
             found.push(StackWord { tid, found_at: None, value: pc });
         }
-        Ok(found)
+        found
     }
 }
 
@@ -269,7 +250,9 @@ fn search_stack(
     let mut to_search = vec![sp];
     let mut searched = BTreeSet::new();
     while let Some(sp) = to_search.pop() {
-        let Some(stack) = maps.iter().find(|m| m.contains(sp)) else { continue };
+        let Some(stack) = maps.iter().find(|m| m.contains(sp)) else {
+            continue;
+        };
         if !searched.insert(stack.start) {
             continue;
         }

@@ -15,7 +15,8 @@
 //!    What remains: a thread that, between the note and the trap (about a millisecond), adds
 //!    SIGTRAP and *not* everything else to its mask will find SIGTRAP unblocked.
 //! 2. The disposition, kept where it is not SIG_DFL to begin with; see `Tracer::arm`. The
-//!    trapped thread itself puts it back before it goes on.
+//!    trapped thread itself puts it back before it goes on. Until then, some microseconds,
+//!    another thread that asks for it sees SIG_DFL: that cannot be helped.
 //!
 //! A SIGTRAP that was pending already (and blocked) swallows ours: the kernel queues each
 //! classic signal once. That shows as a stop behind one of our breakpoints with another

@@ -92,6 +92,7 @@ fn run(case: &Case) -> Result<(), String> {
         target: None,
         insns: asm::assemble(&lines),
         lines: Vec::new(),
+        ..Program::default()
     };
     let (found, log) = match verify(&program, &case.maps, case.context) {
         Ok(verified) => {

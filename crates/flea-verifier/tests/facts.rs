@@ -28,6 +28,7 @@ fn program(lines: &[&str]) -> Program {
             },
             SourceLine { insn_idx: 1, file: "a.bpf.c".into(), line: 8, text: "  return x;".into() },
         ],
+        ..Program::default()
     }
 }
 

@@ -345,7 +345,7 @@ impl<'a, 'b> Translator<'a, 'b> {
     }
 
     fn iconst(&mut self, value: i64) -> Value {
-        constant(&mut self.b, value)
+        constant(self.b, value)
     }
 
     fn reg(&mut self, scope: &Scope, reg: u8) -> Value {

@@ -51,6 +51,7 @@ fn program(insns: Vec<flea_object::insn::Insn>) -> Program {
         target: None,
         insns,
         lines: Vec::new(),
+        ..Program::default()
     }
 }
 

@@ -7,8 +7,8 @@ use flea_symbols::signature::{Param, RetWord, Signature, Type};
 use super::{
     Attached, Refused, StartError, command_handle,
     programs::{
-        ENTRY_HEADER_BYTES, EXIT_BYTES, MAP_NAME, STRING_BYTES, TAG_ENTRY, TAG_EXIT, trace_object,
-        trace_program,
+        ENTRY_HEADER_BYTES, EXIT_BYTES, MAP_NAME, ResultKind, STRING_BYTES, Shape, TAG_ENTRY,
+        TAG_EXIT, trace_object, trace_program,
     },
 };
 use crate::{AttachError, Function, Program, Session};
@@ -80,9 +80,6 @@ pub enum Word {
     Words(Vec<u64>),
 }
 
-/// The shape that decides the program: slots, and which hold strings.
-type Shape = (u8, Vec<u8>);
-
 impl Trace {
     /// Starts tracing `functions`.
     ///
@@ -102,8 +99,7 @@ impl Trace {
                 (function.address(), at)
             })
             .collect();
-        let programs =
-            shapes.iter().map(|(n_args, strings)| trace_program(*n_args, strings)).collect();
+        let programs = shapes.iter().map(trace_program).collect();
         let object = session.load(trace_object(programs))?;
         let programs: Vec<Program> = object.programs().collect();
         let attached = Attached::start(object, functions, |function| {
@@ -154,9 +150,9 @@ fn record<E>(
     let (Some(head), Some(time_ns), Some(pid_tgid)) = (word(0), word(1), word(2)) else {
         return Ok(());
     };
-    let (tag, index) = ((head >> 32) as u32, head as u32 as usize);
-    let Some(function) = functions.get(index) else { return Ok(()) };
-    let key = |time_ns| CallKey { pid_tgid, function: index as u32, time_ns };
+    let (tag, index) = (high(head), low(head));
+    let Some(function) = functions.get(index as usize) else { return Ok(()) };
+    let key = |time_ns| CallKey { pid_tgid, function: index, time_ns };
     match tag {
         TAG_ENTRY if open.len() < MAX_OPEN_CALLS => {
             let args = arguments(function.signature(), &bytes[ENTRY_HEADER_BYTES..]);
@@ -171,11 +167,11 @@ fn record<E>(
             };
             each(Call {
                 time_ns: entered_ns,
-                pid: (pid_tgid >> 32) as u32,
-                tid: pid_tgid as u32,
+                pid: high(pid_tgid),
+                tid: low(pid_tgid),
                 function,
                 args: call.args,
-                retval: retval(function.signature(), result),
+                retval: retval(function.signature(), result, &bytes[EXIT_BYTES..]),
                 duration_ns: time_ns.saturating_sub(entered_ns),
             })
         }
@@ -184,6 +180,14 @@ fn record<E>(
             Ok(())
         }
     }
+}
+
+fn high(word: u64) -> u32 {
+    u32::try_from(word >> 32).expect("32 bits are left")
+}
+
+fn low(word: u64) -> u32 {
+    u32::try_from(word & u64::from(u32::MAX)).expect("32 bits are left")
 }
 
 fn shape(signature: &Signature) -> Shape {
@@ -195,7 +199,12 @@ fn shape(signature: &Signature) -> Shape {
         }
         slot += param.words.len();
     }
-    (u8::try_from(slot).unwrap_or(u8::MAX), strings)
+    let returns_text = matches!(signature.ret.ty, Type::Pointer { to_char: true, .. });
+    Shape {
+        n_args: u8::try_from(slot).unwrap_or(u8::MAX),
+        strings,
+        result: if returns_text { ResultKind::Text } else { ResultKind::Word },
+    }
 }
 
 fn is_string(param: &Param) -> bool {
@@ -214,9 +223,7 @@ fn arguments(signature: &Signature, bytes: &[u8]) -> Vec<(String, Word)> {
         let words: Vec<u64> = (slot..slot + param.words.len()).map(word).collect();
         slot += words.len();
         let value = if is_string(param) {
-            let text = strings.next().unwrap_or_default();
-            let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
-            Word::Text { pointer: words[0], bytes: text[..end].to_vec() }
+            text(words[0], strings.next().unwrap_or_default())
         } else {
             typed(&param.ty, &words)
         };
@@ -225,12 +232,21 @@ fn arguments(signature: &Signature, bytes: &[u8]) -> Vec<(String, Word)> {
     args
 }
 
-fn retval(signature: &Signature, result: u64) -> Option<Word> {
+fn retval(signature: &Signature, result: u64, behind: &[u8]) -> Option<Word> {
     match signature.ret.words.as_slice() {
         [] | [RetWord::X87] => None,
+        [_] if behind.len() >= STRING_BYTES as usize => {
+            Some(text(result, &behind[..STRING_BYTES as usize]))
+        }
         [_] => Some(typed(&signature.ret.ty, &[result])),
         _ => Some(Word::Words(vec![result])),
     }
+}
+
+/// Up to the NUL.
+fn text(pointer: u64, bytes: &[u8]) -> Word {
+    let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
+    Word::Text { pointer, bytes: bytes[..end].to_vec() }
 }
 
 /// Gives words the meaning of their type. Bits above a small type's size are undefined in
@@ -246,7 +262,7 @@ fn typed(ty: &Type, words: &[u64]) -> Word {
                 Word::Unsigned((word << unused) >> unused)
             }
         }
-        Type::Float { size_bytes: 4, .. } => Word::Float(f32::from_bits(word as u32).into()),
+        Type::Float { size_bytes: 4, .. } => Word::Float(f32::from_bits(low(word)).into()),
         Type::Float { size_bytes: 8, .. } => Word::Float(f64::from_bits(word)),
         Type::Unknown => Word::Signed(word.cast_signed()),
         _ => Word::Pointer(word),
