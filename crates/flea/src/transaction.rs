@@ -99,6 +99,7 @@ pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>,
         Some(storage) => storage.load(&Memory::open(pid).map_err(RemoteError::from)?)?,
         None => Registry::default(),
     };
+    let author = Author::now();
     for _ in 0..MAX_ATTEMPTS {
         let offsets = frame_offsets(&registry, prepared);
         let bodies = compile(object, prepared, &offsets)?;
@@ -107,7 +108,7 @@ pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>,
             if frame_offsets(&ground.registry, prepared) != offsets {
                 return Ok(Err(ground.registry));
             }
-            attach_on(ground, object, prepared, &bodies, &offsets).map(Ok)
+            attach_on(ground, object, prepared, &bodies, &offsets, author).map(Ok)
         })?;
         match outcome {
             Ok(ids) => return Ok(ids),
@@ -214,12 +215,12 @@ fn attach_on(
     prepared: &[Prepared],
     bodies: &[Body],
     offsets: &[u32],
+    author: Author,
 ) -> Result<Vec<u32>, AttachError> {
     settle(&mut ground)?;
     let runtime = ground.registry.runtime.ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
-    let author = Author::now();
     let ids = change(&mut ground, |change| {
         // Taken out by site and put back at the end: ten thousand of them are looked up.
         let mut functions: BTreeMap<RemoteAddr, FunctionState> =
@@ -272,7 +273,9 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
     ground.store()?;
     if let Err(error) = flea_patch::commit(ground.tracer, &Plan { pokes }) {
         ground.registry = before;
-        ground.store()?;
+        // Where this fails the target has ended, and the commit's reason says more; else
+        // `settle` finds out from the sites' bytes.
+        let _ = ground.store();
         return Err(error.into());
     }
     registry.retired.extend(retired);
@@ -312,7 +315,8 @@ fn read_bodies(
     Ok(known)
 }
 
-/// Who attaches, and when: the same for all bodies of one transaction.
+/// Who attaches, and when: the same for all bodies of one transaction. Never the forked helper
+/// of a process that traces itself.
 #[derive(Clone, Copy)]
 struct Author {
     owner: Controller,
