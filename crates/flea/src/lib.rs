@@ -21,6 +21,7 @@ pub mod registry;
 mod remote;
 mod session;
 mod transaction;
+mod unwinder;
 mod vdso;
 
 pub use flea_maps::{Map, MapError};

@@ -13,7 +13,7 @@ const ALIGN: u64 = 16;
 impl CodeArena {
     /// A fresh arena.
     pub(crate) fn new(base: RemoteAddr, size_bytes: u64) -> Self {
-        Self { base, size_bytes, next: base, free: Vec::new() }
+        Self { base, size_bytes, next: base, free: Vec::new(), rows: None }
     }
 
     fn end(&self) -> RemoteAddr {

@@ -58,6 +58,8 @@ pub struct CodeArena {
     pub next: RemoteAddr,
     /// Stretches given back, each (start, bytes).
     pub free: Vec<(RemoteAddr, u64)>,
+    /// Its unwind rows, while unwinders are told of it.
+    pub rows: Option<Placed>,
 }
 
 /// The memory of one loaded object.
@@ -112,6 +114,9 @@ pub struct FunctionState {
     pub stack_words: u32,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
+    /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
+    /// have bodies.
+    pub finds_frames: bool,
     /// Newest first.
     pub bodies: Vec<BodyState>,
 }
@@ -172,6 +177,14 @@ pub struct Retired {
     pub calls_original: bool,
     /// The data arenas that it works on and that must outlive it.
     pub arenas: Vec<RemoteAddr>,
+}
+
+impl Registry {
+    /// Whether a frame of ours may be on a stack, now or as soon as a function is called.
+    pub(crate) fn has_frames(&self) -> bool {
+        self.functions.iter().any(|f| f.calls_original)
+            || self.retired.iter().any(|r| r.calls_original)
+    }
 }
 
 /// Where the registry is and which half is current.
