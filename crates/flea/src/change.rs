@@ -174,7 +174,8 @@ impl Change {
         };
         // The length does not depend on the place (all far branches are rel32), so a first
         // link near the site tells it.
-        let draft = link(self.draft_address(f.site))?;
+        let near = self.draft_address(f.site);
+        let draft = link(near.ok_or(AttachError::NoRoom { near: f.site, bytes: 0 })?)?;
         let len = u32::try_from(draft.bytes.len()).expect("a skeleton is far below 4 GiB");
         let placed = self
             .registry
@@ -197,13 +198,10 @@ impl Change {
         arenas.collect()
     }
 
-    fn draft_address(&self, site: RemoteAddr) -> RemoteAddr {
-        self.registry
-            .code
-            .iter()
-            .map(|arena| arena.next)
-            .min_by_key(|next| next.0.abs_diff(site.0))
-            .unwrap_or(site)
+    /// Where code for `site` goes, or not far from there.
+    fn draft_address(&self, site: RemoteAddr) -> Option<RemoteAddr> {
+        let arenas = self.registry.code.iter().filter(|arena| arena.reaches(site));
+        arenas.map(|arena| arena.next).min_by_key(|next| next.0.abs_diff(site.0))
     }
 }
 

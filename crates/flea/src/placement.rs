@@ -20,7 +20,8 @@ impl CodeArena {
         RemoteAddr(self.base.0.saturating_add(self.size_bytes))
     }
 
-    fn reaches(&self, near: RemoteAddr) -> bool {
+    /// Whether a branch leads from any place in it to `near`, and back.
+    pub(crate) fn reaches(&self, near: RemoteAddr) -> bool {
         let far = near.0.abs_diff(self.base.0).max(near.0.abs_diff(self.end().0));
         far < REACH_BYTES
     }
