@@ -437,66 +437,67 @@ fn skeletons() {
         0019  pushq 0x20(%rbp)
         001c  pushq 0x18(%rbp)
         001f  pushq 0x10(%rbp)
-        0022  call 0x0000000000600110
-        0027  mov %rax,-8(%rbp)
-        002b  push %rbp
-        002c  mov %rsp,%rbp
-        002f  sub $0x30,%rsp
-        0033  mov %rax,(%rsp)
-        0037  mov %rcx,8(%rsp)
-        003c  mov %rdx,0x10(%rsp)
-        0041  mov %rsi,0x18(%rsp)
-        0046  mov %rdi,0x20(%rsp)
-        004b  mov %rbp,%rax
-        004e  mov (%rax),%rcx
-        0051  movabs $0x700000000000,%rdx
-        005b  mov %fs:0,%rsi
-        0064  nop
-        0065  mov %rsi,%rdi
-        0068  shr $8,%rdi
-        006c  and $0xFFF0,%rdi
-        0073  mov 8(%rdx,%rdi),%rax
-        0078  mov (%rdx,%rdi),%rdx
-        007c  cmp %rsi,%rdx
-        007f  jne +0xe2
-        0081  test %rax,%rax
-        0084  je +0xe2
-        0086  mov 0x50(%rax),%rdx
-        008a  test %rdx,%rdx
-        008d  jne +0xff
-        008f  movq $1,0x50(%rax)
-        0097  mov -0x28(%rcx),%rsi
-        009b  movabs $0x700000000000,%rdx
-        00a5  mov %rsi,(%rdx)
-        00a8  mov -0x30(%rcx),%rsi
-        00ac  mov %rsi,8(%rdx)
-        00b0  mov -8(%rcx),%rcx
-        00b4  mov %rcx,0x10(%rdx)
-        00b8  movq $0,0x50(%rax)
-        00c0  mov (%rsp),%rax
-        00c4  mov 8(%rsp),%rcx
-        00c9  mov 0x10(%rsp),%rdx
-        00ce  mov 0x18(%rsp),%rsi
-        00d3  mov 0x20(%rsp),%rdi
-        00d8  add $0x30,%rsp
-        00dc  mov %rbp,%rsp
-        00df  pop %rbp
-        00e0  jmp +0x106
-        00e2  movabs $0x700000000000,%rdi
-        00ec  movabs $0x700000000000,%rax
-        00f6  call *%rax
-        00f8  test %rax,%rax
-        00fb  jne +0x86
-        00fd  jmp +0xc0
-        00ff  addq $1,0x58(%rax)
-        0104  jmp +0xc0
-        0106  leave
-        0107  ret
-        0108  nopl 0x61656C66(%rax,%rax)
-        0110  push %rbp
-        0111  mov %rsp,%rbp
-        0114  lea 0x40110B,%rax
-        011b  jmp 0x000000000040100B
+        0022  call 0x0000000000600115
+        0027  mov %rbp,-8(%rsp)
+        002c  mov %rax,-8(%rbp)
+        0030  push %rbp
+        0031  mov %rsp,%rbp
+        0034  sub $0x30,%rsp
+        0038  mov %rax,(%rsp)
+        003c  mov %rcx,8(%rsp)
+        0041  mov %rdx,0x10(%rsp)
+        0046  mov %rsi,0x18(%rsp)
+        004b  mov %rdi,0x20(%rsp)
+        0050  mov %rbp,%rax
+        0053  mov (%rax),%rcx
+        0056  movabs $0x700000000000,%rdx
+        0060  mov %fs:0,%rsi
+        0069  nop
+        006a  mov %rsi,%rdi
+        006d  shr $8,%rdi
+        0071  and $0xFFF0,%rdi
+        0078  mov 8(%rdx,%rdi),%rax
+        007d  mov (%rdx,%rdi),%rdx
+        0081  cmp %rsi,%rdx
+        0084  jne +0xe7
+        0086  test %rax,%rax
+        0089  je +0xe7
+        008b  mov 0x50(%rax),%rdx
+        008f  test %rdx,%rdx
+        0092  jne +0x104
+        0094  movq $1,0x50(%rax)
+        009c  mov -0x28(%rcx),%rsi
+        00a0  movabs $0x700000000000,%rdx
+        00aa  mov %rsi,(%rdx)
+        00ad  mov -0x30(%rcx),%rsi
+        00b1  mov %rsi,8(%rdx)
+        00b5  mov -8(%rcx),%rcx
+        00b9  mov %rcx,0x10(%rdx)
+        00bd  movq $0,0x50(%rax)
+        00c5  mov (%rsp),%rax
+        00c9  mov 8(%rsp),%rcx
+        00ce  mov 0x10(%rsp),%rdx
+        00d3  mov 0x18(%rsp),%rsi
+        00d8  mov 0x20(%rsp),%rdi
+        00dd  add $0x30,%rsp
+        00e1  mov %rbp,%rsp
+        00e4  pop %rbp
+        00e5  jmp +0x10b
+        00e7  movabs $0x700000000000,%rdi
+        00f1  movabs $0x700000000000,%rax
+        00fb  call *%rax
+        00fd  test %rax,%rax
+        0100  jne +0x8b
+        0102  jmp +0xc5
+        0104  addq $1,0x58(%rax)
+        0109  jmp +0xc5
+        010b  leave
+        010c  ret
+        010d  nopl 0x61656C66(%rax,%rax)
+        0115  push %rbp
+        0116  mov %rsp,%rbp
+        0119  lea 0x40110B,%rax
+        0120  jmp 0x000000000040100B
     "#]]
     .assert_eq(&skeleton.listing());
     expect![[r#"
@@ -511,25 +512,25 @@ fn skeletons() {
                     rule: Frame,
                 },
                 UnwindRow {
-                    offset: 272,
+                    offset: 277,
                     rule: Original,
                 },
             ],
             [
                 (
                     0x401000,
-                    0x600110,
+                    0x600115,
                 ),
                 (
                     0x401001,
-                    0x600111,
+                    0x600116,
                 ),
                 (
                     0x401004,
-                    0x600114,
+                    0x600119,
                 ),
             ],
-            0x600110,
+            0x600115,
         )
     "#]]
     .assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));

@@ -39,4 +39,4 @@ pub use spawn::{Exit, SpawnError, Spawned, spawn};
 pub use survey::StackWord;
 pub use tracer::{TraceError, Tracer, TracerCounts};
 pub use traps::Trap;
-pub use x86_64::Registers;
+pub use x86_64::{Registers, SIGNAL_FRAME_SEGMENTS};

@@ -76,6 +76,8 @@ impl Change {
                 self.retired.extend(placed.into_iter().flatten().map(|code| Retired {
                     code,
                     calls_original,
+                    returns_to: None,
+                    calls: Vec::new(),
                     arenas: vec![body.arena],
                 }));
             }
@@ -97,7 +99,13 @@ impl Change {
         let was_original = f.patched[..] == f.original[..5];
         let before = f.patched;
         if let Some(code) = f.skeleton {
-            self.retired.push(Retired { code, calls_original: f.calls_original, arenas });
+            self.retired.push(Retired {
+                code,
+                calls_original: f.calls_original,
+                returns_to: f.returns_to.take(),
+                calls: std::mem::take(&mut f.calls),
+                arenas,
+            });
         }
         let old_entry = f.skeleton.map(|s| s.at);
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
@@ -117,7 +125,8 @@ impl Change {
             let skeleton = self.place_skeleton(f)?;
             f.patched = skeleton.site_patch;
             f.bypass = skeleton.original_entry;
-            f.calls_original = f.bodies.iter().any(|b| b.session.or(b.exit).is_some());
+            f.returns_to = skeleton.returns_to;
+            f.calls_original = skeleton.returns_to.is_some();
             moves.extend(skeleton.moves.into_iter().filter(|(old, _)| *old != f.site));
         }
         f.previous = before;
@@ -157,6 +166,7 @@ impl Change {
             .map(|(b, r)| skeleton_body(&self.known_code, f, b, r))
             .collect();
         let arenas = if f.finds_frames { self.frame_arenas() } else { Vec::new() };
+        f.calls = bodies.iter().flat_map(called).collect();
         let link = |at| {
             let request = SkeletonRequest {
                 site: f.site,
@@ -225,6 +235,15 @@ fn skeleton_body<'a>(
         frame_offset: b.frame_offset,
         frame_words: b.frame_words,
     }
+}
+
+/// The bodies that are not copied.
+fn called(body: &SkeletonBody<'_>) -> Vec<RemoteAddr> {
+    let at = |side| match side {
+        Some(BodyRef::Call(at)) => Some(at),
+        _ => None,
+    };
+    [body.entry, body.session, body.exit].into_iter().filter_map(at).collect()
 }
 
 /// [`Reads`] as the bits of [`BodyState::reads`].

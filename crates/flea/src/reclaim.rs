@@ -7,11 +7,18 @@
 //!    frame: any word on the stack that points into the code counts.
 //! 2. Code that calls the original has its return address on the stack for as long as the
 //!    traced function takes, and the stack may be a coroutine's, switched away and anywhere in
-//!    memory. So all writable memory is read for such words. Nobody enters the code any more,
-//!    so a word that is not there can only come from one that is.
-//! 3. What shows up in 1 or 2, by accident or truly, stays retired until the next time.
+//!    memory. So all writable memory is read for that one word, which the code overwrites
+//!    when it was used, and for signal frames inside the code, whose handler may have switched
+//!    stacks. Nobody enters the code any more, so a word that is not there can only come from
+//!    one that is.
+//! 3. A body that the code calls when the original has returned is needed for as long.
+//! 4. What shows up in 1 or 2, by accident or truly, stays retired until the next time. (By
+//!    accident: a call that an exception has left, on the dead stack of an ended thread.)
 
-use std::ops::Range;
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
 
 use flea_process::Mapping;
 use flea_symbols::addr::RemoteAddr;
@@ -32,7 +39,8 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
     if ground.registry.retired.is_empty() {
         return Ok(());
     }
-    let retired = std::mem::take(&mut ground.registry.retired);
+    let mut retired = std::mem::take(&mut ground.registry.retired);
+    retired.sort_unstable_by_key(|r| r.code.at);
     let ranges: Vec<_> = retired.iter().map(code_range).collect();
     let mut in_use = vec![false; ranges.len()];
     for word in ground.tracer.words_on_stacks(&ranges)? {
@@ -41,6 +49,7 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
     if retired.iter().zip(&in_use).any(|(r, used)| r.calls_original && !used) {
         scan_memory(ground, &ranges, &mut in_use, &retired)?;
     }
+    keep_called(&retired, &mut in_use);
     for (one, used) in retired.into_iter().zip(in_use) {
         if used {
             ground.registry.retired.push(one);
@@ -52,18 +61,30 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
 }
 
 fn code_range(retired: &Retired) -> Range<RemoteAddr> {
-    let end = RemoteAddr(retired.code.at.0 + u64::from(retired.code.len));
+    let end = RemoteAddr(retired.code.at.0.saturating_add(retired.code.len.into()));
     retired.code.at..end
 }
 
+/// Marks the ranges that `value` points into. They are sorted and do not overlap.
 fn mark(ranges: &[Range<RemoteAddr>], in_use: &mut [bool], value: RemoteAddr) {
-    for (range, used) in ranges.iter().zip(in_use) {
-        // One past the end counts: a call may be the last instruction.
-        *used |= range.start <= value && value <= range.end;
+    let after = ranges.partition_point(|range| range.start <= value);
+    // One past the end counts: a call may be the last instruction. So the value may belong to
+    // two ranges, this one and the one that ends where it begins.
+    for i in after.saturating_sub(2)..after {
+        in_use[i] |= value <= ranges[i].end;
     }
 }
 
-/// Step 2: marks everything that calls the original and that some word points into.
+/// Step 3.
+fn keep_called(retired: &[Retired], in_use: &mut [bool]) {
+    let used = retired.iter().zip(&*in_use).filter(|(_, used)| **used);
+    let called: HashSet<RemoteAddr> = used.flat_map(|(r, _)| r.calls.iter().copied()).collect();
+    for (one, used) in retired.iter().zip(in_use) {
+        *used |= called.contains(&one.code.at);
+    }
+}
+
+/// Step 2: marks everything that the original returns to, or that a signal interrupted.
 fn scan_memory(
     ground: &Ground<'_>,
     ranges: &[Range<RemoteAddr>],
@@ -75,6 +96,8 @@ fn scan_memory(
             *used |= r.calls_original;
         }
     };
+    let returns: HashMap<u64, usize> =
+        retired.iter().enumerate().filter_map(|(i, r)| Some((r.returns_to?.0, i))).collect();
     let lowest = ranges.iter().map(|r| r.start).min().unwrap_or_default().0;
     let highest = ranges.iter().map(|r| r.end).max().unwrap_or_default().0;
     let maps = flea_process::maps(ground.tracer.pid())?;
@@ -82,15 +105,25 @@ fn scan_memory(
     let mut n_scanned = 0u64;
     for mapping in maps.iter().filter(|m| may_hold_stacks(m)) {
         let mut at = mapping.start;
+        // A signal frame has rip, eflags and the segments in a row.
+        let mut before = [0; 2];
         while at < mapping.end {
             let left = mapping.end.0 - at.0;
             let want = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
             let got = ground.memory().read_prefix(at, &mut buffer[..want]);
             for chunk in buffer[..got].chunks_exact(8) {
                 let word = u64::from_le_bytes(chunk.try_into().expect("chunks of 8"));
-                if lowest <= word && word <= highest {
-                    mark(ranges, in_use, RemoteAddr(word));
+                if (lowest..=highest).contains(&word)
+                    && let Some(&i) = returns.get(&word)
+                {
+                    in_use[i] = true;
                 }
+                let [rip, eflags] = before;
+                if word == flea_process::SIGNAL_FRAME_SEGMENTS && (lowest..=highest).contains(&rip)
+                {
+                    mark(ranges, in_use, RemoteAddr(rip));
+                }
+                before = [eflags, word];
             }
             // A page that cannot be read (a guard, a hole in a file) holds no stack.
             at = RemoteAddr(at.0 + (got as u64).next_multiple_of(4096).max(4096));
@@ -110,4 +143,26 @@ fn may_hold_stacks(mapping: &Mapping) -> bool {
         && mapping.perms.read
         && !mapping.path.starts_with(MAPS_PATH)
         && !mapping.path.starts_with("/dev/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_marks_what_it_points_into_and_what_ends_there() {
+        let ranges = [(16, 32), (32, 40), (48, 64)].map(|(a, b)| RemoteAddr(a)..RemoteAddr(b));
+        let marked = |value| {
+            let mut in_use = [false; 3];
+            mark(&ranges, &mut in_use, RemoteAddr(value));
+            in_use
+        };
+        assert_eq!(marked(15), [false; 3]);
+        assert_eq!(marked(16), [true, false, false]);
+        assert_eq!(marked(32), [true, true, false]);
+        assert_eq!(marked(40), [false, true, false]);
+        assert_eq!(marked(41), [false; 3]);
+        assert_eq!(marked(64), [false, false, true]);
+        assert_eq!(marked(u64::MAX), [false; 3]);
+    }
 }

@@ -28,7 +28,7 @@ const HALF_BYTES: u64 = 64 << 20;
 pub(crate) const MAPPING_BYTES: u64 = HEADER_BYTES + 2 * HALF_BYTES;
 const HEADER_BYTES: u64 = 4096;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x01");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x03");
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -56,7 +56,7 @@ pub struct CodeArena {
     pub size_bytes: u64,
     /// Where nothing is placed yet.
     pub next: RemoteAddr,
-    /// Stretches given back, each (start, bytes).
+    /// Stretches given back, each (start, bytes), ascending, no two touching.
     pub free: Vec<(RemoteAddr, u64)>,
     /// Its unwind rows, while unwinders are told of it.
     pub rows: Option<Placed>,
@@ -117,6 +117,10 @@ pub struct FunctionState {
     /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
     /// have bodies.
     pub finds_frames: bool,
+    /// Where the original returns to then.
+    pub returns_to: Option<RemoteAddr>,
+    /// The bodies that the skeleton calls, as opposed to holding copies of them.
+    pub calls: Vec<RemoteAddr>,
     /// Newest first.
     pub bodies: Vec<BodyState>,
 }
@@ -175,6 +179,10 @@ pub struct Retired {
     /// It calls the original, so a thread can be inside it for as long as it likes, also one
     /// whose stack is switched away.
     pub calls_original: bool,
+    /// Where the original returns to, for a skeleton that calls it.
+    pub returns_to: Option<RemoteAddr>,
+    /// The bodies that a skeleton calls: needed for as long as it is.
+    pub calls: Vec<RemoteAddr>,
     /// The data arenas that it works on and that must outlive it.
     pub arenas: Vec<RemoteAddr>,
 }

@@ -130,7 +130,13 @@ impl Change {
         self.registry.functions.retain(|f| !f.bodies.is_empty());
         for rows in self.registry.code.iter_mut().filter_map(|arena| arena.rows.take()) {
             // An unwinder may be reading them.
-            self.retired.push(Retired { code: rows, calls_original: false, arenas: Vec::new() });
+            self.retired.push(Retired {
+                code: rows,
+                calls_original: false,
+                returns_to: None,
+                calls: Vec::new(),
+                arenas: Vec::new(),
+            });
         }
         Ok(())
     }
