@@ -7,9 +7,10 @@
 //!   CFA = rbp + 16     return address at CFA - 8     rbp at CFA - 16
 //! ```
 //!
-//! The row is exact where an unwinder can stand: at the return address of `call original`. In
-//! the few instructions before `mov rbp, rsp` and in relocated copies it is not; only a signal
-//! handler could look from there.
+//! The row is exact where an unwinder can stand: at the return address of `call original`, and
+//! for that alone it is given out (`x86_64::find_fde`). In the few instructions before `mov
+//! rbp, rsp`, in entry bodies and in relocated copies it is not; only a signal handler could
+//! look from there.
 
 use flea_symbols::addr::RemoteAddr;
 

@@ -437,7 +437,7 @@ fn skeletons() {
         0019  pushq 0x20(%rbp)
         001c  pushq 0x18(%rbp)
         001f  pushq 0x10(%rbp)
-        0022  call 0x000000000060010D
+        0022  call 0x0000000000600115
         0027  mov %rbp,-8(%rsp)
         002c  mov %rax,-8(%rbp)
         0030  push %rbp
@@ -493,10 +493,11 @@ fn skeletons() {
         0109  jmp +0xc5
         010b  leave
         010c  ret
-        010d  push %rbp
-        010e  mov %rsp,%rbp
-        0111  lea 0x40110B,%rax
-        0118  jmp 0x000000000040100B
+        010d  nopl 0x61656C66(%rax,%rax)
+        0115  push %rbp
+        0116  mov %rsp,%rbp
+        0119  lea 0x40110B,%rax
+        0120  jmp 0x000000000040100B
     "#]]
     .assert_eq(&skeleton.listing());
     expect![[r#"
@@ -511,25 +512,25 @@ fn skeletons() {
                     rule: Frame,
                 },
                 UnwindRow {
-                    offset: 269,
+                    offset: 277,
                     rule: Original,
                 },
             ],
             [
                 (
                     0x401000,
-                    0x60010d,
+                    0x600115,
                 ),
                 (
                     0x401001,
-                    0x60010e,
+                    0x600116,
                 ),
                 (
                     0x401004,
-                    0x600111,
+                    0x600119,
                 ),
             ],
-            0x60010d,
+            0x600115,
         )
     "#]]
     .assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));

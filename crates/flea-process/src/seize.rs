@@ -193,7 +193,9 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
                 tracer.tasks.entry(tid).or_insert_with(Task::default);
             }
         }
-        let Some(tracer_now) = &mut tracer else { return Err(SeizeError::Gone { pid }) };
+        let Some(tracer_now) = &mut tracer else {
+            return Err(SeizeError::Gone { pid });
+        };
         if tracer_now.pump().is_err() {
             return Err(SeizeError::Gone { pid });
         }
@@ -214,7 +216,9 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
             Err(Errno::ESRCH) => return Ok(false),
             Err(errno) => errno,
         };
-        let Ok(status) = proc::thread_status(pid, tid) else { return Ok(false) };
+        let Ok(status) = proc::thread_status(pid, tid) else {
+            return Ok(false);
+        };
         if matches!(status.state, 'Z' | 'X') {
             return Ok(false);
         }

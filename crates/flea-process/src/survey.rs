@@ -151,12 +151,14 @@ impl Tracer {
                 // Stopped by SIGSTOP, perhaps, or in a page fault: it has to be moved.
                 break;
             }
-            let Ok(status) = proc::thread_status(self.pid, tid) else { return Ok(Vec::new()) };
+            let Ok(status) = proc::thread_status(self.process_of(tid), tid) else {
+                return Ok(Vec::new());
+            };
             if !maps.iter().any(|m| m.contains(sp)) {
                 *maps = proc::maps(self.pid)?;
             }
             let found = search_stack(tid, &self.memory, maps, sp, wanted);
-            let unmoved = proc::thread_status(self.pid, tid)
+            let unmoved = proc::thread_status(self.process_of(tid), tid)
                 .is_ok_and(|later| later.switches == status.switches);
             if unmoved && self.whereabouts(tid) == before {
                 return Ok(found);
@@ -205,7 +207,9 @@ impl Tracer {
         else {
             return Vec::new();
         };
-        let Some(wanted) = wanted else { return Vec::new() };
+        let Some(wanted) = wanted else {
+            return Vec::new();
+        };
         let mut found = search_stack(tid, &self.memory, maps, sp, wanted);
         if wanted.contains(pc) {
             found.push(StackWord { tid, found_at: None, value: pc });
@@ -246,7 +250,9 @@ fn search_stack(
     let mut to_search = vec![sp];
     let mut searched = BTreeSet::new();
     while let Some(sp) = to_search.pop() {
-        let Some(stack) = maps.iter().find(|m| m.contains(sp)) else { continue };
+        let Some(stack) = maps.iter().find(|m| m.contains(sp)) else {
+            continue;
+        };
         if !searched.insert(stack.start) {
             continue;
         }

@@ -184,15 +184,16 @@ impl Object {
         attachments: &[Attachment],
     ) -> Result<(), AttachError> {
         let mut attached = lock(&self.inner.attached);
-        for (i, (key, attachment)) in keys.iter().zip(attachments).enumerate() {
-            if attached.contains(key) || keys[..i].contains(key) {
+        let mut new = HashSet::with_capacity(keys.len());
+        for (key, attachment) in keys.iter().zip(attachments) {
+            if attached.contains(key) || !new.insert(*key) {
                 return Err(AttachError::Twice {
                     function: attachment.function.name(),
                     program: self.inner.spec.programs[key.0].name.clone(),
                 });
             }
         }
-        attached.extend(keys);
+        attached.extend(new);
         Ok(())
     }
 

@@ -29,7 +29,7 @@ impl CodeArena {
         if let Some(i) = self.free.iter().position(|&(_, bytes)| bytes >= len) {
             let (at, bytes) = self.free[i];
             if bytes == len {
-                self.free.swap_remove(i);
+                self.free.remove(i);
             } else {
                 self.free[i] = (RemoteAddr(at.0 + len), bytes - len);
             }
@@ -44,23 +44,22 @@ impl CodeArena {
     }
 
     fn give_back(&mut self, at: RemoteAddr, len: u64) {
-        self.free.push((at, len));
-        self.free.sort_unstable();
-        // Neighbours become one, and what touches `next` is simply unplaced.
-        let mut merged: Vec<(RemoteAddr, u64)> = Vec::with_capacity(self.free.len());
-        for &(at, bytes) in &self.free {
-            match merged.last_mut() {
-                Some((last, n)) if last.0 + *n == at.0 => *n += bytes,
-                _ => merged.push((at, bytes)),
-            }
+        // Sorted, and no two touch: neighbours become one at once.
+        let i = self.free.partition_point(|&(other, _)| other < at);
+        let joins_next =
+            self.free.get(i).is_some_and(|&(next, _)| at.0.checked_add(len) == Some(next.0));
+        let bytes = if joins_next { len + self.free.remove(i).1 } else { len };
+        match i.checked_sub(1).map(|before| &mut self.free[before]) {
+            Some((before, n)) if before.0.checked_add(*n) == Some(at.0) => *n += bytes,
+            _ => self.free.insert(i, (at, bytes)),
         }
-        if let Some(&(at, bytes)) = merged.last()
-            && at.0 + bytes == self.next.0
+        // What touches `next` is simply unplaced.
+        if let Some(&(at, bytes)) = self.free.last()
+            && at.0.checked_add(bytes) == Some(self.next.0)
         {
             self.next = at;
-            merged.pop();
+            self.free.pop();
         }
-        self.free = merged;
     }
 }
 
@@ -111,6 +110,19 @@ mod tests {
         r.unplace(Placed { at: a.at, len: 64 });
         r.unplace(c);
         assert_eq!(r, registry());
+    }
+
+    #[test]
+    fn given_back_in_any_order_nothing_is_left() {
+        for order in [[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1]] {
+            let mut r = registry();
+            let placed = [16, 100, 1, 64].map(|len| r.place(RemoteAddr(0x20_0000), len).unwrap());
+            for i in order {
+                r.unplace(placed[i]);
+                assert!(r.code[0].free.is_sorted(), "{order:?}: {:?}", r.code[0].free);
+            }
+            assert_eq!(r, registry(), "{order:?}");
+        }
     }
 
     #[test]

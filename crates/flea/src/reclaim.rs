@@ -39,7 +39,8 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
     if ground.registry.retired.is_empty() {
         return Ok(());
     }
-    let retired = std::mem::take(&mut ground.registry.retired);
+    let mut retired = std::mem::take(&mut ground.registry.retired);
+    retired.sort_unstable_by_key(|r| r.code.at);
     let ranges: Vec<_> = retired.iter().map(code_range).collect();
     let mut in_use = vec![false; ranges.len()];
     for word in ground.tracer.words_on_stacks(&ranges)? {
@@ -60,14 +61,17 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
 }
 
 fn code_range(retired: &Retired) -> Range<RemoteAddr> {
-    let end = RemoteAddr(retired.code.at.0 + u64::from(retired.code.len));
+    let end = RemoteAddr(retired.code.at.0.saturating_add(retired.code.len.into()));
     retired.code.at..end
 }
 
+/// Marks the ranges that `value` points into. They are sorted and do not overlap.
 fn mark(ranges: &[Range<RemoteAddr>], in_use: &mut [bool], value: RemoteAddr) {
-    for (range, used) in ranges.iter().zip(in_use) {
-        // One past the end counts: a call may be the last instruction.
-        *used |= range.start <= value && value <= range.end;
+    let after = ranges.partition_point(|range| range.start <= value);
+    // One past the end counts: a call may be the last instruction. So the value may belong to
+    // two ranges, this one and the one that ends where it begins.
+    for i in after.saturating_sub(2)..after {
+        in_use[i] |= value <= ranges[i].end;
     }
 }
 
@@ -139,4 +143,26 @@ fn may_hold_stacks(mapping: &Mapping) -> bool {
         && mapping.perms.read
         && !mapping.path.starts_with(MAPS_PATH)
         && !mapping.path.starts_with("/dev/")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_word_marks_what_it_points_into_and_what_ends_there() {
+        let ranges = [(16, 32), (32, 40), (48, 64)].map(|(a, b)| RemoteAddr(a)..RemoteAddr(b));
+        let marked = |value| {
+            let mut in_use = [false; 3];
+            mark(&ranges, &mut in_use, RemoteAddr(value));
+            in_use
+        };
+        assert_eq!(marked(15), [false; 3]);
+        assert_eq!(marked(16), [true, false, false]);
+        assert_eq!(marked(32), [true, true, false]);
+        assert_eq!(marked(40), [false, true, false]);
+        assert_eq!(marked(41), [false; 3]);
+        assert_eq!(marked(64), [false, false, true]);
+        assert_eq!(marked(u64::MAX), [false; 3]);
+    }
 }

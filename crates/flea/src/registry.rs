@@ -56,7 +56,7 @@ pub struct CodeArena {
     pub size_bytes: u64,
     /// Where nothing is placed yet.
     pub next: RemoteAddr,
-    /// Stretches given back, each (start, bytes).
+    /// Stretches given back, each (start, bytes), ascending, no two touching.
     pub free: Vec<(RemoteAddr, u64)>,
 }
 

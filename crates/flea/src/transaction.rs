@@ -15,7 +15,7 @@
 //! is done once more.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     fmt::Display,
     os::fd::{FromRawFd as _, OwnedFd},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -218,11 +218,20 @@ fn attach_on(
     let runtime = ground.registry.runtime.ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
+    let author = Author::now();
     let ids = change(&mut ground, |change| {
+        // Taken out by site and put back at the end: ten thousand of them are looked up.
+        let mut functions: BTreeMap<RemoteAddr, FunctionState> =
+            change.registry.functions.drain(..).map(|f| (f.site, f)).collect();
         let mut ids = Vec::with_capacity(prepared.len());
         for ((p, body), offset) in prepared.iter().zip(bodies).zip(offsets) {
-            ids.push(add_body(change, object, runtime, p, body, *offset)?);
+            let site = p.site_address();
+            let mut function = functions.remove(&site).unwrap_or_else(|| new_function(p, site));
+            let new = NewBody { body, offset: *offset, runtime, author };
+            ids.push(add_body(change, object, p, &mut function, &new)?);
+            functions.insert(site, function);
         }
+        change.registry.functions = functions.into_values().collect();
         Ok(ids)
     })?;
     reclaim::run(&mut ground)?;
@@ -302,46 +311,64 @@ fn read_bodies(
     Ok(known)
 }
 
+/// Who attaches, and when: the same for all bodies of one transaction.
+#[derive(Clone, Copy)]
+struct Author {
+    owner: Controller,
+    since: u64,
+}
+
+impl Author {
+    fn now() -> Self {
+        let since = SystemTime::now().duration_since(UNIX_EPOCH);
+        Self { owner: Controller::this(), since: since.map_or(0, |since| since.as_secs()) }
+    }
+}
+
+/// What [`add_body`] adds.
+struct NewBody<'a> {
+    body: &'a Body,
+    /// First word of its frame.
+    offset: u32,
+    /// Where the runtime blob is.
+    runtime: RemoteAddr,
+    author: Author,
+}
+
+/// Places a body and makes `function` enter it.
 fn add_body(
     change: &mut Change,
     object: &Loaded,
-    runtime: RemoteAddr,
     p: &Prepared,
-    body: &Body,
-    frame_offset: u32,
+    function: &mut FunctionState,
+    new: &NewBody<'_>,
 ) -> Result<u32, AttachError> {
-    let site = p.site_address();
+    let NewBody { body, runtime, author, .. } = *new;
     let mut place = |code: &Option<flea_image::Code>| -> Result<Option<Placed>, AttachError> {
         let Some(code) = code else { return Ok(None) };
         let bytes = code.resolve(|target| object.resolve(runtime, target));
-        change.place(site, bytes).map(Some)
+        change.place(function.site, bytes).map(Some)
     };
     let (entry, session, exit) = (place(&body.entry)?, place(&body.session)?, place(&body.exit)?);
     let id = change.registry.next_id;
     change.registry.next_id += 1;
     let state = BodyState {
         id,
-        owner: Controller::this(),
-        since: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
+        owner: author.owner,
+        since: author.since,
         arena: object.base,
         programs: p.uses.iter().map(|(index, _)| program_label(object, *index)).collect(),
         entry,
         session,
         exit,
-        frame_offset,
+        frame_offset: new.offset,
         frame_words: body.frame_words,
         reads: pack_reads(&body.reads),
     };
-    let position = change.registry.functions.iter().position(|f| f.site == site);
-    let mut function = match position {
-        Some(at) => change.registry.functions.swap_remove(at),
-        None => new_function(p, site),
-    };
-    let arenas = arenas(&function);
+    let arenas = arenas(function);
     function.bodies.insert(0, state);
     function.stack_words = function.stack_words.max(p.stack_words);
-    change.relink(&mut function, arenas)?;
-    change.registry.functions.push(function);
+    change.relink(function, arenas)?;
     Ok(id)
 }
 

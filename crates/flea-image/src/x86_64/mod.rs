@@ -2,6 +2,7 @@
 
 mod assemble;
 pub mod check;
+pub mod find_fde;
 pub mod listing;
 pub(crate) mod relocate;
 pub mod skeleton;

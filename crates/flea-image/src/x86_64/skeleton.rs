@@ -15,6 +15,7 @@
 //!                                           exit bodies
 //!                                           leave
 //!                                           ret
+//!                                           nop "flea"                  see `find_fde`
 //!                                         original:
 //!                                           relocated instructions
 //!                                           jmp site + patched
@@ -40,6 +41,7 @@ use iced_x86::code_asm::{
 use iced_x86::{Code, IcedError};
 
 use super::assemble::{Assembly, Encoded, Place};
+use super::find_fde::{self, FrameArena};
 use super::listing;
 use super::relocate::{self, RelocateError};
 use crate::request::{BODY_FRAMES_OFFSET, Reads};
@@ -242,6 +244,18 @@ pub fn call_patch(site: RemoteAddr, body_address: RemoteAddr) -> Option<[u8; PAT
 /// # Errors
 /// [`LinkError`]
 pub fn link_skeleton(request: &SkeletonRequest<'_>) -> Result<Skeleton, LinkError> {
+    link_unwinder_skeleton(request, &[])
+}
+
+/// As [`link_skeleton`], for a `_Unwind_Find_FDE`: it answers for the exit skeletons in
+/// `arenas` before the original is asked. There need not be any bodies.
+///
+/// # Errors
+/// [`LinkError`]
+pub fn link_unwinder_skeleton(
+    request: &SkeletonRequest<'_>,
+    arenas: &[FrameArena],
+) -> Result<Skeleton, LinkError> {
     check_request(request)?;
     let mut emitter = Emitter { asm: Assembly::default(), request, rows: vec![], returns_to: None };
     let has_frame = request.bodies.iter().any(|b| b.session.is_some() || b.exit.is_some());
@@ -252,6 +266,7 @@ pub fn link_skeleton(request: &SkeletonRequest<'_>) -> Result<Skeleton, LinkErro
     }
     emitter.row(UnwindRule::Original);
     let original = emitter.asm.here();
+    find_fde::emit(&mut emitter.asm, arenas).map_err(|e| emitter.failed(&e))?;
     let moves = emitter.original()?;
     emitter.finish(original, &moves)
 }
@@ -398,6 +413,8 @@ impl Emitter<'_> {
             a.leave()?;
             a.ret()
         })?;
+        let marker = relocate::decode(&find_fde::MARKER, 0).map_err(LinkError::Inline)?;
+        marker.into_iter().for_each(|insn| self.asm.push(insn));
         let original = self.asm.here().address();
         self.asm.retarget(call_at, original);
         Ok(())
