@@ -151,6 +151,12 @@ fn kinds_of_modules() {
         let entry = module.entry();
         let offset = module.svma_to_offset(entry).unwrap();
         assert_eq!(module.offset_to_svma(offset), Some(entry));
+        let code = module.segments().iter().find(|s| s.executable).unwrap();
+        let page = |address: u64| address & !0xfff;
+        assert_eq!(
+            module.code_mapping_to_svma(FileOffset(page(code.file_offset.0))),
+            Some(flea_symbols::addr::Svma(page(code.address.0)))
+        );
         let main = common::function(&module, "main");
         assert_eq!(
             module.function_at(main.address.offset(1)).map(|f| f.address),
