@@ -15,6 +15,9 @@ use crate::function::{self, Function};
 use crate::unwind::UnwindIndex;
 use crate::x86_64::sweep::Sweep;
 
+/// What the kernel rounds mappings to.
+const PAGE_BYTES: u64 = 4096;
+
 pub(crate) type Elf<'data> = ElfFile64<'data, LittleEndian>;
 
 /// Why a file is not a module that can be traced.
@@ -79,9 +82,6 @@ pub struct Segment {
     /// PF_W.
     pub writable: bool,
 }
-
-/// What the kernel maps at least.
-const PAGE_BYTES: u64 = 4096;
 
 /// An ELF module. Parsing reads headers only; functions, branches, unwind rows and DWARF are
 /// indexed when first asked for.
@@ -183,20 +183,19 @@ impl<'data> Module<'data> {
         })
     }
 
-    /// Which address the first byte of an executable mapping gets that begins at `offset`.
+    /// Which address the first byte of an executable mapping that begins at `offset` gets.
     ///
-    /// Whole pages are mapped: before a segment that does not begin on one, the mapping shows
-    /// the end of the segment before, whose addresses lie elsewhere (lld's layout).
+    /// A mapping begins at a page boundary, before its segment where that does not: with lld
+    /// the first page of the code begins with the end of another segment's bytes, which are
+    /// mapped there a second time.
     #[must_use]
-    pub fn code_mapping_svma(&self, offset: FileOffset) -> Option<Svma> {
-        self.segments.iter().filter(|segment| segment.executable).find_map(|segment| {
-            let end = segment.file_offset.0.checked_add(segment.file_size_bytes)?;
-            let before = segment.file_offset.0 % PAGE_BYTES;
-            let first = segment.file_offset.0 - before;
-            let into = offset.0.checked_sub(first)?;
-            let svma = segment.address.0.wrapping_sub(before).wrapping_add(into);
-            (offset.0 < end).then_some(Svma(svma))
-        })
+    pub fn code_mapping_to_svma(&self, offset: FileOffset) -> Option<Svma> {
+        let code = self.segments.iter().find(|segment| {
+            let first_page = segment.file_offset.0 & !(PAGE_BYTES - 1);
+            let end = segment.file_offset.0.saturating_add(segment.file_size_bytes);
+            segment.executable && (first_page..end).contains(&offset.0)
+        })?;
+        Some(Svma(code.address.0.wrapping_add(offset.0.wrapping_sub(code.file_offset.0))))
     }
 
     /// The GNU build id; the debug file is `/usr/lib/debug/.build-id/xx/yyyy.debug`.

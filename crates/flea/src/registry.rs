@@ -32,7 +32,7 @@ const HALF_BYTES: u64 = 64 << 20;
 pub(crate) const MAPPING_BYTES: u64 = HEADER_BYTES + 2 * HALF_BYTES;
 const HEADER_BYTES: u64 = 4096;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x03");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x04");
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +62,8 @@ pub struct CodeArena {
     pub next: RemoteAddr,
     /// Stretches given back, each (start, bytes), ascending, no two touching.
     pub free: Vec<(RemoteAddr, u64)>,
+    /// Its unwind rows, while unwinders are told of it.
+    pub rows: Option<Placed>,
 }
 
 /// The memory of one loaded object.
@@ -120,6 +122,9 @@ pub struct FunctionState {
     pub stack_words: u32,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
+    /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
+    /// have bodies.
+    pub finds_frames: bool,
     /// Where the original returns to then.
     pub returns_to: Option<RemoteAddr>,
     /// The bodies that the skeleton calls, as opposed to holding copies of them.
@@ -188,6 +193,14 @@ pub struct Retired {
     pub calls: Vec<RemoteAddr>,
     /// The data arenas that it works on and that must outlive it.
     pub arenas: Vec<RemoteAddr>,
+}
+
+impl Registry {
+    /// Whether a frame of ours may be on a stack, now or as soon as a function is called.
+    pub(crate) fn has_frames(&self) -> bool {
+        self.functions.iter().any(|f| f.calls_original)
+            || self.retired.iter().any(|r| r.calls_original)
+    }
 }
 
 /// Where the registry is and which half is current.
@@ -412,6 +425,7 @@ mod tests {
                 bypass: code.offset(0x140),
                 stack_words: 0,
                 calls_original: true,
+                finds_frames: false,
                 returns_to: Some(code.offset(0x120)),
                 calls: vec![],
                 bodies: vec![body],
@@ -479,7 +493,8 @@ mod tests {
     #[test]
     fn what_others_rely_on_is_checked() {
         type Lie = fn(&mut Registry);
-        let lies: [(&str, Lie); 16] = [
+        let lies: [(&str, Lie); 17] = [
+            ("rows", |r| r.code[0].rows = Some(Placed { at: RemoteAddr(8), len: 8 })),
             ("few bytes", |r| r.functions[0].original.truncate(4)),
             ("no instructions", |r| r.functions[0].insn_lens.clear()),
             ("an empty instruction", |r| r.functions[0].insn_lens.extend([0])),
@@ -516,7 +531,8 @@ mod tests {
     fn bytes_are_hexadecimal_text() {
         let text = serde_json::to_string(&sample()).unwrap();
         assert!(text.contains("\"original\":\"554889e59090\""), "{text}");
-        for (good, bad) in [("554889e59090", "5548xx"), ("554889e59090", "554"), ("e901020304", "")] {
+        for (good, bad) in [("554889e59090", "5548xx"), ("554889e59090", "554"), ("e901020304", "")]
+        {
             let bad = text.replace(&format!("\"{good}\""), &format!("\"{bad}\""));
             let parsed: Result<Registry, _> = serde_json::from_str(&bad);
             assert!(parsed.is_err() || check::check(&parsed.unwrap()).is_err(), "{bad}");

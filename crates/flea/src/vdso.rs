@@ -21,7 +21,8 @@ pub(crate) fn clock_gettime(pid: Pid) -> Option<RemoteAddr> {
     let image = memory.read_vec(mapping.start, size_bytes).ok()?;
     let file = object::File::parse(&*image).ok()?;
     let symbol = file.dynamic_symbols().find(|s| s.name() == Ok(SYMBOL))?;
-    keeps_vector_registers(&image, symbol.address()).then(|| mapping.start.offset(symbol.address().cast_signed()))
+    keeps_vector_registers(&image, symbol.address())
+        .then(|| mapping.start.offset(symbol.address().cast_signed()))
 }
 
 /// No instruction that is reached from `start` touches a vector, mask or x87 register. Calls

@@ -23,6 +23,7 @@ pub(super) fn check(registry: &Registry) -> Result<(), String> {
     let mut code_bytes = 0u64;
     for arena in &registry.code {
         check_arena(arena)?;
+        arena.rows.map_or(Ok(()), |rows| check_placed(registry, rows))?;
         code_bytes = code_bytes.saturating_add(arena.size_bytes);
     }
     if code_bytes > MAX_CODE_BYTES {
@@ -60,7 +61,8 @@ fn placed(registry: &Registry) -> impl Iterator<Item = Placed> + '_ {
         let bodies = f.bodies.iter().flat_map(|b| [b.entry, b.session, b.exit]);
         bodies.chain([f.skeleton]).flatten()
     });
-    functions.chain(registry.retired.iter().map(|r| r.code))
+    let rows = registry.code.iter().filter_map(|arena| arena.rows);
+    functions.chain(rows).chain(registry.retired.iter().map(|r| r.code))
 }
 
 fn check_arena(arena: &CodeArena) -> Result<(), String> {
