@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use flea_process::{Memory, Pid};
 use flea_symbols::addr::RemoteAddr;
-use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, InstructionInfoFactory, Register};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, InstructionInfoFactory, Mnemonic, Register};
 use object::{Object as _, ObjectSymbol as _};
 
 const SYMBOL: &str = "__vdso_clock_gettime";
@@ -25,42 +25,42 @@ pub(crate) fn clock_gettime(pid: Pid) -> Option<RemoteAddr> {
         .then(|| mapping.start.offset(symbol.address().cast_signed()))
 }
 
-/// No instruction that can be reached from `entry` touches a vector, mask or x87 register, and
-/// none leads out of `image` or to where cannot be told.
-fn keeps_vector_registers(image: &[u8], entry: u64) -> bool {
+/// No instruction that is reached from `start` touches a vector, mask or x87 register. Calls
+/// and jumps are followed; those whose target only shows when they run are not known to be fit.
+fn keeps_vector_registers(image: &[u8], start: u64) -> bool {
     let mut info = InstructionInfoFactory::new();
     let mut seen = HashSet::new();
-    let mut open = vec![entry];
-    while let Some(start) = open.pop() {
-        let Some(code) = usize::try_from(start).ok().and_then(|at| image.get(at..)) else {
-            return false;
-        };
-        let mut decoder = Decoder::with_ip(64, code, start, DecoderOptions::NONE);
-        while decoder.can_decode() {
+    let mut todo = vec![start];
+    while let Some(at) = todo.pop() {
+        let code = usize::try_from(at).ok().and_then(|at| image.get(at..));
+        let mut decoder = Decoder::with_ip(64, code.unwrap_or_default(), at, DecoderOptions::NONE);
+        loop {
+            // Behind the end of `image` there is an invalid instruction as well.
             let insn = decoder.decode();
+            if insn.is_invalid() {
+                return false;
+            }
             if !seen.insert(insn.ip()) {
                 break;
             }
-            let general = info.info(&insn).used_registers().iter().all(|used| {
+            let registers = info.info(&insn).used_registers();
+            let general = registers.iter().all(|used| {
                 let register: Register = used.register();
                 !register.is_vector_register() && !register.is_st() && !register.is_k()
             });
-            if insn.is_invalid() || !general {
-                return false;
-            }
+            let target = insn.near_branch_target();
             match insn.flow_control() {
+                _ if !general => return false,
                 FlowControl::Next => {}
-                FlowControl::ConditionalBranch | FlowControl::Call => {
-                    // A system call counts as a call, and leads nowhere.
-                    if insn.code() != Code::Syscall {
-                        open.push(insn.near_branch_target());
-                    }
-                }
+                FlowControl::ConditionalBranch => todo.push(target),
+                // A system call keeps all of them, and has no target.
+                FlowControl::Call if insn.mnemonic() == Mnemonic::Syscall => {}
+                FlowControl::Call => todo.push(target),
                 FlowControl::UnconditionalBranch => {
-                    open.push(insn.near_branch_target());
+                    todo.push(target);
                     break;
                 }
-                FlowControl::Return => break,
+                FlowControl::Return | FlowControl::Exception => break,
                 _ => return false,
             }
         }
@@ -85,11 +85,14 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_followed_and_must_stay_inside() {
-        assert!(!keeps_vector_registers(&[0xe8, 0x00, 0x10, 0x00, 0x00, 0xc3], 0), "elsewhere");
-        assert!(!keeps_vector_registers(&[0xff, 0xd0, 0xc3], 0), "call rax");
-        let callee = |insn: [u8; 4]| [&[0xe8, 1, 0, 0, 0, 0xc3][..], &insn].concat();
-        assert!(keeps_vector_registers(&callee([0x48, 0x89, 0xc1, 0xc3]), 0));
-        assert!(!keeps_vector_registers(&callee([0x0f, 0x57, 0xc0, 0xc3]), 0), "xorps");
+    fn calls_are_followed() {
+        // call +1; ret; CALLED
+        let calling = |called: &[u8]| [&[0xe8, 1, 0, 0, 0, 0xc3], called].concat();
+        assert!(keeps_vector_registers(&calling(&[0xc3]), 0));
+        assert!(!keeps_vector_registers(&calling(&[0x0f, 0x57, 0xc0, 0xc3]), 0), "xorps");
+        assert!(!keeps_vector_registers(&calling(&[]), 0), "behind the end");
+        assert!(keeps_vector_registers(&[0x0f, 0x05, 0xeb, 0xfc], 0), "syscall; jmp -4");
+        assert!(!keeps_vector_registers(&[0xff, 0xe0], 0), "jmp *rax");
+        assert!(!keeps_vector_registers(&[0xff, 0xd0, 0xc3], 0), "call *rax");
     }
 }
