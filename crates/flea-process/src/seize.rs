@@ -210,6 +210,7 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
 /// Whether the thread is ours now; not if it has ended.
 fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
     let since = Instant::now();
+    let mut untraced_since = None;
     loop {
         let errno = match ptrace::seize(tid, OPTIONS) {
             Ok(()) => return Ok(true),
@@ -227,13 +228,15 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
             return Ok(true);
         }
         if status.tracer_tid == 0 {
-            // Our predecessor may have let go in this very moment.
-            if since.elapsed() < Duration::from_millis(20) {
+            // Our predecessor may have let go in this very moment, however long it took.
+            let untraced_since = untraced_since.get_or_insert_with(Instant::now);
+            if untraced_since.elapsed() < Duration::from_millis(20) {
                 thread::sleep(Duration::from_millis(1));
                 continue;
             }
             return Err(explain_refusal(pid, &status, errno));
         }
+        untraced_since = None;
         let tracer_tid = status.tracer_tid;
         let comm = proc::comm(tracer_tid).unwrap_or_default();
         if comm != TRACER_THREAD_NAME && comm != "flea" && !comm.is_empty() {
