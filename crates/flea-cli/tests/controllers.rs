@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use flea_fixtures::{CBuild, Fixture, Report, Running, build, spawn_waiting};
 use serde_json::Value;
-use support::{Records, Tracing, ask, assert_clean, flea, number};
+use support::{Records, TempFile, Tracing, ask, assert_clean, flea, number};
 
 /// The program has some seconds of work; a busy machine takes longer.
 const END_OF_LOAD: Duration = Duration::from_secs(300);
@@ -276,4 +276,46 @@ fn fifty_rounds_under_load() -> Result<()> {
     target.expect_line("done")?;
     assert_clean(pid)?;
     target.finish_counts()
+}
+
+/// `--all` means every process that can be reached. In a pid namespace of its own that is
+/// what this test started, and nobody else's.
+#[test]
+fn detach_everything_everywhere() -> Result<()> {
+    const SCRIPT: &str = r#"
+        set -e
+        targets=
+        for i in 1 2; do
+            sleep 1000 | "$SPIN" 1 > /dev/null &
+            targets="$targets $!"
+        done
+        for pid in $targets; do
+            "$FLEA" count spin_step -p $pid 2> "$SAID.$pid" > /dev/null &
+            until grep -q 'attached to 1 function' "$SAID.$pid"; do sleep 0.01; done
+            kill -9 $!
+            wait $! || true
+            rm "$SAID.$pid"
+        done
+        "$FLEA" ps | grep -c '(gone)$'
+        "$FLEA" detach --all
+        "$FLEA" ps | wc -l
+        for pid in $targets; do
+            grep -c memfd:flea /proc/$pid/maps || true
+        done
+    "#;
+    if !nix::unistd::Uid::effective().is_root() {
+        eprintln!("skipped: a pid namespace takes root");
+        return Ok(());
+    }
+    let Some(spin) = build(Fixture::Spin) else { return Ok(()) };
+    let said = TempFile::new("said");
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", SCRIPT]);
+    command.env("SPIN", spin).env("FLEA", env!("CARGO_BIN_EXE_flea")).env("SAID", &said.0);
+    let mut running = Running::start_group(&mut command)?;
+    let lines = running.rest()?;
+    let errors = running.rest_of_stderr();
+    assert_eq!(lines, ["2", "detached 2", "0", "0", "0"], "{errors:?}");
+    ensure!(running.wait()?.success(), "{errors:?}");
+    Ok(())
 }

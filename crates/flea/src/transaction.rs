@@ -52,6 +52,19 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
     Ok(remote::find_registry(pid)?.map(Storage::at))
 }
 
+/// The registry of process `pid` as it is now, without seizing it; an empty one where there
+/// is none.
+pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
+    loop {
+        let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
+        match storage.load(&Memory::open(pid)?) {
+            // The last controller took it away before it was read: there is none now.
+            Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
+            loaded => return Ok(loaded?),
+        }
+    }
+}
+
 /// Makes the memory of an object: in the target, and mapped here.
 pub(crate) fn create_arena(
     session: &Inner,
@@ -94,10 +107,7 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
 /// Attaches all of `prepared` or none; the numbers of the new bodies.
 pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>, AttachError> {
     let pid = object.session.pid();
-    let mut registry = match find_registry(pid)? {
-        Some(storage) => storage.load(&Memory::open(pid).map_err(RemoteError::from)?)?,
-        None => Registry::default(),
-    };
+    let mut registry = peek(pid)?;
     for _ in 0..MAX_ATTEMPTS {
         let offsets = frame_offsets(&registry, prepared);
         let bodies = compile(object, prepared, &offsets)?;
