@@ -9,8 +9,9 @@ use crate::module::Module;
 
 /// libgcc's name of what finds the row of an address.
 const FIND_FDE: &[u8] = b"_Unwind_Find_FDE";
-/// Every unwinder has these two, a static program at least one.
-const ENTRIES: [&[u8]; 2] = [b"_Unwind_RaiseException", b"_Unwind_ForcedUnwind"];
+/// Every unwinder has it. (glibc has functions of its own called `_Unwind_Resume` and
+/// `_Unwind_ForcedUnwind`, which hand over to libgcc's.)
+const ENTRY: &[u8] = b"_Unwind_RaiseException";
 /// LLVM's libunwind, which has a `_Unwind_Find_FDE` and does not use it.
 const LLVM_STEP: &[u8] = b"__unw_step";
 /// What an unwinder asks the loader.
@@ -74,7 +75,7 @@ impl Module<'_> {
                     seen.llvm |= defined;
                 } else if name.starts_with(b"_Unwind_") {
                     seen.any_name = true;
-                    seen.entry |= defined && ENTRIES.contains(&name);
+                    seen.entry |= defined && name == ENTRY;
                     if defined && name == FIND_FDE {
                         seen.find_fde = Some(Svma(symbol.address()));
                     }

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use flea_image::{BodyRef, Reads, Skeleton, SkeletonBody, SkeletonRequest};
+use flea_image::{BodyRef, FrameArena, Reads, Skeleton, SkeletonBody, SkeletonRequest};
 use flea_patch::Poke;
 use flea_symbols::{
     addr::RemoteAddr,
@@ -83,12 +83,12 @@ impl Change {
             }
             self.relink(f, arenas)?;
         }
-        functions.retain(|f| !f.bodies.is_empty());
+        functions.retain(|f| !f.bodies.is_empty() || f.finds_frames);
         self.registry.functions = functions;
         Ok(removed)
     }
 
-    /// Makes the site of `f` enter exactly `f.bodies`.
+    /// Makes the site of `f` enter exactly `f.bodies`. Once per change: a site has one poke.
     ///
     /// `arenas` are those that its present skeleton works on.
     pub(crate) fn relink(
@@ -111,7 +111,7 @@ impl Change {
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
         let mut moves = Vec::new();
 
-        if f.bodies.is_empty() {
+        if f.bodies.is_empty() && !f.finds_frames {
             f.patched = f.original[..5].try_into().expect("a site has at least 5 bytes");
             f.skeleton = None;
             f.calls_original = false;
@@ -147,7 +147,8 @@ impl Change {
         // The called body returns behind the five bytes: an instruction must begin there.
         let mut ends = inner_boundaries(f);
         let five = f.site.offset(5);
-        if f.kind != SiteKind::Nop
+        if f.finds_frames
+            || f.kind != SiteKind::Nop
             || body.session.or(body.exit).is_some()
             || !(f.original.len() == 5 || ends.any(|end| end == five))
         {
@@ -164,9 +165,10 @@ impl Change {
             .zip(&reads)
             .map(|(b, r)| skeleton_body(&self.known_code, f, b, r))
             .collect();
+        let arenas = if f.finds_frames { self.frame_arenas() } else { Vec::new() };
         f.calls = bodies.iter().flat_map(called).collect();
         let link = |at| {
-            flea_image::link_skeleton(&SkeletonRequest {
+            let request = SkeletonRequest {
                 site: f.site,
                 replaced: &f.original,
                 kind: match f.kind {
@@ -176,12 +178,14 @@ impl Change {
                 image_address: at,
                 bodies: &bodies,
                 stack_words: f.stack_words,
-            })
-            .map_err(|source| AttachError::Link { function: f.name.clone(), source })
+            };
+            flea_image::link_unwinder_skeleton(&request, &arenas)
+                .map_err(|source| AttachError::Link { function: f.name.clone(), source })
         };
         // The length does not depend on the place (all far branches are rel32), so a first
         // link near the site tells it.
-        let draft = link(self.draft_address(f.site))?;
+        let near = self.draft_address(f.site);
+        let draft = link(near.ok_or(AttachError::NoRoom { near: f.site, bytes: 0 })?)?;
         let len = u32::try_from(draft.bytes.len()).expect("a skeleton is far below 4 GiB");
         let placed = self
             .registry
@@ -194,13 +198,20 @@ impl Change {
         Ok(skeleton)
     }
 
-    fn draft_address(&self, site: RemoteAddr) -> RemoteAddr {
-        self.registry
-            .code
-            .iter()
-            .map(|arena| arena.next)
-            .min_by_key(|next| next.0.abs_diff(site.0))
-            .unwrap_or(site)
+    /// The arenas that have rows.
+    fn frame_arenas(&self) -> Vec<FrameArena> {
+        let arenas = self.registry.code.iter().filter_map(|arena| {
+            let fde = arena.rows?.at.0 + flea_image::unwind::FDE_OFFSET as u64;
+            let end = RemoteAddr(arena.base.0 + arena.size_bytes);
+            Some(FrameArena { start: arena.base, end, fde: RemoteAddr(fde) })
+        });
+        arenas.collect()
+    }
+
+    /// Where code for `site` goes, or not far from there.
+    fn draft_address(&self, site: RemoteAddr) -> Option<RemoteAddr> {
+        let arenas = self.registry.code.iter().filter(|arena| arena.reaches(site));
+        arenas.map(|arena| arena.next).min_by_key(|next| next.0.abs_diff(site.0))
     }
 }
 

@@ -151,6 +151,18 @@ pub enum AttachError {
         /// The function.
         function: String,
     },
+    /// Exceptions could not pass through the frame of an exit program.
+    #[error(
+        "{module} has an exception unwinder that cannot be told of the frames that exit programs \
+         (fexit, fsession, `flea latency`) have ({reason}): an exception would end the process, \
+         so nothing was attached; entry programs (fentry, `flea count`) can be"
+    )]
+    Unwinder {
+        /// The module.
+        module: String,
+        /// What stands in the way.
+        reason: String,
+    },
     /// The verifier refused the program.
     #[error("program {program} on {function}: {rejection}")]
     Rejected {

@@ -108,6 +108,17 @@ pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
     Ok(modules.into_iter().map(Arc::new).collect())
 }
 
+/// As [`list`]; the modules that are among `known` are those, with what was read of them.
+pub(crate) fn list_again(pid: Pid, known: &[Arc<Module>]) -> Result<Vec<Arc<Module>>, ProcError> {
+    let mut modules = list(pid)?;
+    for module in &mut modules {
+        if let Some(same) = known.iter().find(|k| k.mapping == module.mapping) {
+            *module = Arc::clone(same);
+        }
+    }
+    Ok(modules)
+}
+
 impl Module {
     /// Whether it is the program itself.
     pub(crate) fn is_main(&self) -> bool {

@@ -339,6 +339,12 @@ impl Prepared {
 }
 
 impl Loaded {
+    /// Whether images of these have a frame while the original runs.
+    pub(crate) fn has_frames(&self, prepared: &[Prepared]) -> bool {
+        let mut programs = prepared.iter().flat_map(|p| &p.uses);
+        programs.any(|&(index, _)| self.spec.programs[index].kind != ProgramKind::Fentry)
+    }
+
     /// The address behind a relocation, with the runtime at `runtime`.
     pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
         match target {

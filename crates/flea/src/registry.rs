@@ -30,7 +30,7 @@ const HEADER_BYTES: u64 = 4096;
 /// Stores that may overtake one load. Each takes a seize, which takes longer.
 const MAX_LOADS: u32 = 64;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x02");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x03");
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -60,6 +60,8 @@ pub struct CodeArena {
     pub next: RemoteAddr,
     /// Stretches given back, each (start, bytes), ascending, no two touching.
     pub free: Vec<(RemoteAddr, u64)>,
+    /// Its unwind rows, while unwinders are told of it.
+    pub rows: Option<Placed>,
 }
 
 /// The memory of one loaded object.
@@ -114,6 +116,9 @@ pub struct FunctionState {
     pub stack_words: u32,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
+    /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
+    /// have bodies.
+    pub finds_frames: bool,
     /// Where the original returns to then.
     pub returns_to: Option<RemoteAddr>,
     /// The bodies that the skeleton calls, as opposed to holding copies of them.
@@ -182,6 +187,14 @@ pub struct Retired {
     pub calls: Vec<RemoteAddr>,
     /// The data arenas that it works on and that must outlive it.
     pub arenas: Vec<RemoteAddr>,
+}
+
+impl Registry {
+    /// Whether a frame of ours may be on a stack, now or as soon as a function is called.
+    pub(crate) fn has_frames(&self) -> bool {
+        self.functions.iter().any(|f| f.calls_original)
+            || self.retired.iter().any(|r| r.calls_original)
+    }
 }
 
 /// Where the registry is and which half is current.

@@ -226,6 +226,12 @@ impl Inner {
         flea_process::check_traceable(self.pid).is_err()
     }
 
+    /// What is loaded now.
+    pub(crate) fn loaded_modules(&self) -> Result<Vec<Arc<Module>>, flea_process::ProcError> {
+        let known = lock(&self.modules).clone();
+        modules::list_again(self.pid, &known)
+    }
+
     pub(crate) fn vdso_clock_gettime(&self) -> Option<RemoteAddr> {
         *self.vdso_clock.get_or_init(|| vdso::clock_gettime(self.pid))
     }
