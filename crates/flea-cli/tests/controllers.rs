@@ -278,6 +278,34 @@ fn fifty_rounds_under_load() -> Result<()> {
     target.finish_counts()
 }
 
+/// A thread is inside a traced function while six controllers go, and others come and put
+/// their code where there is room: it still finds its way back.
+#[test]
+fn a_call_that_outlasts_its_controllers() -> Result<()> {
+    let Some(mut target) = spawn_waiting(Fixture::CountsC(CBuild::O2), 1, 8)? else {
+        return Ok(());
+    };
+    let pid = target.pid();
+    let mut tracings = Vec::new();
+    for _ in 0..6 {
+        tracings.push(Tracing::attach(&["latency", "libc.so.6:fgets"], pid)?);
+    }
+    // It is in fgets already, from before; the next call is entered through all six.
+    let report = target.run_counts()?;
+    assert_eq!(report.errors, 0);
+    for tracing in tracings {
+        tracing.stop()?.assert_complete()?;
+    }
+    assert_eq!(ps(pid)?, []);
+    for words in [["latency", "add", "big", "down"], ["count", "leaf", "half", "mixed"]] {
+        let first = Tracing::attach(&words, pid)?;
+        let second = Tracing::attach(&words, pid)?;
+        first.stop()?;
+        second.stop()?;
+    }
+    target.finish_counts()
+}
+
 /// `--all` means every process that can be reached. In a pid namespace of its own that is
 /// what this test started, and nobody else's.
 #[test]

@@ -171,6 +171,22 @@ fn may_hold_stacks(mapping: &Mapping) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::Placed;
+
+    #[test]
+    fn bodies_stay_with_the_skeleton_that_calls_them() {
+        let retired = |at, calls: &[u64]| Retired {
+            code: Placed { at: RemoteAddr(at), len: 16 },
+            calls_original: true,
+            returns_to: None,
+            calls: calls.iter().copied().map(RemoteAddr).collect(),
+            arenas: Vec::new(),
+        };
+        let retired = [retired(16, &[]), retired(32, &[16]), retired(48, &[]), retired(64, &[48])];
+        let mut in_use = [false, true, false, false];
+        keep_called(&retired, &mut in_use);
+        assert_eq!(in_use, [true, true, false, false]);
+    }
 
     #[test]
     fn a_word_marks_what_it_points_into_and_what_ends_there() {
