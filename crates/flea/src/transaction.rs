@@ -58,6 +58,19 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
     Ok(remote::find_registry(pid)?.map(Storage::at))
 }
 
+/// The registry of process `pid` as it is now, without seizing it; an empty one where there
+/// is none.
+pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
+    loop {
+        let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
+        match storage.load(&Memory::open(pid)?) {
+            // The last controller took it away before it was read: there is none now.
+            Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
+            loaded => return Ok(loaded?),
+        }
+    }
+}
+
 /// Makes the memory of an object: in the target, and mapped here.
 pub(crate) fn create_arena(
     session: &Inner,
@@ -152,11 +165,7 @@ impl Lay {
 /// would take them for a thread's.
 fn look(pid: Pid, prepared: &[Prepared]) -> Result<Lay, AttachError> {
     let look = || -> Result<Lay, AttachError> {
-        let registry = match find_registry(pid)? {
-            Some(storage) => storage.load(&Memory::open(pid).map_err(RemoteError::from)?)?,
-            None => Registry::default(),
-        };
-        Ok(Lay::of(&registry, prepared))
+        Ok(Lay::of(&peek(pid)?, prepared))
     };
     if is_own(pid) { Ok(own::in_child(look)?) } else { look() }
 }
