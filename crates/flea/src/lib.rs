@@ -24,12 +24,16 @@ mod transaction;
 mod unwinder;
 mod vdso;
 
-pub use flea_maps::{Map, MapError};
-pub use flea_object::{
-    ObjectError, parse as parse_object,
-    spec::{MapKind, MapSpec, Object as ObjectSpec, ProgramKind},
+pub use flea_maps::{
+    ArrayMap, HashMap, Map, MapError, PerCpuArrayMap, PerCpuHashMap, RingBuf, Update,
 };
-pub use flea_process::Exit;
+pub use flea_object::{
+    ObjectError, asm,
+    helper::Helper,
+    parse as parse_object,
+    spec::{MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec, ProgramKind},
+};
+pub use flea_process::{Exit, Pid};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
 
 pub use self::{

@@ -154,7 +154,7 @@ impl Module {
         let first = &self.mapping;
         let no_segment =
             || Arc::new(OpenError::NoSegment { path: self.path.clone(), at: first.start });
-        let stated = self.with_symbols(|s| s.offset_to_svma(first.offset))?;
+        let stated = self.with_symbols(|s| s.code_mapping_to_svma(first.offset))?;
         let bias = first.start.0.wrapping_sub(stated.ok_or_else(no_segment)?.0);
         Ok(RemoteAddr(address.0.wrapping_add(bias)))
     }

@@ -109,11 +109,13 @@ impl<'t> Ground<'t> {
     }
 
     /// Maps a thread table and an arena of `size_bytes` behind it. What is returned is an
-    /// open descriptor to the arena's file, and the arena's base in the target.
+    /// open descriptor to the arena's file, and the arena's base in the target. It is
+    /// `owner`'s, who is not the process that runs this where that is a forked helper.
     pub(crate) fn add_data_arena(
         &mut self,
         size_bytes: u64,
         goes_to: FileGoesTo,
+        owner: Controller,
     ) -> Result<(RawFd, RemoteAddr), RemoteError> {
         let target_fd = memfd(self.tracer, &mut self.registry, "flea-maps")?;
         let mapped = self.map_data_arena(target_fd, size_bytes);
@@ -129,7 +131,7 @@ impl<'t> Ground<'t> {
         self.registry.data.push(DataArena {
             mapping,
             size_bytes: table + size_bytes,
-            owner: Controller::this(),
+            owner,
             released: false,
         });
         self.store()?;

@@ -64,8 +64,9 @@ pub(crate) fn create_arena(
 ) -> Result<(flea_maps::Arena, RemoteAddr), LoadError> {
     let size_bytes = plan.size_bytes;
     let goes_to = if is_own(session.pid()) { FileGoesTo::Target } else { FileGoesTo::Controller };
+    let owner = Controller::this();
     let (fd, base) = seized(session.pid(), |tracer| -> Result<_, LoadError> {
-        Ok(Ground::open(tracer)?.add_data_arena(size_bytes, goes_to)?)
+        Ok(Ground::open(tracer)?.add_data_arena(size_bytes, goes_to, owner)?)
     })?;
     // SAFETY: `add_data_arena` opened it in this process, and nobody else knows of it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
