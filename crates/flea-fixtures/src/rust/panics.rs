@@ -39,6 +39,12 @@ fn start(rounds: u64) -> u64 {
     black_box((1..=rounds).map(catches).sum())
 }
 
+/// As in `cpp/throws.cpp`.
+#[inline(never)]
+fn wipe() {
+    black_box([0u8; 65536]);
+}
+
 fn wait_line() {
     std::io::stdout().flush().unwrap();
     std::io::stdin().lock().read_line(&mut String::new()).unwrap();
@@ -57,6 +63,7 @@ fn main() {
     let dies = std::thread::spawn(|| middle(3));
     let sums = [start(rounds), other.join().unwrap(), u64::from(dies.join().is_err())];
     println!("{} {} {}", sums[0], sums[1], sums[2]);
+    wipe();
     if waits {
         println!("done");
         wait_line();
