@@ -119,6 +119,32 @@ fn panics_pass() -> Result<()> {
     Ok(())
 }
 
+/// Threads throw all the time while programs come and go.
+#[test]
+fn attached_and_detached_while_it_throws() -> Result<()> {
+    let rounds = 200_000;
+    let Some(program) = build(Fixture::Throws(CBuild::O0)) else { return Ok(()) };
+    let expected = untraced(&program, rounds)?;
+    let mut command = Command::new(program);
+    let mut target = Running::start(command.arg(rounds.to_string()).arg("wait"))?;
+    target.expect_line("ready")?;
+    let pid = target.pid();
+    target.send("go")?;
+    for functions in [&CPP[..7], &CPP[..2], &CPP[1..6], &CPP[..1], &CPP[2..7], &CPP[..7]] {
+        let words: Vec<&str> =
+            std::iter::once("latency").chain(functions.iter().copied()).collect();
+        Tracing::attach(&words, pid)?.stop()?;
+    }
+    target.expect_line(expected.trim_end())?;
+    target.expect_line("done")?;
+    // What was still on a stack when the last one went away goes with the next.
+    Tracing::attach(&["count", "top"], pid)?.stop()?;
+    assert_clean(pid)?;
+    target.send("end")?;
+    assert_eq!(target.wait()?.code(), Some(7));
+    Ok(())
+}
+
 /// The unwinder itself may be traced.
 #[test]
 fn the_unwinder_is_traced_too() -> Result<()> {
