@@ -34,7 +34,7 @@ use crate::{
     error::{AttachError, LoadError, RemoteError},
     object::{Loaded, Prepared},
     own::{self, HelperError},
-    reclaim,
+    reclaim::{self, Inside},
     registry::{BodyState, Controller, FunctionState, Placed, Registry, SiteKind, Storage},
     remote::{self, FileGoesTo, Ground},
     session::Inner,
@@ -46,6 +46,9 @@ const MAX_NEW_ARENAS: usize = 64;
 const MAX_ATTEMPTS: usize = 16;
 /// How long a detach waits for threads to leave what was taken off.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long it waits for threads to return from traced functions, which may take for ever: on
+/// a busy machine most of them only wait for a CPU.
+const RETURN_PATIENCE: Duration = Duration::from_millis(200);
 
 /// The registry's storage in process `pid`, if there is one.
 pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
@@ -136,15 +139,19 @@ pub(crate) fn detach_from(pid: Pid, ids: &[u32]) -> Result<(), AttachError> {
         };
         settle(&mut ground)?;
         change(&mut ground, |change| change.remove_bodies(|b| ids.contains(&b.id)).map(drop))?;
-        let until = Instant::now() + LEAVE_PATIENCE;
-        loop {
-            reclaim::run(&mut ground)?;
-            let leaving = ground.registry.retired.iter().any(|r| !r.calls_original);
-            if !leaving || Instant::now() >= until {
+        let since = Instant::now();
+        while let Some(inside) = reclaim::who_is_inside(&mut ground)? {
+            let patience = match inside {
+                Inside::Body => LEAVE_PATIENCE,
+                Inside::Original => RETURN_PATIENCE,
+            };
+            if since.elapsed() >= patience {
                 break;
             }
-            ground.tracer.wait_a_moment(Duration::from_millis(1)).map_err(RemoteError::from)?;
+            let pause = (since.elapsed() / 4).max(Duration::from_millis(1));
+            ground.tracer.wait_a_moment(pause).map_err(RemoteError::from)?;
         }
+        reclaim::run(&mut ground)?;
         ground.unmap_released()?;
         Ok(ground.close()?)
     })
