@@ -18,6 +18,8 @@ use crate::{
 /// The result stream.
 pub struct Output {
     to: BufWriter<Box<dyn Write>>,
+    /// What `to` is, for errors.
+    name: String,
     format: Format,
 }
 
@@ -37,8 +39,12 @@ impl Output {
             ),
             None => Box::new(io::stdout()),
         };
+        let name = match &common.output {
+            Some(path) => format!("--output {}", path.display()),
+            None => "standard output".to_owned(),
+        };
         let format = if common.json { Format::Json } else { Format::Text };
-        Ok(Self { to: BufWriter::new(to), format })
+        Ok(Self { to: BufWriter::new(to), name, format })
     }
 
     /// Whether records are wanted instead of text.
@@ -55,24 +61,27 @@ impl Output {
     }
 
     fn json(&mut self, value: &impl Serialize) -> Result<()> {
-        serde_json::to_writer(&mut self.to, value)?;
-        self.to.write_all(b"\n")?;
-        Ok(())
+        let mut text = serde_json::to_vec(value)?;
+        text.push(b'\n');
+        self.write(&text)
     }
 
     /// Writes a line of text; nothing in JSON mode.
     pub fn line(&mut self, text: impl AsRef<str>) -> Result<()> {
         if !self.is_json() {
-            self.to.write_all(text.as_ref().as_bytes())?;
-            self.to.write_all(b"\n")?;
+            self.write(text.as_ref().as_bytes())?;
+            self.write(b"\n")?;
         }
         Ok(())
     }
 
     /// Pushes everything out: before waiting, and at the end.
     pub fn flush(&mut self) -> Result<()> {
-        self.to.flush()?;
-        Ok(())
+        self.to.flush().with_context(|| format!("writing results to {}", self.name))
+    }
+
+    fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.to.write_all(bytes).with_context(|| format!("writing results to {}", self.name))
     }
 
     /// A histogram in both forms.

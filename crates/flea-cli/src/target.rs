@@ -23,6 +23,8 @@ pub struct Target {
     interrupt: Interrupt,
     duration: Option<Duration>,
     exit: Option<Exit>,
+    /// It was not started here, and is no more.
+    is_gone: bool,
 }
 
 impl Target {
@@ -40,7 +42,7 @@ impl Target {
                 Session::spawn(command)?
             }
         };
-        Ok(Self { session, interrupt, duration: span.duration, exit: None })
+        Ok(Self { session, interrupt, duration: span.duration, exit: None, is_gone: false })
     }
 
     /// The functions that `patterns` name, each once.
@@ -92,7 +94,7 @@ impl Target {
                     self.exit = Some(exit);
                     true
                 }
-                None => !self.session.is_alive(),
+                None => self.has_ended(),
             };
             tick()?;
             let over = self.duration.is_some_and(|d| started.elapsed() >= d);
@@ -104,14 +106,33 @@ impl Target {
         }
     }
 
+    /// Whether a process that was not started here is no more; says so once.
+    fn has_ended(&mut self) -> bool {
+        if !self.is_gone && !self.session.is_alive() {
+            self.is_gone = true;
+            let pid = self.session.pid();
+            let how = match self.session.ended_how() {
+                Some(Exit::Code(code)) => format!(" with exit code {code}"),
+                Some(Exit::Signal(signal)) => format!(", killed by signal {signal}"),
+                None => String::new(),
+            };
+            eprintln!("flea: process {pid} has ended{how}; the results are up to then");
+        }
+        self.is_gone
+    }
+
     /// Ends a command that was started only to be looked at.
     pub fn abandon(self) -> Result<()> {
         Ok(self.session.abandon()?)
     }
 
     /// The exit code: the command's own where one was started and has run to its end. One
-    /// that still runs (after `--duration` or Ctrl-C) is waited for, as strace does.
+    /// that still runs (after `--duration` or Ctrl-C) is waited for, as strace does. For a
+    /// process that was running before, 0; 1 where a signal killed it while it was traced.
     pub fn finish(mut self) -> Result<u8> {
+        if self.is_gone {
+            return Ok(matches!(self.session.ended_how(), Some(Exit::Signal(_))).into());
+        }
         if self.exit.is_none() {
             self.exit = self.session.wait()?;
         }

@@ -111,7 +111,8 @@ fn the_unwind_row_reads_as_meant() {
     use gimli::{
         BaseAddresses, CfaRule, EhFrame, LittleEndian, Register, RegisterRule, UnwindSection,
     };
-    let bytes = frame_arena_rows(RemoteAddr(0x7000_0000), 0x1_0000);
+    let at = RemoteAddr(0x7000_8000);
+    let bytes = frame_arena_rows(at, RemoteAddr(0x7000_0000), 0x1_0000);
     let section = EhFrame::new(&bytes, LittleEndian);
     let bases = BaseAddresses::default();
     let mut context = gimli::UnwindContext::new();
@@ -127,6 +128,35 @@ fn the_unwind_row_reads_as_meant() {
     // The FDE is where it is said to be: its second word leads back to the CIE at 0.
     let back = u32::from_le_bytes(bytes[FDE_OFFSET + 4..FDE_OFFSET + 8].try_into().unwrap());
     assert_eq!(back as usize, FDE_OFFSET + 4);
+    // The personality is where the CIE says, behind the terminating word.
+    let fde = section.fde_for_address(&bases, 0x7000_1234, |section, bases, offset| {
+        section.cie_from_offset(bases, offset)
+    });
+    let Some(gimli::Pointer::Direct(personality)) = fde.unwrap().cie().personality() else {
+        panic!("no personality");
+    };
+    let code = &bytes[usize::try_from(personality - at.0).unwrap()..];
+    assert_eq!(bytes[bytes.len() - code.len() - 4..][..4], [0; 4]);
+    expect![[r#"
+        0000  endbr64
+        0004  mov $8,%eax
+        0009  mov 0x98(%r8),%r9
+        0010  movabs $0x70000000,%r11
+        001a  cmp %r11,%r9
+        001d  jb +0x50
+        001f  movabs $0x70010000,%r11
+        0029  cmp %r11,%r9
+        002c  jae +0x50
+        002e  andq $0,0x98(%r8)
+        0036  test $2,%esi
+        003c  je +0x50
+        003e  mov 0x90(%r8),%r10
+        0045  cmp %r9,-8(%r10)
+        0049  jne +0x50
+        004b  andq $0,-8(%r10)
+        0050  ret
+    "#]]
+    .assert_eq(&flea_image::listing(code, RemoteAddr(personality)));
 }
 
 #[test]

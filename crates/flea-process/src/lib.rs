@@ -22,6 +22,7 @@ mod spawn;
 mod survey;
 mod tracer;
 mod traps;
+mod watch;
 mod window;
 mod x86_64;
 
@@ -36,7 +37,8 @@ pub use proc::{
 pub use remote::{Borrowed, MapRequest, RemoteError};
 pub use seize::{SeizeError, TRACER_THREAD_NAME, seize};
 pub use spawn::{Exit, SpawnError, Spawned, spawn};
-pub use survey::StackWord;
+pub use survey::{Holder, StackWord};
 pub use tracer::{TraceError, Tracer, TracerCounts};
 pub use traps::Trap;
+pub use watch::Watch;
 pub use x86_64::{Registers, SIGNAL_FRAME_SEGMENTS};

@@ -32,6 +32,13 @@ impl Module<'_> {
         stack_words::prove(self, function)
     }
 
+    /// Whether the code of `function` uses its own return address, as `vfork`, `setjmp` and
+    /// `dlsym` do: it must not be called from a frame between it and its caller.
+    #[must_use]
+    pub fn uses_return_address(&self, function: &Function) -> bool {
+        stack_words::uses_return_address(self, function)
+    }
+
     fn dwarf_signature(&self, function: &Function) -> Option<Signature> {
         let info = self.debug_info();
         let subprogram = info.subprogram_at(function.address)?;

@@ -226,6 +226,35 @@ fn separate_debug_files_and_symbols_from_dwarf() {
 }
 
 #[test]
+fn what_uses_its_return_address_is_told() {
+    let source = r#"
+        void *reads(void) { return __builtin_return_address(0); }
+        long plain(long a, long b) { return a + b; }
+        long frame(long n) { volatile long x[8] = { n }; return x[n & 7]; }
+        long seventh(long a, long b, long c, long d, long e, long f, long g) { return g; }
+        void *hop(long n) { return reads(); }
+        __asm__(
+            ".globl pops\n.type pops, @function\n"
+            "pops: .cfi_startproc\n"
+            "pop %rdi\n.cfi_adjust_cfa_offset -8\n.cfi_register rip, rdi\n"
+            "mov $39, %eax\nsyscall\n"
+            "push %rdi\n.cfi_adjust_cfa_offset 8\n"
+            "ret\n.cfi_endproc\n.size pops, . - pops\n");
+    "#;
+    for flags in [["-O2", "-fno-inline"], ["-O0", "-fcf-protection"]] {
+        let name = format!("return_address{}", flags[0]);
+        let bytes = gcc(&name, source, &flags);
+        let module = Module::parse(&bytes, None).unwrap();
+        let uses = |name: &str| module.uses_return_address(function(&module, name));
+        assert!(uses("reads") && uses("pops"), "{flags:?}");
+        assert!(!uses("plain") && !uses("frame") && !uses("seventh"), "{flags:?}");
+        if flags[0] == "-O0" {
+            assert!(!uses("hop"), "it calls, and what it calls returns into it");
+        }
+    }
+}
+
+#[test]
 fn stack_words_are_read_from_code() {
     let source = r#"
         #include <stdarg.h>

@@ -160,6 +160,16 @@ pub enum AttachError {
         /// What stands in the way.
         reason: String,
     },
+    /// The function would notice an exit program.
+    #[error(
+        "{function}: an exit program needs a frame between the function and its caller, and \
+         this one uses its return address (as vfork, setjmp and dlsym do); an entry program \
+         (fentry, `flea count`) can be attached"
+    )]
+    ReturnAddress {
+        /// The function.
+        function: String,
+    },
     /// The verifier refused the program.
     #[error("program {program} on {function}: {rejection}")]
     Rejected {

@@ -17,6 +17,7 @@ pub struct Function {
     address: RemoteAddr,
     signature: Arc<OnceLock<Signature>>,
     site: Arc<OnceLock<Result<Site, Refusal>>>,
+    uses_return_address: Arc<OnceLock<bool>>,
 }
 
 impl std::fmt::Debug for Function {
@@ -63,6 +64,13 @@ impl Function {
             self.module.with_symbols(|s| s.signature(&self.symbol)).unwrap_or_else(|_| {
                 Signature::guessed(flea_symbols::signature::StackWords::Unknown)
             })
+        })
+    }
+
+    /// Whether it would notice a frame between itself and its caller, which exit programs need.
+    pub(crate) fn uses_return_address(&self) -> bool {
+        *self.uses_return_address.get_or_init(|| {
+            self.module.with_symbols(|s| s.uses_return_address(&self.symbol)).unwrap_or(true)
         })
     }
 
@@ -164,5 +172,6 @@ fn function(
         symbol,
         signature: Arc::default(),
         site: Arc::default(),
+        uses_return_address: Arc::default(),
     })
 }

@@ -463,10 +463,14 @@ fn stack_words(function: &Function, signature: &Signature) -> Result<u32, Attach
     if signature.variadic {
         return Err(refused());
     }
-    match signature.stack_words {
-        StackWords::Known(n) | StackWords::Proved(n) => Ok(n),
-        StackWords::Unknown => Err(refused()),
+    let n_words = match signature.stack_words {
+        StackWords::Known(n) | StackWords::Proved(n) => n,
+        StackWords::Unknown => return Err(refused()),
+    };
+    if function.uses_return_address() {
+        return Err(AttachError::ReturnAddress { function: function.name() });
     }
+    Ok(n_words)
 }
 
 fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {

@@ -31,6 +31,8 @@ const HALF_BYTES: u64 = 64 << 20;
 /// Bytes of the whole mapping: a page of header and two halves.
 pub(crate) const MAPPING_BYTES: u64 = HEADER_BYTES + 2 * HALF_BYTES;
 const HEADER_BYTES: u64 = 4096;
+/// Stores that may overtake one load. Each takes a seize, which takes longer.
+const MAX_LOADS: u32 = 64;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
 const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x04");
 
@@ -257,8 +259,22 @@ impl Storage {
     }
 
     /// The current state; an empty one where nothing was ever written.
+    ///
+    /// Who has not seized the target may read while another writes. Two stores later the half
+    /// being read is written again, which the sum shows, and the header, being another by
+    /// then, that it is no damage.
     pub(crate) fn load(self, memory: &Memory) -> Result<Registry, RegistryError> {
-        let header = self.header(memory)?;
+        for _ in 0..MAX_LOADS {
+            let header = self.header(memory)?;
+            let loaded = self.load_as(header, memory);
+            if loaded.is_ok() || self.header(memory)? == header {
+                return loaded;
+            }
+        }
+        Err(self.damaged("it changes all the time".to_owned()))
+    }
+
+    fn load_as(self, header: [u64; 4], memory: &Memory) -> Result<Registry, RegistryError> {
         if header == [0; 4] {
             return Ok(Registry::default());
         }

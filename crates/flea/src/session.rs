@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, OnceLock},
 };
 
-use flea_process::{Exit, Memory, Pid, Spawned};
+use flea_process::{Exit, Memory, Pid, Spawned, Watch};
 use flea_symbols::addr::{RemoteAddr, Svma};
 
 use crate::{
@@ -40,6 +40,7 @@ pub struct Session {
 /// What a session's parts share.
 pub(crate) struct Inner {
     pid: Pid,
+    watch: Watch,
     child: Mutex<Option<Child>>,
     modules: Mutex<Vec<Arc<Module>>>,
     vdso_clock: OnceLock<Option<RemoteAddr>>,
@@ -152,6 +153,7 @@ impl Session {
         Self {
             inner: Arc::new(Inner {
                 pid,
+                watch: Watch::new(pid),
                 child: Mutex::new(child),
                 modules: Mutex::default(),
                 vdso_clock: OnceLock::new(),
@@ -268,6 +270,13 @@ impl Session {
             child.state = ChildState::Ended(Exit::Signal(libc::SIGKILL));
         }
         Ok(())
+    }
+
+    /// How a process that was not started here has ended; `None` while it runs, and where the
+    /// system does not tell (before Linux 6.15, once its parent has waited for it).
+    #[must_use]
+    pub fn ended_how(&self) -> Option<Exit> {
+        self.inner.watch.exit()
     }
 
     /// Whether the process still runs.

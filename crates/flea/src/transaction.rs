@@ -52,10 +52,26 @@ const MAX_NEW_ARENAS: usize = 64;
 const MAX_ATTEMPTS: usize = 16;
 /// How long a detach waits for threads to leave what was taken off.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
+/// How long it waits for threads to return from traced functions, which may take for ever: on
+/// a busy machine most of them only wait for a CPU.
+const RETURN_PATIENCE: Duration = Duration::from_millis(200);
 
 /// The registry's storage in process `pid`, if there is one.
 pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
     Ok(remote::find_registry(pid)?.map(Storage::at))
+}
+
+/// The registry of process `pid` as it is now, without seizing it; an empty one where there
+/// is none.
+pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
+    loop {
+        let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
+        match storage.load(&Memory::open(pid)?) {
+            // The last controller took it away before it was read: there is none now.
+            Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
+            loaded => return Ok(loaded?),
+        }
+    }
 }
 
 /// Makes the memory of an object: in the target, and mapped here.
@@ -151,13 +167,7 @@ impl Lay {
 /// the registry's addresses of exit code must not stay behind in our heap, where `reclaim`
 /// would take them for a thread's.
 fn look(pid: Pid, prepared: &[Prepared]) -> Result<Lay, AttachError> {
-    let look = || -> Result<Lay, AttachError> {
-        let registry = match find_registry(pid)? {
-            Some(storage) => storage.load(&Memory::open(pid).map_err(RemoteError::from)?)?,
-            None => Registry::default(),
-        };
-        Ok(Lay::of(&registry, prepared))
-    };
+    let look = || -> Result<Lay, AttachError> { Ok(Lay::of(&peek(pid)?, prepared)) };
     if is_own(pid) { Ok(own::in_child(look)?) } else { look() }
 }
 
@@ -191,14 +201,19 @@ fn take_off(pid: Pid, gone: impl Fn(&BodyState) -> bool + Sync) -> Result<(), At
         };
         settle(&mut ground)?;
         change(&mut ground, &[], |change| change.remove_bodies(&gone).map(drop))?;
-        let until = Instant::now() + LEAVE_PATIENCE;
+        let since = Instant::now();
         loop {
             tidy(&mut ground)?;
-            let leaving = ground.registry.retired.iter().any(|r| !r.calls_original);
-            if !leaving || Instant::now() >= until {
+            let retired = &ground.registry.retired;
+            let patience = match retired.iter().any(|r| !r.calls_original) {
+                true => LEAVE_PATIENCE,
+                false => RETURN_PATIENCE,
+            };
+            if retired.is_empty() || since.elapsed() >= patience {
                 break;
             }
-            ground.tracer.wait_a_moment(Duration::from_millis(1)).map_err(RemoteError::from)?;
+            let pause = (since.elapsed() / 4).max(Duration::from_millis(1));
+            ground.tracer.wait_a_moment(pause).map_err(RemoteError::from)?;
         }
         ground.unmap_released()?;
         Ok(ground.close()?)

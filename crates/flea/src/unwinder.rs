@@ -24,7 +24,7 @@ use crate::{
     error::{AttachError, RemoteError},
     function::{self, Function},
     modules::{Module, OpenError},
-    registry::{CodeArena, FunctionState, Registry, Retired},
+    registry::{CodeArena, FunctionState, Placed, Registry, Retired},
     session::Inner,
     transaction::new_function,
 };
@@ -111,10 +111,18 @@ impl Change {
             let CodeArena { base, size_bytes, rows: None, .. } = self.registry.code[i] else {
                 continue;
             };
-            let rows = self.place(base, frame_arena_rows(base, size_bytes))?;
-            self.registry.code[i].rows = Some(rows);
+            self.registry.code[i].rows = Some(self.place_rows(base, size_bytes)?);
         }
         sites.into_iter().try_for_each(|site| self.relink_site(site))
+    }
+
+    fn place_rows(&mut self, base: RemoteAddr, size_bytes: u64) -> Result<Placed, AttachError> {
+        let draft = frame_arena_rows(base, base, size_bytes);
+        let len = u32::try_from(draft.len()).expect("rows and a few instructions");
+        let placed = self.registry.place(base, len);
+        let rows = placed.ok_or(AttachError::NoRoom { near: base, bytes: len })?;
+        self.writes.push((rows.at, frame_arena_rows(rows.at, base, size_bytes)));
+        Ok(rows)
     }
 
     /// Gives all unwinders their own code back, as far as nothing else is attached there.

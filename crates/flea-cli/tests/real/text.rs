@@ -39,7 +39,14 @@ impl Text {
     }
 
     /// Checks that process `pid` has exactly this text, and nothing of Flea's in it.
+    #[track_caller]
     pub fn assert_untouched(&self, pid: u32) {
+        self.assert_same(pid);
+        assert!(!has_flea(pid), "something of Flea's is left: {}", maps(pid));
+    }
+
+    #[track_caller]
+    fn assert_same(&self, pid: u32) {
         let now = Self::of(pid);
         assert_eq!(self.mappings.len(), now.mappings.len(), "{}", maps(pid));
         for (before, after) in self.mappings.iter().zip(&now.mappings) {
@@ -56,7 +63,6 @@ impl Text {
                 );
             }
         }
-        assert!(!has_flea(pid), "something of Flea's is left: {}", maps(pid));
     }
 
     /// Whether process `pid` has other text than this.

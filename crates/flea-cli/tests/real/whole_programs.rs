@@ -63,12 +63,12 @@ impl<'a> Program<'a> {
         self.start(&self.line.iter().map(String::as_str).collect::<Vec<_>>())
     }
 
-    /// Runs it with every function that `pattern` names counted; what it did, and the counts.
-    fn counted(&self, pattern: &str) -> (Outcome, Records) {
+    /// Runs it under `flea VERB PATTERN`; what it did, and what Flea saw.
+    fn traced(&self, verb: &str, pattern: &str) -> (Outcome, Records) {
         let records = self.directory.join("records");
         let flea = self.flea.to_str().unwrap();
         let mut words =
-            vec![flea, "count", pattern, "--json", "--output", records.to_str().unwrap(), "--"];
+            vec![flea, verb, pattern, "--json", "--output", records.to_str().unwrap(), "--"];
         words.extend(self.line.iter().map(String::as_str));
         let mut outcome = self.start(&words);
         let (ours, its): (Vec<_>, Vec<_>) =
@@ -80,12 +80,12 @@ impl<'a> Program<'a> {
         (outcome, Records::parse(&text.lines().collect::<Vec<_>>()))
     }
 
-    /// The whole check; the counts.
-    fn check(&self, pattern: &str, n_at_least: usize) -> Records {
+    /// The whole check; what Flea saw.
+    fn check(&self, verb: &str, pattern: &str, n_at_least: usize) -> Records {
         let alone = self.alone();
-        let (counted, records) = self.counted(pattern);
-        assert_eq!(counted, alone);
-        let names = records.attached("count");
+        let (traced, records) = self.traced(verb, pattern);
+        assert_eq!(traced, alone, "flea {verb} {pattern}");
+        let names = records.attached(if verb == "count" { "count" } else { "histogram" });
         assert!(names.len() >= n_at_least, "only {} functions", names.len());
         records.assert_complete(names.len());
         records
@@ -102,7 +102,9 @@ fn python_with_all_of_libc() {
     std::fs::write(&script, include_str!("script.py")).unwrap();
     let line = [python.to_str().unwrap(), script.to_str().unwrap()];
     let program = Program::new(&line, directory.path());
-    let records = program.check("libc.so.6:*", 2000);
+    // Exit programs: the calls of a frame between function and caller (vfork, dlopen, ...).
+    program.check("latency", "*:*", 3000);
+    let records = program.check("count", "libc.so.6:*", 2000);
     assert_eq!(program.alone().status.code(), Some(3));
     let counts = records.counts();
     assert!(counts["malloc"] > 1000, "{}", counts["malloc"]);
@@ -145,7 +147,7 @@ fn git_with_all_of_libc() {
     ] {
         let mut line = vec![git];
         line.extend(arguments);
-        Program::new(&line, &repository).check("libc.so.6:*", 2000);
+        Program::new(&line, &repository).check("count", "libc.so.6:*", 2000);
     }
 }
 
@@ -220,8 +222,8 @@ fn postgres_with_all_of_libc_and_with_all_of_its_own() {
     let program = Program { stdin: &SQL, ..cluster.program(&line, &flea) };
     // The first start of a cluster says other things than later ones.
     program.alone();
-    let records = program.check("libc.so.6:*", 2000);
+    let records = program.check("count", "libc.so.6:*", 2000);
     assert!(records.counts()["malloc"] > 0);
-    let records = program.check("*", 5000);
+    let records = program.check("count", "*", 5000);
     assert!(records.counts()["pg_parse_query"] >= 6, "one per line of SQL");
 }

@@ -61,6 +61,65 @@ pub(crate) fn prove(module: &Module<'_>, function: &Function) -> StackWords {
     StackWords::Proved(words)
 }
 
+/// Whether `function`, or what it jumps to, reads, takes or changes its own return address, as
+/// `vfork`, `setjmp` and `dlsym` do: an exit program's image returns to its caller by another
+/// way, and the frame between them would be found out. Only what unwind rows tell exactly is
+/// seen: where there are none, nobody has claimed to know the stack words either.
+pub(crate) fn uses_return_address(module: &Module<'_>, function: &Function) -> bool {
+    let mut todo = vec![function.address.0];
+    let mut seen = Vec::new();
+    while let Some(address) = todo.pop() {
+        let Some(entry) = module.unwind().entry_at(address) else { continue };
+        let (start, end) = (entry.start, entry.end);
+        if seen.contains(&start) || seen.len() >= MAX_RANGES {
+            continue;
+        }
+        seen.push(start);
+        let Some(rows) = cfa_rows(module, start) else { continue };
+        let Some(region) = decode(module, start, end) else { continue };
+        for instruction in &region {
+            let row = rows.iter().find(|row| (row.start..row.end).contains(&instruction.ip()));
+            if let Some((register, offset)) = row.and_then(|row| row.cfa)
+                && touches_return_address(instruction, register, offset)
+            {
+                return true;
+            }
+            if is_near_branch(instruction)
+                && !instruction.is_call_near()
+                && !(start..end).contains(&instruction.near_branch_target())
+            {
+                todo.push(instruction.near_branch_target());
+            }
+        }
+    }
+    false
+}
+
+/// Whether `instruction`, which runs with the CFA at `register + offset`, has the word below
+/// the CFA as an operand.
+fn touches_return_address(instruction: &Instruction, register: CfaRegister, offset: i64) -> bool {
+    if instruction.mnemonic() == Mnemonic::Pop {
+        return (register, offset) == (CfaRegister::Rsp, 8);
+    }
+    let has_memory =
+        (0..instruction.op_count()).any(|operand| instruction.op_kind(operand) == OpKind::Memory);
+    let base = match register {
+        CfaRegister::Rsp => Register::RSP,
+        CfaRegister::Rbp => Register::RBP,
+        CfaRegister::Other => return false,
+    };
+    if !has_memory
+        || instruction.memory_base() != base
+        || instruction.memory_index() != Register::None
+        || matches!(instruction.mnemonic(), Mnemonic::Nop | Mnemonic::Lea)
+    {
+        return false;
+    }
+    let Ok(size) = i64::try_from(instruction.memory_size().size()) else { return false };
+    let at = instruction.memory_displacement64().cast_signed().wrapping_sub(offset);
+    at < 0 && at.wrapping_add(size) > -8
+}
+
 fn decode(module: &Module<'_>, start: u64, end: u64) -> Option<Vec<Instruction>> {
     let code = module.bytes_of(start..end)?;
     let mut decoder = Decoder::with_ip(64, code, start, DecoderOptions::NONE);
