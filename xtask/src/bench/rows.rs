@@ -290,7 +290,8 @@ mod tests {
         let hits = measure(None, 3).unwrap();
         let n_insns = |function: &str| {
             let hit = hits.iter().find(|hit| hit.row.function == function).unwrap();
-            hit.outcome.as_ref().unwrap().n_insns
+            let times = hit.outcome.as_ref().unwrap_or_else(|e| panic!("{function}: {e:#}"));
+            times.n_insns
         };
         assert_eq!(n_insns("f0"), Some(3)); // nop, lea, ret
         assert_eq!(n_insns("p0"), Some(6));

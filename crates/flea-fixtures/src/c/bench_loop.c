@@ -8,7 +8,8 @@
  *   hand_empty   the same with a stub that only returns
  *
  * Every one is `long NAME(long x)`, does x + 1 and is called through the same loop. The
- * bodies are naked so that their bytes do not depend on the compiler or its flags.
+ * bodies are naked so that their bytes do not depend on the compiler or its flags; their
+ * unwind rows are therefore written by hand.
  *
  * Commands on stdin, one answer line each on stdout:
  *   round NAME N      calls it N times             "round NAME NS_PER_CALL"
@@ -53,7 +54,8 @@ __thread unsigned long hand_thread_counter;
 #define PROLOGUE_FUNCTION(n)                                                                 \
     NAKED long p##n(long x)                                                                  \
     {                                                                                        \
-        __asm__("push %rbp\n mov %rsp, %rbp\n mov %rdi, %rax\n inc %rax\n pop %rbp\n ret");  \
+        __asm__("push %rbp\n .cfi_adjust_cfa_offset 8\n mov %rsp, %rbp\n mov %rdi, %rax\n"    \
+                "inc %rax\n pop %rbp\n .cfi_adjust_cfa_offset -8\n ret");                     \
     }
 #define HAND_FUNCTION(name, stub)                                                            \
     NAKED static void stub##_stub(void);                                                     \
