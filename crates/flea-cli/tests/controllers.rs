@@ -4,11 +4,15 @@
 
 mod support;
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use flea_fixtures::{CBuild, Fixture, Report, Running, build, spawn_waiting};
-use nix::sys::signal::Signal;
 use serde_json::Value;
-use support::{Records, Tracing, ask, assert_clean, flea, number};
+use support::{Records, TempFile, Tracing, ask, assert_clean, flea, number};
+
+/// The program has some seconds of work; a busy machine takes longer.
+const END_OF_LOAD: Duration = Duration::from_secs(300);
 
 /// A program that calls one function for as long as it is wanted.
 struct Spinning(Running);
@@ -246,10 +250,10 @@ fn threads_that_are_born_meanwhile() -> Result<()> {
 /// Eight busy threads, fifty times on and off: the program's results stay right.
 #[test]
 fn fifty_rounds_under_load() -> Result<()> {
-    let Some(mut target) = spawn_waiting(Fixture::CountsC(CBuild::O2), 8, 2_000_000)? else {
+    let Some(mut target) = spawn_waiting(Fixture::CountsC(CBuild::O2), 8, 40_000_000)? else {
         return Ok(());
     };
-    let pid = target.pid().to_string();
+    let pid = target.pid();
     target.send("go")?;
     let kinds: [&[&str]; 4] = [
         &["count", "add", "big", "str", "half"],
@@ -257,17 +261,89 @@ fn fifty_rounds_under_load() -> Result<()> {
         &["count", "down", "choose", "leaf"],
         &["latency", "add", "swap_pair", "sum_double"],
     ];
-    for round in 0..50 {
-        let words = kinds[round % kinds.len()];
-        let tracing = Tracing::attach(words, target.pid())?;
+    let mut n_busy = 0;
+    for (round, words) in (0..50).zip(kinds.into_iter().cycle()) {
+        let tracing = Tracing::attach(words, pid)?;
         let records = tracing.stop().with_context(|| format!("round {round}"))?;
         assert_eq!(records.summary("attached")?, words.len() as u64 - 1);
         records.assert_complete()?;
+        n_busy += u32::from(records.0.iter().any(|r| r["count"].as_u64() > Some(0)));
     }
-    assert_eq!(ps(target.pid())?, []);
-    // Ended in the middle: whether its results were right so far it would say by its code.
-    let _ = pid;
-    target.signal(Signal::SIGKILL)?;
-    target.wait()?;
+    assert!(n_busy >= 10, "only {n_busy} rounds saw calls");
+    // A wrong result would have been counted by the caller.
+    let report: Report = serde_json::from_str(&target.line_within(END_OF_LOAD)?)?;
+    assert_eq!((report.errors, report.functions["big"].count), (0, 8 * 40_000_000));
+    target.expect_line("done")?;
+    assert_clean(pid)?;
+    target.finish_counts()
+}
+
+/// A thread is inside a traced function while six controllers go, and others come and put
+/// their code where there is room: it still finds its way back.
+#[test]
+fn a_call_that_outlasts_its_controllers() -> Result<()> {
+    let Some(mut target) = spawn_waiting(Fixture::CountsC(CBuild::O2), 1, 8)? else {
+        return Ok(());
+    };
+    let pid = target.pid();
+    let mut tracings = Vec::new();
+    for _ in 0..6 {
+        tracings.push(Tracing::attach(&["latency", "libc.so.6:fgets"], pid)?);
+    }
+    // It is in fgets already, from before; the next call is entered through all six.
+    let report = target.run_counts()?;
+    assert_eq!(report.errors, 0);
+    for tracing in tracings {
+        tracing.stop()?.assert_complete()?;
+    }
+    assert_eq!(ps(pid)?, []);
+    for words in [["latency", "add", "big", "down"], ["count", "leaf", "half", "mixed"]] {
+        let first = Tracing::attach(&words, pid)?;
+        let second = Tracing::attach(&words, pid)?;
+        first.stop()?;
+        second.stop()?;
+    }
+    target.finish_counts()
+}
+
+/// `--all` means every process that can be reached. In a pid namespace of its own that is
+/// what this test started, and nobody else's.
+#[test]
+fn detach_everything_everywhere() -> Result<()> {
+    const SCRIPT: &str = r#"
+        set -e
+        targets=
+        for i in 1 2; do
+            sleep 1000 | "$SPIN" 1 > /dev/null &
+            targets="$targets $!"
+        done
+        for pid in $targets; do
+            "$FLEA" count spin_step -p $pid 2> "$SAID.$pid" > /dev/null &
+            until grep -q 'attached to 1 function' "$SAID.$pid"; do sleep 0.01; done
+            kill -9 $!
+            wait $! || true
+            rm "$SAID.$pid"
+        done
+        "$FLEA" ps | grep -c '(gone)$'
+        "$FLEA" detach --all
+        "$FLEA" ps | wc -l
+        for pid in $targets; do
+            grep -c memfd:flea /proc/$pid/maps || true
+        done
+    "#;
+    if !nix::unistd::Uid::effective().is_root() {
+        eprintln!("skipped: a pid namespace takes root");
+        return Ok(());
+    }
+    let Some(spin) = build(Fixture::Spin) else { return Ok(()) };
+    let said = TempFile::new("said");
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc", "bash", "-c", SCRIPT]);
+    command.env("SPIN", spin).env("FLEA", env!("CARGO_BIN_EXE_flea")).env("SAID", &said.0);
+    let mut running = Running::start_group(&mut command)?;
+    let lines = running.rest()?;
+    let errors = running.rest_of_stderr();
+    assert_eq!(lines, ["2", "detached 2", "0", "0", "0"], "{errors:?}");
+    ensure!(running.wait()?.success(), "{errors:?}");
     Ok(())
 }

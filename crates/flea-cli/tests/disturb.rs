@@ -40,7 +40,7 @@ fn check(mut target: Running) -> Result<()> {
 #[test]
 fn nothing_is_noticed() -> Result<()> {
     let Some(target) = start()? else { return Ok(()) };
-    for _ in 0..4 {
+    for _ in 0..3 {
         for words in ROUNDS {
             let tracing = Tracing::attach(words, target.pid())?;
             let records = tracing.stop()?;

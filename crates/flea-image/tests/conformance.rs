@@ -22,9 +22,7 @@ fn hex(text: &str) -> Vec<u8> {
 }
 
 fn run(verified: &Verified, memory: &[u8]) -> Result<u64, CompileError> {
-    let code = compile_plain(verified)?;
-    // Large constants are all that it refers to.
-    let bytes = code.resolve(|target| panic!("a plain function refers to {target:?}"));
+    let bytes = compile_plain(verified)?.resolve(|target| panic!("no {target:?} here"));
     let pages = Pages::new(bytes.len().next_multiple_of(4096));
     pages.write(0, &bytes);
     pages.executable();

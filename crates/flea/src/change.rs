@@ -192,7 +192,13 @@ impl Change {
             .place(f.site, len)
             .ok_or(AttachError::NoRoom { near: f.site, bytes: len })?;
         let skeleton = link(placed.at)?;
-        assert_eq!(skeleton.bytes.len(), draft.bytes.len(), "a skeleton's length is fixed");
+        if skeleton.bytes.len() != draft.bytes.len() {
+            // Instructions whose length depends on the place: none that a site consists of,
+            // but these bytes may have come from a registry that was scribbled over.
+            let message = "its length depends on its place".to_owned();
+            let source = flea_image::LinkError::Encode { image_address: placed.at, message };
+            return Err(AttachError::Link { function: f.name.clone(), source });
+        }
         self.writes.push((placed.at, skeleton.bytes.clone()));
         f.skeleton = Some(placed);
         Ok(skeleton)

@@ -21,9 +21,6 @@ pub enum SessionError {
     /// It may not be traced, or is by somebody else.
     #[error(transparent)]
     Seize(#[from] SeizeError),
-    /// An empty command.
-    #[error("no command was given")]
-    NoCommand,
     /// A started command could not be ended.
     #[error("the command that was started cannot be ended: {0}")]
     Abandon(#[source] std::io::Error),

@@ -4,7 +4,33 @@
 //! set of maps and [`Program`]s loaded into it, a [`Link`] what is attached, a [`Map`] what
 //! programs and reader share.
 //!
-//! Start with [`Session`].
+//! ```
+//! # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
+//! # use parts::{counter, total};
+//! // The object: from `clang -O2 -target bpf`, or made in code as `counter()` here.
+//! // let spec = flea::parse_object(&std::fs::read("counter.bpf.o")?)?;
+//! let spec = counter();
+//!
+//! #[unsafe(no_mangle)]
+//! #[inline(never)]
+//! extern "C" fn crate_example(x: u64) -> u64 {
+//!     x + 1
+//! }
+//!
+//! let session = flea::Session::this_process()?;
+//! let function = &session.find("crate_example")?[0];
+//! let object = session.load(spec)?;
+//! let link = object.program("count").expect("it is in the object").attach(function)?;
+//! for i in 0..100 {
+//!     assert_eq!(crate_example(i), i + 1);
+//! }
+//! link.detach()?;
+//! crate_example(0);
+//! assert_eq!(total(&object), 100);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Start with [`Session`]; [`builtin`] has counting, histograms and traces ready to use.
 
 pub mod attached;
 pub mod builtin;

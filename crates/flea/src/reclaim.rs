@@ -2,9 +2,11 @@
 //!
 //! Protected: a thread that is about to execute retired code, wherever it is now. By: a word
 //! that would lead it there is looked for in every place that it could be.
-//! 1. Registers and stacks of all threads. An entry body runs to its end without letting go of
-//!    its thread, but a signal handler may lie above it, with the interrupted address in its
-//!    frame: any word on the stack that points into the code counts.
+//! 1. Registers and stacks of all threads. A thread executes our code, or what that calls
+//!    (runtime and vDSO), or a signal interrupted it there: then any word on its stack that
+//!    points into the code counts, for it may be a return address. In other threads only the
+//!    addresses that originals return to count; what else looks like code of ours is left of
+//!    calls that are over, in the holes of the frames of later ones.
 //! 2. Code that calls the original has its return address on the stack for as long as the
 //!    traced function takes, and the stack may be a coroutine's, switched away and anywhere in
 //!    memory. So all writable memory is read for that one word, which the code overwrites
@@ -20,7 +22,7 @@ use std::{
     ops::Range,
 };
 
-use flea_process::Mapping;
+use flea_process::{Holder, Mapping};
 use flea_symbols::addr::RemoteAddr;
 
 use crate::{
@@ -43,9 +45,7 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
     retired.sort_unstable_by_key(|r| r.code.at);
     let ranges: Vec<_> = retired.iter().map(code_range).collect();
     let mut in_use = vec![false; ranges.len()];
-    for word in ground.tracer.words_on_stacks(&ranges)? {
-        mark(&ranges, &mut in_use, word.value);
-    }
+    search_threads(ground, &ranges, &mut in_use, &retired)?;
     if retired.iter().zip(&in_use).any(|(r, used)| r.calls_original && !used) {
         scan_memory(ground, &ranges, &mut in_use, &retired)?;
     }
@@ -73,6 +73,29 @@ fn mark(ranges: &[Range<RemoteAddr>], in_use: &mut [bool], value: RemoteAddr) {
     for i in after.saturating_sub(2)..after {
         in_use[i] |= value <= ranges[i].end;
     }
+}
+
+/// Step 1.
+fn search_threads(
+    ground: &mut Ground<'_>,
+    ranges: &[Range<RemoteAddr>],
+    in_use: &mut [bool],
+    retired: &[Retired],
+) -> Result<(), RemoteError> {
+    let maps = flea_process::maps(ground.tracer.pid())?;
+    let vdso = maps.iter().filter(|m| m.path == "[vdso]").map(|m| m.start..m.end);
+    let arenas = ground.registry.code.iter();
+    let arenas = arenas.map(|a| a.base..RemoteAddr(a.base.0.saturating_add(a.size_bytes)));
+    let words = ground.tracer.words_on_stacks(&vdso.chain(arenas).collect::<Vec<_>>())?;
+    let executes = words.iter().filter(|word| !matches!(word.holder, Holder::Stack(_)));
+    let inside: HashSet<_> = executes.map(|word| word.tid).collect();
+    let returns: HashSet<RemoteAddr> = retired.iter().filter_map(|r| r.returns_to).collect();
+    for word in words {
+        if inside.contains(&word.tid) || returns.contains(&word.value) {
+            mark(ranges, in_use, word.value);
+        }
+    }
+    Ok(())
 }
 
 /// Step 3.
@@ -148,6 +171,22 @@ fn may_hold_stacks(mapping: &Mapping) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::registry::Placed;
+
+    #[test]
+    fn bodies_stay_with_the_skeleton_that_calls_them() {
+        let retired = |at, calls: &[u64]| Retired {
+            code: Placed { at: RemoteAddr(at), len: 16 },
+            calls_original: true,
+            returns_to: None,
+            calls: calls.iter().copied().map(RemoteAddr).collect(),
+            arenas: Vec::new(),
+        };
+        let retired = [retired(16, &[]), retired(32, &[16]), retired(48, &[]), retired(64, &[48])];
+        let mut in_use = [false, true, false, false];
+        keep_called(&retired, &mut in_use);
+        assert_eq!(in_use, [true, true, false, false]);
+    }
 
     #[test]
     fn a_word_marks_what_it_points_into_and_what_ends_there() {

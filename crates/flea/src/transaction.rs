@@ -17,7 +17,7 @@
 //! is done once more.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt::Display,
     os::fd::{FromRawFd as _, OwnedFd},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -38,7 +38,9 @@ use crate::{
     object::{Loaded, Prepared},
     own::{self, HelperError},
     reclaim,
-    registry::{BodyState, Controller, FunctionState, Placed, Registry, SiteKind, Storage},
+    registry::{
+        BodyState, Controller, DataArena, FunctionState, Placed, Registry, SiteKind, Storage,
+    },
     remote::{self, FileGoesTo, Ground},
     session::Inner,
     unwinder::{self, Unwinder},
@@ -56,6 +58,19 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
     Ok(remote::find_registry(pid)?.map(Storage::at))
 }
 
+/// The registry of process `pid` as it is now, without seizing it; an empty one where there
+/// is none.
+pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
+    loop {
+        let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
+        match storage.load(&Memory::open(pid)?) {
+            // The last controller took it away before it was read: there is none now.
+            Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
+            loaded => return Ok(loaded?),
+        }
+    }
+}
+
 /// Makes the memory of an object: in the target, and mapped here.
 pub(crate) fn create_arena(
     session: &Inner,
@@ -66,7 +81,13 @@ pub(crate) fn create_arena(
     let goes_to = if is_own(session.pid()) { FileGoesTo::Target } else { FileGoesTo::Controller };
     let owner = Controller::this();
     let (fd, base) = seized(session.pid(), |tracer| -> Result<_, LoadError> {
-        Ok(Ground::open(tracer)?.add_data_arena(size_bytes, goes_to, owner)?)
+        let mut ground = Ground::open(tracer)?;
+        let added = ground.add_data_arena(size_bytes, goes_to, owner);
+        if added.is_err() {
+            // Where nothing else is, nothing stays. What failed first is what is told.
+            let _ = ground.close();
+        }
+        Ok(added?)
     })?;
     // SAFETY: `add_data_arena` opened it in this process, and nobody else knows of it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -82,11 +103,13 @@ pub(crate) fn create_arena(
 /// Gives the memory of an object back. What cannot be done now (a thread is still inside a
 /// traced function, the target cannot be seized) is done by the next controller that comes.
 pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
+    let owner = Controller::this();
     // Nobody to tell: this runs when the object is dropped.
     let _ = seized(session.pid(), |tracer| -> Result<(), AttachError> {
         let Some(mut ground) = Ground::find(tracer)? else { return Ok(()) };
         let table = flea_layout::shared::THREAD_TABLE_BYTES as u64;
-        let own = ground.registry.data.iter_mut().find(|d| d.mapping.0 + table == base.0);
+        let is_own = |d: &&mut DataArena| d.mapping.0 + table == base.0 && d.owner == owner;
+        let own = ground.registry.data.iter_mut().find(is_own);
         if let Some(own) = own {
             own.released = true;
         }
@@ -99,50 +122,82 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
 /// Attaches all of `prepared` or none; the numbers of the new bodies.
 pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>, AttachError> {
     let pid = object.session.pid();
-    let mut registry = match find_registry(pid)? {
-        Some(storage) => storage.load(&Memory::open(pid).map_err(RemoteError::from)?)?,
-        None => Registry::default(),
-    };
-    let has_frames = object.has_frames(prepared) || registry.has_frames();
+    let mut ground = look(pid, prepared)?;
+    let has_frames = object.has_frames(prepared) || ground.has_frames;
     let unwinders = if has_frames { unwinder::find(&object.session)? } else { Vec::new() };
+    let author = Author::now();
     for _ in 0..MAX_ATTEMPTS {
-        let offsets = frame_offsets(&registry, prepared);
+        let offsets = ground.frame_offsets;
         let bodies = compile(object, prepared, &offsets)?;
         let outcome = seized(pid, |tracer| {
             let ground = Ground::open(tracer).map_err(AttachError::Remote)?;
-            if frame_offsets(&ground.registry, prepared) != offsets {
-                return Ok(Err(ground.registry));
+            let now = Lay::of(&ground.registry, prepared);
+            if now.frame_offsets != offsets {
+                return Ok(Err(now));
             }
-            attach_on(ground, object, prepared, &bodies, &offsets, &unwinders).map(Ok)
+            attach_on(ground, object, prepared, &bodies, (&offsets, author), &unwinders).map(Ok)
         })?;
         match outcome {
             Ok(ids) => return Ok(ids),
-            Err(changed) => registry = changed,
+            Err(changed) => ground = changed,
         }
     }
     Err(AttachError::Contended { attempts: MAX_ATTEMPTS })
 }
 
-/// Takes the bodies with these numbers off. A target that has ended is no error.
-pub(crate) fn detach(session: &Inner, ids: &[u32]) -> Result<(), AttachError> {
+/// What of the registry compiling depends on.
+#[derive(Serialize, serde::Deserialize)]
+struct Lay {
+    /// First free frame offset on each function.
+    frame_offsets: Vec<u32>,
+    has_frames: bool,
+}
+
+impl Lay {
+    fn of(registry: &Registry, prepared: &[Prepared]) -> Self {
+        let frame_offsets = frame_offsets(registry, prepared);
+        Self { frame_offsets, has_frames: registry.has_frames() }
+    }
+}
+
+/// The lay of the land before compiling. Of this very process, a forked child looks at it too:
+/// the registry's addresses of exit code must not stay behind in our heap, where `reclaim`
+/// would take them for a thread's.
+fn look(pid: Pid, prepared: &[Prepared]) -> Result<Lay, AttachError> {
+    let look = || -> Result<Lay, AttachError> { Ok(Lay::of(&peek(pid)?, prepared)) };
+    if is_own(pid) { Ok(own::in_child(look)?) } else { look() }
+}
+
+/// Takes those of the bodies with these numbers off that we attached and that work on `arena`:
+/// the target may have executed another program since, in which the numbers are somebody
+/// else's, or we may be a forked copy of who attached them. A target that has ended is no
+/// error.
+pub(crate) fn detach(session: &Inner, arena: RemoteAddr, ids: &[u32]) -> Result<(), AttachError> {
     if session.has_ended() {
         return Ok(());
     }
-    match detach_from(session.pid(), ids) {
+    let owner = Controller::this();
+    let ids: HashSet<u32> = ids.iter().copied().collect();
+    let ours = |b: &BodyState| ids.contains(&b.id) && b.owner == owner && b.arena == arena;
+    match take_off(session.pid(), ours) {
         Err(_) if session.has_ended() => Ok(()),
         outcome => outcome,
     }
 }
 
-/// As [`detach`], in any process.
+/// Takes the bodies with these numbers off, whoever attached them.
 pub(crate) fn detach_from(pid: Pid, ids: &[u32]) -> Result<(), AttachError> {
-    let ids: std::collections::HashSet<u32> = ids.iter().copied().collect();
+    let ids: HashSet<u32> = ids.iter().copied().collect();
+    take_off(pid, |b| ids.contains(&b.id))
+}
+
+fn take_off(pid: Pid, gone: impl Fn(&BodyState) -> bool + Sync) -> Result<(), AttachError> {
     seized(pid, |tracer| {
         let Some(mut ground) = Ground::find(tracer).map_err(AttachError::Remote)? else {
             return Ok(());
         };
         settle(&mut ground)?;
-        change(&mut ground, &[], |change| change.remove_bodies(|b| ids.contains(&b.id)).map(drop))?;
+        change(&mut ground, &[], |change| change.remove_bodies(&gone).map(drop))?;
         let until = Instant::now() + LEAVE_PATIENCE;
         loop {
             tidy(&mut ground)?;
@@ -219,14 +274,13 @@ fn attach_on(
     object: &Loaded,
     prepared: &[Prepared],
     bodies: &[Body],
-    offsets: &[u32],
+    (offsets, author): (&[u32], Author),
     unwinders: &[Unwinder],
 ) -> Result<Vec<u32>, AttachError> {
     settle(&mut ground)?;
     let runtime = ground.registry.runtime.ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
-    let author = Author::now();
     let outcome = change(&mut ground, unwinders, |change| {
         // Taken out by site and put back at the end: ten thousand of them are looked up.
         let mut functions: BTreeMap<RemoteAddr, FunctionState> =
@@ -305,12 +359,16 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
     ground.store()?;
     if let Err(error) = flea_patch::commit(ground.tracer, &Plan { pokes }) {
         ground.registry = before;
-        ground.store()?;
+        // Where this fails the target has ended, and the commit's reason says more; else
+        // `settle` finds out from the sites' bytes.
+        let _ = ground.store();
         return Err(error.into());
     }
-    registry.retired.extend(retired);
-    ground.registry = registry;
-    ground.store()?;
+    if !retired.is_empty() {
+        registry.retired.extend(retired);
+        ground.registry = registry;
+        ground.store()?;
+    }
     Ok(())
 }
 
@@ -345,7 +403,8 @@ fn read_bodies(
     Ok(known)
 }
 
-/// Who attaches, and when: the same for all bodies of one transaction.
+/// Who attaches, and when: the same for all bodies of one transaction. Never the forked helper
+/// of a process that traces itself.
 #[derive(Clone, Copy)]
 struct Author {
     owner: Controller,

@@ -3,7 +3,7 @@
 
 use std::hint::black_box;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread;
 
 #[path = "../examples/parts/counter.rs"]
@@ -31,6 +31,12 @@ extern "C" fn own_loop(n: u64) -> u64 {
     (0..n).fold(0, |sum, i| black_box(sum + i))
 }
 
+/// One session for all tests: reading this program's own symbols takes a while.
+fn session() -> &'static Session {
+    static SESSION: OnceLock<Session> = OnceLock::new();
+    SESSION.get_or_init(|| Session::this_process().unwrap())
+}
+
 fn function(session: &Session, name: &str) -> Function {
     let mut found = session.find(name).unwrap();
     assert_eq!(found.len(), 1, "{found:?}");
@@ -54,10 +60,10 @@ fn call(n: u64) {
 #[test]
 fn counts_are_exact_in_every_round() {
     let _turn = turn();
+    let session = session();
+    let functions = ["own_add", "own_loop"].map(|name| function(session, name));
     for round in 1..=12 {
-        let session = Session::this_process().unwrap();
-        let functions = ["own_add", "own_loop"].map(|name| function(&session, name));
-        let mut count = Count::start(&session, &functions).unwrap();
+        let mut count = Count::start(session, &functions).unwrap();
         assert_eq!(count.refused().len(), 0);
         call(1000 + round);
         count.detach().unwrap();
@@ -70,11 +76,11 @@ fn counts_are_exact_in_every_round() {
 #[test]
 fn a_histogram_sees_arguments_and_results() {
     let _turn = turn();
-    let session = Session::this_process().unwrap();
-    let add = function(&session, "own_add");
-    let mut arguments = Histograms::of(&session, &add, &Expr::Arg(0)).unwrap();
-    let mut results = Histograms::of(&session, &add, &Expr::Retval).unwrap();
-    let mut times = Histograms::of_duration(&session, &[function(&session, "own_loop")]).unwrap();
+    let session = session();
+    let add = function(session, "own_add");
+    let mut arguments = Histograms::of(session, &add, &Expr::Arg(0)).unwrap();
+    let mut results = Histograms::of(session, &add, &Expr::Retval).unwrap();
+    let mut times = Histograms::of_duration(session, &[function(session, "own_loop")]).unwrap();
     call(100);
     for histogram in [&mut arguments, &mut results, &mut times] {
         histogram.detach().unwrap();
@@ -111,10 +117,10 @@ fn busy_threads_run_on_while_sites_come_and_go() {
                 }
             });
         }
-        let session = Session::this_process().unwrap();
-        let functions = ["own_add", "own_loop"].map(|name| function(&session, name));
-        for _ in 0..10 {
-            let mut times = Histograms::of_duration(&session, &functions).unwrap();
+        let session = session();
+        let functions = ["own_add", "own_loop"].map(|name| function(session, name));
+        for _ in 0..5 {
+            let mut times = Histograms::of_duration(session, &functions).unwrap();
             let before = n_calls.load(Ordering::Relaxed);
             while n_calls.load(Ordering::Relaxed) < before + 1000 {
                 thread::yield_now();
@@ -132,8 +138,8 @@ fn busy_threads_run_on_while_sites_come_and_go() {
 #[test]
 fn the_owner_is_this_process() {
     let _turn = turn();
-    let session = Session::this_process().unwrap();
-    let count = Count::start(&session, &[function(&session, "own_add")]).unwrap();
+    let session = session();
+    let count = Count::start(session, &[function(session, "own_add")]).unwrap();
     let bodies = attached::in_process(session.pid()).unwrap();
     let owners: Vec<_> = bodies.iter().map(|b| (b.controller, b.controller_alive)).collect();
     assert_eq!(owners, [(session.pid(), true)]);
@@ -146,10 +152,10 @@ fn the_owner_is_this_process() {
 #[test]
 fn a_loaded_object_keeps_its_memory() {
     let _turn = turn();
-    let session = Session::this_process().unwrap();
-    let add = function(&session, "own_add");
+    let session = session();
+    let add = function(session, "own_add");
     let early = session.load(support::counter()).unwrap();
-    let mut other = Count::start(&session, std::slice::from_ref(&add)).unwrap();
+    let mut other = Count::start(session, std::slice::from_ref(&add)).unwrap();
     other.detach().unwrap();
     drop(other);
     let link = early.programs().next().unwrap().attach(&add).unwrap();

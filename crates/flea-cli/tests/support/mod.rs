@@ -172,12 +172,18 @@ pub fn assert_clean(pid: u32) -> Result<()> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let ours: Vec<_> = maps.lines().filter(|line| line.contains("/memfd:flea")).collect();
     ensure!(ours.is_empty(), "left behind: {ours:?}");
+    assert_original_code(pid, "")
+}
+
+/// The code of the modules whose path begins so is what their files say.
+pub fn assert_original_code(pid: u32, paths: &str) -> Result<()> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
     let memory = fs::File::open(format!("/proc/{pid}/mem"))?;
     let mut n_compared = 0;
     for line in maps.lines() {
         let fields: Vec<&str> = line.split_whitespace().collect();
         let &[range, perms, offset, _, _, path] = fields.as_slice() else { continue };
-        if !perms.contains('x') || !path.starts_with('/') {
+        if !perms.contains('x') || !path.starts_with('/') || !path.starts_with(paths) {
             continue;
         }
         let (start, end) = range.split_once('-').context("a range")?;

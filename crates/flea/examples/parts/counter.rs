@@ -1,23 +1,23 @@
-//! The object of the examples: what `clang -O2 -target bpf` makes of
-//!
-//! ```c
-//! struct {
-//!     __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-//!     __uint(max_entries, 1);
-//!     __type(key, __u32);
-//!     __type(value, __u64);
-//! } calls SEC(".maps");
-//!
-//! SEC("fentry")
-//! int count(void *ctx)
-//! {
-//!     __u32 key = 0;
-//!     __u64 *value = bpf_map_lookup_elem(&calls, &key);
-//!     if (value)
-//!         *value += 1;
-//!     return 0;
-//! }
-//! ```
+// The object of the examples: what `clang -O2 -target bpf` makes of
+//
+// ```c
+// struct {
+//     __uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+//     __uint(max_entries, 1);
+//     __type(key, __u32);
+//     __type(value, __u64);
+// } calls SEC(".maps");
+//
+// SEC("fentry")
+// int count(void *ctx)
+// {
+//     __u32 key = 0;
+//     __u64 *value = bpf_map_lookup_elem(&calls, &key);
+//     if (value)
+//         *value += 1;
+//     return 0;
+// }
+// ```
 
 use flea::asm::{Asm, JmpOp, Reg, Size};
 use flea::{Helper, Map, MapIdx, MapKind, MapSpec, Object, ObjectSpec, ProgramKind, ProgramSpec};
