@@ -24,6 +24,8 @@ fn main() -> ExitCode {
     }
     match commands::run(cli.command) {
         Ok(code) => ExitCode::from(code),
+        // Whoever read our output has seen enough (`flea trace ... | head`).
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("flea: {}", chain(&error));
             ExitCode::from(REFUSED)
@@ -40,6 +42,14 @@ fn check_usage(target: &Target) {
         _ => return,
     };
     Cli::command().error(ErrorKind::MissingRequiredArgument, message).exit()
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error.chain().any(|cause| {
+        cause
+            .downcast_ref::<std::io::Error>()
+            .is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    })
 }
 
 /// An error and its causes in one line, without those that repeat their parent.

@@ -1,8 +1,11 @@
 //! The target of a command, from its flags: a running process or one that is started.
 
-use std::time::{Duration, Instant};
+use std::{
+    process::Command,
+    time::{Duration, Instant},
+};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use flea::{Exit, Function, Session};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -31,7 +34,13 @@ impl Target {
         let interrupt = Interrupt::install()?;
         let session = match target.pid {
             Some(pid) => Session::attach(pid)?,
-            None => Session::spawn(&target.command)?,
+            None => {
+                let (program, args) =
+                    target.command.split_first().context("no command was given")?;
+                let mut command = Command::new(program);
+                command.args(args);
+                Session::spawn(command)?
+            }
         };
         Ok(Self { session, interrupt, duration: span.duration, exit: None, is_gone: false })
     }

@@ -11,6 +11,12 @@ pub enum Fixture {
     CountsCpp(CBuild),
     /// `rust/counts.rs`: generics, `&str`, trait objects, panics that are caught.
     CountsRust(RustBuild),
+    /// `cpp/throws.cpp`: exceptions and backtraces through functions that may be traced.
+    Throws(CBuild),
+    /// The same with libgcc's unwinder linked in and stripped, names only in .dynsym.
+    ThrowsHidden,
+    /// `rust/panics.rs`: panics through functions that may be traced.
+    Panics(RustBuild),
     /// `c/plt.c`: an executable that calls `libcounted.so` through its PLT.
     Plt,
     /// The same with `-fno-plt -z now`: calls through the GOT.
@@ -152,6 +158,10 @@ impl Fixture {
         all.extend(CBuild::all_cpp().map(Self::CountsCpp));
         all.extend(RustBuild::ALL.iter().map(|b| Self::CountsRust(*b)));
         all.extend([
+            Self::Throws(CBuild::O2),
+            Self::Throws(CBuild::Static),
+            Self::ThrowsHidden,
+            Self::Panics(RustBuild::Debug),
             Self::Plt,
             Self::NoPlt,
             Self::Dlopen,
@@ -172,6 +182,9 @@ impl Fixture {
             Self::CountsC(build) => format!("counts-c-{}", build.slug()),
             Self::CountsCpp(build) => format!("counts-cpp-{}", build.slug()),
             Self::CountsRust(build) => format!("counts-rust-{}", build.slug()),
+            Self::Throws(build) => format!("throws-{}", build.slug()),
+            Self::ThrowsHidden => "throws-hidden".into(),
+            Self::Panics(build) => format!("panics-{}", build.slug()),
             Self::Plt => "plt".into(),
             Self::NoPlt => "no-plt".into(),
             Self::Dlopen => "dlopen".into(),

@@ -83,23 +83,23 @@ fn c_steps(flags: &Flags, source: &str, objects: &str, program: &str) -> Vec<Ste
     vec![Step { tool: flags.tool, args: compile }, Step { tool: flags.tool, args: link }]
 }
 
-fn counts_cpp(build: CBuild, program: &str) -> Vec<Step> {
-    let flags = c_flags(build);
+fn cpp_steps(flags: Flags, source: &str, program: &str) -> Vec<Step> {
     let tool = match flags.tool {
         Tool::Clang => Tool::Clangxx,
         _ => Tool::Gxx,
     };
-    c_steps(&Flags { tool, ..flags }, "counts.cpp", "", program)
+    c_steps(&Flags { tool, ..flags }, source, "", program)
 }
 
-fn counts_rust(build: RustBuild, program: &str) -> Vec<Step> {
+fn rust_steps(build: RustBuild, name: &str, program: &str) -> Vec<Step> {
     let opt = match build {
         RustBuild::Debug => "0",
         RustBuild::Release => "3",
     };
-    let mut args: Vec<String> = words("--edition 2024 --crate-name counts -g").collect();
+    let mut args: Vec<String> = words("--edition 2024 -g --crate-name").collect();
+    args.push(name.into());
     args.extend(words("-C symbol-mangling-version=v0 -C codegen-units=1 -C panic=unwind"));
-    args.extend(["-C".into(), format!("opt-level={opt}"), "counts.rs".into()]);
+    args.extend(["-C".into(), format!("opt-level={opt}"), format!("{name}.rs")]);
     args.extend(["-o".into(), program.to_owned()]);
     vec![Step { tool: Tool::Rustc, args }]
 }
@@ -175,10 +175,22 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
             c_steps(&c_flags(build), "counts.c", "", &program),
         ),
         Fixture::CountsCpp(build) => {
-            (vec![harness, source!("cpp", "counts.cpp")], counts_cpp(build, &program))
+            let sources = vec![harness, source!("cpp", "counts.cpp")];
+            (sources, cpp_steps(c_flags(build), "counts.cpp", &program))
         }
         Fixture::CountsRust(build) => {
-            (vec![source!("rust", "counts.rs")], counts_rust(build, &program))
+            (vec![source!("rust", "counts.rs")], rust_steps(build, "counts", &program))
+        }
+        Fixture::Throws(build) => {
+            (vec![source!("cpp", "throws.cpp")], cpp_steps(c_flags(build), "throws.cpp", &program))
+        }
+        Fixture::ThrowsHidden => {
+            let link = "-static-libgcc -static-libstdc++ -s -rdynamic";
+            let flags = Flags { tool: Tool::Gcc, compile: "-O2", link };
+            (vec![source!("cpp", "throws.cpp")], cpp_steps(flags, "throws.cpp", &program))
+        }
+        Fixture::Panics(build) => {
+            (vec![source!("rust", "panics.rs")], rust_steps(build, "panics", &program))
         }
         Fixture::Plt => {
             let link = "-L. -lcounted -Wl,-z,lazy -Wl,-rpath,$ORIGIN";

@@ -4,9 +4,11 @@ use std::sync::OnceLock;
 
 use cranelift_codegen::binemit::Reloc as ClifReloc;
 use cranelift_codegen::control::ControlPlane;
+use cranelift_codegen::cursor::{Cursor, FuncCursor};
 use cranelift_codegen::ir::InstBuilder;
 use cranelift_codegen::ir::{
-    ExternalName, Function, GlobalValue, GlobalValueData, UserExternalName, Value, types,
+    ExternalName, Function, GlobalValue, GlobalValueData, InstructionData, Opcode,
+    UserExternalName, Value, ValueDef, types,
 };
 use cranelift_codegen::isa::{OwnedTargetIsa, TargetIsa, lookup_by_name};
 use cranelift_codegen::settings::{self, Configurable};
@@ -89,18 +91,48 @@ fn verify(func: &Function) -> Result<(), CompileError> {
 /// instruction. But Cranelift keeps constants that are no 32-bit immediate in a pool behind
 /// the code. The constants that we have are therefore symbols ([`symbol`]), which are opaque;
 /// where the optimiser made new ones (a shift left and right becomes a mask), the function is
-/// compiled once more without it.
+/// compiled once more without it and with every
+/// constant hidden.
 pub(crate) fn compile(func: Function) -> Result<Code, CompileError> {
     verify(&func)?;
     let optimised = compile_for(func.clone(), isa()?)?;
     if !has_constant_pool(&optimised.bytes) {
         return Ok(optimised);
     }
+    let mut func = func;
+    hide_constants(&mut func);
     let plain = compile_for(func, plain_isa()?)?;
     if has_constant_pool(&plain.bytes) {
         return Err(CompileError::CodeGenerator("a constant pool behind the code".into()));
     }
     Ok(plain)
+}
+
+/// Puts a symbol in the place of every constant: any operand that may be in memory could come
+/// from the pool, however small the constant is.
+fn hide_constants(func: &mut Function) {
+    let mut cursor = FuncCursor::new(func);
+    while cursor.next_block().is_some() {
+        while let Some(inst) = cursor.next_inst() {
+            let InstructionData::UnaryImm { opcode: Opcode::Iconst, imm } =
+                cursor.func.dfg.insts[inst]
+            else {
+                continue;
+            };
+            let ty = cursor.func.dfg.value_type(cursor.func.dfg.first_result(inst));
+            let global = global_of(cursor.func, RelocTarget::Constant(imm.bits().cast_unsigned()));
+            if ty == types::I64 {
+                cursor.func.dfg.insts[inst] = InstructionData::UnaryGlobalValue {
+                    opcode: Opcode::SymbolValue,
+                    global_value: global,
+                };
+            } else {
+                let opaque = cursor.ins().symbol_value(types::I64, global);
+                cursor.func.dfg.insts[inst] =
+                    InstructionData::Unary { opcode: Opcode::Ireduce, arg: opaque };
+            }
+        }
+    }
 }
 
 /// Does any instruction refer to its own neighbourhood? Only the pool is there to refer to.
@@ -159,6 +191,11 @@ fn target_of(func: &Function, name: &ExternalName, addend: i64) -> Option<RelocT
 /// Not colocated: a colocated symbol would become `lea reg, [rip + x]`, which ties the code to
 /// a place within 2 GiB of the arena.
 pub(crate) fn symbol(b: &mut FunctionBuilder<'_>, target: RelocTarget) -> Value {
+    let global = global_of(b.func, target);
+    b.ins().symbol_value(types::I64, global)
+}
+
+fn global_of(func: &mut Function, target: RelocTarget) -> GlobalValue {
     let (name, addend) = match target {
         RelocTarget::Arena { addend } => (UserExternalName::new(NS_ARENA, 0), addend),
         RelocTarget::Runtime(f) => (UserExternalName::new(NS_RUNTIME, runtime_index(f)), 0),
@@ -168,15 +205,14 @@ pub(crate) fn symbol(b: &mut FunctionBuilder<'_>, target: RelocTarget) -> Value 
             (UserExternalName::new(NS_CONSTANT, 0), value.cast_signed())
         }
     };
-    let name = b.func.declare_imported_user_function(name);
+    let name = func.declare_imported_user_function(name);
     let data = GlobalValueData::Symbol {
         name: ExternalName::user(name),
         offset: addend.into(),
         colocated: false,
         tls: false,
     };
-    let global = existing(b, &data).unwrap_or_else(|| b.create_global_value(data));
-    b.ins().symbol_value(types::I64, global)
+    existing(func, &data).unwrap_or_else(|| func.create_global_value(data))
 }
 
 /// A 64-bit constant that never lands in a constant pool.
@@ -187,12 +223,37 @@ pub(crate) fn constant(b: &mut FunctionBuilder<'_>, value: i64) -> Value {
     symbol(b, RelocTarget::Constant(value.cast_unsigned()))
 }
 
+/// `condition ? a : b`. A conditional move has no immediate operand, so Cranelift would take
+/// constants, however small, from its pool.
+pub(crate) fn select(b: &mut FunctionBuilder<'_>, condition: Value, x: Value, y: Value) -> Value {
+    let (x, y) = (in_register(b, x), in_register(b, y));
+    b.ins().select(condition, x, y)
+}
+
+fn in_register(b: &mut FunctionBuilder<'_>, value: Value) -> Value {
+    let Some(bits) = known_constant(b, value) else { return value };
+    let ty = b.func.dfg.value_type(value);
+    let opaque = symbol(b, RelocTarget::Constant(bits));
+    if ty == types::I64 { opaque } else { b.ins().ireduce(ty, opaque) }
+}
+
+/// The bits of a value that is a constant right here.
+pub(crate) fn known_constant(b: &FunctionBuilder<'_>, value: Value) -> Option<u64> {
+    let ValueDef::Result(inst, _) = b.func.dfg.value_def(value) else { return None };
+    match b.func.dfg.insts[inst] {
+        InstructionData::UnaryImm { opcode: Opcode::Iconst, imm } => {
+            Some(imm.bits().cast_unsigned())
+        }
+        _ => None,
+    }
+}
+
 /// The same symbol twice is one global value, so that equal addresses are one value.
-fn existing(b: &FunctionBuilder<'_>, wanted: &GlobalValueData) -> Option<GlobalValue> {
+fn existing(func: &Function, wanted: &GlobalValueData) -> Option<GlobalValue> {
     let GlobalValueData::Symbol { name: wanted_name, offset: wanted_offset, .. } = wanted else {
         return None;
     };
-    b.func.global_values.iter().find_map(|(global, data)| match data {
+    func.global_values.iter().find_map(|(global, data)| match data {
         GlobalValueData::Symbol { name, offset, .. }
             if name == wanted_name && offset == wanted_offset =>
         {

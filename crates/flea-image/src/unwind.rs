@@ -7,11 +7,18 @@
 //!   CFA = rbp + 16     return address at CFA - 8     rbp at CFA - 16
 //! ```
 //!
-//! The row is exact where an unwinder can stand: at the return address of `call original`. In
-//! the few instructions before `mov rbp, rsp` and in relocated copies it is not; only a signal
-//! handler could look from there.
+//! The row is exact where an unwinder can stand: at the return address of `call original`, and
+//! for that alone it is given out (`x86_64::find_fde`). In the few instructions before `mov
+//! rbp, rsp`, in entry bodies and in relocated copies it is not; only a signal handler could
+//! look from there.
+
+//!
+//! The row has a personality, [`crate::x86_64::personality`], which notes that an exception
+//! leaves the frame.
 
 use flea_symbols::addr::RemoteAddr;
+
+use crate::x86_64::personality;
 
 /// DWARF's numbers of the registers.
 const RBP: u8 = 6;
@@ -22,20 +29,31 @@ const DW_CFA_OFFSET: u8 = 0x80;
 const DW_EH_PE_ABSPTR: u8 = 0x00;
 
 /// Offset of the FDE in what [`frame_arena_rows`] returns: what `_Unwind_Find_FDE` points at.
-pub const FDE_OFFSET: usize = 24;
+pub const FDE_OFFSET: usize = 40;
 
-/// `.eh_frame` bytes, to be placed 8-aligned anywhere in the target: a CIE, an FDE at
+/// What an unwinder has to have for an arena: `.eh_frame` bytes, that is a CIE, an FDE at
 /// [`FDE_OFFSET`] for the `len_bytes` from `start` on, and a terminating zero word (as
-/// `__register_frame` wants it).
+/// `__register_frame` wants it); behind them the personality. To be placed at `at`, which is
+/// a multiple of 8, in executable memory; the length does not depend on the addresses.
 #[must_use]
-pub fn frame_arena_rows(start: RemoteAddr, len_bytes: u64) -> Vec<u8> {
+pub fn frame_arena_rows(at: RemoteAddr, start: RemoteAddr, len_bytes: u64) -> Vec<u8> {
+    let no_code = rows(start, len_bytes, RemoteAddr(0));
+    let mut out =
+        rows(start, len_bytes, at.offset(i64::try_from(no_code.len()).expect("it is small")));
+    out.extend(personality::code(start, RemoteAddr(start.0.saturating_add(len_bytes))));
+    out
+}
+
+fn rows(start: RemoteAddr, len_bytes: u64, personality: RemoteAddr) -> Vec<u8> {
     let mut cie = vec![0, 0, 0, 0]; // "this is a CIE"
     cie.push(1); // version
-    cie.extend(b"zR\0"); // an augmentation: the encoding of addresses
+    cie.extend(b"zPR\0"); // augmentations: the personality, the encoding of addresses
     cie.push(1); // code alignment factor
     cie.push(0x78); // data alignment factor -8, SLEB128
     cie.push(RETURN_ADDRESS);
-    cie.extend([1, DW_EH_PE_ABSPTR]);
+    cie.extend([10, DW_EH_PE_ABSPTR]);
+    cie.extend(personality.0.to_le_bytes());
+    cie.push(DW_EH_PE_ABSPTR);
     cie.extend([DW_CFA_DEF_CFA, RBP, 16]);
     cie.extend([DW_CFA_OFFSET | RETURN_ADDRESS, 1]);
     cie.extend([DW_CFA_OFFSET | RBP, 2]);

@@ -22,10 +22,9 @@ fn hex(text: &str) -> Vec<u8> {
 }
 
 fn run(verified: &Verified, memory: &[u8]) -> Result<u64, CompileError> {
-    let code = compile_plain(verified)?;
-    assert!(code.relocs.is_empty());
-    let pages = Pages::new(code.bytes.len().next_multiple_of(4096));
-    pages.write(0, &code.bytes);
+    let bytes = compile_plain(verified)?.resolve(|target| panic!("no {target:?} here"));
+    let pages = Pages::new(bytes.len().next_multiple_of(4096));
+    pages.write(0, &bytes);
     pages.executable();
     let mut memory = memory.to_vec();
     let at = if memory.is_empty() { 0 } else { memory.as_mut_ptr() as u64 };

@@ -56,43 +56,42 @@ fn counter_per_cpu() {
     check(
         body.entry.as_ref(),
         &expect![[r#"
-        0000  push %rbp
-        0001  mov %rsp,%rbp
-        0004  sub $0x30,%rsp
-        0008  mov %rax,(%rsp)
-        000c  mov %rcx,8(%rsp)
-        0011  mov %rdi,0x10(%rsp)
-        0016  mov %r10,0x18(%rsp)
-        001b  mov %r11,0x20(%rsp)
-        0020  movabs $0,%r11    # arena - 0x10000
-        002a  movabs $0,%rcx    # thread pointer
-        0034  mov %rcx,%r10
-        0037  shr $8,%r10
-        003b  and $0xFFF0,%r10
-        0042  mov 8(%r11,%r10),%rax
-        0047  mov (%r11,%r10),%r11
-        004b  cmp %rcx,%r11
-        004e  jne +0x7d
-        0054  addq $1,0x80(%rax)
-        005c  mov (%rsp),%rax
-        0060  mov 8(%rsp),%rcx
-        0065  mov 0x10(%rsp),%rdi
-        006a  mov 0x18(%rsp),%r10
-        006f  mov 0x20(%rsp),%r11
-        0074  add $0x30,%rsp
-        0078  mov %rbp,%rsp
-        007b  pop %rbp
-        007c  ret
-        007d  movabs $0,%rdi    # arena + 0x0
-        0087  movabs $0,%rax    # flea_thread_slot
-        0091  call *%rax
-        0093  test %rax,%rax
-        0096  jne +0x54
-        009c  movabs $0,%rax    # arena + 0x28
-        00a6  mov $1,%ecx
-        00ab  lock add %rcx,(%rax)
-        00af  jmp +0x5c
-    "#]],
+            0000  push %rbp
+            0001  mov %rsp,%rbp
+            0004  sub $0x30,%rsp
+            0008  mov %rax,(%rsp)
+            000c  mov %rdi,8(%rsp)
+            0011  mov %r8,0x10(%rsp)
+            0016  mov %r9,0x18(%rsp)
+            001b  mov %r10,0x20(%rsp)
+            0020  movabs $0,%r9    # arena - 0x10000
+            002a  movabs $0,%r10    # thread pointer
+            0034  mov %r10,%r8
+            0037  shr $8,%r8
+            003b  and $0xFFF0,%r8
+            0042  mov 8(%r9,%r8),%rax
+            0047  mov (%r9,%r8),%r9
+            004b  cmp %r10,%r9
+            004e  jne +0x86
+            0054  test %rax,%rax
+            0057  je +0x86
+            005d  addq $1,0x80(%rax)
+            0065  mov (%rsp),%rax
+            0069  mov 8(%rsp),%rdi
+            006e  mov 0x10(%rsp),%r8
+            0073  mov 0x18(%rsp),%r9
+            0078  mov 0x20(%rsp),%r10
+            007d  add $0x30,%rsp
+            0081  mov %rbp,%rsp
+            0084  pop %rbp
+            0085  ret
+            0086  movabs $0,%rdi    # arena + 0x0
+            0090  movabs $0,%rax    # flea_thread_slot
+            009a  call *%rax
+            009c  test %rax,%rax
+            009f  jne +0x5d
+            00a5  jmp +0x65
+        "#]],
     );
 }
 
@@ -126,44 +125,43 @@ fn two_counters_share_one_slot_lookup() {
     check(
         body.entry.as_ref(),
         &expect![[r#"
-        0000  push %rbp
-        0001  mov %rsp,%rbp
-        0004  sub $0x30,%rsp
-        0008  mov %rax,(%rsp)
-        000c  mov %rcx,8(%rsp)
-        0011  mov %rdi,0x10(%rsp)
-        0016  mov %r10,0x18(%rsp)
-        001b  mov %r11,0x20(%rsp)
-        0020  movabs $0,%r11    # arena - 0x10000
-        002a  movabs $0,%rcx    # thread pointer
-        0034  mov %rcx,%r10
-        0037  shr $8,%r10
-        003b  and $0xFFF0,%r10
-        0042  mov 8(%r11,%r10),%rax
-        0047  mov (%r11,%r10),%r11
-        004b  cmp %rcx,%r11
-        004e  jne +0x85
-        0054  addq $1,0x80(%rax)
-        005c  addq $1,0x88(%rax)
-        0064  mov (%rsp),%rax
-        0068  mov 8(%rsp),%rcx
-        006d  mov 0x10(%rsp),%rdi
-        0072  mov 0x18(%rsp),%r10
-        0077  mov 0x20(%rsp),%r11
-        007c  add $0x30,%rsp
-        0080  mov %rbp,%rsp
-        0083  pop %rbp
-        0084  ret
-        0085  movabs $0,%rdi    # arena + 0x0
-        008f  movabs $0,%rax    # flea_thread_slot
-        0099  call *%rax
-        009b  test %rax,%rax
-        009e  jne +0x54
-        00a4  movabs $0,%rax    # arena + 0x28
-        00ae  mov $1,%ecx
-        00b3  lock add %rcx,(%rax)
-        00b7  jmp +0x64
-    "#]],
+            0000  push %rbp
+            0001  mov %rsp,%rbp
+            0004  sub $0x30,%rsp
+            0008  mov %rax,(%rsp)
+            000c  mov %rdi,8(%rsp)
+            0011  mov %r8,0x10(%rsp)
+            0016  mov %r9,0x18(%rsp)
+            001b  mov %r10,0x20(%rsp)
+            0020  movabs $0,%r9    # arena - 0x10000
+            002a  movabs $0,%r10    # thread pointer
+            0034  mov %r10,%r8
+            0037  shr $8,%r8
+            003b  and $0xFFF0,%r8
+            0042  mov 8(%r9,%r8),%rax
+            0047  mov (%r9,%r8),%r9
+            004b  cmp %r10,%r9
+            004e  jne +0x8e
+            0054  test %rax,%rax
+            0057  je +0x8e
+            005d  addq $1,0x80(%rax)
+            0065  addq $1,0x88(%rax)
+            006d  mov (%rsp),%rax
+            0071  mov 8(%rsp),%rdi
+            0076  mov 0x10(%rsp),%r8
+            007b  mov 0x18(%rsp),%r9
+            0080  mov 0x20(%rsp),%r10
+            0085  add $0x30,%rsp
+            0089  mov %rbp,%rsp
+            008c  pop %rbp
+            008d  ret
+            008e  movabs $0,%rdi    # arena + 0x0
+            0098  movabs $0,%rax    # flea_thread_slot
+            00a2  call *%rax
+            00a4  test %rax,%rax
+            00a7  jne +0x5d
+            00ad  jmp +0x6d
+        "#]],
     );
 }
 
@@ -174,58 +172,57 @@ fn exit_saves_only_what_is_read() {
     check(
         body.exit.as_ref(),
         &expect![[r#"
-        0000  push %rbp
-        0001  mov %rsp,%rbp
-        0004  sub $0x30,%rsp
-        0008  mov %rax,(%rsp)
-        000c  mov %rcx,8(%rsp)
-        0011  mov %rdx,0x10(%rsp)
-        0016  mov %rsi,0x18(%rsp)
-        001b  mov %rdi,0x20(%rsp)
-        0020  mov %rbp,%rax
-        0023  mov (%rax),%rcx
-        0026  movabs $0,%rdx    # arena - 0x10000
-        0030  movabs $0,%rsi    # thread pointer
-        003a  mov %rsi,%rdi
-        003d  shr $8,%rdi
-        0041  and $0xFFF0,%rdi
-        0048  mov 8(%rdx,%rdi),%rax
-        004d  mov (%rdx,%rdi),%rdx
-        0051  cmp %rsi,%rdx
-        0054  jne +0xb9
-        005a  mov 0x40(%rax),%rdx
-        005e  test %rdx,%rdx
-        0061  jne +0xf0
-        0067  movq $1,0x40(%rax)
-        006f  mov -0x28(%rcx),%rsi
-        0073  movabs $0,%rdx    # arena + 0x21000
-        007d  mov %rsi,(%rdx)
-        0080  mov -0x30(%rcx),%rsi
-        0084  mov %rsi,8(%rdx)
-        0088  mov -8(%rcx),%rcx
-        008c  mov %rcx,0x10(%rdx)
-        0090  movq $0,0x40(%rax)
-        0098  mov (%rsp),%rax
-        009c  mov 8(%rsp),%rcx
-        00a1  mov 0x10(%rsp),%rdx
-        00a6  mov 0x18(%rsp),%rsi
-        00ab  mov 0x20(%rsp),%rdi
-        00b0  add $0x30,%rsp
-        00b4  mov %rbp,%rsp
-        00b7  pop %rbp
-        00b8  ret
-        00b9  movabs $0,%rdi    # arena + 0x0
-        00c3  movabs $0,%rax    # flea_thread_slot
-        00cd  call *%rax
-        00cf  test %rax,%rax
-        00d2  jne +0x5a
-        00d8  movabs $0,%rax    # arena + 0x28
-        00e2  mov $1,%ecx
-        00e7  lock add %rcx,(%rax)
-        00eb  jmp +0x98
-        00f0  addq $1,0x48(%rax)
-        00f5  jmp +0x98
-    "#]],
+            0000  push %rbp
+            0001  mov %rsp,%rbp
+            0004  sub $0x30,%rsp
+            0008  mov %rax,(%rsp)
+            000c  mov %rcx,8(%rsp)
+            0011  mov %rdx,0x10(%rsp)
+            0016  mov %rsi,0x18(%rsp)
+            001b  mov %rdi,0x20(%rsp)
+            0020  mov %rbp,%rax
+            0023  mov (%rax),%rcx
+            0026  movabs $0,%rdx    # arena - 0x10000
+            0030  movabs $0,%rsi    # thread pointer
+            003a  mov %rsi,%rdi
+            003d  shr $8,%rdi
+            0041  and $0xFFF0,%rdi
+            0048  mov 8(%rdx,%rdi),%rax
+            004d  mov (%rdx,%rdi),%rdx
+            0051  cmp %rsi,%rdx
+            0054  jne +0xc2
+            005a  test %rax,%rax
+            005d  je +0xc2
+            0063  mov 0x40(%rax),%rdx
+            0067  test %rdx,%rdx
+            006a  jne +0xe6
+            0070  movq $1,0x40(%rax)
+            0078  mov -0x28(%rcx),%rsi
+            007c  movabs $0,%rdx    # arena + 0x21000
+            0086  mov %rsi,(%rdx)
+            0089  mov -0x30(%rcx),%rsi
+            008d  mov %rsi,8(%rdx)
+            0091  mov -8(%rcx),%rcx
+            0095  mov %rcx,0x10(%rdx)
+            0099  movq $0,0x40(%rax)
+            00a1  mov (%rsp),%rax
+            00a5  mov 8(%rsp),%rcx
+            00aa  mov 0x10(%rsp),%rdx
+            00af  mov 0x18(%rsp),%rsi
+            00b4  mov 0x20(%rsp),%rdi
+            00b9  add $0x30,%rsp
+            00bd  mov %rbp,%rsp
+            00c0  pop %rbp
+            00c1  ret
+            00c2  movabs $0,%rdi    # arena + 0x0
+            00cc  movabs $0,%rax    # flea_thread_slot
+            00d6  call *%rax
+            00d8  test %rax,%rax
+            00db  jne +0x63
+            00e1  jmp +0xa1
+            00e6  addq $1,0x48(%rax)
+            00eb  jmp +0xa1
+        "#]],
     );
     expect![[r#"
         Reads {
@@ -281,119 +278,117 @@ fn session_carries_a_cookie() {
     check(
         body.session.as_ref(),
         &expect![[r#"
-        0000  push %rbp
-        0001  mov %rsp,%rbp
-        0004  sub $0x30,%rsp
-        0008  mov %rax,(%rsp)
-        000c  mov %rcx,8(%rsp)
-        0011  mov %rdx,0x10(%rsp)
-        0016  mov %rsi,0x18(%rsp)
-        001b  mov %rdi,0x20(%rsp)
-        0020  mov %rbp,%rax
-        0023  mov (%rax),%rcx
-        0026  movq $0,-0x98(%rcx)
-        0031  movabs $0,%rdx    # arena - 0x10000
-        003b  movabs $0,%rsi    # thread pointer
-        0045  mov %rsi,%rdi
-        0048  shr $8,%rdi
-        004c  and $0xFFF0,%rdi
-        0053  mov 8(%rdx,%rdi),%rax
-        0058  mov (%rdx,%rdi),%rdx
-        005c  cmp %rsi,%rdx
-        005f  jne +0xcb
-        0065  mov 0x40(%rax),%rdx
-        0069  test %rdx,%rdx
-        006c  jne +0x102
-        0072  mov $1,%esi
-        0077  movq $1,0x40(%rax)
-        007f  mov %rax,%rdx
-        0082  movabs $0,%rdi    # VdsoClockGettime
-        008c  movabs $0,%rax    # flea_clock_ns
-        0096  call *%rax
-        0098  mov %rax,-0x98(%rcx)
-        009f  mov %rdx,%rax
-        00a2  movq $0,0x40(%rax)
-        00aa  mov (%rsp),%rax
-        00ae  mov 8(%rsp),%rcx
-        00b3  mov 0x10(%rsp),%rdx
-        00b8  mov 0x18(%rsp),%rsi
-        00bd  mov 0x20(%rsp),%rdi
-        00c2  add $0x30,%rsp
-        00c6  mov %rbp,%rsp
-        00c9  pop %rbp
-        00ca  ret
-        00cb  movabs $0,%rdi    # arena + 0x0
-        00d5  movabs $0,%rax    # flea_thread_slot
-        00df  call *%rax
-        00e1  test %rax,%rax
-        00e4  jne +0x65
-        00ea  movabs $0,%rax    # arena + 0x28
-        00f4  mov $1,%ecx
-        00f9  lock add %rcx,(%rax)
-        00fd  jmp +0xaa
-        0102  addq $1,0x48(%rax)
-        0107  jmp +0xaa
-    "#]],
+            0000  push %rbp
+            0001  mov %rsp,%rbp
+            0004  sub $0x30,%rsp
+            0008  mov %rax,(%rsp)
+            000c  mov %rcx,8(%rsp)
+            0011  mov %rdx,0x10(%rsp)
+            0016  mov %rsi,0x18(%rsp)
+            001b  mov %rdi,0x20(%rsp)
+            0020  mov %rbp,%rax
+            0023  mov (%rax),%rcx
+            0026  movq $0,-0x98(%rcx)
+            0031  movabs $0,%rdx    # arena - 0x10000
+            003b  movabs $0,%rsi    # thread pointer
+            0045  mov %rsi,%rdi
+            0048  shr $8,%rdi
+            004c  and $0xFFF0,%rdi
+            0053  mov 8(%rdx,%rdi),%rax
+            0058  mov (%rdx,%rdi),%rdx
+            005c  cmp %rsi,%rdx
+            005f  jne +0xd4
+            0065  test %rax,%rax
+            0068  je +0xd4
+            006e  mov 0x40(%rax),%rdx
+            0072  test %rdx,%rdx
+            0075  jne +0xf8
+            007b  mov $1,%esi
+            0080  movq $1,0x40(%rax)
+            0088  mov %rax,%rdx
+            008b  movabs $0,%rdi    # VdsoClockGettime
+            0095  movabs $0,%rax    # flea_clock_ns
+            009f  call *%rax
+            00a1  mov %rax,-0x98(%rcx)
+            00a8  mov %rdx,%rax
+            00ab  movq $0,0x40(%rax)
+            00b3  mov (%rsp),%rax
+            00b7  mov 8(%rsp),%rcx
+            00bc  mov 0x10(%rsp),%rdx
+            00c1  mov 0x18(%rsp),%rsi
+            00c6  mov 0x20(%rsp),%rdi
+            00cb  add $0x30,%rsp
+            00cf  mov %rbp,%rsp
+            00d2  pop %rbp
+            00d3  ret
+            00d4  movabs $0,%rdi    # arena + 0x0
+            00de  movabs $0,%rax    # flea_thread_slot
+            00e8  call *%rax
+            00ea  test %rax,%rax
+            00ed  jne +0x6e
+            00f3  jmp +0xb3
+            00f8  addq $1,0x48(%rax)
+            00fd  jmp +0xb3
+        "#]],
     );
     check(
         body.exit.as_ref(),
         &expect![[r#"
-        0000  push %rbp
-        0001  mov %rsp,%rbp
-        0004  sub $0x30,%rsp
-        0008  mov %rax,(%rsp)
-        000c  mov %rcx,8(%rsp)
-        0011  mov %rdx,0x10(%rsp)
-        0016  mov %rsi,0x18(%rsp)
-        001b  mov %rdi,0x20(%rsp)
-        0020  mov %r8,0x28(%rsp)
-        0025  mov %rbp,%rax
-        0028  mov (%rax),%rcx
-        002b  movabs $0,%rdx    # arena - 0x10000
-        0035  movabs $0,%rsi    # thread pointer
-        003f  mov %rsi,%rdi
-        0042  shr $8,%rdi
-        0046  and $0xFFF0,%rdi
-        004d  mov 8(%rdx,%rdi),%rax
-        0052  mov (%rdx,%rdi),%rdx
-        0056  cmp %rsi,%rdx
-        0059  jne +0xd8
-        005f  mov 0x40(%rax),%rdx
-        0063  test %rdx,%rdx
-        0066  jne +0x10f
-        006c  mov $1,%esi
-        0071  movq $1,0x40(%rax)
-        0079  mov %rax,%r8
-        007c  movabs $0,%rdi    # VdsoClockGettime
-        0086  movabs $0,%rax    # flea_clock_ns
-        0090  call *%rax
-        0092  movabs $0,%rdx    # arena + 0x21000
-        009c  sub -0x98(%rcx),%rax
-        00a3  lock add %rax,(%rdx)
-        00a7  mov %r8,%rax
-        00aa  movq $0,0x40(%rax)
-        00b2  mov (%rsp),%rax
-        00b6  mov 8(%rsp),%rcx
-        00bb  mov 0x10(%rsp),%rdx
-        00c0  mov 0x18(%rsp),%rsi
-        00c5  mov 0x20(%rsp),%rdi
-        00ca  mov 0x28(%rsp),%r8
-        00cf  add $0x30,%rsp
-        00d3  mov %rbp,%rsp
-        00d6  pop %rbp
-        00d7  ret
-        00d8  movabs $0,%rdi    # arena + 0x0
-        00e2  movabs $0,%rax    # flea_thread_slot
-        00ec  call *%rax
-        00ee  test %rax,%rax
-        00f1  jne +0x5f
-        00f7  movabs $0,%rax    # arena + 0x28
-        0101  mov $1,%ecx
-        0106  lock add %rcx,(%rax)
-        010a  jmp +0xb2
-        010f  addq $1,0x48(%rax)
-        0114  jmp +0xb2
-    "#]],
+            0000  push %rbp
+            0001  mov %rsp,%rbp
+            0004  sub $0x30,%rsp
+            0008  mov %rax,(%rsp)
+            000c  mov %rcx,8(%rsp)
+            0011  mov %rdx,0x10(%rsp)
+            0016  mov %rsi,0x18(%rsp)
+            001b  mov %rdi,0x20(%rsp)
+            0020  mov %r8,0x28(%rsp)
+            0025  mov %rbp,%rax
+            0028  mov (%rax),%rcx
+            002b  movabs $0,%rdx    # arena - 0x10000
+            0035  movabs $0,%rsi    # thread pointer
+            003f  mov %rsi,%rdi
+            0042  shr $8,%rdi
+            0046  and $0xFFF0,%rdi
+            004d  mov 8(%rdx,%rdi),%rax
+            0052  mov (%rdx,%rdi),%rdx
+            0056  cmp %rsi,%rdx
+            0059  jne +0xe1
+            005f  test %rax,%rax
+            0062  je +0xe1
+            0068  mov 0x40(%rax),%rdx
+            006c  test %rdx,%rdx
+            006f  jne +0x105
+            0075  mov $1,%esi
+            007a  movq $1,0x40(%rax)
+            0082  mov %rax,%r8
+            0085  movabs $0,%rdi    # VdsoClockGettime
+            008f  movabs $0,%rax    # flea_clock_ns
+            0099  call *%rax
+            009b  movabs $0,%rdx    # arena + 0x21000
+            00a5  sub -0x98(%rcx),%rax
+            00ac  lock add %rax,(%rdx)
+            00b0  mov %r8,%rax
+            00b3  movq $0,0x40(%rax)
+            00bb  mov (%rsp),%rax
+            00bf  mov 8(%rsp),%rcx
+            00c4  mov 0x10(%rsp),%rdx
+            00c9  mov 0x18(%rsp),%rsi
+            00ce  mov 0x20(%rsp),%rdi
+            00d3  mov 0x28(%rsp),%r8
+            00d8  add $0x30,%rsp
+            00dc  mov %rbp,%rsp
+            00df  pop %rbp
+            00e0  ret
+            00e1  movabs $0,%rdi    # arena + 0x0
+            00eb  movabs $0,%rax    # flea_thread_slot
+            00f5  call *%rax
+            00f7  test %rax,%rax
+            00fa  jne +0x68
+            0100  jmp +0xbb
+            0105  addq $1,0x48(%rax)
+            010a  jmp +0xbb
+        "#]],
     );
 }
 
@@ -442,66 +437,67 @@ fn skeletons() {
         0019  pushq 0x20(%rbp)
         001c  pushq 0x18(%rbp)
         001f  pushq 0x10(%rbp)
-        0022  call 0x000000000060011A
-        0027  mov %rax,-8(%rbp)
-        002b  push %rbp
-        002c  mov %rsp,%rbp
-        002f  sub $0x30,%rsp
-        0033  mov %rax,(%rsp)
-        0037  mov %rcx,8(%rsp)
-        003c  mov %rdx,0x10(%rsp)
-        0041  mov %rsi,0x18(%rsp)
-        0046  mov %rdi,0x20(%rsp)
-        004b  mov %rbp,%rax
-        004e  mov (%rax),%rcx
-        0051  movabs $0x700000000000,%rdx
-        005b  mov %fs:0,%rsi
-        0064  nop
-        0065  mov %rsi,%rdi
-        0068  shr $8,%rdi
-        006c  and $0xFFF0,%rdi
-        0073  mov 8(%rdx,%rdi),%rax
-        0078  mov (%rdx,%rdi),%rdx
-        007c  cmp %rsi,%rdx
-        007f  jne +0xe1
-        0081  mov 0x50(%rax),%rdx
-        0085  test %rdx,%rdx
-        0088  jne +0x111
-        008e  movq $1,0x50(%rax)
-        0096  mov -0x28(%rcx),%rsi
-        009a  movabs $0x700000000000,%rdx
-        00a4  mov %rsi,(%rdx)
-        00a7  mov -0x30(%rcx),%rsi
-        00ab  mov %rsi,8(%rdx)
-        00af  mov -8(%rcx),%rcx
-        00b3  mov %rcx,0x10(%rdx)
-        00b7  movq $0,0x50(%rax)
-        00bf  mov (%rsp),%rax
-        00c3  mov 8(%rsp),%rcx
-        00c8  mov 0x10(%rsp),%rdx
-        00cd  mov 0x18(%rsp),%rsi
-        00d2  mov 0x20(%rsp),%rdi
-        00d7  add $0x30,%rsp
-        00db  mov %rbp,%rsp
-        00de  pop %rbp
-        00df  jmp +0x118
-        00e1  movabs $0x700000000000,%rdi
-        00eb  movabs $0x700000000000,%rax
-        00f5  call *%rax
-        00f7  test %rax,%rax
-        00fa  jne +0x81
-        00fc  movabs $0x700000000000,%rax
-        0106  mov $1,%ecx
-        010b  lock add %rcx,(%rax)
-        010f  jmp +0xbf
-        0111  addq $1,0x58(%rax)
-        0116  jmp +0xbf
-        0118  leave
-        0119  ret
-        011a  push %rbp
-        011b  mov %rsp,%rbp
-        011e  lea 0x40110B,%rax
-        0125  jmp 0x000000000040100B
+        0022  call 0x0000000000600115
+        0027  mov %rbp,-8(%rsp)
+        002c  mov %rax,-8(%rbp)
+        0030  push %rbp
+        0031  mov %rsp,%rbp
+        0034  sub $0x30,%rsp
+        0038  mov %rax,(%rsp)
+        003c  mov %rcx,8(%rsp)
+        0041  mov %rdx,0x10(%rsp)
+        0046  mov %rsi,0x18(%rsp)
+        004b  mov %rdi,0x20(%rsp)
+        0050  mov %rbp,%rax
+        0053  mov (%rax),%rcx
+        0056  movabs $0x700000000000,%rdx
+        0060  mov %fs:0,%rsi
+        0069  nop
+        006a  mov %rsi,%rdi
+        006d  shr $8,%rdi
+        0071  and $0xFFF0,%rdi
+        0078  mov 8(%rdx,%rdi),%rax
+        007d  mov (%rdx,%rdi),%rdx
+        0081  cmp %rsi,%rdx
+        0084  jne +0xe7
+        0086  test %rax,%rax
+        0089  je +0xe7
+        008b  mov 0x50(%rax),%rdx
+        008f  test %rdx,%rdx
+        0092  jne +0x104
+        0094  movq $1,0x50(%rax)
+        009c  mov -0x28(%rcx),%rsi
+        00a0  movabs $0x700000000000,%rdx
+        00aa  mov %rsi,(%rdx)
+        00ad  mov -0x30(%rcx),%rsi
+        00b1  mov %rsi,8(%rdx)
+        00b5  mov -8(%rcx),%rcx
+        00b9  mov %rcx,0x10(%rdx)
+        00bd  movq $0,0x50(%rax)
+        00c5  mov (%rsp),%rax
+        00c9  mov 8(%rsp),%rcx
+        00ce  mov 0x10(%rsp),%rdx
+        00d3  mov 0x18(%rsp),%rsi
+        00d8  mov 0x20(%rsp),%rdi
+        00dd  add $0x30,%rsp
+        00e1  mov %rbp,%rsp
+        00e4  pop %rbp
+        00e5  jmp +0x10b
+        00e7  movabs $0x700000000000,%rdi
+        00f1  movabs $0x700000000000,%rax
+        00fb  call *%rax
+        00fd  test %rax,%rax
+        0100  jne +0x8b
+        0102  jmp +0xc5
+        0104  addq $1,0x58(%rax)
+        0109  jmp +0xc5
+        010b  leave
+        010c  ret
+        010d  nopl 0x61656C66(%rax,%rax)
+        0115  push %rbp
+        0116  mov %rsp,%rbp
+        0119  lea 0x40110B,%rax
+        0120  jmp 0x000000000040100B
     "#]]
     .assert_eq(&skeleton.listing());
     expect![[r#"
@@ -516,25 +512,25 @@ fn skeletons() {
                     rule: Frame,
                 },
                 UnwindRow {
-                    offset: 282,
+                    offset: 277,
                     rule: Original,
                 },
             ],
             [
                 (
                     0x401000,
-                    0x60011a,
+                    0x600115,
                 ),
                 (
                     0x401001,
-                    0x60011b,
+                    0x600116,
                 ),
                 (
                     0x401004,
-                    0x60011e,
+                    0x600119,
                 ),
             ],
-            0x60011a,
+            0x600115,
         )
     "#]]
     .assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));

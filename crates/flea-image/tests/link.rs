@@ -6,8 +6,8 @@ mod support;
 use expect_test::expect;
 use flea_image::unwind::{FDE_OFFSET, frame_arena_rows};
 use flea_image::{
-    BODY_FRAMES_OFFSET, BodyRef, LinkError, Reads, RelocateError, SiteKind, Skeleton, SkeletonBody,
-    SkeletonRequest, call_patch, link_skeleton,
+    BODY_FRAMES_OFFSET, BodyRef, FrameArena, LinkError, Reads, RelocateError, SiteKind, Skeleton,
+    SkeletonBody, SkeletonRequest, call_patch, link_skeleton, link_unwinder_skeleton,
 };
 use flea_symbols::addr::RemoteAddr;
 
@@ -111,7 +111,8 @@ fn the_unwind_row_reads_as_meant() {
     use gimli::{
         BaseAddresses, CfaRule, EhFrame, LittleEndian, Register, RegisterRule, UnwindSection,
     };
-    let bytes = frame_arena_rows(RemoteAddr(0x7000_0000), 0x1_0000);
+    let at = RemoteAddr(0x7000_8000);
+    let bytes = frame_arena_rows(at, RemoteAddr(0x7000_0000), 0x1_0000);
     let section = EhFrame::new(&bytes, LittleEndian);
     let bases = BaseAddresses::default();
     let mut context = gimli::UnwindContext::new();
@@ -127,4 +128,81 @@ fn the_unwind_row_reads_as_meant() {
     // The FDE is where it is said to be: its second word leads back to the CIE at 0.
     let back = u32::from_le_bytes(bytes[FDE_OFFSET + 4..FDE_OFFSET + 8].try_into().unwrap());
     assert_eq!(back as usize, FDE_OFFSET + 4);
+    // The personality is where the CIE says, behind the terminating word.
+    let fde = section.fde_for_address(&bases, 0x7000_1234, |section, bases, offset| {
+        section.cie_from_offset(bases, offset)
+    });
+    let Some(gimli::Pointer::Direct(personality)) = fde.unwrap().cie().personality() else {
+        panic!("no personality");
+    };
+    let code = &bytes[usize::try_from(personality - at.0).unwrap()..];
+    assert_eq!(bytes[bytes.len() - code.len() - 4..][..4], [0; 4]);
+    expect![[r#"
+        0000  endbr64
+        0004  mov $8,%eax
+        0009  mov 0x98(%r8),%r9
+        0010  movabs $0x70000000,%r11
+        001a  cmp %r11,%r9
+        001d  jb +0x50
+        001f  movabs $0x70010000,%r11
+        0029  cmp %r11,%r9
+        002c  jae +0x50
+        002e  andq $0,0x98(%r8)
+        0036  test $2,%esi
+        003c  je +0x50
+        003e  mov 0x90(%r8),%r10
+        0045  cmp %r9,-8(%r10)
+        0049  jne +0x50
+        004b  andq $0,-8(%r10)
+        0050  ret
+    "#]]
+    .assert_eq(&flea_image::listing(code, RemoteAddr(personality)));
+}
+
+#[test]
+fn an_unwinder_is_asked_about_foreign_frames_only() {
+    // push r15; push r14; push r13
+    let replaced = [0x41, 0x57, 0x41, 0x56, 0x41, 0x55];
+    let arena = FrameArena {
+        start: RemoteAddr(0x7000_0000_0000),
+        end: RemoteAddr(0x7000_0020_0000),
+        fde: RemoteAddr(0x7000_0000_1018),
+    };
+    let second = FrameArena { start: RemoteAddr(0x1000), ..arena };
+    let link =
+        |arenas: &[FrameArena]| link_unwinder_skeleton(&request(&replaced, &[]), arenas).unwrap();
+    assert_eq!(link(&[]), link_skeleton(&request(&replaced, &[])).unwrap());
+    assert!(link(&[arena, second]).bytes.len() > link(&[arena]).bytes.len());
+    expect![[r#"
+        0000  movabs $0x700000000008,%r11
+        000a  cmp %r11,%rdi
+        000d  jb +0x73
+        000f  movabs $0x700000200000,%r11
+        0019  cmp %r11,%rdi
+        001c  jae +0x73
+        001e  cmpb $0xE8,-4(%rdi)
+        0022  jne +0x73
+        0024  movslq -3(%rdi),%rax
+        0028  lea 1(%rdi,%rax),%rax
+        002d  cmp %r11,%rax
+        0030  jae +0x73
+        0032  movabs $0x700000000008,%r11
+        003c  cmp %r11,%rax
+        003f  jb +0x73
+        0041  movabs $0x61656C6600841F0F,%r11
+        004b  cmp %r11,-8(%rax)
+        004f  jne +0x73
+        0051  movabs $0x700000000000,%rax
+        005b  mov %rax,0x10(%rsi)
+        005f  xor %eax,%eax
+        0061  mov %rax,(%rsi)
+        0064  mov %rax,8(%rsi)
+        0068  movabs $0x700000001018,%rax
+        0072  ret
+        0073  push %r15
+        0075  push %r14
+        0077  push %r13
+        0079  jmp 0x0000000000401006
+    "#]]
+    .assert_eq(&link(&[arena]).listing());
 }

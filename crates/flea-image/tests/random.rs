@@ -139,8 +139,9 @@ fn run(start: &[u64; 6], ops: &[Insn], known: bool) -> u64 {
     }
     insns.push(insn(0x95, 0, 0, 0, 0));
     let code = compile_plain(&unverified(&insns, &|_, _| None)).unwrap();
-    let pages = Pages::new(code.bytes.len().next_multiple_of(4096));
-    pages.write(0, &code.bytes);
+    let bytes = code.resolve(|target| panic!("no {target:?} here"));
+    let pages = Pages::new(bytes.len().next_multiple_of(4096));
+    pages.write(0, &bytes);
     pages.executable();
     // SAFETY: the page holds a function of exactly this type that reads six words.
     let function: extern "sysv64" fn(*const u64, u64) -> u64 =

@@ -215,7 +215,9 @@ impl<T: Target> Commit<'_, T> {
         loop {
             let inside = self.target.evacuate(&moves).map_err(at)?;
             self.n_evacuations += 1;
-            let Some(&word) = inside.first() else { return Ok(()) };
+            let Some(&word) = inside.first() else {
+                return Ok(());
+            };
             if self.n_evacuations >= EVACUATION_ATTEMPTS {
                 return Err(Setback::Busy(self.site_around(word)));
             }

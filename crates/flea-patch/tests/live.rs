@@ -90,7 +90,10 @@ fn reverse(plan: &Plan) -> Plan {
 }
 
 /// Patches on and off `n_times` in one seizure after another, `per_seizure` in each.
+/// FLEA_TEST_ROUNDS=20 does it twenty times as often.
 fn exercise(threads: &str, letters: &str, n_times: usize, per_seizure: usize) -> String {
+    let rounds = std::env::var("FLEA_TEST_ROUNDS").map_or(1, |text| text.parse().unwrap());
+    let n_times = n_times * rounds;
     let target = Target::start("hot", &[threads, letters]);
     let line = target.first_line.clone();
     let pid = target.pid();
@@ -148,50 +151,50 @@ fn number(text: &str, name: &str) -> u64 {
 
 #[test]
 fn eight_hot_threads() {
-    let text = exercise("8", "", 200, 50);
+    let text = exercise("8", "", 20, 10);
     assert!(number(&text, "counted") > 0);
 }
 
 #[test]
 fn threads_that_block_every_signal() {
-    exercise("4", "b", 60, 20);
+    exercise("4", "b", 20, 10);
 }
 
 #[test]
 fn a_sigtrap_handler_beside_blocked_threads() {
-    exercise("3", "bh", 40, 10);
-    exercise("3", "h", 20, 10);
+    exercise("3", "bh", 10, 5);
+    exercise("3", "h", 10, 5);
 }
 
 #[test]
 fn sigtrap_ignored() {
-    exercise("3", "i", 40, 10);
-    exercise("3", "bi", 20, 10);
+    exercise("3", "i", 10, 5);
+    exercise("3", "bi", 10, 5);
 }
 
 #[test]
 fn a_sigtrap_of_its_own_is_pending() {
-    exercise("3", "bp", 40, 10);
-    exercise("3", "bph", 40, 10);
+    exercise("3", "bp", 10, 5);
+    exercise("3", "bph", 10, 5);
 }
 
 #[test]
 fn handlers_interrupt_everywhere() {
-    let text = exercise("4", "u", 60, 10);
+    let text = exercise("4", "u", 10, 5);
     assert!(number(&text, "handled") > 0);
-    exercise("4", "ua", 30, 10);
+    exercise("4", "ua", 10, 5);
 }
 
 #[test]
 fn threads_come_and_go() {
-    let text = exercise("2", "c", 40, 10);
+    let text = exercise("2", "c", 10, 5);
     assert!(number(&text, "births") > 0);
-    exercise("2", "cbh", 30, 10);
+    exercise("2", "cbh", 10, 5);
 }
 
 #[test]
 fn children_come_and_go() {
-    let text = exercise("2", "f", 40, 10);
+    let text = exercise("2", "f", 10, 5);
     assert!(number(&text, "forks") > 0);
-    exercise("2", "v", 40, 10);
+    exercise("2", "v", 10, 5);
 }

@@ -37,8 +37,8 @@ pub use proc::{
 pub use remote::{Borrowed, MapRequest, RemoteError};
 pub use seize::{SeizeError, TRACER_THREAD_NAME, seize};
 pub use spawn::{Exit, SpawnError, Spawned, spawn};
-pub use survey::StackWord;
+pub use survey::{Holder, StackWord};
 pub use tracer::{TraceError, Tracer, TracerCounts};
 pub use traps::Trap;
 pub use watch::Watch;
-pub use x86_64::Registers;
+pub use x86_64::{Registers, SIGNAL_FRAME_SEGMENTS};

@@ -27,6 +27,8 @@ pub(crate) enum Stop {
     Group(i32),
     /// A PTRACE_EVENT_* other than the stop.
     Event(i32),
+    /// At a breakpoint of ours; answered, but not resumed yet. See `window`.
+    Parked,
 }
 
 /// Whose stops to ask for.
@@ -148,7 +150,9 @@ pub(crate) fn rseq_area(tid: Tid) -> Option<u64> {
 
 /// The next stop that nobody has asked about yet; `None` where there is none at the moment.
 pub(crate) fn poll_stop(whose: Whose) -> Result<Option<(Tid, Stop)>, Errno> {
-    let Some(info) = wait(whose, libc::WSTOPPED)? else { return Ok(None) };
+    let Some(info) = wait(whose, libc::WSTOPPED)? else {
+        return Ok(None);
+    };
     // SAFETY: waitid has filled the child fields: it returned a child.
     let tid = unsafe { info.si_pid() };
     // SAFETY: as above.

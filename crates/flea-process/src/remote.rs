@@ -250,7 +250,9 @@ impl Tracer {
     fn candidates(&self) -> Vec<Tid> {
         let mut ranked = Vec::new();
         for tid in self.threads() {
+            let parked = self.tasks.get(&tid).is_some_and(|task| task.parked.is_some());
             let rank = match self.whereabouts(tid) {
+                _ if parked => 0,
                 Whereabouts::Syscall { number, .. } => 2 * disturbance(number),
                 Whereabouts::Running => 1,
                 Whereabouts::Elsewhere { .. } => 3,
@@ -276,7 +278,8 @@ impl Tracer {
         let (Some(registers), Some(mask)) = (registers, mask) else {
             return Ok(Taken::Unsuitable);
         };
-        let Ok(status) = proc::thread_status(self.pid, tid) else {
+        let Ok(status) = proc::thread_status(self.process_of(tid), tid) else {
+            self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);
         };
         if status.deliverable() != SignalSet::default() || self.in_rseq_section(tid, &registers) {
@@ -324,7 +327,9 @@ impl Tracer {
         number: i64,
         args: [u64; 6],
     ) -> Result<Option<u64>, TraceError> {
-        let Some(insn) = self.syscall_insn else { return Ok(None) };
+        let Some(insn) = self.syscall_insn else {
+            return Ok(None);
+        };
         let calling = registers.calling(insn, number.cast_unsigned(), args);
         let set = ptrace::set_registers(tid, &calling);
         if self.still_there(tid, "setting registers", set)?.is_none() {
@@ -463,7 +468,14 @@ impl Borrowed<'_> {
             tracer.still_there(tid, "setting options", set)?;
         }
         let mut stop = stop;
-        if used {
+        if used && stop == Stop::Parked {
+            // Not in a system call of its own: nothing to restart.
+            if let Some(task) = tracer.tasks.get_mut(&tid)
+                && let Some(parked) = &mut task.parked
+            {
+                parked.has_left_its_stop = true;
+            }
+        } else if used {
             // Signals are still blocked, so that this stop comes before any of theirs.
             let asked = ptrace::interrupt(tid);
             tracer.still_there(tid, "interrupting", asked)?;

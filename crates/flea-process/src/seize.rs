@@ -20,6 +20,8 @@ use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer, hurry};
 
 /// Name of the tracer thread: by it, another flea knows to wait instead of giving up.
 pub const TRACER_THREAD_NAME: &str = "flea-tracer";
+/// How long a refusal must last to be believed.
+const REFUSAL_PATIENCE: Duration = Duration::from_millis(20);
 /// How long to wait for another flea.
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait, on leaving, for threads that we have interrupted.
@@ -193,7 +195,9 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
                 tracer.tasks.entry(tid).or_insert_with(Task::default);
             }
         }
-        let Some(tracer_now) = &mut tracer else { return Err(SeizeError::Gone { pid }) };
+        let Some(tracer_now) = &mut tracer else {
+            return Err(SeizeError::Gone { pid });
+        };
         if tracer_now.pump().is_err() {
             return Err(SeizeError::Gone { pid });
         }
@@ -208,13 +212,16 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
 /// Whether the thread is ours now; not if it has ended.
 fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
     let since = Instant::now();
+    let mut refused_since = None;
     loop {
         let errno = match ptrace::seize(tid, OPTIONS) {
             Ok(()) => return Ok(true),
             Err(Errno::ESRCH) => return Ok(false),
             Err(errno) => errno,
         };
-        let Ok(status) = proc::thread_status(pid, tid) else { return Ok(false) };
+        let Ok(status) = proc::thread_status(pid, tid) else {
+            return Ok(false);
+        };
         if matches!(status.state, 'Z' | 'X') {
             return Ok(false);
         }
@@ -222,19 +229,23 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
             // Born of a thread that is ours.
             return Ok(true);
         }
-        if status.tracer_tid == 0 {
-            // Our predecessor may have let go in this very moment.
-            if since.elapsed() < Duration::from_millis(20) {
+        let tracer_tid = status.tracer_tid;
+        let comm = proc::comm(tracer_tid).unwrap_or_default();
+        let is_flea = comm == TRACER_THREAD_NAME || comm == "flea" || comm.is_empty();
+        if tracer_tid == 0 || !is_flea {
+            // For an instant, who has just let go shows as nobody, and who has just seized as
+            // the process's parent.
+            let refused_since = refused_since.get_or_insert_with(Instant::now);
+            if refused_since.elapsed() < REFUSAL_PATIENCE {
                 thread::sleep(Duration::from_millis(1));
                 continue;
             }
-            return Err(explain_refusal(pid, &status, errno));
+            return Err(match tracer_tid {
+                0 => explain_refusal(pid, &status, errno),
+                _ => SeizeError::OtherTracer { pid, tracer_tid, comm },
+            });
         }
-        let tracer_tid = status.tracer_tid;
-        let comm = proc::comm(tracer_tid).unwrap_or_default();
-        if comm != TRACER_THREAD_NAME && comm != "flea" && !comm.is_empty() {
-            return Err(SeizeError::OtherTracer { pid, tracer_tid, comm });
-        }
+        refused_since = None;
         if since.elapsed() > LOCK_PATIENCE {
             let waited_ms = u64::try_from(LOCK_PATIENCE.as_millis()).unwrap_or(u64::MAX);
             return Err(SeizeError::Locked { pid, tracer_tid, waited_ms });

@@ -40,10 +40,22 @@ const DEEPEST_STACK_BYTES: u64 = 64 << 20;
 pub struct StackWord {
     /// The thread.
     pub tid: Tid,
-    /// Where the word is; `None` in a register.
-    pub found_at: Option<RemoteAddr>,
+    /// Where the word is.
+    pub holder: Holder,
     /// The address.
     pub value: RemoteAddr,
+}
+
+/// Where a thread has a word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Holder {
+    /// In a register, the instruction pointer perhaps.
+    Register,
+    /// On its stack: a return address, or anything.
+    Stack(RemoteAddr),
+    /// On its stack, as the instruction pointer that a signal interrupted. That word is also
+    /// reported as one on the stack.
+    SignalFrame(RemoteAddr),
 }
 
 /// What to do with a stopped thread: where it is to go on, if not where it is.
@@ -151,12 +163,14 @@ impl Tracer {
                 // Stopped by SIGSTOP, perhaps, or in a page fault: it has to be moved.
                 break;
             }
-            let Ok(status) = proc::thread_status(self.pid, tid) else { return Ok(Vec::new()) };
+            let Ok(status) = proc::thread_status(self.process_of(tid), tid) else {
+                return Ok(Vec::new());
+            };
             if !maps.iter().any(|m| m.contains(sp)) {
                 *maps = proc::maps(self.pid)?;
             }
             let found = search_stack(tid, &self.memory, maps, sp, wanted);
-            let unmoved = proc::thread_status(self.pid, tid)
+            let unmoved = proc::thread_status(self.process_of(tid), tid)
                 .is_ok_and(|later| later.switches == status.switches);
             if unmoved && self.whereabouts(tid) == before {
                 return Ok(found);
@@ -205,10 +219,12 @@ impl Tracer {
         else {
             return Vec::new();
         };
-        let Some(wanted) = wanted else { return Vec::new() };
+        let Some(wanted) = wanted else {
+            return Vec::new();
+        };
         let mut found = search_stack(tid, &self.memory, maps, sp, wanted);
         if wanted.contains(pc) {
-            found.push(StackWord { tid, found_at: None, value: pc });
+            found.push(StackWord { tid, holder: Holder::Register, value: pc });
         }
         found
     }
@@ -227,7 +243,7 @@ fn search(
         .iter()
         .map(|&word| RemoteAddr(word))
         .filter(|&value| wanted.contains(value))
-        .map(|value| StackWord { tid, found_at: None, value })
+        .map(|value| StackWord { tid, holder: Holder::Register, value })
         .collect();
     found.extend(search_stack(tid, memory, maps, registers.sp(), wanted));
     found
@@ -246,7 +262,9 @@ fn search_stack(
     let mut to_search = vec![sp];
     let mut searched = BTreeSet::new();
     while let Some(sp) = to_search.pop() {
-        let Some(stack) = maps.iter().find(|m| m.contains(sp)) else { continue };
+        let Some(stack) = maps.iter().find(|m| m.contains(sp)) else {
+            continue;
+        };
         if !searched.insert(stack.start) {
             continue;
         }
@@ -255,11 +273,16 @@ fn search_stack(
         let mut recent = [0u64; SIGNAL_FRAME_RSP_WORDS_BACK];
         for_each_word(memory, start, end, |at, word| {
             if wanted.contains(RemoteAddr(word)) {
-                let found_at = Some(RemoteAddr(at));
-                found.push(StackWord { tid, found_at, value: RemoteAddr(word) });
+                let holder = Holder::Stack(RemoteAddr(at));
+                found.push(StackWord { tid, holder, value: RemoteAddr(word) });
             }
             if word == SIGNAL_FRAME_SEGMENTS {
-                to_search.push(RemoteAddr(recent[0]));
+                let [sp, pc, _eflags] = recent.map(RemoteAddr);
+                to_search.push(sp);
+                if wanted.contains(pc) {
+                    let holder = Holder::SignalFrame(RemoteAddr(at.wrapping_sub(16)));
+                    found.push(StackWord { tid, holder, value: pc });
+                }
             }
             recent.rotate_left(1);
             recent[SIGNAL_FRAME_RSP_WORDS_BACK - 1] = word;

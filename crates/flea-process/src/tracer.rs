@@ -28,7 +28,7 @@ use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, SignalSet, Tid};
 use crate::ptrace::{self, Stop, Whose};
 use crate::traps::TrapTable;
-use crate::window::{SigtrapAction, SyncMethod};
+use crate::window::{Parked, SigtrapAction, SyncMethod};
 use crate::x86_64::Registers;
 
 /// What every thread is seized with. No PTRACE_O_EXITKILL: if we die, the target lives.
@@ -109,6 +109,8 @@ pub(crate) struct Task {
     pub(crate) mask: SignalSet,
     /// The registers it was rewound to, until it is seen elsewhere.
     pub(crate) rewound: Option<Registers>,
+    /// It waits at one of our breakpoints for the window to close, or for its patience to end.
+    pub(crate) parked: Option<Parked>,
     /// Runs in the target's memory but is a process of its own (a vfork child).
     pub(crate) foreign: bool,
 }
@@ -190,9 +192,12 @@ impl Tracer {
         // One stop of each thread at most. Hot threads run from one breakpoint into the next
         // as fast as they are answered, and what ends that is the caller's next step.
         for _ in 0..self.tasks.len() + 4 {
-            let Some((tid, stop)) = self.poll(Whose::Any)? else { break };
+            let Some((tid, stop)) = self.poll(Whose::Any)? else {
+                break;
+            };
             self.answer(tid, stop)?;
         }
+        self.unpark_overdue()?;
         self.check_alive()
     }
 
@@ -287,6 +292,7 @@ impl Tracer {
                 self.resume(tid, 0)
             }
             Stop::Syscall => self.resume(tid, 0),
+            Stop::Parked => Ok(()),
             Stop::Event(event) => self.answer_event(tid, event),
         }
     }
@@ -393,17 +399,21 @@ impl Tracer {
 
     /// Whether a signal is about to be delivered to the thread that will have an effect.
     pub(crate) fn has_deliverable(&self, tid: Tid) -> Result<bool, TraceError> {
-        let Ok(status) = proc::thread_status(self.process_of(tid), tid) else { return Ok(false) };
+        let Ok(status) = proc::thread_status(self.process_of(tid), tid) else {
+            return Ok(false);
+        };
         let set = status.deliverable();
         Ok((1..=64).any(|signal| set.contains(signal) && !status_ignores(&status, signal)))
     }
 
-    fn process_of(&self, tid: Tid) -> Pid {
+    pub(crate) fn process_of(&self, tid: Tid) -> Pid {
         if self.tasks.get(&tid).is_some_and(|task| task.foreign) { tid } else { self.pid }
     }
 
     fn is_ignored(&self, signal: i32) -> Result<bool, TraceError> {
-        let Some(&tid) = self.tasks.keys().next() else { return Ok(false) };
+        let Some(&tid) = self.tasks.keys().next() else {
+            return Ok(false);
+        };
         Ok(proc::thread_status(self.process_of(tid), tid)
             .is_ok_and(|status| status_ignores(&status, signal)))
     }
@@ -419,6 +429,9 @@ impl Tracer {
         let until = Instant::now() + wait;
         let mut pace = Pace::default();
         loop {
+            if self.tasks.get(&tid).is_some_and(|task| task.parked.is_some()) {
+                return Ok(Some(Stop::Parked));
+            }
             let outstanding = self.tasks.get(&tid).is_some_and(|task| task.interrupted);
             if !outstanding {
                 let asked = ptrace::interrupt(tid);
@@ -427,7 +440,9 @@ impl Tracer {
                 }
                 self.counts.interrupts += 1;
             }
-            let Some(task) = self.tasks.get_mut(&tid) else { return Ok(None) };
+            let Some(task) = self.tasks.get_mut(&tid) else {
+                return Ok(None);
+            };
             task.interrupted = true;
             match self.poll(Whose::Any)? {
                 Some((who, stop @ (Stop::Interrupted | Stop::Group(_)))) if who == tid => {
@@ -445,7 +460,10 @@ impl Tracer {
                     let waited_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
                     return Err(TraceError::Stuck { tid, waited_ms });
                 }
-                None => pace.rest(),
+                None => {
+                    self.unpark_overdue()?;
+                    pace.rest();
+                }
             }
         }
     }

@@ -21,9 +21,11 @@ pub mod signature;
 mod signature_text;
 mod site;
 mod unwind;
+mod unwinder;
 pub mod x86_64;
 
 pub use function::{Function, FunctionKind};
 pub use module::{Files, Module, ModuleError, Segment};
 pub use pattern::{Pattern, PatternError};
 pub use site::{ReferenceKind, Refusal, Site, SiteKind};
+pub use unwinder::Unwinder;

@@ -15,6 +15,9 @@ use crate::function::{self, Function};
 use crate::unwind::UnwindIndex;
 use crate::x86_64::sweep::Sweep;
 
+/// What the kernel rounds mappings to.
+const PAGE_BYTES: u64 = 4096;
+
 pub(crate) type Elf<'data> = ElfFile64<'data, LittleEndian>;
 
 /// Why a file is not a module that can be traced.
@@ -178,6 +181,21 @@ impl<'data> Module<'data> {
             let into = offset.0.checked_sub(segment.file_offset.0)?;
             (into < segment.file_size_bytes).then(|| Svma(segment.address.0 + into))
         })
+    }
+
+    /// Which address the first byte of an executable mapping that begins at `offset` gets.
+    ///
+    /// A mapping begins at a page boundary, before its segment where that does not: with lld
+    /// the first page of the code begins with the end of another segment's bytes, which are
+    /// mapped there a second time.
+    #[must_use]
+    pub fn code_mapping_to_svma(&self, offset: FileOffset) -> Option<Svma> {
+        let code = self.segments.iter().find(|segment| {
+            let first_page = segment.file_offset.0 & !(PAGE_BYTES - 1);
+            let end = segment.file_offset.0.saturating_add(segment.file_size_bytes);
+            segment.executable && (first_page..end).contains(&offset.0)
+        })?;
+        Some(Svma(code.address.0.wrapping_add(offset.0.wrapping_sub(code.file_offset.0))))
     }
 
     /// The GNU build id; the debug file is `/usr/lib/debug/.build-id/xx/yyyy.debug`.

@@ -156,7 +156,9 @@ fn edit_distance(a: &str, b: &str, limit: usize) -> usize {
 
 fn single_colon(text: &str) -> Option<usize> {
     let bytes = text.as_bytes();
-    (0..bytes.len()).find(|&i| {
+    // Behind a bracket it is the function's: `repeat[abi:cxx11](char, int)`.
+    let end = text.find(['[', '(', '<', '{']).unwrap_or(bytes.len());
+    (0..end).find(|&i| {
         bytes[i] == b':' && bytes.get(i + 1) != Some(&b':') && (i == 0 || bytes[i - 1] != b':')
     })
 }
@@ -229,12 +231,14 @@ mod tests {
     fn cpp_names_match_with_and_without_parameters() {
         let function = Function {
             name: "_ZN3foo3barEi".into(),
-            aliases: vec!["alias".into()],
+            aliases: vec!["alias".into(), "_Z6repeatB5cxx11ci".into()],
             address: crate::addr::Svma(0),
             size_bytes: 1,
             kind: crate::FunctionKind::Func,
         };
-        for text in ["foo::bar", "foo::bar(int)", "foo::*", "_ZN3foo3barEi", "alias"] {
+        let texts = ["foo::bar", "foo::bar(int)", "foo::*", "_ZN3foo3barEi", "alias"];
+        for text in texts.into_iter().chain(["repeat[abi:cxx11](char, int)", "*:repeat[abi:cxx11]"])
+        {
             assert!(Pattern::parse(text).unwrap().matches(&function), "{text}");
         }
         assert!(!Pattern::parse("bar").unwrap().matches(&function));

@@ -127,6 +127,25 @@ fn errors_say_what_the_file_is() {
 }
 
 /// A module is shared between the threads of a controller.
+/// lld lays segments out one behind the other in the file and a page further on in memory, so
+/// that a page of the file belongs to two segments.
+#[test]
+fn a_code_mapping_begins_before_its_segment() {
+    // This very test was linked by lld where the toolchain does so; the layout is checked in
+    // any case.
+    let bytes = std::fs::read("/proc/self/exe").unwrap();
+    let module = Module::parse(&bytes, None).unwrap();
+    let code = module.segments().iter().find(|s| s.executable).unwrap();
+    let before = code.file_offset.0 % 4096;
+    let mapped = FileOffset(code.file_offset.0 - before);
+    let first = Svma(code.address.0 - before);
+    assert_eq!(module.code_mapping_to_svma(mapped), Some(first));
+    assert_eq!(module.code_mapping_to_svma(code.file_offset), Some(code.address));
+    let behind = FileOffset(code.file_offset.0 + code.file_size_bytes);
+    assert_eq!(module.code_mapping_to_svma(behind), None);
+    assert_eq!(module.code_mapping_to_svma(FileOffset(u64::MAX)), None);
+}
+
 #[test]
 fn modules_cross_threads() {
     fn assert_shared<T: Send + Sync>() {}
@@ -151,6 +170,12 @@ fn kinds_of_modules() {
         let entry = module.entry();
         let offset = module.svma_to_offset(entry).unwrap();
         assert_eq!(module.offset_to_svma(offset), Some(entry));
+        let code = module.segments().iter().find(|s| s.executable).unwrap();
+        let page = |address: u64| address & !0xfff;
+        assert_eq!(
+            module.code_mapping_to_svma(FileOffset(page(code.file_offset.0))),
+            Some(flea_symbols::addr::Svma(page(code.address.0)))
+        );
         let main = common::function(&module, "main");
         assert_eq!(
             module.function_at(main.address.offset(1)).map(|f| f.address),

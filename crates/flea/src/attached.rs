@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use flea_process::{Memory, Pid};
+use flea_process::Pid;
 
 use crate::{
     error::{AttachError, RemoteError},
@@ -38,9 +38,7 @@ pub struct AttachedBody {
 /// No such process, no permission, or a damaged registry.
 pub fn in_process(pid: Pid) -> Result<Vec<AttachedBody>, RemoteError> {
     flea_process::check_traceable(pid)?;
-    let Some(storage) = transaction::find_registry(pid)? else { return Ok(Vec::new()) };
-    let memory = Memory::open(pid)?;
-    Ok(bodies(pid, &storage.load(&memory)?))
+    Ok(bodies(pid, &transaction::peek(pid)?))
 }
 
 /// What is attached in every process that may be looked at, and the processes that have

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use flea_image::{BodyRef, Reads, Skeleton, SkeletonBody, SkeletonRequest};
+use flea_image::{BodyRef, FrameArena, Reads, Skeleton, SkeletonBody, SkeletonRequest};
 use flea_patch::Poke;
 use flea_symbols::{
     addr::RemoteAddr,
@@ -76,17 +76,19 @@ impl Change {
                 self.retired.extend(placed.into_iter().flatten().map(|code| Retired {
                     code,
                     calls_original,
+                    returns_to: None,
+                    calls: Vec::new(),
                     arenas: vec![body.arena],
                 }));
             }
             self.relink(f, arenas)?;
         }
-        functions.retain(|f| !f.bodies.is_empty());
+        functions.retain(|f| !f.bodies.is_empty() || f.finds_frames);
         self.registry.functions = functions;
         Ok(removed)
     }
 
-    /// Makes the site of `f` enter exactly `f.bodies`.
+    /// Makes the site of `f` enter exactly `f.bodies`. Once per change: a site has one poke.
     ///
     /// `arenas` are those that its present skeleton works on.
     pub(crate) fn relink(
@@ -97,13 +99,19 @@ impl Change {
         let was_original = f.patched[..] == f.original[..5];
         let before = f.patched;
         if let Some(code) = f.skeleton {
-            self.retired.push(Retired { code, calls_original: f.calls_original, arenas });
+            self.retired.push(Retired {
+                code,
+                calls_original: f.calls_original,
+                returns_to: f.returns_to.take(),
+                calls: std::mem::take(&mut f.calls),
+                arenas,
+            });
         }
         let old_entry = f.skeleton.map(|s| s.at);
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
         let mut moves = Vec::new();
 
-        if f.bodies.is_empty() {
+        if f.bodies.is_empty() && !f.finds_frames {
             f.patched = f.original[..5].try_into().expect("a site has at least 5 bytes");
             f.skeleton = None;
             f.calls_original = false;
@@ -117,7 +125,8 @@ impl Change {
             let skeleton = self.place_skeleton(f)?;
             f.patched = skeleton.site_patch;
             f.bypass = skeleton.original_entry;
-            f.calls_original = f.bodies.iter().any(|b| b.session.or(b.exit).is_some());
+            f.returns_to = skeleton.returns_to;
+            f.calls_original = skeleton.returns_to.is_some();
             moves.extend(skeleton.moves.into_iter().filter(|(old, _)| *old != f.site));
         }
         f.previous = before;
@@ -138,7 +147,8 @@ impl Change {
         // The called body returns behind the five bytes: an instruction must begin there.
         let mut ends = inner_boundaries(f);
         let five = f.site.offset(5);
-        if f.kind != SiteKind::Nop
+        if f.finds_frames
+            || f.kind != SiteKind::Nop
             || body.session.or(body.exit).is_some()
             || !(f.original.len() == 5 || ends.any(|end| end == five))
         {
@@ -155,8 +165,10 @@ impl Change {
             .zip(&reads)
             .map(|(b, r)| skeleton_body(&self.known_code, f, b, r))
             .collect();
+        let arenas = if f.finds_frames { self.frame_arenas() } else { Vec::new() };
+        f.calls = bodies.iter().flat_map(called).collect();
         let link = |at| {
-            flea_image::link_skeleton(&SkeletonRequest {
+            let request = SkeletonRequest {
                 site: f.site,
                 replaced: &f.original,
                 kind: match f.kind {
@@ -166,31 +178,46 @@ impl Change {
                 image_address: at,
                 bodies: &bodies,
                 stack_words: f.stack_words,
-            })
-            .map_err(|source| AttachError::Link { function: f.name.clone(), source })
+            };
+            flea_image::link_unwinder_skeleton(&request, &arenas)
+                .map_err(|source| AttachError::Link { function: f.name.clone(), source })
         };
         // The length does not depend on the place (all far branches are rel32), so a first
         // link near the site tells it.
-        let draft = link(self.draft_address(f.site))?;
+        let near = self.draft_address(f.site);
+        let draft = link(near.ok_or(AttachError::NoRoom { near: f.site, bytes: 0 })?)?;
         let len = u32::try_from(draft.bytes.len()).expect("a skeleton is far below 4 GiB");
         let placed = self
             .registry
             .place(f.site, len)
             .ok_or(AttachError::NoRoom { near: f.site, bytes: len })?;
         let skeleton = link(placed.at)?;
-        assert_eq!(skeleton.bytes.len(), draft.bytes.len(), "a skeleton's length is fixed");
+        if skeleton.bytes.len() != draft.bytes.len() {
+            // Instructions whose length depends on the place: none that a site consists of,
+            // but these bytes may have come from a registry that was scribbled over.
+            let message = "its length depends on its place".to_owned();
+            let source = flea_image::LinkError::Encode { image_address: placed.at, message };
+            return Err(AttachError::Link { function: f.name.clone(), source });
+        }
         self.writes.push((placed.at, skeleton.bytes.clone()));
         f.skeleton = Some(placed);
         Ok(skeleton)
     }
 
-    fn draft_address(&self, site: RemoteAddr) -> RemoteAddr {
-        self.registry
-            .code
-            .iter()
-            .map(|arena| arena.next)
-            .min_by_key(|next| next.0.abs_diff(site.0))
-            .unwrap_or(site)
+    /// The arenas that have rows.
+    fn frame_arenas(&self) -> Vec<FrameArena> {
+        let arenas = self.registry.code.iter().filter_map(|arena| {
+            let fde = arena.rows?.at.0 + flea_image::unwind::FDE_OFFSET as u64;
+            let end = RemoteAddr(arena.base.0 + arena.size_bytes);
+            Some(FrameArena { start: arena.base, end, fde: RemoteAddr(fde) })
+        });
+        arenas.collect()
+    }
+
+    /// Where code for `site` goes, or not far from there.
+    fn draft_address(&self, site: RemoteAddr) -> Option<RemoteAddr> {
+        let arenas = self.registry.code.iter().filter(|arena| arena.reaches(site));
+        arenas.map(|arena| arena.next).min_by_key(|next| next.0.abs_diff(site.0))
     }
 }
 
@@ -214,6 +241,15 @@ fn skeleton_body<'a>(
         frame_offset: b.frame_offset,
         frame_words: b.frame_words,
     }
+}
+
+/// The bodies that are not copied.
+fn called(body: &SkeletonBody<'_>) -> Vec<RemoteAddr> {
+    let at = |side| match side {
+        Some(BodyRef::Call(at)) => Some(at),
+        _ => None,
+    };
+    [body.entry, body.session, body.exit].into_iter().filter_map(at).collect()
 }
 
 /// [`Reads`] as the bits of [`BodyState::reads`].

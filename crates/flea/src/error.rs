@@ -21,9 +21,6 @@ pub enum SessionError {
     /// It may not be traced, or is by somebody else.
     #[error(transparent)]
     Seize(#[from] SeizeError),
-    /// An empty command.
-    #[error("no command was given")]
-    NoCommand,
     /// A started command could not be ended.
     #[error("the command that was started cannot be ended: {0}")]
     Abandon(#[source] std::io::Error),
@@ -150,6 +147,18 @@ pub enum AttachError {
     StackArguments {
         /// The function.
         function: String,
+    },
+    /// Exceptions could not pass through the frame of an exit program.
+    #[error(
+        "{module} has an exception unwinder that cannot be told of the frames that exit programs \
+         (fexit, fsession, `flea latency`) have ({reason}): an exception would end the process, \
+         so nothing was attached; entry programs (fentry, `flea count`) can be"
+    )]
+    Unwinder {
+        /// The module.
+        module: String,
+        /// What stands in the way.
+        reason: String,
     },
     /// The function would notice an exit program.
     #[error(

@@ -102,6 +102,18 @@ impl Function {
     }
 }
 
+/// The function at `address`, which a symbol of `module` stands for.
+pub(crate) fn at(
+    module: &Arc<Module>,
+    address: flea_symbols::addr::Svma,
+) -> Result<Option<Function>, Arc<OpenError>> {
+    let symbol = module.with_symbols(|s| s.function_at(address).cloned())?;
+    symbol
+        .filter(|symbol| symbol.address == address)
+        .map(|symbol| function(module, symbol))
+        .transpose()
+}
+
 /// The functions that `pattern` names. Without a module it means the main executable, and
 /// every other module where nothing there matches.
 pub(crate) fn find(modules: &[Arc<Module>], pattern: &str) -> Result<Vec<Function>, FindError> {
@@ -147,17 +159,19 @@ pub(crate) fn find(modules: &[Arc<Module>], pattern: &str) -> Result<Vec<Functio
 fn find_in(module: &Arc<Module>, pattern: &Pattern) -> Result<Vec<Function>, Arc<OpenError>> {
     let symbols: Vec<_> =
         module.with_symbols(|s| s.find(pattern).into_iter().cloned().collect())?;
-    symbols
-        .into_iter()
-        .map(|symbol| {
-            Ok(Function {
-                address: module.remote(symbol.address)?,
-                module: Arc::clone(module),
-                symbol,
-                signature: Arc::default(),
-                site: Arc::default(),
-                uses_return_address: Arc::default(),
-            })
-        })
-        .collect()
+    symbols.into_iter().map(|symbol| function(module, symbol)).collect()
+}
+
+fn function(
+    module: &Arc<Module>,
+    symbol: flea_symbols::Function,
+) -> Result<Function, Arc<OpenError>> {
+    Ok(Function {
+        address: module.remote(symbol.address)?,
+        module: Arc::clone(module),
+        symbol,
+        signature: Arc::default(),
+        site: Arc::default(),
+        uses_return_address: Arc::default(),
+    })
 }

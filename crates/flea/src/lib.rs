@@ -4,7 +4,33 @@
 //! set of maps and [`Program`]s loaded into it, a [`Link`] what is attached, a [`Map`] what
 //! programs and reader share.
 //!
-//! Start with [`Session`].
+//! ```
+//! # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
+//! # use parts::{counter, total};
+//! // The object: from `clang -O2 -target bpf`, or made in code as `counter()` here.
+//! // let spec = flea::parse_object(&std::fs::read("counter.bpf.o")?)?;
+//! let spec = counter();
+//!
+//! #[unsafe(no_mangle)]
+//! #[inline(never)]
+//! extern "C" fn crate_example(x: u64) -> u64 {
+//!     x + 1
+//! }
+//!
+//! let session = flea::Session::this_process()?;
+//! let function = &session.find("crate_example")?[0];
+//! let object = session.load(spec)?;
+//! let link = object.program("count").expect("it is in the object").attach(function)?;
+//! for i in 0..100 {
+//!     assert_eq!(crate_example(i), i + 1);
+//! }
+//! link.detach()?;
+//! crate_example(0);
+//! assert_eq!(total(&object), 100);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Start with [`Session`]; [`builtin`] has counting, histograms and traces ready to use.
 
 pub mod attached;
 pub mod builtin;
@@ -21,14 +47,19 @@ pub mod registry;
 mod remote;
 mod session;
 mod transaction;
+mod unwinder;
 mod vdso;
 
-pub use flea_maps::{Map, MapError};
-pub use flea_object::{
-    ObjectError, parse as parse_object,
-    spec::{MapKind, MapSpec, Object as ObjectSpec, ProgramKind},
+pub use flea_maps::{
+    ArrayMap, HashMap, Map, MapError, PerCpuArrayMap, PerCpuHashMap, RingBuf, Update,
 };
-pub use flea_process::Exit;
+pub use flea_object::{
+    ObjectError, asm,
+    helper::Helper,
+    parse as parse_object,
+    spec::{MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec, ProgramKind},
+};
+pub use flea_process::{Exit, Pid};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
 
 pub use self::{

@@ -6,6 +6,33 @@ use crate::{error::AttachError, object::Object, transaction};
 
 /// Programs that were attached together, to one function or to thousands. Dropping it takes
 /// them off.
+///
+/// ```
+/// # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
+/// # use parts::{counter, total};
+/// #[unsafe(no_mangle)]
+/// #[inline(never)]
+/// extern "C" fn link_example(x: u64) -> u64 {
+///     x + 1
+/// }
+///
+/// let session = flea::Session::this_process()?;
+/// let object = session.load(counter())?;
+/// let function = &session.find("link_example")?[0];
+/// let link = object.program("count").unwrap().attach(function)?;
+/// assert_eq!(link.n_functions(), 1);
+/// link_example(1);
+/// link.detach()?; // tells of failures, which dropping cannot
+/// link_example(2);
+/// assert_eq!(total(&object), 1);
+///
+/// // What is kept outlives this program; `flea detach`, or anybody, takes it off.
+/// object.program("count").unwrap().attach(function)?.keep();
+/// let attached = flea::attached::in_process(session.pid())?;
+/// assert_eq!(attached[0].function, "link_example");
+/// flea::attached::detach(session.pid(), &[attached[0].id])?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 pub struct Link {
     object: Object,
     ids: Vec<u32>,
@@ -52,7 +79,8 @@ impl Link {
         if self.state == State::LetGo {
             return Ok(());
         }
-        transaction::detach(&self.object.inner.session, &self.ids)?;
+        let object = &self.object.inner;
+        transaction::detach(&object.session, object.base, &self.ids)?;
         self.state = State::LetGo;
         self.object.release(&self.keys);
         Ok(())

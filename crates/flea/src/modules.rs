@@ -108,6 +108,17 @@ pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
     Ok(modules.into_iter().map(Arc::new).collect())
 }
 
+/// As [`list`]; the modules that are among `known` are those, with what was read of them.
+pub(crate) fn list_again(pid: Pid, known: &[Arc<Module>]) -> Result<Vec<Arc<Module>>, ProcError> {
+    let mut modules = list(pid)?;
+    for module in &mut modules {
+        if let Some(same) = known.iter().find(|k| k.mapping == module.mapping) {
+            *module = Arc::clone(same);
+        }
+    }
+    Ok(modules)
+}
+
 impl Module {
     /// Whether it is the program itself.
     pub(crate) fn is_main(&self) -> bool {
@@ -143,7 +154,7 @@ impl Module {
         let first = &self.mapping;
         let no_segment =
             || Arc::new(OpenError::NoSegment { path: self.path.clone(), at: first.start });
-        let stated = self.with_symbols(|s| s.offset_to_svma(first.offset))?;
+        let stated = self.with_symbols(|s| s.code_mapping_to_svma(first.offset))?;
         let bias = first.start.0.wrapping_sub(stated.ok_or_else(no_segment)?.0);
         Ok(RemoteAddr(address.0.wrapping_add(bias)))
     }

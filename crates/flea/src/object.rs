@@ -34,6 +34,32 @@ const PRINTK_NAME: &str = "printk";
 
 /// A loaded object. Dropping the last handle to it, links included, takes its memory out of
 /// the target.
+///
+/// ```
+/// # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
+/// # use parts::{counter, total};
+/// #[unsafe(no_mangle)]
+/// #[inline(never)]
+/// extern "C" fn object_example(x: u64) -> u64 {
+///     x + 1
+/// }
+///
+/// let session = flea::Session::this_process()?;
+/// let object = session.load(counter())?;
+/// assert_eq!(object.maps()[0].name, "calls");
+/// let names: Vec<String> = object.programs().map(|p| p.name().to_owned()).collect();
+/// assert_eq!(names, ["count"]);
+///
+/// // Everything that belongs together in one go: all of it is attached, or nothing.
+/// let program = object.program("count").unwrap();
+/// let functions = session.find("object_exampl?")?;
+/// let attachments: Vec<_> = functions.iter().map(|f| program.on(f, 0)).collect();
+/// let link = object.attach(&attachments)?;
+/// object_example(1);
+/// assert_eq!((total(&object), object.missed(), object.lost()), (1, 0, 0));
+/// drop((link, object));
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Object {
     pub(crate) inner: Arc<Loaded>,
@@ -54,6 +80,30 @@ pub(crate) struct Loaded {
 }
 
 /// One program of an [`Object`].
+///
+/// ```
+/// # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
+/// # use parts::{counter, total};
+/// #[unsafe(no_mangle)]
+/// #[inline(never)]
+/// extern "C" fn program_example(x: u64) -> u64 {
+///     x + 1
+/// }
+///
+/// let session = flea::Session::this_process()?;
+/// let object = session.load(counter())?;
+/// let program = object.program("count").unwrap();
+/// assert_eq!(program.kind(), flea::ProgramKind::Fentry);
+///
+/// let function = &session.find("program_example")?[0];
+/// program.check(function)?; // would it attach, and does the verifier accept it there?
+/// let link = program.attach(function)?;
+/// assert!(program.attach(function).is_err(), "it is attached already");
+/// program_example(1);
+/// link.detach()?;
+/// assert_eq!(total(&object), 1);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Program {
     object: Object,
@@ -120,6 +170,33 @@ impl Object {
     }
 
     /// The map with this name.
+    ///
+    /// ```
+    /// # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
+    /// # use parts::{counter, total};
+    /// # #[unsafe(no_mangle)]
+    /// # #[inline(never)]
+    /// # extern "C" fn map_example(x: u64) -> u64 {
+    /// #     x + 1
+    /// # }
+    /// let session = flea::Session::this_process()?;
+    /// let object = session.load(counter())?;
+    /// let function = &session.find("map_example")?[0];
+    /// let link = object.program("count").unwrap().attach(function)?;
+    /// std::thread::spawn(|| map_example(1)).join().unwrap();
+    /// map_example(2);
+    ///
+    /// // It can be read and written while the programs run. A "per-CPU" map has a value per
+    /// // thread.
+    /// let Some(flea::Map::PerCpuArray(calls)) = object.map("calls") else { panic!("no map") };
+    /// let values = calls.get(0)?.into_iter().map(|v| u64::from_le_bytes(v.try_into().unwrap()));
+    /// assert_eq!(values.sum::<u64>(), 2);
+    /// calls.set(0, &0u64.to_le_bytes())?;
+    /// map_example(3);
+    /// assert_eq!(total(&object), 1);
+    /// link.detach()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn map(&self, name: &str) -> Option<flea_maps::Map> {
         let index = self.inner.spec.maps.iter().position(|m| m.name == name)?;
@@ -339,6 +416,12 @@ impl Prepared {
 }
 
 impl Loaded {
+    /// Whether images of these have a frame while the original runs.
+    pub(crate) fn has_frames(&self, prepared: &[Prepared]) -> bool {
+        let mut programs = prepared.iter().flat_map(|p| &p.uses);
+        programs.any(|&(index, _)| self.spec.programs[index].kind != ProgramKind::Fentry)
+    }
+
     /// The address behind a relocation, with the runtime at `runtime`.
     pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
         match target {

@@ -13,14 +13,15 @@ const ALIGN: u64 = 16;
 impl CodeArena {
     /// A fresh arena.
     pub(crate) fn new(base: RemoteAddr, size_bytes: u64) -> Self {
-        Self { base, size_bytes, next: base, free: Vec::new() }
+        Self { base, size_bytes, next: base, free: Vec::new(), rows: None }
     }
 
     fn end(&self) -> RemoteAddr {
         RemoteAddr(self.base.0.saturating_add(self.size_bytes))
     }
 
-    fn reaches(&self, near: RemoteAddr) -> bool {
+    /// Whether a branch leads from any place in it to `near`, and back.
+    pub(crate) fn reaches(&self, near: RemoteAddr) -> bool {
         let far = near.0.abs_diff(self.base.0).max(near.0.abs_diff(self.end().0));
         far < REACH_BYTES
     }

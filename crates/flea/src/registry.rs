@@ -12,7 +12,11 @@
 //! 2. then one aligned 8-byte write makes that half the current one.
 //!
 //! Everything read from it is untrusted: lengths are bounded, the text is checked by a sum and
-//! parsed by serde, addresses in it are used only to read and write this very target.
+//! parsed by serde, what it says is checked against itself (`check.rs`), addresses in it are
+//! used only to read and write this very target.
+
+mod check;
+mod hex;
 
 use flea_process::{Memory, MemoryError};
 use flea_symbols::addr::RemoteAddr;
@@ -27,8 +31,10 @@ const HALF_BYTES: u64 = 64 << 20;
 /// Bytes of the whole mapping: a page of header and two halves.
 pub(crate) const MAPPING_BYTES: u64 = HEADER_BYTES + 2 * HALF_BYTES;
 const HEADER_BYTES: u64 = 4096;
+/// Stores that may overtake one load. Each takes a seize, which takes longer.
+const MAX_LOADS: u32 = 64;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x01");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x04");
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -58,6 +64,8 @@ pub struct CodeArena {
     pub next: RemoteAddr,
     /// Stretches given back, each (start, bytes), ascending, no two touching.
     pub free: Vec<(RemoteAddr, u64)>,
+    /// Its unwind rows, while unwinders are told of it.
+    pub rows: Option<Placed>,
 }
 
 /// The memory of one loaded object.
@@ -96,13 +104,17 @@ pub struct FunctionState {
     /// Nop or relocated.
     pub kind: SiteKind,
     /// The original instructions from `site` on that were replaced.
+    #[serde(with = "hex")]
     pub original: Vec<u8>,
     /// Length of each of them.
+    #[serde(with = "hex")]
     pub insn_lens: Vec<u8>,
     /// The five bytes there now.
+    #[serde(with = "hex")]
     pub patched: [u8; 5],
     /// The five bytes before the last change: what is there if its author died before it was
     /// made.
+    #[serde(with = "hex")]
     pub previous: [u8; 5],
     /// The skeleton, unless the site calls a body directly.
     pub skeleton: Option<Placed>,
@@ -112,6 +124,13 @@ pub struct FunctionState {
     pub stack_words: u32,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
+    /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
+    /// have bodies.
+    pub finds_frames: bool,
+    /// Where the original returns to then.
+    pub returns_to: Option<RemoteAddr>,
+    /// The bodies that the skeleton calls, as opposed to holding copies of them.
+    pub calls: Vec<RemoteAddr>,
     /// Newest first.
     pub bodies: Vec<BodyState>,
 }
@@ -170,8 +189,20 @@ pub struct Retired {
     /// It calls the original, so a thread can be inside it for as long as it likes, also one
     /// whose stack is switched away.
     pub calls_original: bool,
+    /// Where the original returns to, for a skeleton that calls it.
+    pub returns_to: Option<RemoteAddr>,
+    /// The bodies that a skeleton calls: needed for as long as it is.
+    pub calls: Vec<RemoteAddr>,
     /// The data arenas that it works on and that must outlive it.
     pub arenas: Vec<RemoteAddr>,
+}
+
+impl Registry {
+    /// Whether a frame of ours may be on a stack, now or as soon as a function is called.
+    pub(crate) fn has_frames(&self) -> bool {
+        self.functions.iter().any(|f| f.calls_original)
+            || self.retired.iter().any(|r| r.calls_original)
+    }
 }
 
 /// Where the registry is and which half is current.
@@ -228,8 +259,22 @@ impl Storage {
     }
 
     /// The current state; an empty one where nothing was ever written.
+    ///
+    /// Who has not seized the target may read while another writes. Two stores later the half
+    /// being read is written again, which the sum shows, and the header, being another by
+    /// then, that it is no damage.
     pub(crate) fn load(self, memory: &Memory) -> Result<Registry, RegistryError> {
-        let header = self.header(memory)?;
+        for _ in 0..MAX_LOADS {
+            let header = self.header(memory)?;
+            let loaded = self.load_as(header, memory);
+            if loaded.is_ok() || self.header(memory)? == header {
+                return loaded;
+            }
+        }
+        Err(self.damaged("it changes all the time".to_owned()))
+    }
+
+    fn load_as(self, header: [u64; 4], memory: &Memory) -> Result<Registry, RegistryError> {
         if header == [0; 4] {
             return Ok(Registry::default());
         }
@@ -247,7 +292,10 @@ impl Storage {
         if checksum(&text) != sum {
             return Err(self.damaged("its sum does not match".to_owned()));
         }
-        serde_json::from_slice(&text).map_err(|e| self.damaged(e.to_string()))
+        let registry: Registry =
+            serde_json::from_slice(&text).map_err(|e| self.damaged(e.to_string()))?;
+        check::check(&registry).map_err(|what| self.damaged(what))?;
+        Ok(registry)
     }
 
     /// Makes `registry` the current state.
@@ -294,4 +342,269 @@ fn checksum(bytes: &[u8]) -> u64 {
         word[..chunk.len()].copy_from_slice(chunk);
         (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0100_0000_01b3)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// A registry's place in this very process, zeros at first.
+    struct Place {
+        memory: Memory,
+        bytes: Vec<u8>,
+        storage: Storage,
+    }
+
+    impl Place {
+        fn new() -> Self {
+            let size_bytes = usize::try_from(MAPPING_BYTES).unwrap();
+            // Untouched pages of it take no memory.
+            let bytes = vec![0; size_bytes];
+            let storage = Storage::at(RemoteAddr(bytes.as_ptr().addr() as u64));
+            let pid = std::process::id().cast_signed();
+            Self { memory: Memory::open(pid).unwrap(), bytes, storage }
+        }
+
+        fn load(&self) -> Result<Registry, RegistryError> {
+            self.storage.load(&self.memory)
+        }
+
+        fn store(&self, registry: &Registry) {
+            self.storage.store(&self.memory, registry).unwrap();
+        }
+
+        fn write(&self, offset: u64, bytes: &[u8]) {
+            let at = self.storage.base().offset(offset.cast_signed());
+            self.memory.write(at, bytes).unwrap();
+        }
+
+        /// The text of the current half.
+        fn text(&self) -> Range<u64> {
+            let [_, which, len, _] = self.storage.header(&self.memory).unwrap();
+            let start = HEADER_BYTES + (which & 1) * HALF_BYTES;
+            assert!(start + len <= self.bytes.len() as u64);
+            start..start + len
+        }
+
+        /// Makes `text` the current state, with a sum that fits.
+        fn scribble(&self, text: &[u8]) {
+            self.write(HEADER_BYTES, text);
+            let header = [MAGIC, 0, text.len() as u64, checksum(text)];
+            self.write(0, &header.map(u64::to_le_bytes).concat());
+        }
+    }
+
+    fn sample() -> Registry {
+        let code = RemoteAddr(0x10_0000);
+        let mut arena = CodeArena::new(code, 0x1000);
+        arena.next = code.offset(0x200);
+        arena.free = vec![(code.offset(0x40), 0x10)];
+        let owner = Controller { pid: 7, started: 9 };
+        let body = BodyState {
+            id: 3,
+            owner,
+            since: 1,
+            arena: RemoteAddr(0x50_0000),
+            programs: vec![("fexit".into(), "p".into())],
+            entry: None,
+            session: None,
+            exit: Some(Placed { at: code.offset(0x80), len: 0x30 }),
+            frame_offset: flea_image::BODY_FRAMES_OFFSET,
+            frame_words: 1,
+            reads: 1,
+        };
+        Registry {
+            next_id: 4,
+            code: vec![arena],
+            runtime: Some(code),
+            data: vec![DataArena {
+                mapping: RemoteAddr(0x40_0000),
+                size_bytes: 0x20_0000,
+                owner,
+                released: false,
+            }],
+            functions: vec![FunctionState {
+                module: "/bin/true".into(),
+                name: "f\u{fc}r \"<T>\"".into(),
+                address: RemoteAddr(0x20_0000),
+                site: RemoteAddr(0x20_0004),
+                kind: SiteKind::Relocated,
+                original: vec![0x55, 0x48, 0x89, 0xe5, 0x90, 0x90],
+                insn_lens: vec![1, 3, 1, 1],
+                patched: [0xe9, 1, 2, 3, 4],
+                previous: [0x55, 0x48, 0x89, 0xe5, 0x90],
+                skeleton: Some(Placed { at: code.offset(0x100), len: 0x60 }),
+                bypass: code.offset(0x140),
+                stack_words: 0,
+                calls_original: true,
+                finds_frames: false,
+                returns_to: Some(code.offset(0x120)),
+                calls: vec![],
+                bodies: vec![body],
+            }],
+            retired: vec![Retired {
+                code: Placed { at: code.offset(0x180), len: 0x20 },
+                calls_original: false,
+                returns_to: None,
+                calls: vec![],
+                arenas: vec![],
+            }],
+        }
+    }
+
+    #[test]
+    fn what_is_stored_is_loaded() {
+        let place = Place::new();
+        assert_eq!(place.load().unwrap(), Registry::default(), "nothing was ever written");
+        for next_id in 4..8 {
+            let registry = Registry { next_id, ..sample() };
+            place.store(&registry);
+            assert_eq!(place.load().unwrap(), registry);
+        }
+    }
+
+    /// A writer that dies before the header has changed nothing.
+    #[test]
+    fn the_other_half_does_not_matter() {
+        let place = Place::new();
+        place.store(&sample());
+        let current = place.text().start;
+        let other = if current == HEADER_BYTES { HEADER_BYTES + HALF_BYTES } else { HEADER_BYTES };
+        place.write(other, b"half of a new sta");
+        assert_eq!(place.load().unwrap(), sample());
+    }
+
+    #[test]
+    fn a_damaged_header_is_noticed() {
+        for (offset, bytes) in [(0, 0u64), (0, 1), (16, HALF_BYTES + 1), (16, u64::MAX), (24, 5)] {
+            let place = Place::new();
+            place.store(&sample());
+            place.write(offset, &bytes.to_le_bytes());
+            let error = place.load().unwrap_err();
+            assert!(matches!(error, RegistryError::Damaged { .. }), "{offset}: {error}");
+            assert!(error.to_string().contains("nothing was changed"), "{error}");
+        }
+    }
+
+    #[test]
+    fn one_changed_byte_is_noticed() {
+        let place = Place::new();
+        place.store(&sample());
+        let text = place.text();
+        for offset in text.clone().step_by(7) {
+            let at = place.storage.base().offset(offset.cast_signed());
+            let old = place.memory.read_vec(at, 1).unwrap()[0];
+            place.write(offset, &[old ^ 0x20]);
+            assert!(place.load().is_err(), "byte {offset}");
+            place.write(offset, &[old]);
+        }
+        assert_eq!(place.load().unwrap(), sample());
+    }
+
+    /// One lie at a time, in a text whose sum is right.
+    #[test]
+    fn what_others_rely_on_is_checked() {
+        type Lie = fn(&mut Registry);
+        let lies: [(&str, Lie); 17] = [
+            ("rows", |r| r.code[0].rows = Some(Placed { at: RemoteAddr(8), len: 8 })),
+            ("few bytes", |r| r.functions[0].original.truncate(4)),
+            ("no instructions", |r| r.functions[0].insn_lens.clear()),
+            ("an empty instruction", |r| r.functions[0].insn_lens.extend([0])),
+            ("long instructions", |r| r.functions[0].insn_lens = vec![200, 200]),
+            ("a site at the end", |r| r.functions[0].site = RemoteAddr(u64::MAX - 2)),
+            ("frame offset", |r| r.functions[0].bodies[0].frame_offset = u32::MAX - 7),
+            ("frame words", |r| r.functions[0].bodies[0].frame_words = u32::MAX / 8),
+            ("result words for a frame", |r| r.functions[0].bodies[0].frame_offset = 8),
+            ("body length", |r| r.functions[0].bodies[0].exit.as_mut().unwrap().len = u32::MAX),
+            ("skeleton", |r| r.functions[0].skeleton.as_mut().unwrap().at = RemoteAddr(8)),
+            ("retired", |r| r.retired[0].code.at = RemoteAddr(u64::MAX)),
+            ("arena size", |r| r.code[0].size_bytes = u64::MAX),
+            ("next", |r| r.code[0].next = RemoteAddr(0)),
+            ("free", |r| r.code[0].free.push((RemoteAddr(u64::MAX), u64::MAX))),
+            ("data", |r| r.data[0].mapping = RemoteAddr(u64::MAX - 1)),
+            ("ids", |r| r.next_id = u32::MAX),
+        ];
+        let place = Place::new();
+        for (what, lie) in lies {
+            let mut registry = sample();
+            lie(&mut registry);
+            place.scribble(&serde_json::to_vec(&registry).unwrap());
+            assert!(matches!(place.load(), Err(RegistryError::Damaged { .. })), "{what}");
+        }
+        let mut many = sample();
+        many.retired = vec![many.retired[0].clone(); 1000];
+        place.scribble(&serde_json::to_vec(&many).unwrap());
+        assert!(place.load().is_err(), "a thousand images in the same place");
+        place.scribble(&serde_json::to_vec(&sample()).unwrap());
+        assert_eq!(place.load().unwrap(), sample());
+    }
+
+    #[test]
+    fn bytes_are_hexadecimal_text() {
+        let text = serde_json::to_string(&sample()).unwrap();
+        assert!(text.contains("\"original\":\"554889e59090\""), "{text}");
+        for (good, bad) in [("554889e59090", "5548xx"), ("554889e59090", "554"), ("e901020304", "")]
+        {
+            let bad = text.replace(&format!("\"{good}\""), &format!("\"{bad}\""));
+            let parsed: Result<Registry, _> = serde_json::from_str(&bad);
+            assert!(parsed.is_err() || check::check(&parsed.unwrap()).is_err(), "{bad}");
+        }
+    }
+
+    fn damage() -> impl Strategy<Value = Vec<u8>> {
+        let text = serde_json::to_vec(&sample()).unwrap();
+        let n_bytes = text.len();
+        let edits = prop::collection::vec((0..n_bytes, any::<u8>()), 0..8);
+        // Digits for digits keep it parseable, with other numbers in it.
+        let digits = prop::collection::vec((0..n_bytes, b'0'..=b'9'), 0..40);
+        (edits, digits, 0..n_bytes * 40).prop_map(move |(edits, digits, len)| {
+            let mut text = text.clone();
+            for (at, byte) in edits {
+                text[at] = byte;
+            }
+            for (at, digit) in digits {
+                if text[at].is_ascii_digit() {
+                    text[at] = digit;
+                }
+            }
+            text.truncate(len.max(1));
+            text
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Whatever stands there, loading ends with a registry or an error, and what a change
+        /// of everything in it does is an error or a plan.
+        #[test]
+        fn scribbled_registries_harm_nobody(text in damage()) {
+            let Ok(mut registry) = serde_json::from_slice::<Registry>(&text) else { return Ok(()) };
+            if check::check(&registry).is_err() {
+                return Ok(());
+            }
+            for retired in std::mem::take(&mut registry.retired) {
+                registry.unplace(retired.code);
+            }
+            let _ = registry.place(RemoteAddr(0x20_0000), 100);
+            let mut change = crate::change::Change::new(registry, std::collections::HashMap::new());
+            let _ = change.remove_bodies(|_| true);
+        }
+
+        #[test]
+        fn garbage_headers_harm_nobody(words in any::<[u64; 4]>(), magic in any::<bool>()) {
+            let place = Place::new();
+            let mut words = words;
+            if magic {
+                words[0] = MAGIC;
+                words[2] %= 2 * HALF_BYTES;
+            }
+            place.write(0, &words.map(u64::to_le_bytes).concat());
+            prop_assert!(place.load().is_err());
+        }
+    }
 }

@@ -35,6 +35,8 @@ pub(crate) struct Ground<'t> {
     pub(crate) tracer: &'t mut Tracer,
     pub(crate) storage: Storage,
     pub(crate) registry: Registry,
+    /// What is in `storage`, as far as we know.
+    stored: Option<Registry>,
 }
 
 /// Where the registry of process `pid` is, if it has one.
@@ -49,7 +51,8 @@ impl<'t> Ground<'t> {
         let Some(base) = find_registry(tracer.pid())? else { return Ok(None) };
         let storage = Storage::at(base);
         let registry = storage.load(tracer.memory())?;
-        Ok(Some(Self { tracer, storage, registry }))
+        let stored = Some(registry.clone());
+        Ok(Some(Self { tracer, storage, registry, stored }))
     }
 
     /// What is there, made where nothing is.
@@ -67,9 +70,22 @@ impl<'t> Ground<'t> {
         let near = flea_process::auxv(tracer.pid())?
             .entry
             .ok_or_else(|| local("the target's entry point"))?;
-        let mut registry = Registry::default();
         let arena = map_code(tracer, near, CODE_ARENA_BYTES)?;
-        registry.code.push(arena);
+        let (at, size_bytes) = (arena.base, arena.size_bytes);
+        match Self::furnish(tracer, arena) {
+            Ok((storage, registry)) => Ok(Self { tracer, storage, registry, stored: None }),
+            Err(error) => {
+                // What failed first is what is told.
+                let _ = unmap(tracer, at, size_bytes);
+                Err(error)
+            }
+        }
+    }
+
+    /// Puts the runtime into a fresh arena and makes the registry.
+    fn furnish(tracer: &mut Tracer, arena: CodeArena) -> Result<(Storage, Registry), RemoteError> {
+        let near = arena.base;
+        let mut registry = Registry { code: vec![arena], ..Registry::default() };
         let blob_len = u32::try_from(flea_runtime::BLOB.len()).expect("the blob is small");
         let runtime = registry.place(near, blob_len).expect("a fresh arena has room");
         tracer.memory().write(runtime.at, flea_runtime::BLOB)?;
@@ -96,7 +112,7 @@ impl<'t> Ground<'t> {
         close(tracer, fd)?;
         let storage = Storage::at(base?);
         storage.store(tracer.memory(), &registry)?;
-        Ok(Self { tracer, storage, registry })
+        Ok((storage, registry))
     }
 
     /// More room for code near `near`.
@@ -109,11 +125,13 @@ impl<'t> Ground<'t> {
     }
 
     /// Maps a thread table and an arena of `size_bytes` behind it. What is returned is an
-    /// open descriptor to the arena's file, and the arena's base in the target.
+    /// open descriptor to the arena's file, and the arena's base in the target. It is
+    /// `owner`'s, who is not the process that runs this where that is a forked helper.
     pub(crate) fn add_data_arena(
         &mut self,
         size_bytes: u64,
         goes_to: FileGoesTo,
+        owner: Controller,
     ) -> Result<(RawFd, RemoteAddr), RemoteError> {
         let target_fd = memfd(self.tracer, &mut self.registry, "flea-maps")?;
         let mapped = self.map_data_arena(target_fd, size_bytes);
@@ -129,7 +147,7 @@ impl<'t> Ground<'t> {
         self.registry.data.push(DataArena {
             mapping,
             size_bytes: table + size_bytes,
-            owner: Controller::this(),
+            owner,
             released: false,
         });
         self.store()?;
@@ -161,12 +179,16 @@ impl<'t> Ground<'t> {
             offset: 0,
         })?;
         let arena = mapping.0 + table;
-        self.tracer.with_thread(|thread| {
+        let shared = self.tracer.with_thread(|thread| {
             thread.syscall(libc::SYS_madvise, [mapping.0, table, MADV_WIPEONFORK, 0, 0, 0])?;
             let fd = u64::from(fd.cast_unsigned());
             thread.syscall(libc::SYS_mmap, [arena, size_bytes, rw, fixed, fd, 0])?;
             thread.syscall(libc::SYS_madvise, [arena, size_bytes, MADV_DONTDUMP, 0, 0, 0])
-        })?;
+        });
+        if let Err(error) = shared {
+            let _ = unmap(self.tracer, mapping, table + size_bytes);
+            return Err(error.into());
+        }
         Ok((file, mapping))
     }
 
@@ -207,8 +229,14 @@ impl<'t> Ground<'t> {
         unmap(self.tracer, self.storage.base(), registry::MAPPING_BYTES)
     }
 
+    /// Writes the registry, if it has changed since.
     pub(crate) fn store(&mut self) -> Result<(), RemoteError> {
-        Ok(self.storage.store(self.tracer.memory(), &self.registry)?)
+        if self.stored.as_ref() != Some(&self.registry) {
+            self.stored = None;
+            self.storage.store(self.tracer.memory(), &self.registry)?;
+            self.stored = Some(self.registry.clone());
+        }
+        Ok(())
     }
 
     pub(crate) fn memory(&self) -> &Memory {

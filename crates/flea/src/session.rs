@@ -1,8 +1,7 @@
 //! A target process and what is known of it.
 
 use std::{
-    ffi::OsString,
-    process::Command,
+    process::{ChildStderr, ChildStdin, ChildStdout, Command},
     sync::{Arc, Mutex, MutexGuard, OnceLock},
 };
 
@@ -19,6 +18,20 @@ use crate::{
 
 /// A process that programs can be attached to. Cheap to clone. Dropping it does nothing to
 /// the process; links take their programs off when they are dropped.
+///
+/// ```
+/// // Of a program that is started, the first call is seen as well.
+/// use flea::{Exit, Session, builtin::Count};
+/// use std::process::Command;
+///
+/// let session = Session::spawn(Command::new("true"))?;
+/// let mut count = Count::start(&session, &session.find("libc.so.6:exit")?)?;
+/// session.resume()?;
+/// assert_eq!(session.wait()?, Some(Exit::Code(0)));
+/// count.detach()?;
+/// assert_eq!(count.read(), [1]);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone)]
 pub struct Session {
     inner: Arc<Inner>,
@@ -50,6 +63,29 @@ enum ChildState {
 impl Session {
     /// A session with a running process. Nothing is done to it yet.
     ///
+    /// ```
+    /// use flea::{Session, builtin::{Expr, Histograms}};
+    /// use std::io::{BufRead as _, BufReader, Write as _};
+    /// use std::process::{Command, Stdio};
+    ///
+    /// let mut cat = Command::new("cat").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    /// let (mut to_cat, from_cat) = (cat.stdin.take().unwrap(), cat.stdout.take().unwrap());
+    /// let mut from_cat = BufReader::new(from_cat).lines();
+    /// writeln!(to_cat, "it runs")?;
+    /// assert_eq!(from_cat.next().unwrap()?, "it runs");
+    ///
+    /// let session = Session::attach(cat.id().cast_signed())?;
+    /// let write = &session.find("libc.so.6:write")?[0];
+    /// let mut sizes = Histograms::of(&session, write, &Expr::Arg(2))?;
+    /// writeln!(to_cat, "it is traced")?;
+    /// assert_eq!(from_cat.next().unwrap()?, "it is traced");
+    /// sizes.detach()?;
+    /// assert_eq!(sizes.read()[0].sum, "it is traced\n".len() as i128);
+    /// drop(to_cat);
+    /// assert!(cat.wait()?.success());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
     /// # Errors
     /// No such process, a kernel thread, a 32-bit program, or no right to trace it.
     pub fn attach(pid: Pid) -> Result<Self, SessionError> {
@@ -61,16 +97,13 @@ impl Session {
         Ok(session)
     }
 
-    /// Starts `command` (program and arguments). It waits where its shared libraries have
+    /// Starts `command`. It waits where its shared libraries have
     /// been loaded and none of its own code, constructors included, has run;
     /// [`Session::resume`] lets it go on.
     ///
     /// # Errors
     /// The command cannot be executed, or it ended before it got there.
-    pub fn spawn(command: &[OsString]) -> Result<Self, SessionError> {
-        let (program, args) = command.split_first().ok_or(SessionError::NoCommand)?;
-        let mut command = Command::new(program);
-        command.args(args);
+    pub fn spawn(command: Command) -> Result<Self, SessionError> {
         let mut spawned = flea_process::spawn(command)?;
         let pid = spawned.pid();
         if let Err(error) = flea_process::check_traceable(pid)
@@ -89,6 +122,24 @@ impl Session {
 
     /// A session with the process that calls this: its own functions can be traced. The work
     /// on its code is done by a forked child that lives for some milliseconds.
+    ///
+    /// ```
+    /// use flea::{Session, builtin::Count};
+    ///
+    /// #[unsafe(no_mangle)]
+    /// #[inline(never)]
+    /// extern "C" fn own_example(x: u64) -> u64 {
+    ///     x * 2
+    /// }
+    ///
+    /// let session = Session::this_process()?;
+    /// let mut count = Count::start(&session, &session.find("own_example")?)?;
+    /// let threads = [1, 2].map(|x| std::thread::spawn(move || own_example(x)));
+    /// assert_eq!(threads.map(|t| t.join().unwrap()), [2, 4]);
+    /// count.detach()?;
+    /// assert_eq!(count.read(), [2]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// # Errors
     /// As for [`Session::attach`].
@@ -147,6 +198,15 @@ impl Session {
     /// Memory in the target cannot be set up.
     pub fn load(&self, object: flea_object::spec::Object) -> Result<Object, LoadError> {
         Object::load(&self.inner, object)
+    }
+
+    /// The pipes of a started command (stdin, stdout, stderr), where it was given some; once.
+    #[must_use]
+    pub fn take_pipes(&self) -> (Option<ChildStdin>, Option<ChildStdout>, Option<ChildStderr>) {
+        let mut child = lock(&self.inner.child);
+        let Some(child) = child.as_mut() else { return (None, None, None) };
+        let process = child.spawned.child_mut();
+        (process.stdin.take(), process.stdout.take(), process.stderr.take())
     }
 
     /// Lets a started command run; does nothing for others.
@@ -233,6 +293,12 @@ impl Inner {
 
     pub(crate) fn has_ended(&self) -> bool {
         flea_process::check_traceable(self.pid).is_err()
+    }
+
+    /// What is loaded now.
+    pub(crate) fn loaded_modules(&self) -> Result<Vec<Arc<Module>>, flea_process::ProcError> {
+        let known = lock(&self.modules).clone();
+        modules::list_again(self.pid, &known)
     }
 
     pub(crate) fn vdso_clock_gettime(&self) -> Option<RemoteAddr> {

@@ -7,7 +7,9 @@
 //! 3. store the new registry, in which each changed function also has its previous bytes: a
 //!    reader who finds those at the site knows that step 4 was not reached;
 //! 4. swap all sites ([`flea_patch::commit`]), which does all of them or none;
-//! 5. retire the code that was replaced; free what no thread can be in; store again.
+//! 5. retire the code that was replaced; free what no thread can be in; store again. When no
+//!    frame of ours can be on a stack any more, unwinders get their own code back
+//!    (`unwinder`).
 //!
 //! Compiling takes longer than all of that and happens before, without the target. What was
 //! compiled depends on the registry in one way: the offset of the bodies' words in the frame.
@@ -15,7 +17,7 @@
 //! is done once more.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt::Display,
     os::fd::{FromRawFd as _, OwnedFd},
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
@@ -26,18 +28,22 @@ use flea_layout::plan::ArenaPlan;
 use flea_object::spec::{MapSpec, ProgramKind};
 use flea_patch::Plan;
 use flea_process::{Memory, Pid, SeizeError, Tracer};
-use flea_symbols::{SiteKind as SymbolSiteKind, addr::RemoteAddr};
+use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     change::{Change, FIRST_FRAME_OFFSET, arenas, pack_reads},
     error::{AttachError, LoadError, RemoteError},
+    function::Function,
     object::{Loaded, Prepared},
     own::{self, HelperError},
-    reclaim::{self, Inside},
-    registry::{BodyState, Controller, FunctionState, Placed, Registry, SiteKind, Storage},
+    reclaim,
+    registry::{
+        BodyState, Controller, DataArena, FunctionState, Placed, Registry, SiteKind, Storage,
+    },
     remote::{self, FileGoesTo, Ground},
     session::Inner,
+    unwinder::{self, Unwinder},
 };
 
 /// Code arenas that one transaction may add.
@@ -55,6 +61,19 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
     Ok(remote::find_registry(pid)?.map(Storage::at))
 }
 
+/// The registry of process `pid` as it is now, without seizing it; an empty one where there
+/// is none.
+pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
+    loop {
+        let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
+        match storage.load(&Memory::open(pid)?) {
+            // The last controller took it away before it was read: there is none now.
+            Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
+            loaded => return Ok(loaded?),
+        }
+    }
+}
+
 /// Makes the memory of an object: in the target, and mapped here.
 pub(crate) fn create_arena(
     session: &Inner,
@@ -63,8 +82,15 @@ pub(crate) fn create_arena(
 ) -> Result<(flea_maps::Arena, RemoteAddr), LoadError> {
     let size_bytes = plan.size_bytes;
     let goes_to = if is_own(session.pid()) { FileGoesTo::Target } else { FileGoesTo::Controller };
+    let owner = Controller::this();
     let (fd, base) = seized(session.pid(), |tracer| -> Result<_, LoadError> {
-        Ok(Ground::open(tracer)?.add_data_arena(size_bytes, goes_to)?)
+        let mut ground = Ground::open(tracer)?;
+        let added = ground.add_data_arena(size_bytes, goes_to, owner);
+        if added.is_err() {
+            // Where nothing else is, nothing stays. What failed first is what is told.
+            let _ = ground.close();
+        }
+        Ok(added?)
     })?;
     // SAFETY: `add_data_arena` opened it in this process, and nobody else knows of it.
     let fd = unsafe { OwnedFd::from_raw_fd(fd) };
@@ -80,15 +106,17 @@ pub(crate) fn create_arena(
 /// Gives the memory of an object back. What cannot be done now (a thread is still inside a
 /// traced function, the target cannot be seized) is done by the next controller that comes.
 pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
+    let owner = Controller::this();
     // Nobody to tell: this runs when the object is dropped.
-    let _ = seized(session.pid(), |tracer| -> Result<(), LoadError> {
+    let _ = seized(session.pid(), |tracer| -> Result<(), AttachError> {
         let Some(mut ground) = Ground::find(tracer)? else { return Ok(()) };
         let table = flea_layout::shared::THREAD_TABLE_BYTES as u64;
-        let own = ground.registry.data.iter_mut().find(|d| d.mapping.0 + table == base.0);
+        let is_own = |d: &&mut DataArena| d.mapping.0 + table == base.0 && d.owner == owner;
+        let own = ground.registry.data.iter_mut().find(is_own);
         if let Some(own) = own {
             own.released = true;
         }
-        reclaim::run(&mut ground)?;
+        tidy(&mut ground)?;
         ground.unmap_released()?;
         Ok(ground.close()?)
     });
@@ -97,61 +125,96 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
 /// Attaches all of `prepared` or none; the numbers of the new bodies.
 pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>, AttachError> {
     let pid = object.session.pid();
-    let mut registry = match find_registry(pid)? {
-        Some(storage) => storage.load(&Memory::open(pid).map_err(RemoteError::from)?)?,
-        None => Registry::default(),
-    };
+    let mut ground = look(pid, prepared)?;
+    let has_frames = object.has_frames(prepared) || ground.has_frames;
+    let unwinders = if has_frames { unwinder::find(&object.session)? } else { Vec::new() };
+    let author = Author::now();
     for _ in 0..MAX_ATTEMPTS {
-        let offsets = frame_offsets(&registry, prepared);
+        let offsets = ground.frame_offsets;
         let bodies = compile(object, prepared, &offsets)?;
         let outcome = seized(pid, |tracer| {
             let ground = Ground::open(tracer).map_err(AttachError::Remote)?;
-            if frame_offsets(&ground.registry, prepared) != offsets {
-                return Ok(Err(ground.registry));
+            let now = Lay::of(&ground.registry, prepared);
+            if now.frame_offsets != offsets {
+                return Ok(Err(now));
             }
-            attach_on(ground, object, prepared, &bodies, &offsets).map(Ok)
+            attach_on(ground, object, prepared, &bodies, (&offsets, author), &unwinders).map(Ok)
         })?;
         match outcome {
             Ok(ids) => return Ok(ids),
-            Err(changed) => registry = changed,
+            Err(changed) => ground = changed,
         }
     }
     Err(AttachError::Contended { attempts: MAX_ATTEMPTS })
 }
 
-/// Takes the bodies with these numbers off. A target that has ended is no error.
-pub(crate) fn detach(session: &Inner, ids: &[u32]) -> Result<(), AttachError> {
+/// What of the registry compiling depends on.
+#[derive(Serialize, serde::Deserialize)]
+struct Lay {
+    /// First free frame offset on each function.
+    frame_offsets: Vec<u32>,
+    has_frames: bool,
+}
+
+impl Lay {
+    fn of(registry: &Registry, prepared: &[Prepared]) -> Self {
+        let frame_offsets = frame_offsets(registry, prepared);
+        Self { frame_offsets, has_frames: registry.has_frames() }
+    }
+}
+
+/// The lay of the land before compiling. Of this very process, a forked child looks at it too:
+/// the registry's addresses of exit code must not stay behind in our heap, where `reclaim`
+/// would take them for a thread's.
+fn look(pid: Pid, prepared: &[Prepared]) -> Result<Lay, AttachError> {
+    let look = || -> Result<Lay, AttachError> { Ok(Lay::of(&peek(pid)?, prepared)) };
+    if is_own(pid) { Ok(own::in_child(look)?) } else { look() }
+}
+
+/// Takes those of the bodies with these numbers off that we attached and that work on `arena`:
+/// the target may have executed another program since, in which the numbers are somebody
+/// else's, or we may be a forked copy of who attached them. A target that has ended is no
+/// error.
+pub(crate) fn detach(session: &Inner, arena: RemoteAddr, ids: &[u32]) -> Result<(), AttachError> {
     if session.has_ended() {
         return Ok(());
     }
-    match detach_from(session.pid(), ids) {
+    let owner = Controller::this();
+    let ids: HashSet<u32> = ids.iter().copied().collect();
+    let ours = |b: &BodyState| ids.contains(&b.id) && b.owner == owner && b.arena == arena;
+    match take_off(session.pid(), ours) {
         Err(_) if session.has_ended() => Ok(()),
         outcome => outcome,
     }
 }
 
-/// As [`detach`], in any process.
+/// Takes the bodies with these numbers off, whoever attached them.
 pub(crate) fn detach_from(pid: Pid, ids: &[u32]) -> Result<(), AttachError> {
-    let ids: std::collections::HashSet<u32> = ids.iter().copied().collect();
+    let ids: HashSet<u32> = ids.iter().copied().collect();
+    take_off(pid, |b| ids.contains(&b.id))
+}
+
+fn take_off(pid: Pid, gone: impl Fn(&BodyState) -> bool + Sync) -> Result<(), AttachError> {
     seized(pid, |tracer| {
         let Some(mut ground) = Ground::find(tracer).map_err(AttachError::Remote)? else {
             return Ok(());
         };
         settle(&mut ground)?;
-        change(&mut ground, |change| change.remove_bodies(|b| ids.contains(&b.id)).map(drop))?;
+        change(&mut ground, &[], |change| change.remove_bodies(&gone).map(drop))?;
         let since = Instant::now();
-        while let Some(inside) = reclaim::who_is_inside(&mut ground)? {
-            let patience = match inside {
-                Inside::Body => LEAVE_PATIENCE,
-                Inside::Original => RETURN_PATIENCE,
+        loop {
+            tidy(&mut ground)?;
+            let retired = &ground.registry.retired;
+            let patience = match retired.iter().any(|r| !r.calls_original) {
+                true => LEAVE_PATIENCE,
+                false => RETURN_PATIENCE,
             };
-            if since.elapsed() >= patience {
+            if retired.is_empty() || since.elapsed() >= patience {
                 break;
             }
             let pause = (since.elapsed() / 4).max(Duration::from_millis(1));
             ground.tracer.wait_a_moment(pause).map_err(RemoteError::from)?;
         }
-        reclaim::run(&mut ground)?;
         ground.unmap_released()?;
         Ok(ground.close()?)
     })
@@ -219,52 +282,78 @@ fn attach_on(
     object: &Loaded,
     prepared: &[Prepared],
     bodies: &[Body],
-    offsets: &[u32],
+    (offsets, author): (&[u32], Author),
+    unwinders: &[Unwinder],
 ) -> Result<Vec<u32>, AttachError> {
     settle(&mut ground)?;
     let runtime = ground.registry.runtime.ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
-    let author = Author::now();
-    let ids = change(&mut ground, |change| {
+    let outcome = change(&mut ground, unwinders, |change| {
         // Taken out by site and put back at the end: ten thousand of them are looked up.
         let mut functions: BTreeMap<RemoteAddr, FunctionState> =
             change.registry.functions.drain(..).map(|f| (f.site, f)).collect();
         let mut ids = Vec::with_capacity(prepared.len());
         for ((p, body), offset) in prepared.iter().zip(bodies).zip(offsets) {
             let site = p.site_address();
-            let mut function = functions.remove(&site).unwrap_or_else(|| new_function(p, site));
+            let mut function =
+                functions.remove(&site).unwrap_or_else(|| new_function(&p.function, &p.site));
             let new = NewBody { body, offset: *offset, runtime, author };
             ids.push(add_body(change, object, p, &mut function, &new)?);
             functions.insert(site, function);
         }
         change.registry.functions = functions.into_values().collect();
         Ok(ids)
-    })?;
-    reclaim::run(&mut ground)?;
-    ground.store()?;
-    Ok(ids)
+    });
+    // Also after a failure: unwinders may have been told of frames that do not come.
+    let tidied = tidy(&mut ground).and_then(|()| Ok(ground.store()?));
+    let ids = outcome?;
+    tidied.map(|()| ids)
 }
 
-/// Steps 2 to 5 for one change of the registry; on failure everything is as before.
+/// Step 5: frees what no thread can be in, and leaves unwinders alone once no frame is left
+/// that they have to be told of.
+fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
+    reclaim::run(ground)?;
+    let registry = &ground.registry;
+    if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames) {
+        return Ok(());
+    }
+    change_once(ground, Change::leave_unwinders)?;
+    Ok(reclaim::run(ground)?)
+}
+
+/// Steps 2 to 5 for one change of the registry; on failure everything is as before, but that
+/// `unwinders` may have been told of frames.
 fn change<R>(
     ground: &mut Ground<'_>,
+    unwinders: &[Unwinder],
     mut edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
-    let known_code = read_bodies(&ground.registry, ground.memory())?;
     for _ in 0..MAX_NEW_ARENAS {
-        let mut change = Change::new(ground.registry.clone(), known_code.clone());
-        match edit(&mut change) {
-            Ok(result) => {
-                carry_out(ground, change)?;
-                return Ok(result);
-            }
+        let outcome = match unwinder::all_told(&ground.registry, unwinders) {
+            true => change_once(ground, &mut edit),
+            false => change_once(ground, |change| change.tell_unwinders(unwinders))
+                .and_then(|()| change_once(ground, &mut edit)),
+        };
+        match outcome {
             Err(AttachError::NoRoom { near, .. }) => ground.add_code_arena(near)?,
-            Err(error) => return Err(error),
+            outcome => return outcome,
         }
     }
     let near = ground.registry.code.first().map_or(RemoteAddr(0), |arena| arena.base);
     Err(AttachError::NoRoom { near, bytes: 0 })
+}
+
+fn change_once<R>(
+    ground: &mut Ground<'_>,
+    edit: impl FnOnce(&mut Change) -> Result<R, AttachError>,
+) -> Result<R, AttachError> {
+    let known_code = read_bodies(&ground.registry, ground.memory())?;
+    let mut change = Change::new(ground.registry.clone(), known_code);
+    let result = edit(&mut change)?;
+    carry_out(ground, change)?;
+    Ok(result)
 }
 
 fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError> {
@@ -278,12 +367,16 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
     ground.store()?;
     if let Err(error) = flea_patch::commit(ground.tracer, &Plan { pokes }) {
         ground.registry = before;
-        ground.store()?;
+        // Where this fails the target has ended, and the commit's reason says more; else
+        // `settle` finds out from the sites' bytes.
+        let _ = ground.store();
         return Err(error.into());
     }
-    registry.retired.extend(retired);
-    ground.registry = registry;
-    ground.store()?;
+    if !retired.is_empty() {
+        registry.retired.extend(retired);
+        ground.registry = registry;
+        ground.store()?;
+    }
     Ok(())
 }
 
@@ -318,7 +411,8 @@ fn read_bodies(
     Ok(known)
 }
 
-/// Who attaches, and when: the same for all bodies of one transaction.
+/// Who attaches, and when: the same for all bodies of one transaction. Never the forked helper
+/// of a process that traces itself.
 #[derive(Clone, Copy)]
 struct Author {
     owner: Controller,
@@ -389,21 +483,22 @@ fn program_label(object: &Loaded, index: usize) -> (String, String) {
     (kind.to_owned(), program.name.clone())
 }
 
-fn new_function(p: &Prepared, site: RemoteAddr) -> FunctionState {
-    let original = p.site.original.clone();
+/// A function that nothing is attached to yet.
+pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
+    let original = site.original.clone();
     let first: [u8; 5] = original[..5].try_into().expect("a site has at least five bytes");
     let mut insn_lens = Vec::new();
-    for (i, &start) in p.site.boundaries.iter().enumerate() {
-        let end = p.site.boundaries.get(i + 1).copied();
+    for (i, &start) in site.boundaries.iter().enumerate() {
+        let end = site.boundaries.get(i + 1).copied();
         let end = end.unwrap_or_else(|| u8::try_from(original.len()).unwrap_or(u8::MAX));
         insn_lens.push(end - start);
     }
     FunctionState {
-        module: p.function.module().to_owned(),
-        name: p.function.name(),
-        address: p.function.address(),
-        site,
-        kind: match p.site.kind {
+        module: function.module().to_owned(),
+        name: function.name(),
+        address: function.address(),
+        site: function.site_address(site),
+        kind: match site.kind {
             SymbolSiteKind::Nop5 => SiteKind::Nop,
             SymbolSiteKind::Relocated => SiteKind::Relocated,
         },
@@ -412,9 +507,12 @@ fn new_function(p: &Prepared, site: RemoteAddr) -> FunctionState {
         patched: first,
         previous: first,
         skeleton: None,
-        bypass: site,
+        bypass: function.site_address(site),
         stack_words: 0,
         calls_original: false,
+        finds_frames: false,
+        returns_to: None,
+        calls: Vec::new(),
         bodies: Vec::new(),
     }
 }

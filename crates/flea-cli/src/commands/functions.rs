@@ -1,7 +1,7 @@
 //! `flea list`: where Flea can attach, how, and with which signature.
 
 use anyhow::Result;
-use flea::{SiteKind, signature::SignatureSource};
+use flea::{Refusal, SiteKind, signature::SignatureSource};
 
 use crate::{
     args::Functions,
@@ -22,7 +22,9 @@ pub fn list(args: &Functions) -> Result<u8> {
             Ok(_) => ("relocated", None),
             Err(refusal) => ("refused", Some(refusal.to_string())),
         };
-        let known = function.signature().source == SignatureSource::Dwarf;
+        // What is at an ifunc's address is its resolver, whose signature is nobody's concern.
+        let is_ifunc = matches!(function.site(), Err(Refusal::Ifunc { .. }));
+        let known = !is_ifunc && function.signature().source == SignatureSource::Dwarf;
         let signature = known.then(|| function.signature_text());
         output.line(format!(
             "{} {:<9} {:>6} {}:{}{}",

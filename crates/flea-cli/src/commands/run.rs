@@ -6,7 +6,11 @@ use flea::{Attachment, Map, MapSpec, Object};
 use serde_json::{Value, json};
 
 use crate::{
-    args::Run, commands::tracing::summary, output::Output, record::Record, target::Target,
+    args::Run,
+    commands::tracing::{say_attached, summary},
+    output::Output,
+    record::Record,
+    target::Target,
 };
 
 /// `flea run`
@@ -23,7 +27,7 @@ pub fn run(args: &Run) -> Result<u8> {
     }
     let link = object.attach(&attachments)?;
     let n_functions = link.n_functions();
-    eprintln!("flea: attached to {n_functions} functions");
+    say_attached(n_functions);
     target.run(|| {
         print_lines(&object, &mut output)?;
         output.flush()

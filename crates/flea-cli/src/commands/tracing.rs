@@ -183,10 +183,14 @@ fn report_start(attached: &[Function], refused: &[Refused]) -> Result<()> {
     if let Some(more @ 1..) = refused.len().checked_sub(MAX_REASONS) {
         eprintln!("flea: not attached: {more} more; `flea list` says why");
     }
-    if attached.len() > 1 {
-        eprintln!("flea: attached to {} functions", attached.len());
-    }
+    say_attached(attached.len());
     Ok(())
+}
+
+/// Says, on standard error, that everything is in place: scripts wait for this line.
+pub fn say_attached(n_functions: usize) {
+    let plural = if n_functions == 1 { "" } else { "s" };
+    eprintln!("flea: attached to {n_functions} function{plural}");
 }
 
 /// The last line of every tracing command.

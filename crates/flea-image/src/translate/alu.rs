@@ -6,6 +6,7 @@ use cranelift_codegen::ir::{InstBuilder, Type, Value, types};
 use flea_object::insn::Insn;
 
 use super::{Scope, Translator, op};
+use crate::clif::select;
 use crate::request::CompileError;
 
 impl Translator<'_, '_> {
@@ -103,7 +104,7 @@ impl Translator<'_, '_> {
     fn safe_divisor(&mut self, divisor: Value, traps: Value) -> Value {
         let ty = self.type_of(divisor);
         let one = self.b.ins().iconst(ty, 1);
-        self.b.ins().select(traps, one, divisor)
+        select(self.b, traps, one, divisor)
     }
 
     fn udiv(&mut self, a: Value, d: Value) -> Value {
@@ -112,14 +113,14 @@ impl Translator<'_, '_> {
         let quotient = self.b.ins().udiv(a, safe);
         let ty = self.type_of(a);
         let zero = self.b.ins().iconst(ty, 0);
-        self.b.ins().select(by_zero, zero, quotient)
+        select(self.b, by_zero, zero, quotient)
     }
 
     fn urem(&mut self, a: Value, d: Value) -> Value {
         let by_zero = self.is(d, 0);
         let safe = self.safe_divisor(d, by_zero);
         let rest = self.b.ins().urem(a, safe);
-        self.b.ins().select(by_zero, a, rest)
+        select(self.b, by_zero, a, rest)
     }
 
     fn sdiv(&mut self, a: Value, d: Value) -> Value {
@@ -131,8 +132,8 @@ impl Translator<'_, '_> {
         let negated = self.b.ins().ineg(a);
         let ty = self.type_of(a);
         let zero = self.b.ins().iconst(ty, 0);
-        let quotient = self.b.ins().select(by_zero, zero, quotient);
-        self.b.ins().select(by_minus_one, negated, quotient)
+        let quotient = select(self.b, by_zero, zero, quotient);
+        select(self.b, by_minus_one, negated, quotient)
     }
 
     fn srem(&mut self, a: Value, d: Value) -> Value {
@@ -142,6 +143,6 @@ impl Translator<'_, '_> {
         // With 1 for -1 the rest is 0, as it should be.
         let safe = self.safe_divisor(d, traps);
         let rest = self.b.ins().srem(a, safe);
-        self.b.ins().select(by_zero, a, rest)
+        select(self.b, by_zero, a, rest)
     }
 }

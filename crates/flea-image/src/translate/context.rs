@@ -16,6 +16,7 @@ use cranelift_frontend::FunctionBuilder;
 use flea_symbols::signature::{ArgWord, Param, RetWord, Signature, Type};
 
 use super::{Translator, proved};
+use crate::clif::select;
 
 /// Which of the three bodies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -228,7 +229,7 @@ impl Translator<'_, '_> {
             let Some(argument) = self.argument(i) else { continue };
             let this = i64::try_from(i).unwrap_or(i64::MAX);
             let this = self.b.ins().icmp_imm_s(IntCC::Equal, n, this);
-            value = self.b.ins().select(this, argument, value);
+            value = select(self.b, this, argument, value);
         }
         let bound = i64::try_from(n_args).unwrap_or(i64::MAX);
         let valid = self.b.ins().icmp_imm_u(IntCC::UnsignedLessThan, n, bound);

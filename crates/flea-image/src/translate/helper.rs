@@ -15,7 +15,7 @@ use flea_verifier::facts::Fact;
 
 use super::context::Side;
 use super::{Scope, Translator, proved};
-use crate::clif::{runtime_index, symbol};
+use crate::clif::{runtime_index, select, symbol};
 use crate::code::RelocTarget;
 use crate::request::CompileError;
 
@@ -153,7 +153,7 @@ impl Translator<'_, '_> {
         let bound = i64::from(map.max_entries);
         let inside = self.b.ins().icmp_imm_u(IntCC::UnsignedLessThan, key, bound);
         let null = self.iconst(0);
-        Ok(self.b.ins().select(inside, address, null))
+        Ok(select(self.b, inside, address, null))
     }
 
     /// The number that an `i32` value is known to be.
@@ -198,10 +198,10 @@ impl Translator<'_, '_> {
         let (value, valid) = self.argument_by_value(n);
         // An invalid number leaves the program's memory as it was.
         let old = self.read_through(scope, idx, 3, types::I64)?;
-        let value = self.b.ins().select(valid, value, old);
+        let value = select(self.b, valid, value, old);
         self.write_through(scope, idx, 3, value)?;
         let (ok, einval) = (self.iconst(0), self.iconst(EINVAL));
-        Ok(self.b.ins().select(valid, ok, einval))
+        Ok(select(self.b, valid, ok, einval))
     }
 
     fn get_func_ret(&mut self, scope: &Scope, idx: u32) -> Result<Value, CompileError> {

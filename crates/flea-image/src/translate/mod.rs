@@ -24,7 +24,7 @@ use flea_object::spec::{MapIdx, MapKind, ProgramKind};
 use flea_verifier::Verified;
 use flea_verifier::facts::Fact;
 
-use crate::clif::{constant, symbol};
+use crate::clif::{constant, known_constant, symbol};
 use crate::code::RelocTarget;
 use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
@@ -360,7 +360,14 @@ impl<'a, 'b> Translator<'a, 'b> {
     fn widen(&mut self, value: Value) -> Value {
         match self.type_of(value) {
             types::I64 => value,
-            _ => self.b.ins().uextend(types::I64, value),
+            ty => match known_constant(self.b, value) {
+                // Extended by us: the extended one may be too large for an immediate.
+                Some(bits) => {
+                    let mask = u64::MAX >> (64 - ty.bits());
+                    constant(self.b, (bits & mask).cast_signed())
+                }
+                None => self.b.ins().uextend(types::I64, value),
+            },
         }
     }
 

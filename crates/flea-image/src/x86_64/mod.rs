@@ -2,6 +2,8 @@
 
 mod assemble;
 pub mod check;
+pub mod find_fde;
 pub mod listing;
+pub mod personality;
 pub(crate) mod relocate;
 pub mod skeleton;

@@ -10,10 +10,12 @@
 //!   jmp site + patched                      push [rbp+16+8*i]           caller's stack words
 //!                                           session bodies
 //!                                           call original
+//!                                           mov [rsp-8], rbp            over the return address
 //!                                           mov [rbp-8], rax...         what exit bodies read
 //!                                           exit bodies
 //!                                           leave
 //!                                           ret
+//!                                           nop "flea"                  see `find_fde`
 //!                                         original:
 //!                                           relocated instructions
 //!                                           jmp site + patched
@@ -24,6 +26,10 @@
 //! needs no register. The copies are pushed before the session bodies, so that from there on
 //! `rsp` is a multiple of 16: called bodies and the original find the stack as the ABI has it.
 //! At entry bodies, `rsp` is a multiple of 16 where the ABI has 8 more.
+//!
+//! The return address that `call original` pushed is overwritten once it was used: whoever
+//! wants to free the skeleton looks for it in the target's memory, and a used one on a dead
+//! stack would look like a call that has not returned.
 
 use flea_symbols::addr::RemoteAddr;
 use flea_symbols::signature::{ArgWord, RetWord};
@@ -35,6 +41,7 @@ use iced_x86::code_asm::{
 use iced_x86::{Code, IcedError};
 
 use super::assemble::{Assembly, Encoded, Place};
+use super::find_fde::{self, FrameArena};
 use super::listing;
 use super::relocate::{self, RelocateError};
 use crate::request::{BODY_FRAMES_OFFSET, Reads};
@@ -206,6 +213,9 @@ pub struct Skeleton {
     pub site_patch: [u8; PATCH_BYTES],
     /// Runs the original without any body: the relocated instructions, then the rest.
     pub original_entry: RemoteAddr,
+    /// Where the original returns to, if bodies run around it. While a call is inside the
+    /// original, and only then, this word is on its stack.
+    pub returns_to: Option<RemoteAddr>,
     /// Each replaced instruction's address, and where a thread standing there goes on.
     pub moves: Vec<(RemoteAddr, RemoteAddr)>,
     /// Rows by ascending offset.
@@ -234,8 +244,20 @@ pub fn call_patch(site: RemoteAddr, body_address: RemoteAddr) -> Option<[u8; PAT
 /// # Errors
 /// [`LinkError`]
 pub fn link_skeleton(request: &SkeletonRequest<'_>) -> Result<Skeleton, LinkError> {
+    link_unwinder_skeleton(request, &[])
+}
+
+/// As [`link_skeleton`], for a `_Unwind_Find_FDE`: it answers for the exit skeletons in
+/// `arenas` before the original is asked. There need not be any bodies.
+///
+/// # Errors
+/// [`LinkError`]
+pub fn link_unwinder_skeleton(
+    request: &SkeletonRequest<'_>,
+    arenas: &[FrameArena],
+) -> Result<Skeleton, LinkError> {
     check_request(request)?;
-    let mut emitter = Emitter { asm: Assembly::default(), request, rows: vec![] };
+    let mut emitter = Emitter { asm: Assembly::default(), request, rows: vec![], returns_to: None };
     let has_frame = request.bodies.iter().any(|b| b.session.is_some() || b.exit.is_some());
     emitter.row(UnwindRule::Entry);
     emitter.entry_bodies()?;
@@ -244,6 +266,7 @@ pub fn link_skeleton(request: &SkeletonRequest<'_>) -> Result<Skeleton, LinkErro
     }
     emitter.row(UnwindRule::Original);
     let original = emitter.asm.here();
+    find_fde::emit(&mut emitter.asm, arenas).map_err(|e| emitter.failed(&e))?;
     let moves = emitter.original()?;
     emitter.finish(original, &moves)
 }
@@ -304,6 +327,7 @@ struct Emitter<'a> {
     asm: Assembly,
     request: &'a SkeletonRequest<'a>,
     rows: Vec<(Place, UnwindRule)>,
+    returns_to: Option<Place>,
 }
 
 /// Which kinds of words exit bodies read, over all controllers.
@@ -377,6 +401,8 @@ impl Emitter<'_> {
         // `call original` with the original behind the end, whose place is known only then.
         let call_at = self.asm.here();
         self.branch(Code::Call_rel32_64, call_at.address())?;
+        self.returns_to = Some(self.asm.here());
+        self.code(|a| a.mov(qword_ptr(rsp - 8), rbp))?;
         for word in &reads.results {
             self.save_result(*word)?;
         }
@@ -387,6 +413,8 @@ impl Emitter<'_> {
             a.leave()?;
             a.ret()
         })?;
+        let marker = relocate::decode(&find_fde::MARKER, 0).map_err(LinkError::Inline)?;
+        marker.into_iter().for_each(|insn| self.asm.push(insn));
         let original = self.asm.here().address();
         self.asm.retarget(call_at, original);
         Ok(())
@@ -464,6 +492,7 @@ impl Emitter<'_> {
         Ok(Skeleton {
             site_patch,
             original_entry: at(original)?,
+            returns_to: self.returns_to.map(at).transpose()?,
             moves: moves
                 .iter()
                 .map(|(old, place)| Ok((RemoteAddr(*old), at(*place)?)))

@@ -8,7 +8,7 @@ pub(crate) const INT3: u8 = 0xcc;
 pub(crate) const SYSCALL: [u8; 2] = [0x0f, 0x05];
 /// A signal frame holds the segment selectors of user code as one word: cs, gs, fs, ss. It
 /// follows rsp, rip and eflags, so it finds the context that a handler interrupted.
-pub(crate) const SIGNAL_FRAME_SEGMENTS: u64 = 0x002b_0000_0000_0033;
+pub const SIGNAL_FRAME_SEGMENTS: u64 = 0x002b_0000_0000_0033;
 /// Words from [`SIGNAL_FRAME_SEGMENTS`] back to the saved stack pointer.
 pub(crate) const SIGNAL_FRAME_RSP_WORDS_BACK: usize = 3;
 

@@ -83,7 +83,8 @@ pub(super) fn histogram(n_functions: u32, source: Source, sign: Signedness) -> O
 /// ```text
 ///   entry   TAG_ENTRY << 32 | function, time, pid_tgid, n_args words, then STRING_BYTES for
 ///           each string argument (a NUL first where it cannot be read)
-///   exit    TAG_EXIT << 32 | function, time, pid_tgid, time of the entry, result
+///   exit    TAG_EXIT << 32 | function, time, pid_tgid, time of the entry, result, then
+///           STRING_BYTES where the result is a string
 /// ```
 pub(super) const TAG_ENTRY: u32 = 1;
 /// See [`TAG_ENTRY`].
@@ -93,9 +94,29 @@ pub(super) const ENTRY_HEADER_BYTES: usize = 24;
 /// Bytes of an exit record.
 pub(super) const EXIT_BYTES: usize = 40;
 
-/// Both records of a call, for functions with `n_args` slots of which `strings` hold a
-/// `char *`.
-pub(super) fn trace_program(n_args: u8, strings: &[u8]) -> Program {
+/// What of a signature decides how its calls are recorded.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Shape {
+    /// Argument slots.
+    pub(super) n_args: u8,
+    /// Slots that hold a `char *`.
+    pub(super) strings: Vec<u8>,
+    /// What the result is.
+    pub(super) result: ResultKind,
+}
+
+/// Whether a result is more than its word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ResultKind {
+    Word,
+    /// A `char *`.
+    Text,
+}
+
+/// Both records of a call of a function of this shape.
+pub(super) fn trace_program(shape: &Shape) -> Program {
+    let Shape { n_args, strings, result } = shape;
+    let n_args = *n_args;
     let mut a = Asm::new();
     let (out, exit_side) = (a.new_label(), a.new_label());
     let args_bytes = ENTRY_HEADER_BYTES + 8 * usize::from(n_args);
@@ -115,23 +136,25 @@ pub(super) fn trace_program(n_args: u8, strings: &[u8]) -> Program {
     }
     for (i, &slot) in strings.iter().enumerate() {
         let offset = at(args_bytes + i * STRING_BYTES as usize);
-        // A record's memory was zeroed by the reader; an unreadable string stays "".
-        a.store_imm(Size::B, R7, offset, 0);
-        a.mov64_reg(R1, R7).add64_imm(R1, offset.into());
-        a.mov64_imm(R2, STRING_BYTES.cast_signed());
-        a.load(Size::DW, R3, R6, 8 * i16::from(slot)).call(Helper::ProbeReadUserStr);
+        read_string(&mut a, offset, slot);
     }
-    a.mov64_reg(R1, R6).call(Helper::SessionCookie);
-    a.store(Size::DW, R0, 0, R9);
+    a.mov64_reg(R1, R6).call(Helper::SessionCookie).mov64_reg(R9, R0);
+    // The time last, so that the duration is the function's and not this program's.
+    a.call(Helper::KtimeGetNs).store(Size::DW, R7, 8, R0).store(Size::DW, R9, 0, R0);
     submit(&mut a, out);
 
-    a.bind(exit_side).mov64_reg(R1, R6).call(Helper::SessionCookie);
-    a.load(Size::DW, R0, R0, 0).jump_if(JmpOp::Eq, R0, 0, out);
-    a.store(Size::DW, R10, -8, R0);
-    reserve(&mut a, EXIT_BYTES, out);
+    // For the same reason, the time first.
+    a.bind(exit_side).call(Helper::KtimeGetNs).store(Size::DW, R10, -8, R0);
+    a.mov64_reg(R1, R6).call(Helper::SessionCookie).load(Size::DW, R9, R0, 0);
+    a.jump_if(JmpOp::Eq, R9, 0, out);
+    let text_bytes = if *result == ResultKind::Text { STRING_BYTES as usize } else { 0 };
+    reserve(&mut a, EXIT_BYTES + text_bytes, out);
     header(&mut a, TAG_EXIT);
-    a.load(Size::DW, R1, R10, -8).store(Size::DW, R7, 24, R1);
+    a.load(Size::DW, R1, R10, -8).store(Size::DW, R7, 8, R1).store(Size::DW, R7, 24, R9);
     a.load(Size::DW, R1, R6, 8 * i16::from(n_args)).store(Size::DW, R7, 32, R1);
+    if *result == ResultKind::Text {
+        read_string(&mut a, at(EXIT_BYTES), n_args);
+    }
     submit(&mut a, out);
 
     a.bind(out).mov64_imm(R0, 0).exit();
@@ -160,12 +183,19 @@ fn reserve(a: &mut Asm, bytes: usize, out: flea_object::asm::Label) {
     a.jump_if(JmpOp::Eq, R0, 0, out).mov64_reg(R7, R0);
 }
 
-/// The first three words of the record in r7, for the function whose index is in r8. Leaves
-/// the time in r9.
+/// The record in r7 but for its time, for the function whose index is in r8.
 fn header(a: &mut Asm, tag: u32) {
     a.call(Helper::GetCurrentPidTgid).store(Size::DW, R7, 16, R0);
-    a.call(Helper::KtimeGetNs).mov64_reg(R9, R0).store(Size::DW, R7, 8, R0);
     a.store(Size::W, R7, 0, R8).store_imm(Size::W, R7, 4, tag.cast_signed());
+}
+
+/// Copies the string that `ctx[slot]` points at to `offset` in the record.
+fn read_string(a: &mut Asm, offset: i16, slot: u8) {
+    // A record's memory was zeroed by the reader; an unreadable string stays "".
+    a.store_imm(Size::B, R7, offset, 0);
+    a.mov64_reg(R1, R7).add64_imm(R1, offset.into());
+    a.mov64_imm(R2, STRING_BYTES.cast_signed());
+    a.load(Size::DW, R3, R6, 8 * i16::from(slot)).call(Helper::ProbeReadUserStr);
 }
 
 fn submit(a: &mut Asm, out: flea_object::asm::Label) {

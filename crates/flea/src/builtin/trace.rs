@@ -7,8 +7,8 @@ use flea_symbols::signature::{Param, RetWord, Signature, Type};
 use super::{
     Attached, Refused, StartError, command_handle,
     programs::{
-        ENTRY_HEADER_BYTES, EXIT_BYTES, MAP_NAME, STRING_BYTES, TAG_ENTRY, TAG_EXIT, trace_object,
-        trace_program,
+        ENTRY_HEADER_BYTES, EXIT_BYTES, MAP_NAME, ResultKind, STRING_BYTES, Shape, TAG_ENTRY,
+        TAG_EXIT, trace_object, trace_program,
     },
 };
 use crate::{AttachError, Function, Program, Session};
@@ -80,9 +80,6 @@ pub enum Word {
     Words(Vec<u64>),
 }
 
-/// The shape that decides the program: slots, and which hold strings.
-type Shape = (u8, Vec<u8>);
-
 impl Trace {
     /// Starts tracing `functions`.
     ///
@@ -102,8 +99,7 @@ impl Trace {
                 (function.address(), at)
             })
             .collect();
-        let programs =
-            shapes.iter().map(|(n_args, strings)| trace_program(*n_args, strings)).collect();
+        let programs = shapes.iter().map(trace_program).collect();
         let object = session.load(trace_object(programs))?;
         let programs: Vec<Program> = object.programs().collect();
         let attached = Attached::start(object, functions, |function| {
@@ -175,7 +171,7 @@ fn record<E>(
                 tid: low(pid_tgid),
                 function,
                 args: call.args,
-                retval: retval(function.signature(), result),
+                retval: retval(function.signature(), result, &bytes[EXIT_BYTES..]),
                 duration_ns: time_ns.saturating_sub(entered_ns),
             })
         }
@@ -203,7 +199,12 @@ fn shape(signature: &Signature) -> Shape {
         }
         slot += param.words.len();
     }
-    (u8::try_from(slot).unwrap_or(u8::MAX), strings)
+    let returns_text = matches!(signature.ret.ty, Type::Pointer { to_char: true, .. });
+    Shape {
+        n_args: u8::try_from(slot).unwrap_or(u8::MAX),
+        strings,
+        result: if returns_text { ResultKind::Text } else { ResultKind::Word },
+    }
 }
 
 fn is_string(param: &Param) -> bool {
@@ -222,9 +223,7 @@ fn arguments(signature: &Signature, bytes: &[u8]) -> Vec<(String, Word)> {
         let words: Vec<u64> = (slot..slot + param.words.len()).map(word).collect();
         slot += words.len();
         let value = if is_string(param) {
-            let text = strings.next().unwrap_or_default();
-            let end = text.iter().position(|&b| b == 0).unwrap_or(text.len());
-            Word::Text { pointer: words[0], bytes: text[..end].to_vec() }
+            text(words[0], strings.next().unwrap_or_default())
         } else {
             typed(&param.ty, &words)
         };
@@ -233,12 +232,21 @@ fn arguments(signature: &Signature, bytes: &[u8]) -> Vec<(String, Word)> {
     args
 }
 
-fn retval(signature: &Signature, result: u64) -> Option<Word> {
+fn retval(signature: &Signature, result: u64, behind: &[u8]) -> Option<Word> {
     match signature.ret.words.as_slice() {
         [] | [RetWord::X87] => None,
+        [_] if behind.len() >= STRING_BYTES as usize => {
+            Some(text(result, &behind[..STRING_BYTES as usize]))
+        }
         [_] => Some(typed(&signature.ret.ty, &[result])),
         _ => Some(Word::Words(vec![result])),
     }
+}
+
+/// Up to the NUL.
+fn text(pointer: u64, bytes: &[u8]) -> Word {
+    let end = bytes.iter().position(|&b| b == 0).unwrap_or(bytes.len());
+    Word::Text { pointer, bytes: bytes[..end].to_vec() }
 }
 
 /// Gives words the meaning of their type. Bits above a small type's size are undefined in
