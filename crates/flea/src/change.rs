@@ -279,6 +279,30 @@ fn unpack_reads(bits: u32) -> Reads {
     }
 }
 
+/// All code of a function that nobody can enter any more: its module has been unmapped.
+pub(crate) fn retire_all(f: FunctionState) -> Vec<Retired> {
+    let arenas = arenas(&f);
+    let calls_original = f.calls_original;
+    let skeleton = f.skeleton.map(|code| Retired {
+        code,
+        calls_original,
+        returns_to: f.returns_to,
+        calls: f.calls,
+        arenas,
+    });
+    let bodies = f.bodies.into_iter().flat_map(|b| {
+        let placed = [b.entry, b.session, b.exit].into_iter().flatten();
+        placed.map(move |code| Retired {
+            code,
+            calls_original,
+            returns_to: None,
+            calls: Vec::new(),
+            arenas: vec![b.arena],
+        })
+    });
+    skeleton.into_iter().chain(bodies).collect()
+}
+
 /// The data arenas that a function's bodies work on.
 pub(crate) fn arenas(f: &FunctionState) -> Vec<RemoteAddr> {
     let mut arenas: Vec<_> = f.bodies.iter().map(|b| b.arena).collect();
@@ -294,4 +318,218 @@ fn inner_boundaries(f: &FunctionState) -> impl Iterator<Item = RemoteAddr> + '_ 
         *at = at.offset(i64::from(len));
         Some(*at)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::registry::{CodeArena, Controller};
+
+    const SITE: RemoteAddr = RemoteAddr(0x40_1000);
+    const CODE: RemoteAddr = RemoteAddr(0x50_0000);
+    const NOP5: [u8; 5] = [0x0f, 0x1f, 0x44, 0, 0];
+    /// push rbp; mov rbp, rsp; pop rbp; ret
+    const BODY: [u8; 6] = [0x55, 0x48, 0x89, 0xe5, 0x5d, 0xc3];
+
+    #[derive(Clone, Copy)]
+    enum When {
+        Entry,
+        Exit,
+    }
+
+    fn function(kind: SiteKind, original: &[u8], insn_lens: &[u8]) -> FunctionState {
+        let first = original[..5].try_into().unwrap();
+        FunctionState {
+            module: "/m".into(),
+            name: "f".into(),
+            address: SITE,
+            site: SITE,
+            kind,
+            original: original.to_vec(),
+            insn_lens: insn_lens.to_vec(),
+            patched: first,
+            previous: first,
+            skeleton: None,
+            bypass: SITE,
+            stack_words: 0,
+            calls_original: false,
+            finds_frames: false,
+            returns_to: None,
+            calls: vec![],
+            bodies: vec![],
+        }
+    }
+
+    fn nops() -> FunctionState {
+        function(SiteKind::Nop, &NOP5, &[5])
+    }
+
+    /// push rbp; mov rbp, rsp; push rbx
+    fn prologue() -> FunctionState {
+        function(SiteKind::Relocated, &[0x55, 0x48, 0x89, 0xe5, 0x53], &[1, 3, 1])
+    }
+
+    fn registry(f: FunctionState) -> Registry {
+        let code = vec![CodeArena::new(CODE, 0x10000)];
+        Registry { code, functions: vec![f], ..Registry::default() }
+    }
+
+    /// The registry behind a change, the sites swapped.
+    fn done(change: Change) -> Registry {
+        let mut registry = change.registry;
+        registry.retired.extend(change.retired);
+        registry
+    }
+
+    /// One more body on the only function.
+    fn add(registry: Registry, known: &mut HashMap<RemoteAddr, Vec<u8>>, when: When) -> Change {
+        let mut change = Change::new(registry, known.clone());
+        let placed = change.place(SITE, BODY.to_vec()).unwrap();
+        known.insert(placed.at, BODY.to_vec());
+        let id = change.registry.next_id;
+        change.registry.next_id += 1;
+        let mut f = change.registry.functions.remove(0);
+        let before = arenas(&f);
+        let body = BodyState {
+            id,
+            owner: Controller { pid: 1, started: 1 },
+            since: 0,
+            arena: RemoteAddr(0x60_0000 + 0x1000 * u64::from(id)),
+            programs: vec![],
+            entry: matches!(when, When::Entry).then_some(placed),
+            session: None,
+            exit: matches!(when, When::Exit).then_some(placed),
+            frame_offset: FIRST_FRAME_OFFSET,
+            frame_words: 0,
+            reads: 0,
+        };
+        f.bodies.insert(0, body);
+        change.relink(&mut f, before).unwrap();
+        change.registry.functions.push(f);
+        change
+    }
+
+    fn remove(
+        registry: Registry,
+        known: &HashMap<RemoteAddr, Vec<u8>>,
+        id: u32,
+    ) -> (Change, Vec<u32>) {
+        let mut change = Change::new(registry, known.clone());
+        let removed = change.remove_bodies(|b| b.id == id).unwrap();
+        (change, removed)
+    }
+
+    #[test]
+    fn one_entry_body_on_nops_is_called_directly() {
+        let mut known = HashMap::new();
+        let change = add(registry(nops()), &mut known, When::Entry);
+        let poke = &change.pokes[0];
+        assert_eq!((poke.site, &poke.expected[..]), (SITE, &NOP5[..]));
+        assert_eq!(poke.new[0], 0xe8, "a call");
+        let f = &change.registry.functions[0];
+        assert_eq!((f.skeleton, f.previous, f.patched), (None, NOP5, poke.new));
+        assert_eq!(change.retired, []);
+
+        let (change, removed) = remove(done(change), &known, 0);
+        assert_eq!(removed, [0]);
+        assert_eq!((change.pokes[0].new, change.pokes[0].trap_to), (NOP5, SITE.offset(5)));
+        assert_eq!(change.registry.functions, []);
+        let code: Vec<_> = change.retired.iter().map(|r| (r.code.at, r.calls_original)).collect();
+        assert_eq!(code, [(CODE, false)]);
+    }
+
+    #[test]
+    fn two_bodies_share_a_skeleton_that_goes_with_the_second() {
+        let mut known = HashMap::new();
+        let first = add(registry(nops()), &mut known, When::Entry);
+        let direct = first.pokes[0].new;
+        let both = add(done(first), &mut known, When::Entry);
+        let skeleton = both.registry.functions[0].skeleton.unwrap();
+        let poke = &both.pokes[0];
+        assert_eq!((&poke.expected[..], poke.new[0]), (&direct[..], 0xe9));
+        assert_eq!(poke.trap_to, skeleton.at, "nobody misses a program meanwhile");
+        let ids: Vec<u32> = both.registry.functions[0].bodies.iter().map(|b| b.id).collect();
+        assert_eq!(ids, [1, 0], "the newest runs first");
+
+        let (change, removed) = remove(done(both), &known, 1);
+        assert_eq!(removed, [1]);
+        assert_eq!(change.pokes[0].new, direct, "the other controller's body is called again");
+        assert_eq!(change.pokes[0].trap_to, skeleton.at);
+        assert_eq!(change.registry.functions[0].bodies.len(), 1);
+        let retired: Vec<_> = change.retired.iter().map(|r| r.code).collect();
+        assert!(retired.contains(&skeleton));
+        assert_eq!(retired.len(), 2, "the skeleton and the body");
+        let of_skeleton = change.retired.iter().find(|r| r.code == skeleton).unwrap();
+        assert_eq!(of_skeleton.arenas.len(), 2, "it works on both arenas for as long as it lives");
+    }
+
+    #[test]
+    fn an_exit_body_outlives_its_removal() {
+        let mut known = HashMap::new();
+        let change = add(registry(prologue()), &mut known, When::Exit);
+        let f = change.registry.functions[0].clone();
+        assert!(f.calls_original);
+        let back = f.returns_to.unwrap();
+        let skeleton = f.skeleton.unwrap();
+        assert!(skeleton.at < back && back < skeleton.at.offset(skeleton.len.into()));
+        // Threads between the replaced instructions go on in their copies.
+        let from: Vec<_> = change.pokes[0].moves.iter().map(|(old, _)| *old).collect();
+        assert_eq!(from, [SITE.offset(1), SITE.offset(4)]);
+
+        let (change, _) = remove(done(change), &known, 0);
+        assert_eq!(change.pokes[0].new, f.original[..5]);
+        assert!(change.retired.iter().all(|r| r.calls_original), "{:?}", change.retired);
+        assert!(change.retired.iter().any(|r| r.returns_to == Some(back)));
+        assert_eq!(change.pokes[0].moves, [], "only first bytes are swapped");
+    }
+
+    #[test]
+    fn what_nobody_asked_for_stays() {
+        let mut known = HashMap::new();
+        let before = done(add(registry(prologue()), &mut known, When::Entry));
+        let (change, removed) = remove(before.clone(), &known, 77);
+        assert_eq!(removed, [0; 0]);
+        assert_eq!(change.pokes, []);
+        assert_eq!(done(change), before);
+    }
+
+    #[test]
+    fn everything_is_free_again_in_the_end() {
+        let mut known = HashMap::new();
+        let mut now = registry(prologue());
+        for when in [When::Entry, When::Exit, When::Entry] {
+            now = done(add(now, &mut known, when));
+        }
+        for id in [1, 0, 2] {
+            now = done(remove(now, &known, id).0);
+        }
+        assert_eq!(now.functions, []);
+        for retired in std::mem::take(&mut now.retired) {
+            now.unplace(retired.code);
+        }
+        assert_eq!(now.code, [CodeArena::new(CODE, 0x10000)]);
+    }
+
+    /// A library that was closed takes its sites with it; their code is given back as usual.
+    #[test]
+    fn an_unmapped_function_retires_all_of_its_code() {
+        let mut known = HashMap::new();
+        let one = add(registry(prologue()), &mut known, When::Exit);
+        let mut now = done(add(done(one), &mut known, When::Entry));
+        let f = now.functions.remove(0);
+        now.retired.extend(retire_all(f));
+        for retired in std::mem::take(&mut now.retired) {
+            now.unplace(retired.code);
+        }
+        assert_eq!(now.code, [CodeArena::new(CODE, 0x10000)]);
+    }
+
+    #[test]
+    fn reads_survive_their_packing() {
+        let reads = Reads {
+            args: vec![ArgWord::Gpr(0), ArgWord::Gpr(5), ArgWord::Xmm(7)],
+            results: vec![RetWord::Rax, RetWord::Xmm1],
+        };
+        assert_eq!(unpack_reads(pack_reads(&reads)), reads);
+    }
 }

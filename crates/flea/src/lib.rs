@@ -56,6 +56,7 @@ pub use flea_maps::{
 pub use flea_object::{
     ObjectError, asm,
     helper::Helper,
+    insn::Insn,
     parse as parse_object,
     spec::{MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec, ProgramKind},
 };

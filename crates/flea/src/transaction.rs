@@ -27,12 +27,12 @@ use flea_image::Body;
 use flea_layout::plan::ArenaPlan;
 use flea_object::spec::{MapSpec, ProgramKind};
 use flea_patch::Plan;
-use flea_process::{Memory, Pid, SeizeError, Tracer};
+use flea_process::{Memory, MemoryError, Pid, SeizeError, Tracer};
 use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    change::{Change, FIRST_FRAME_OFFSET, arenas, pack_reads},
+    change::{Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all},
     error::{AttachError, LoadError, RemoteError},
     function::Function,
     object::{Loaded, Prepared},
@@ -380,16 +380,26 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
     Ok(())
 }
 
-/// A controller that died between storing the registry and swapping the sites left functions
-/// whose bytes are the previous ones: the registry is made to say so.
+/// Makes the registry say what is there.
+///
+/// - A controller that died between storing the registry and swapping the sites left functions
+///   whose bytes are the previous ones.
+/// - Of a library that was closed nothing is left to swap; else nothing attached together with
+///   a function of it could ever be taken off again. (Where another file has been mapped
+///   meanwhile, its bytes differ, and nothing is changed.)
 fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
     let mut registry = std::mem::take(&mut ground.registry);
-    for f in &mut registry.functions {
+    for mut f in std::mem::take(&mut registry.functions) {
         let mut now = [0; 5];
-        // A module that was unmapped since is found out by the commit.
-        if ground.memory().read(f.site, &mut now).is_ok() && now == f.previous {
-            f.patched = now;
+        match ground.memory().read(f.site, &mut now) {
+            Err(MemoryError::Unmapped { .. }) => {
+                registry.retired.extend(retire_all(f));
+                continue;
+            }
+            Ok(()) if now == f.previous => f.patched = now,
+            _ => {}
         }
+        registry.functions.push(f);
     }
     ground.registry = registry;
     Ok(())

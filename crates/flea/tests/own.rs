@@ -166,3 +166,31 @@ fn a_loaded_object_keeps_its_memory() {
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
     assert!(!maps.contains("/memfd:flea"), "memory of ours is left:\n{maps}");
 }
+
+/// A closed library takes its sites with it; what was attached together with them comes off.
+#[test]
+fn a_closed_library_does_not_hold_up_the_others() {
+    let _turn = turn();
+    // A session of its own: its modules change.
+    let session = Session::this_process().unwrap();
+    // SAFETY: the C library's own library, whose constructors do nothing to others.
+    let library = unsafe { libc::dlopen(c"libresolv.so.2".as_ptr(), libc::RTLD_NOW) };
+    assert!(!library.is_null());
+    session.refresh().unwrap();
+    let resolver = session.find("libresolv.so.2:ns_*").unwrap();
+    assert!(resolver.len() > 5, "{resolver:?}");
+    let mut functions = vec![function(&session, "own_add")];
+    functions.extend(resolver);
+    let mut count = Count::start(&session, &functions).unwrap();
+    assert!(count.functions().len() > 5);
+    call(5);
+    // SAFETY: nothing of it is called or referred to from here on.
+    assert_eq!(unsafe { libc::dlclose(library) }, 0);
+    // The session itself has the file mapped, to read its symbols.
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    assert!(!maps.lines().any(|l| l.contains("libresolv") && l.contains(" r-x")), "{maps}");
+    call(5);
+    count.detach().unwrap();
+    assert_eq!(count.read()[0], 40);
+    assert_eq!(attached::in_process(session.pid()).unwrap(), []);
+}

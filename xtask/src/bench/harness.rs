@@ -47,6 +47,12 @@ impl Harness {
         answer.parse().with_context(|| format!("a time, not {answer:?}"))
     }
 
+    /// Calls `function` `n` times in each of eight threads at once.
+    pub fn in_threads(&mut self, function: &str, n: u64) -> Result<()> {
+        let head = format!("threads {function} {n}");
+        self.ask(&head, &head).map(drop)
+    }
+
     /// How many calls of `function` make a round of the right length.
     pub fn calibrate(&mut self, function: &str) -> Result<u64> {
         self.round(function, 200)?; // warm: caches, first-use paths of a tracer

@@ -4,11 +4,12 @@
 //! longest pause. A row that cannot be measured prints why and does not stop the others.
 //!
 //! `rows.rs` says what is measured, `harness.rs` talks to `bench_loop.c`, `controller.rs`
-//! runs the command `flea` beside it, `steps.rs` counts instructions, `table.rs` prints.
+//! runs the command `flea` beside it, `programs.rs` attaches what no command does, `steps.rs` counts instructions, `table.rs` prints.
 
 mod attach;
 mod controller;
 mod harness;
+mod programs;
 mod rows;
 mod site;
 mod steps;

@@ -1,9 +1,12 @@
 //! What is put on which function, and the rounds that measure it.
 
 use anyhow::{Context, Error, Result, anyhow};
+use flea::ProgramKind::{self, Fentry, Fexit, Fsession};
+use flea::Session;
 
 use super::controller::{Attached, Flea, mentions};
 use super::harness::Harness;
+use super::programs::{AttachedPrograms, Programs, Work};
 use super::site::{Text, ensure_restored};
 
 /// What is put on a row's function.
@@ -15,6 +18,8 @@ pub enum Probe {
     Kernel(&'static str),
     /// `flea` with these words, `FN` standing for the function, in this many processes.
     Flea(&'static [&'static str], usize),
+    /// Programs of one object, attached with the library.
+    Library(Programs),
 }
 
 /// One row of the plan.
@@ -59,6 +64,13 @@ const fn row(label: &'static str, function: &'static str, bare: &'static str, pr
     Row { label, function, bare, probe }
 }
 
+const fn programs(kind: ProgramKind, work: Work, n: u32) -> Probe {
+    Probe::Library(Programs { kind, work, n })
+}
+
+/// Calls in each of eight threads, to see that none is lost between them.
+const N_CALLS_PER_THREAD: u64 = 100_000;
+
 const COUNT: &[&str] = &["count", "FN"];
 const LATENCY: &[&str] = &["latency", "FN"];
 const HIST: &[&str] = &["hist", "FN", "arg0"];
@@ -80,6 +92,18 @@ const PLAN: &[Row] = &[
     row("2 x flea count, nop",                 "f4", "f0", Probe::Flea(COUNT, 2)),
     row("8 x flea count, nop",                 "f5", "f0", Probe::Flea(COUNT, 8)),
     row("32 x flea count, nop",                "f6", "f0", Probe::Flea(COUNT, 32)),
+    row("fentry empty, nop",                   "f9", "f0", programs(Fentry, Work::Nothing, 1)),
+    row("fentry counter, nop",                 "f10", "f0", programs(Fentry, Work::Count, 1)),
+    row("fentry counter, prologue",            "p10", "p0", programs(Fentry, Work::Count, 1)),
+    row("fexit empty, nop",                    "f11", "f0", programs(Fexit, Work::Nothing, 1)),
+    row("fexit counter, nop",                  "f12", "f0", programs(Fexit, Work::Count, 1)),
+    row("fexit counter, prologue",             "p12", "p0", programs(Fexit, Work::Count, 1)),
+    row("fsession empty, nop",                 "f13", "f0", programs(Fsession, Work::Nothing, 1)),
+    row("fsession counter on both sides, nop", "f14", "f0", programs(Fsession, Work::Count, 1)),
+    row("2 fentry counters in one object",     "f15", "f0", programs(Fentry, Work::Count, 2)),
+    row("8 fentry counters in one object",     "f16", "f0", programs(Fentry, Work::Count, 8)),
+    row("32 fentry counters in one object",    "f17", "f0", programs(Fentry, Work::Count, 32)),
+    row("8 fexit counters in one object",      "f18", "f0", programs(Fexit, Work::Count, 8)),
     row("kernel uprobe, nop",                  "f7", "f0", Probe::Kernel("uprobe")),
     row("kernel uprobe, prologue",             "p7", "p0", Probe::Kernel("uprobe")),
     row("kernel uretprobe, nop",               "f8", "f0", Probe::Kernel("uretprobe")),
@@ -90,6 +114,7 @@ const PLAN: &[Row] = &[
 struct Active {
     row: Row,
     attached: Vec<Attached>,
+    programs: Option<AttachedPrograms>,
     original: Option<Text>,
     n_calls: u64,
     rounds: Vec<f64>,
@@ -98,21 +123,27 @@ struct Active {
 }
 
 impl Active {
-    fn begin(row: &Row, harness: &mut Harness, flea: Option<&Flea>) -> Self {
+    fn begin(row: &Row, harness: &mut Harness, flea: Option<&Flea>, session: &Session) -> Self {
         let mut active = Self {
             row: row.clone(),
             attached: Vec::new(),
+            programs: None,
             original: None,
             n_calls: 0,
             rounds: Vec::new(),
             n_insns: None,
             failed: None,
         };
-        active.failed = active.set_up(harness, flea).err();
+        active.failed = active.set_up(harness, flea, session).err();
         active
     }
 
-    fn set_up(&mut self, harness: &mut Harness, flea: Option<&Flea>) -> Result<()> {
+    fn set_up(
+        &mut self,
+        harness: &mut Harness,
+        flea: Option<&Flea>,
+        session: &Session,
+    ) -> Result<()> {
         let function = self.row.function;
         match self.row.probe {
             Probe::Nothing => {}
@@ -127,8 +158,15 @@ impl Active {
                     self.attached.push(flea.attach(&words, harness.pid(), &[site])?);
                 }
             }
+            Probe::Library(programs) => {
+                self.original = Some(harness.site(function)?.text()?);
+                self.programs = Some(programs.attach(session, function)?);
+            }
         }
         self.n_calls = harness.calibrate(function)?;
+        if matches!(self.row.probe, Probe::Flea(..) | Probe::Library(_)) {
+            harness.in_threads(function, N_CALLS_PER_THREAD)?;
+        }
         Ok(())
     }
 
@@ -159,6 +197,9 @@ impl Active {
         if matches!(self.row.probe, Probe::Kernel(_)) && self.failed.is_none() {
             exact = Some(harness.number("hits", function)? == n_called);
         }
+        if let Some(programs) = self.programs.take() {
+            exact = programs.finish(n_called)?;
+        }
         for attached in self.attached.drain(..) {
             let finished = attached.finish()?;
             let right = mentions(&finished.output, n_called);
@@ -183,8 +224,9 @@ fn median(values: &[f64]) -> Option<f64> {
 /// Measures every row of the plan over `n_rounds` interleaved rounds.
 pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Vec<Hit>> {
     let mut harness = Harness::start()?;
+    let session = Session::attach(harness.pid().cast_signed())?;
     let mut rows: Vec<Active> =
-        PLAN.iter().map(|row| Active::begin(row, &mut harness, flea)).collect();
+        PLAN.iter().map(|row| Active::begin(row, &mut harness, flea, &session)).collect();
     for round in 0..n_rounds {
         let n_rows = rows.len();
         // Another first row each time: no row always follows the same neighbour's caches.
@@ -256,6 +298,8 @@ mod tests {
         for hit in &hits {
             match (&hit.row.probe, &hit.outcome) {
                 (Probe::Nothing, outcome) => assert!(outcome.is_ok(), "{}", hit.row.label),
+                (Probe::Library(_), Ok(times)) => assert_ne!(times.exact, Some(false)),
+                (Probe::Library(_), Err(e)) => panic!("{}: {e:#}", hit.row.label),
                 (Probe::Flea(..), outcome) => assert!(outcome.is_err(), "{}", hit.row.label),
                 (Probe::Kernel(_), Ok(times)) => assert_eq!(times.exact, Some(true)),
                 (Probe::Kernel(_), Err(e)) => eprintln!("skipped: {}: {e:#}", hit.row.label),

@@ -12,6 +12,7 @@
  *
  * Commands on stdin, one answer line each on stdout:
  *   round NAME N      calls it N times             "round NAME NS_PER_CALL"
+ *   threads NAME N    calls it N times in each of 8 threads  "threads NAME N"
  *   uprobe NAME       counts it with a kernel uprobe, as long as this process lives; no
  *   uretprobe NAME    tracefs, so nothing is left behind        "ok" or "error WHY"
  *   hits NAME         what those count             "hits NAME N"
@@ -25,6 +26,7 @@
 #include <errno.h>
 #include <link.h>
 #include <linux/perf_event.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -139,6 +141,39 @@ static void round_of(struct entry *e, long n)
         printf("round %s %.4f\n", e->name, (double)(after - before) / (double)n);
 }
 
+enum { N_THREADS = 8 };
+
+struct share {
+    struct entry *e;
+    long n;
+};
+
+static void *call_share(void *arg)
+{
+    struct share *share = arg;
+    return (void *)(intptr_t)(call_many(share->e->f, share->n) == share->n);
+}
+
+static void in_threads(struct entry *e, long n)
+{
+    struct share share = {e, n};
+    pthread_t threads[N_THREADS];
+    int n_started = 0, right = 1;
+    while (n_started < N_THREADS &&
+           !pthread_create(&threads[n_started], NULL, call_share, &share))
+        n_started++;
+    for (int i = 0; i < n_started; i++) {
+        void *result;
+        pthread_join(threads[i], &result);
+        right = right && result;
+    }
+    e->total += (unsigned long)n * (unsigned long)n_started;
+    if (n_started < N_THREADS || !right)
+        printf("error %s: %d threads, results %s\n", e->name, n_started, right ? "right" : "wrong");
+    else
+        printf("threads %s %ld\n", e->name, n);
+}
+
 struct place {
     uintptr_t address;
     uint64_t file_offset;
@@ -212,6 +247,8 @@ static void obey(const char *command, struct entry *e, long n)
         printf("error no such function\n");
     else if (!strcmp(command, "round") && n > 0)
         round_of(e, n);
+    else if (!strcmp(command, "threads") && n > 0)
+        in_threads(e, n);
     else if (!strcmp(command, "uprobe"))
         uprobe(e, 0);
     else if (!strcmp(command, "uretprobe"))
