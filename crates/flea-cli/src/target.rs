@@ -23,6 +23,8 @@ pub struct Target {
     interrupt: Interrupt,
     duration: Option<Duration>,
     exit: Option<Exit>,
+    /// It was started here: only waiting for it tells that it has ended.
+    is_command: bool,
     /// It was not started here, and is no more.
     is_gone: bool,
 }
@@ -42,7 +44,14 @@ impl Target {
                 Session::spawn(command)?
             }
         };
-        Ok(Self { session, interrupt, duration: span.duration, exit: None, is_gone: false })
+        Ok(Self {
+            session,
+            interrupt,
+            duration: span.duration,
+            exit: None,
+            is_command: target.pid.is_none(),
+            is_gone: false,
+        })
     }
 
     /// The functions that `patterns` name, each once.
@@ -94,6 +103,7 @@ impl Target {
                     self.exit = Some(exit);
                     true
                 }
+                None if self.is_command => false,
                 None => self.has_ended(),
             };
             tick()?;
@@ -130,13 +140,13 @@ impl Target {
     /// that still runs (after `--duration` or Ctrl-C) is waited for, as strace does. For a
     /// process that was running before, 0; 1 where a signal killed it while it was traced.
     pub fn finish(mut self) -> Result<u8> {
-        if self.is_gone {
-            return Ok(matches!(self.session.ended_how(), Some(Exit::Signal(_))).into());
-        }
         if self.exit.is_none() {
             self.exit = self.session.wait()?;
         }
         Ok(match self.exit {
+            None if self.is_gone => {
+                matches!(self.session.ended_how(), Some(Exit::Signal(_))).into()
+            }
             None => 0,
             Some(Exit::Code(code)) => u8::try_from(code & 0xff).unwrap_or(1),
             // What a shell reports for a command that a signal ended.

@@ -122,7 +122,7 @@ fn panics_pass() -> Result<()> {
 /// Threads throw all the time while programs come and go.
 #[test]
 fn attached_and_detached_while_it_throws() -> Result<()> {
-    let rounds = 200_000;
+    let rounds = 400_000;
     let Some(program) = build(Fixture::Throws(CBuild::O0)) else { return Ok(()) };
     let expected = untraced(&program, rounds)?;
     let mut command = Command::new(program);

@@ -64,11 +64,6 @@ impl Text {
             }
         }
     }
-
-    /// Whether process `pid` has other text than this.
-    pub fn differs_in(&self, pid: u32) -> bool {
-        *self != Self::of(pid)
-    }
 }
 
 /// Whether memory of Flea's is mapped in process `pid`.
