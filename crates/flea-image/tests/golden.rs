@@ -91,6 +91,48 @@ fn counter_per_cpu() {
     );
 }
 
+#[test]
+fn counter_at_exit() {
+    let maps = [map(MapKind::PerCpuArray, 8, 1)];
+    let body = compile(&ints(2), &maps, &[(&counter(0), ProgramKind::Fexit)]);
+    check(
+        body.exit.as_ref(),
+        &expect![[r#"
+        0000  sub $0x30,%rsp
+        0004  mov %rax,(%rsp)
+        0008  mov %r8,0x10(%rsp)
+        000d  mov %r9,0x18(%rsp)
+        0012  mov %r10,0x20(%rsp)
+        0017  movabs $0,%r9    # arena - 0x10000
+        0021  movabs $0,%r10    # thread pointer
+        002b  mov %r10,%r8
+        002e  shr $8,%r8
+        0032  and $0xFFF0,%r8
+        0039  mov 8(%r9,%r8),%rax
+        003e  mov (%r9,%r8),%r9
+        0042  cmp %r10,%r9
+        0045  jne +0x6c
+        0047  test %rax,%rax
+        004a  je +0x6c
+        004c  addq $1,0x80(%rax)
+        0054  mov (%rsp),%rax
+        0058  mov 0x10(%rsp),%r8
+        005d  mov 0x18(%rsp),%r9
+        0062  mov 0x20(%rsp),%r10
+        0067  add $0x30,%rsp
+        006b  ret
+        006c  push %rdi
+        006d  movabs $0,%rdi    # arena + 0x0
+        0077  movabs $0,%rax    # flea_thread_slot
+        0081  call *%rax
+        0083  pop %rdi
+        0084  test %rax,%rax
+        0087  jne +0x4c
+        0089  jmp +0x54
+    "#]],
+    );
+}
+
 /// The facts written by hand in these tests are those that the verifier finds.
 #[test]
 fn the_verifier_leads_to_the_same_code() {
@@ -171,49 +213,49 @@ fn exit_saves_only_what_is_read() {
             000c  mov %rcx,8(%rsp)
             0011  mov %rdx,0x10(%rsp)
             0016  mov %rsi,0x18(%rsp)
-            001b  mov %rdi,0x20(%rsp)
-            0020  mov %rbp,%rax
-            0023  mov (%rax),%rcx
-            0026  movabs $0,%rdx    # arena - 0x10000
-            0030  movabs $0,%rsi    # thread pointer
-            003a  mov %rsi,%rdi
-            003d  shr $8,%rdi
-            0041  and $0xFFF0,%rdi
-            0048  mov 8(%rdx,%rdi),%rax
-            004d  mov (%rdx,%rdi),%rdx
-            0051  cmp %rsi,%rdx
-            0054  jne +0xc2
-            005a  test %rax,%rax
-            005d  je +0xc2
-            0063  mov 0x40(%rax),%rdx
-            0067  test %rdx,%rdx
-            006a  jne +0xe6
-            0070  movq $1,0x40(%rax)
-            0078  mov -0x28(%rcx),%rsi
-            007c  movabs $0,%rdx    # arena + 0x21000
-            0086  mov %rsi,(%rdx)
-            0089  mov -0x30(%rcx),%rsi
-            008d  mov %rsi,8(%rdx)
-            0091  mov -8(%rcx),%rcx
-            0095  mov %rcx,0x10(%rdx)
-            0099  movq $0,0x40(%rax)
-            00a1  mov (%rsp),%rax
-            00a5  mov 8(%rsp),%rcx
-            00aa  mov 0x10(%rsp),%rdx
-            00af  mov 0x18(%rsp),%rsi
-            00b4  mov 0x20(%rsp),%rdi
-            00b9  add $0x30,%rsp
-            00bd  mov %rbp,%rsp
-            00c0  pop %rbp
-            00c1  ret
-            00c2  movabs $0,%rdi    # arena + 0x0
-            00cc  movabs $0,%rax    # flea_thread_slot
-            00d6  call *%rax
-            00d8  test %rax,%rax
-            00db  jne +0x63
-            00e1  jmp +0xa1
-            00e6  addq $1,0x48(%rax)
-            00eb  jmp +0xa1
+            001b  movabs $0,%rcx    # arena - 0x10000
+            0025  movabs $0,%rdx    # thread pointer
+            002f  mov %rdx,%rsi
+            0032  shr $8,%rsi
+            0036  and $0xFFF0,%rsi
+            003d  mov 8(%rcx,%rsi),%rax
+            0042  mov (%rcx,%rsi),%rcx
+            0046  cmp %rdx,%rcx
+            0049  jne +0xac
+            004b  test %rax,%rax
+            004e  je +0xac
+            0050  mov 0x40(%rax),%rcx
+            0054  test %rcx,%rcx
+            0057  jne +0xcb
+            0059  movq $1,0x40(%rax)
+            0061  mov %rbp,%rcx
+            0064  mov (%rcx),%rcx
+            0067  mov -0x28(%rcx),%rsi
+            006b  movabs $0,%rdx    # arena + 0x21000
+            0075  mov %rsi,(%rdx)
+            0078  mov -0x30(%rcx),%rsi
+            007c  mov %rsi,8(%rdx)
+            0080  mov -8(%rcx),%rcx
+            0084  mov %rcx,0x10(%rdx)
+            0088  movq $0,0x40(%rax)
+            0090  mov (%rsp),%rax
+            0094  mov 8(%rsp),%rcx
+            0099  mov 0x10(%rsp),%rdx
+            009e  mov 0x18(%rsp),%rsi
+            00a3  add $0x30,%rsp
+            00a7  mov %rbp,%rsp
+            00aa  pop %rbp
+            00ab  ret
+            00ac  push %rdi
+            00ad  movabs $0,%rdi    # arena + 0x0
+            00b7  movabs $0,%rax    # flea_thread_slot
+            00c1  call *%rax
+            00c3  pop %rdi
+            00c4  test %rax,%rax
+            00c7  jne +0x50
+            00c9  jmp +0x90
+            00cb  addq $1,0x48(%rax)
+            00d0  jmp +0x90
         "#]],
     );
     expect![[r#"
@@ -335,28 +377,28 @@ fn session_carries_a_cookie() {
             0016  mov %rsi,0x18(%rsp)
             001b  mov %rdi,0x20(%rsp)
             0020  mov %r8,0x28(%rsp)
-            0025  mov %rbp,%rax
-            0028  mov (%rax),%rcx
-            002b  movabs $0,%rdx    # arena - 0x10000
-            0035  movabs $0,%rsi    # thread pointer
-            003f  mov %rsi,%rdi
-            0042  shr $8,%rdi
-            0046  and $0xFFF0,%rdi
-            004d  mov 8(%rdx,%rdi),%rax
-            0052  mov (%rdx,%rdi),%rdx
-            0056  cmp %rsi,%rdx
-            0059  jne +0xe1
-            005f  test %rax,%rax
-            0062  je +0xe1
-            0068  mov 0x40(%rax),%rdx
-            006c  test %rdx,%rdx
-            006f  jne +0x105
-            0075  mov $1,%esi
-            007a  movq $1,0x40(%rax)
-            0082  mov %rax,%r8
-            0085  movabs $0,%rdi    # VdsoClockGettime
-            008f  movabs $0,%rax    # flea_clock_ns
-            0099  call *%rax
+            0025  movabs $0,%rcx    # arena - 0x10000
+            002f  movabs $0,%rdx    # thread pointer
+            0039  mov %rdx,%rsi
+            003c  shr $8,%rsi
+            0040  and $0xFFF0,%rsi
+            0047  mov 8(%rcx,%rsi),%rax
+            004c  mov (%rcx,%rsi),%rcx
+            0050  cmp %rdx,%rcx
+            0053  jne +0xe1
+            0059  test %rax,%rax
+            005c  je +0xe1
+            0062  mov 0x40(%rax),%rcx
+            0066  test %rcx,%rcx
+            0069  jne +0x105
+            006f  mov $1,%esi
+            0074  movq $1,0x40(%rax)
+            007c  mov %rax,%r8
+            007f  movabs $0,%rdi    # VdsoClockGettime
+            0089  movabs $0,%rax    # flea_clock_ns
+            0093  call *%rax
+            0095  mov %rbp,%rcx
+            0098  mov (%rcx),%rcx
             009b  movabs $0,%rdx    # arena + 0x21000
             00a5  sub -0x98(%rcx),%rax
             00ac  lock add %rax,(%rdx)
@@ -376,7 +418,7 @@ fn session_carries_a_cookie() {
             00eb  movabs $0,%rax    # flea_thread_slot
             00f5  call *%rax
             00f7  test %rax,%rax
-            00fa  jne +0x68
+            00fa  jne +0x62
             0100  jmp +0xbb
             0105  addq $1,0x48(%rax)
             010a  jmp +0xbb
@@ -429,7 +471,7 @@ fn skeletons() {
         0019  pushq 0x20(%rbp)
         001c  pushq 0x18(%rbp)
         001f  pushq 0x10(%rbp)
-        0022  call 0x0000000000600115
+        0022  call 0x000000000060010D
         0027  mov %rbp,-8(%rsp)
         002c  mov %rax,-8(%rbp)
         0030  push %rbp
@@ -439,57 +481,57 @@ fn skeletons() {
         003c  mov %rcx,8(%rsp)
         0041  mov %rdx,0x10(%rsp)
         0046  mov %rsi,0x18(%rsp)
-        004b  mov %rdi,0x20(%rsp)
-        0050  mov %rbp,%rax
-        0053  mov (%rax),%rcx
-        0056  movabs $0x700000000000,%rdx
-        0060  mov %fs:0,%rsi
-        0069  nop
-        006a  mov %rsi,%rdi
-        006d  shr $8,%rdi
-        0071  and $0xFFF0,%rdi
-        0078  mov 8(%rdx,%rdi),%rax
-        007d  mov (%rdx,%rdi),%rdx
-        0081  cmp %rsi,%rdx
-        0084  jne +0xe7
-        0086  test %rax,%rax
-        0089  je +0xe7
-        008b  mov 0x50(%rax),%rdx
-        008f  test %rdx,%rdx
-        0092  jne +0x104
-        0094  movq $1,0x50(%rax)
-        009c  mov -0x28(%rcx),%rsi
-        00a0  movabs $0x700000000000,%rdx
-        00aa  mov %rsi,(%rdx)
-        00ad  mov -0x30(%rcx),%rsi
-        00b1  mov %rsi,8(%rdx)
-        00b5  mov -8(%rcx),%rcx
-        00b9  mov %rcx,0x10(%rdx)
-        00bd  movq $0,0x50(%rax)
-        00c5  mov (%rsp),%rax
-        00c9  mov 8(%rsp),%rcx
-        00ce  mov 0x10(%rsp),%rdx
-        00d3  mov 0x18(%rsp),%rsi
-        00d8  mov 0x20(%rsp),%rdi
-        00dd  add $0x30,%rsp
-        00e1  mov %rbp,%rsp
-        00e4  pop %rbp
-        00e5  jmp +0x10b
-        00e7  movabs $0x700000000000,%rdi
-        00f1  movabs $0x700000000000,%rax
-        00fb  call *%rax
-        00fd  test %rax,%rax
-        0100  jne +0x8b
-        0102  jmp +0xc5
-        0104  addq $1,0x58(%rax)
-        0109  jmp +0xc5
-        010b  leave
-        010c  ret
-        010d  nopl 0x61656C66(%rax,%rax)
-        0115  push %rbp
-        0116  mov %rsp,%rbp
-        0119  lea 0x40110B,%rax
-        0120  jmp 0x000000000040100B
+        004b  movabs $0x700000000000,%rcx
+        0055  mov %fs:0,%rdx
+        005e  nop
+        005f  mov %rdx,%rsi
+        0062  shr $8,%rsi
+        0066  and $0xFFF0,%rsi
+        006d  mov 8(%rcx,%rsi),%rax
+        0072  mov (%rcx,%rsi),%rcx
+        0076  cmp %rdx,%rcx
+        0079  jne +0xdd
+        007b  test %rax,%rax
+        007e  je +0xdd
+        0080  mov 0x50(%rax),%rcx
+        0084  test %rcx,%rcx
+        0087  jne +0xfc
+        0089  movq $1,0x50(%rax)
+        0091  mov %rbp,%rcx
+        0094  mov (%rcx),%rcx
+        0097  mov -0x28(%rcx),%rsi
+        009b  movabs $0x700000000000,%rdx
+        00a5  mov %rsi,(%rdx)
+        00a8  mov -0x30(%rcx),%rsi
+        00ac  mov %rsi,8(%rdx)
+        00b0  mov -8(%rcx),%rcx
+        00b4  mov %rcx,0x10(%rdx)
+        00b8  movq $0,0x50(%rax)
+        00c0  mov (%rsp),%rax
+        00c4  mov 8(%rsp),%rcx
+        00c9  mov 0x10(%rsp),%rdx
+        00ce  mov 0x18(%rsp),%rsi
+        00d3  add $0x30,%rsp
+        00d7  mov %rbp,%rsp
+        00da  pop %rbp
+        00db  jmp +0x103
+        00dd  push %rdi
+        00de  movabs $0x700000000000,%rdi
+        00e8  movabs $0x700000000000,%rax
+        00f2  call *%rax
+        00f4  pop %rdi
+        00f5  test %rax,%rax
+        00f8  jne +0x80
+        00fa  jmp +0xc0
+        00fc  addq $1,0x58(%rax)
+        0101  jmp +0xc0
+        0103  leave
+        0104  ret
+        0105  nopl 0x61656C66(%rax,%rax)
+        010d  push %rbp
+        010e  mov %rsp,%rbp
+        0111  lea 0x40110B,%rax
+        0118  jmp 0x000000000040100B
     "#]]
     .assert_eq(&skeleton.listing());
     expect![[r#"
@@ -504,25 +546,25 @@ fn skeletons() {
                     rule: Frame,
                 },
                 UnwindRow {
-                    offset: 277,
+                    offset: 269,
                     rule: Original,
                 },
             ],
             [
                 (
                     0x401000,
-                    0x600115,
+                    0x60010d,
                 ),
                 (
                     0x401001,
-                    0x600116,
+                    0x60010e,
                 ),
                 (
                     0x401004,
-                    0x600119,
+                    0x600111,
                 ),
             ],
-            0x600115,
+            0x60010d,
         )
     "#]]
     .assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));

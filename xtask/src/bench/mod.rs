@@ -23,8 +23,8 @@ use serde_json::json;
 
 use controller::Flea;
 
-/// At least this many rounds, so that a median means something.
-const MIN_ROUNDS: usize = 21;
+/// At least this many rounds, so that a quartile means something.
+const MIN_ROUNDS: usize = 61;
 
 struct Options {
     n_rounds: usize,

@@ -26,7 +26,7 @@ fn hit_line(times: &Times) -> String {
 /// The cost of a hit, a line per row.
 pub fn hits(hits: &[Hit], n_rounds: usize) -> String {
     let mut text = format!(
-        "one call, one thread; medians of {n_rounds} interleaved rounds\n\
+        "one call, one thread; lower quartiles of {n_rounds} interleaved rounds\n\
          {:36} {:>9} {:>9} {:>9} {:>7} {:>7}\n",
         "", "ns", "added ns", "x by hand", "insns", "count"
     );

@@ -121,9 +121,10 @@ impl Arguments {
     }
 }
 
-/// Memory of the skeleton's frame or the caller's that nobody writes while a body runs.
+/// Memory of the skeleton's frame or the caller's that nobody writes while a body runs: a load
+/// that nobody uses goes away, as all its parts may move.
 fn fixed() -> MemFlagsData {
-    MemFlagsData::new().with_notrap().with_readonly()
+    MemFlagsData::new().with_notrap().with_readonly().with_can_move()
 }
 
 fn slots_of(param: &Param) -> impl Iterator<Item = Slot> + '_ {
