@@ -33,6 +33,7 @@ use crate::translate::{
     Arguments, Env, Outcome, Side, Translator, Use, call_runtime, op, proved, zero_cookie,
 };
 use crate::x86_64::check::check_body;
+use crate::x86_64::slim::slim;
 
 /// Compiles all programs of `request` into at most three bodies.
 ///
@@ -170,7 +171,7 @@ fn build(
     b.ins().return_(&[]);
     b.seal_all_blocks();
     b.finalize(clif::isa()?.frontend_config());
-    let code = clif::compile(func)?;
+    let code = slim(clif::compile(func)?);
     // The compiler is not trusted with a register that a production process relies on.
     check_body(&code.bytes)?;
     Ok((code, outcome))

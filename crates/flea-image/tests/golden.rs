@@ -56,41 +56,37 @@ fn counter_per_cpu() {
     check(
         body.entry.as_ref(),
         &expect![[r#"
-            0000  push %rbp
-            0001  mov %rsp,%rbp
-            0004  sub $0x30,%rsp
-            0008  mov %rax,(%rsp)
-            000c  mov %rdi,8(%rsp)
-            0011  mov %r8,0x10(%rsp)
-            0016  mov %r9,0x18(%rsp)
-            001b  mov %r10,0x20(%rsp)
-            0020  movabs $0,%r9    # arena - 0x10000
-            002a  movabs $0,%r10    # thread pointer
-            0034  mov %r10,%r8
-            0037  shr $8,%r8
-            003b  and $0xFFF0,%r8
-            0042  mov 8(%r9,%r8),%rax
-            0047  mov (%r9,%r8),%r9
-            004b  cmp %r10,%r9
-            004e  jne +0x86
-            0054  test %rax,%rax
-            0057  je +0x86
-            005d  addq $1,0x80(%rax)
-            0065  mov (%rsp),%rax
-            0069  mov 8(%rsp),%rdi
-            006e  mov 0x10(%rsp),%r8
-            0073  mov 0x18(%rsp),%r9
-            0078  mov 0x20(%rsp),%r10
-            007d  add $0x30,%rsp
-            0081  mov %rbp,%rsp
-            0084  pop %rbp
-            0085  ret
-            0086  movabs $0,%rdi    # arena + 0x0
-            0090  movabs $0,%rax    # flea_thread_slot
-            009a  call *%rax
-            009c  test %rax,%rax
-            009f  jne +0x5d
-            00a5  jmp +0x65
+            0000  sub $0x30,%rsp
+            0004  mov %rax,(%rsp)
+            0008  mov %r8,0x10(%rsp)
+            000d  mov %r9,0x18(%rsp)
+            0012  mov %r10,0x20(%rsp)
+            0017  movabs $0,%r9    # arena - 0x10000
+            0021  movabs $0,%r10    # thread pointer
+            002b  mov %r10,%r8
+            002e  shr $8,%r8
+            0032  and $0xFFF0,%r8
+            0039  mov 8(%r9,%r8),%rax
+            003e  mov (%r9,%r8),%r9
+            0042  cmp %r10,%r9
+            0045  jne +0x6c
+            0047  test %rax,%rax
+            004a  je +0x6c
+            004c  addq $1,0x80(%rax)
+            0054  mov (%rsp),%rax
+            0058  mov 0x10(%rsp),%r8
+            005d  mov 0x18(%rsp),%r9
+            0062  mov 0x20(%rsp),%r10
+            0067  add $0x30,%rsp
+            006b  ret
+            006c  push %rdi
+            006d  movabs $0,%rdi    # arena + 0x0
+            0077  movabs $0,%rax    # flea_thread_slot
+            0081  call *%rax
+            0083  pop %rdi
+            0084  test %rax,%rax
+            0087  jne +0x4c
+            0089  jmp +0x54
         "#]],
     );
 }
@@ -125,42 +121,38 @@ fn two_counters_share_one_slot_lookup() {
     check(
         body.entry.as_ref(),
         &expect![[r#"
-            0000  push %rbp
-            0001  mov %rsp,%rbp
-            0004  sub $0x30,%rsp
-            0008  mov %rax,(%rsp)
-            000c  mov %rdi,8(%rsp)
-            0011  mov %r8,0x10(%rsp)
-            0016  mov %r9,0x18(%rsp)
-            001b  mov %r10,0x20(%rsp)
-            0020  movabs $0,%r9    # arena - 0x10000
-            002a  movabs $0,%r10    # thread pointer
-            0034  mov %r10,%r8
-            0037  shr $8,%r8
-            003b  and $0xFFF0,%r8
-            0042  mov 8(%r9,%r8),%rax
-            0047  mov (%r9,%r8),%r9
-            004b  cmp %r10,%r9
-            004e  jne +0x8e
-            0054  test %rax,%rax
-            0057  je +0x8e
-            005d  addq $1,0x80(%rax)
-            0065  addq $1,0x88(%rax)
-            006d  mov (%rsp),%rax
-            0071  mov 8(%rsp),%rdi
-            0076  mov 0x10(%rsp),%r8
-            007b  mov 0x18(%rsp),%r9
-            0080  mov 0x20(%rsp),%r10
-            0085  add $0x30,%rsp
-            0089  mov %rbp,%rsp
-            008c  pop %rbp
-            008d  ret
-            008e  movabs $0,%rdi    # arena + 0x0
-            0098  movabs $0,%rax    # flea_thread_slot
-            00a2  call *%rax
-            00a4  test %rax,%rax
-            00a7  jne +0x5d
-            00ad  jmp +0x6d
+            0000  sub $0x30,%rsp
+            0004  mov %rax,(%rsp)
+            0008  mov %r8,0x10(%rsp)
+            000d  mov %r9,0x18(%rsp)
+            0012  mov %r10,0x20(%rsp)
+            0017  movabs $0,%r9    # arena - 0x10000
+            0021  movabs $0,%r10    # thread pointer
+            002b  mov %r10,%r8
+            002e  shr $8,%r8
+            0032  and $0xFFF0,%r8
+            0039  mov 8(%r9,%r8),%rax
+            003e  mov (%r9,%r8),%r9
+            0042  cmp %r10,%r9
+            0045  jne +0x74
+            0047  test %rax,%rax
+            004a  je +0x74
+            004c  addq $1,0x80(%rax)
+            0054  addq $1,0x88(%rax)
+            005c  mov (%rsp),%rax
+            0060  mov 0x10(%rsp),%r8
+            0065  mov 0x18(%rsp),%r9
+            006a  mov 0x20(%rsp),%r10
+            006f  add $0x30,%rsp
+            0073  ret
+            0074  push %rdi
+            0075  movabs $0,%rdi    # arena + 0x0
+            007f  movabs $0,%rax    # flea_thread_slot
+            0089  call *%rax
+            008b  pop %rdi
+            008c  test %rax,%rax
+            008f  jne +0x4c
+            0091  jmp +0x5c
         "#]],
     );
 }

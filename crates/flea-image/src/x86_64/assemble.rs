@@ -21,6 +21,11 @@ impl Place {
     pub fn address(self) -> u64 {
         PLACES + self.0 * STEP
     }
+
+    /// `n` instructions further on.
+    pub fn later(self, n: usize) -> Self {
+        Self(self.0 + n as u64)
+    }
 }
 
 /// Instructions in order.

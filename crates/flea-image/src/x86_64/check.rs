@@ -3,10 +3,13 @@
 //! A body has to keep what its caller can see: this proves, instruction by instruction, that
 //!
 //! - it is `push rbp; mov rbp, rsp; sub rsp, N; saves; ...; restores; add rsp, N; mov rsp, rbp;
-//!   pop rbp; ret` with as many exits as it likes, and jumps only inside itself;
+//!   pop rbp; ret` with as many exits as it likes, and jumps only inside itself; the first two
+//!   and the two before `ret` may be missing, all of them;
 //! - every general or vector register that anything between writes is among the saves, and each
 //!   exit restores each save from where it was put; vector registers with all 16 bytes, and no
 //!   instruction writes more than those 16;
+//! - or it is written in a straight line `push r; ...; call; pop r` without any other use of
+//!   the stack, which nobody jumps into;
 //! - between, `rsp` and `rbp` are not written, nothing on the stack is written outside the N
 //!   bytes or inside the saves;
 //! - no access faults on a stack that is not 16-aligned (entry bodies run on one): no 16-byte
@@ -15,6 +18,7 @@
 //!   system call or other way out but a call by register.
 
 use std::collections::{BTreeMap, HashSet};
+use std::ops::RangeInclusive;
 
 use iced_x86::{
     Code, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, MemorySize, Mnemonic,
@@ -57,6 +61,8 @@ struct Save {
 
 /// The shape found in the prologue.
 struct Shape {
+    /// rbp is saved and points to where.
+    has_frame_pointer: bool,
     /// Bytes below rbp.
     frame_bytes: u64,
     saves: BTreeMap<Register, Save>,
@@ -76,6 +82,7 @@ pub fn check_body(bytes: &[u8]) -> Result<(), CheckError> {
     })?;
     let shape = prologue(&insns)?;
     let starts = jump_targets(&insns, &shape);
+    let saved: HashSet<Register> = shape.saves.keys().copied().collect();
     let mut info = InstructionInfoFactory::new();
     let mut i = shape.first;
     while i < insns.len() {
@@ -85,12 +92,23 @@ pub fn check_body(bytes: &[u8]) -> Result<(), CheckError> {
             continue;
         }
         let insn = &insns[i];
+        if let Some((register, n)) = wrapped_call(&insns[i..]) {
+            let line = &insns[i + 1..i + n - 1];
+            let saves = shape.saves.keys().copied().chain([register]).collect();
+            for insn in line {
+                control(insn, &starts)?;
+                registers(insn, &saves, &mut info)?;
+                without_stack(insn, &mut info)?;
+            }
+            i += n;
+            continue;
+        }
         control(insn, &starts)?;
-        registers(insn, &shape, &mut info)?;
+        registers(insn, &saved, &mut info)?;
         memory(insn, &shape, &mut info)?;
         i += 1;
     }
-    let last = insns.last().expect("a prologue was found");
+    let last = insns.last().expect("a body without instructions has no prologue");
     if !matches!(
         last.flow_control(),
         FlowControl::Return | FlowControl::UnconditionalBranch | FlowControl::Exception
@@ -100,13 +118,73 @@ pub fn check_body(bytes: &[u8]) -> Result<(), CheckError> {
     Ok(())
 }
 
+/// Most instructions between the `push` and `pop` around a call.
+const MAX_WRAPPED: usize = 12;
+
+/// `push r; ...; call; pop r` at the beginning of `insns`: the register and how many
+/// instructions that are.
+fn wrapped_call(insns: &[Instruction]) -> Option<(Register, usize)> {
+    let first = insns.first().filter(|insn| insn.code() == Code::Push_r64)?;
+    let register = first.op0_register();
+    let is_call = |insn: &Instruction| insn.flow_control() == FlowControl::IndirectCall;
+    let call = insns.iter().take(MAX_WRAPPED).position(is_call)?;
+    let pop = insns.get(call + 1).filter(|insn| insn.code() == Code::Pop_r64)?;
+    let straight = insns[1..call].iter().all(|insn| insn.flow_control() == FlowControl::Next);
+    let fits = straight
+        && pop.op0_register() == register
+        && !matches!(register, Register::RSP | Register::RBP | Register::RAX);
+    fits.then_some((register, call + 2))
+}
+
+/// Between a `push` and its `pop`, the stack is the call's alone.
+fn without_stack(insn: &Instruction, info: &mut InstructionInfoFactory) -> Result<(), CheckError> {
+    let is_call = insn.flow_control() == FlowControl::IndirectCall;
+    let info = info.info(insn);
+    if !is_call && info.used_memory().iter().any(|m| m.base() == Register::RSP) {
+        return Err(fault(insn, "uses the stack behind a push"));
+    }
+    if !is_call && !info.used_memory().is_empty() {
+        return Err(fault(insn, "uses memory behind a push"));
+    }
+    Ok(())
+}
+
+/// What [`super::slim`] needs to know of a body.
+pub(super) struct Layout {
+    pub has_frame_pointer: bool,
+    /// Indices of the saves.
+    pub saves: Vec<usize>,
+    /// What they save.
+    pub saved: Vec<Register>,
+    /// Each exit, from its first restore to its `ret`.
+    pub epilogues: Vec<RangeInclusive<usize>>,
+}
+
+/// The parts of a body.
+pub(super) fn layout(insns: &[Instruction]) -> Result<Layout, CheckError> {
+    let shape = prologue(insns)?;
+    let mut epilogues = Vec::new();
+    let mut i = shape.first;
+    while i < insns.len() {
+        let n = epilogue(&insns[i..], &shape);
+        if let Some(n) = n {
+            epilogues.push(i..=i + n - 1);
+        }
+        i += n.unwrap_or(1);
+    }
+    let saves: Vec<usize> = (shape.first - shape.saves.len()..shape.first).collect();
+    let saved = saves.iter().map(|&i| insns[i].op1_register()).collect();
+    Ok(Layout { has_frame_pointer: shape.has_frame_pointer, saves, saved, epilogues })
+}
+
 /// Where jumps may go: anywhere behind the saves, but not between the parts of an exit.
 fn jump_targets(insns: &[Instruction], shape: &Shape) -> HashSet<u64> {
     let mut starts = HashSet::new();
     let mut i = shape.first;
     while i < insns.len() {
         starts.insert(insns[i].ip());
-        i += epilogue(&insns[i..], shape).unwrap_or(1);
+        let whole = epilogue(&insns[i..], shape);
+        i += whole.or_else(|| Some(wrapped_call(&insns[i..])?.1)).unwrap_or(1);
     }
     starts
 }
@@ -118,17 +196,18 @@ fn fault(insn: &Instruction, what: &'static str) -> CheckError {
 fn prologue(insns: &[Instruction]) -> Result<Shape, CheckError> {
     let no_insn = Instruction::default();
     let at = |i: usize| insns.get(i).unwrap_or(&no_insn);
-    if !(at(0).code() == Code::Push_r64 && at(0).op0_register() == Register::RBP) {
-        return Err(fault(at(0), "does not begin with push rbp"));
+    if insns.is_empty() {
+        return Err(fault(&no_insn, "is empty"));
     }
-    if !is_move(at(1), Register::RBP, Register::RSP) {
+    let has_frame_pointer = at(0).code() == Code::Push_r64 && at(0).op0_register() == Register::RBP;
+    if has_frame_pointer && !is_move(at(1), Register::RBP, Register::RSP) {
         return Err(fault(at(1), "does not set up its frame"));
     }
-    let mut first = 2;
+    let mut first = if has_frame_pointer { 2 } else { 0 };
     let mut frame_bytes = 0;
-    if at(2).mnemonic() == Mnemonic::Sub && at(2).op0_register() == Register::RSP {
-        frame_bytes = at(2).immediate(1);
-        first = 3;
+    if at(first).mnemonic() == Mnemonic::Sub && at(first).op0_register() == Register::RSP {
+        frame_bytes = at(first).immediate(1);
+        first += 1;
     }
     let mut saves = BTreeMap::new();
     let mut taken_to = 0;
@@ -142,7 +221,7 @@ fn prologue(insns: &[Instruction]) -> Result<Shape, CheckError> {
         saves.insert(register, save);
         first += 1;
     }
-    Ok(Shape { frame_bytes, saves, first })
+    Ok(Shape { has_frame_pointer, frame_bytes, saves, first })
 }
 
 fn is_move(insn: &Instruction, to: Register, from: Register) -> bool {
@@ -206,6 +285,9 @@ fn epilogue(insns: &[Instruction], shape: &Shape) -> Option<usize> {
         }
         n += 1;
     }
+    if !shape.has_frame_pointer {
+        return (insns.get(n)?.code() == Code::Retnq).then_some(n + 1);
+    }
     let (mov, pop, ret) = (insns.get(n)?, insns.get(n + 1)?, insns.get(n + 2)?);
     let ok = is_move(mov, Register::RSP, Register::RBP)
         && pop.code() == Code::Pop_r64
@@ -230,7 +312,7 @@ fn control(insn: &Instruction, starts: &HashSet<u64>) -> Result<(), CheckError> 
 
 fn registers(
     insn: &Instruction,
-    shape: &Shape,
+    saved: &HashSet<Register>,
     info: &mut InstructionInfoFactory,
 ) -> Result<(), CheckError> {
     let privileged = insn.is_privileged() || insn.mnemonic() == Mnemonic::Syscall;
@@ -261,12 +343,12 @@ fn registers(
         let full = register.full_register();
         let saved_as = if full.is_vector_register() { register } else { full };
         let kept_by_call = is_call && full == Register::RSP;
-        if !kept_by_call && !shape.saves.contains_key(&saved_as) {
+        if !kept_by_call && !saved.contains(&saved_as) {
             return Err(fault(insn, "changes a register that is not saved"));
         }
     }
     // The callee keeps everything but rax, which no operand of the call shows.
-    if is_call && !shape.saves.contains_key(&Register::RAX) {
+    if is_call && !saved.contains(&Register::RAX) {
         return Err(fault(insn, "calls without having saved rax"));
     }
     Ok(())

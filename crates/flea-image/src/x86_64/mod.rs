@@ -7,3 +7,4 @@ pub mod listing;
 pub mod personality;
 pub(crate) mod relocate;
 pub mod skeleton;
+pub(crate) mod slim;

@@ -2,9 +2,9 @@
 //!
 //! ```text
 //! entry-only                              with session or exit bodies
-//!   lea rsp, [rsp-8]    per inline          entry bodies as on the left
+//!  [lea rsp, [rsp-8]]   per inline          entry bodies as on the left
 //!   ...entry body...    entry body          push rbp
-//!   lea rsp, [rsp+8]                        mov rbp, rsp
+//!  [lea rsp, [rsp+8]]                       mov rbp, rsp
 //!   call body           per called one      lea rsp, [rsp-FRAME]
 //!   relocated instructions                  mov [rbp-40-8*i], rdi...    what exit bodies read
 //!   jmp site + patched                      push [rbp+16+8*i]           caller's stack words
@@ -48,6 +48,8 @@ use crate::request::{BODY_FRAMES_OFFSET, Reads};
 
 /// Bytes of `jmp rel32` and `call rel32`: what a site gives up at least.
 pub const PATCH_BYTES: usize = 5;
+/// How a body with a frame pointer begins.
+const PUSH_RBP: u8 = 0x55;
 /// A jump reaches this far, less what may lie between its ends.
 const REACH: u64 = (1 << 31) - (1 << 16);
 /// Stack words that an exit skeleton copies at most: 4 KiB of the traced thread's stack.
@@ -364,11 +366,15 @@ impl Emitter<'_> {
     fn entry_bodies(&mut self) -> Result<(), LinkError> {
         for body in self.request.bodies {
             match body.entry {
-                Some(BodyRef::Inline(bytes)) => {
-                    // The body expects its return address between its frame and ours.
+                Some(BodyRef::Inline(bytes)) if bytes.first() == Some(&PUSH_RBP) => {
+                    // It may read stack words by its frame pointer, and expects its return
+                    // address between its frame and ours.
                     self.code(|a| a.lea(rsp, ptr(rsp - 8)))?;
                     relocate::inline_body(&mut self.asm, bytes).map_err(LinkError::Inline)?;
                     self.code(|a| a.lea(rsp, ptr(rsp + 8)))?;
+                }
+                Some(BodyRef::Inline(bytes)) => {
+                    relocate::inline_body(&mut self.asm, bytes).map_err(LinkError::Inline)?;
                 }
                 Some(BodyRef::Call(address)) => self.branch(Code::Call_rel32_64, address.0)?,
                 None => {}
