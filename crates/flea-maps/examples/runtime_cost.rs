@@ -1,14 +1,14 @@
 //! Prints what a call of each of the runtime's functions costs here, in ns.
 #![allow(clippy::unwrap_used, reason = "an example")]
 
-#[path = "../tests/common/mod.rs"]
-mod common;
+#[path = "../tests/in_process/mod.rs"]
+mod in_process;
 
 use std::time::Instant;
 
-use common::{Target, spec};
 use flea_layout::shared::RuntimeFn as F;
 use flea_object::spec::{MapIdx, MapKind};
+use in_process::{Target, spec};
 
 fn main() {
     let maps = [

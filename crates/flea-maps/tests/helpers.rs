@@ -3,16 +3,16 @@
 #![allow(missing_docs, reason = "a test")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
-mod common;
-#[path = "common/registers.rs"]
+mod in_process;
+#[path = "in_process/registers.rs"]
 mod registers;
 
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 
-use common::{Target, spec};
 use flea_layout::shared::RuntimeFn as F;
 use flea_object::spec::{MapIdx, MapKind};
+use in_process::{Target, spec};
 
 fn vdso_clock_gettime() -> u64 {
     let (name, symbol) = (c"linux-vdso.so.1", c"__vdso_clock_gettime");

@@ -3,7 +3,7 @@
 #![allow(missing_docs, reason = "a test")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
-mod common;
+mod in_process;
 
 use std::io::Read as _;
 use std::os::fd::{FromRawFd, OwnedFd};
@@ -11,11 +11,11 @@ use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Random, Target, spec};
 use flea_layout::plan::ArenaPlan;
 use flea_layout::shared::RuntimeFn as F;
 use flea_maps::{Arena, ArenaError, MapError, Update};
 use flea_object::spec::{MapIdx, MapKind, MapSpec};
+use in_process::{Random, Target, spec};
 
 static IN_HANDLER: AtomicPtr<Target> = AtomicPtr::new(std::ptr::null_mut());
 static HANDLED: AtomicU64 = AtomicU64::new(0);

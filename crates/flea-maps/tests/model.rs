@@ -2,13 +2,13 @@
 #![allow(missing_docs, reason = "a test")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
-mod common;
+mod in_process;
 
 use std::collections::HashMap;
 
-use common::{Target, number, spec};
 use flea_maps::{MapError, Update};
 use flea_object::spec::{MapIdx, MapKind};
+use in_process::{Target, number, spec};
 use proptest::prelude::*;
 
 #[derive(Clone, Copy, Debug)]
@@ -141,7 +141,7 @@ fn run_percpu(ops: &[(Side, Op)]) {
             }
             (_, Op::Lookup(k)) => {
                 if let Some(sum) = model.get_mut(&k) {
-                    common::add(target.lookup(0, &key_bytes(k), slot), 3);
+                    in_process::add(target.lookup(0, &key_bytes(k), slot), 3);
                     *sum = sum.wrapping_add(3);
                 } else {
                     assert_eq!(target.lookup(0, &key_bytes(k), slot), 0);

@@ -2,15 +2,15 @@
 #![allow(missing_docs, reason = "a test")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
-mod common;
+mod in_process;
 
 use std::collections::HashSet;
 use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::{Target, add, number, spec};
 use flea_object::spec::{MapIdx, MapKind};
+use in_process::{Target, add, number, spec};
 
 #[test]
 fn threads_that_live_at_once_have_different_slots() {

@@ -2,15 +2,15 @@
 #![allow(missing_docs, reason = "a test")]
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests")]
 
-mod common;
+mod in_process;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::thread;
 
-use common::{Random, Target, add, number, spec};
 use flea_layout::shared::RuntimeFn as F;
 use flea_maps::MapError;
 use flea_object::spec::{MapIdx, MapKind};
+use in_process::{Random, Target, add, number, spec};
 
 const THREADS: u64 = 8;
 const N_THREADS: usize = 8;

@@ -2,11 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod common;
+mod compiled;
 
 use std::sync::OnceLock;
 
-use common::{compile, gcc};
+use compiled::{compile, gcc};
 use flea_symbols::addr::{FileOffset, Svma};
 use flea_symbols::{Module, ModuleError, Pattern};
 use proptest::prelude::*;
@@ -176,7 +176,7 @@ fn kinds_of_modules() {
             module.code_mapping_to_svma(FileOffset(page(code.file_offset.0))),
             Some(flea_symbols::addr::Svma(page(code.address.0)))
         );
-        let main = common::function(&module, "main");
+        let main = compiled::function(&module, "main");
         assert_eq!(
             module.function_at(main.address.offset(1)).map(|f| f.address),
             Some(main.address)

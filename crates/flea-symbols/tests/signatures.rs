@@ -3,11 +3,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod common;
+mod compiled;
 
 use std::fmt::Write as _;
 
-use common::{compile, function, gcc};
+use compiled::{compile, function, gcc};
 use flea_symbols::Module;
 use flea_symbols::signature::{ArgWord, RetWord, Signature, SignatureSource, StackWords, Type};
 use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind, Register};

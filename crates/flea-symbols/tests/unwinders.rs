@@ -2,9 +2,9 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-mod common;
+mod compiled;
 
-use common::{compile, function, gcc};
+use compiled::{compile, function, gcc};
 use flea_symbols::{Module, Unwinder};
 
 const THROWS: &str =

@@ -8,7 +8,7 @@
 //! original's to answer. It has to be exact: anywhere else in our code `rbp` is whatever the
 //! traced program keeps in it, and an unwinder that took it for a frame would read from there.
 //!
-//! A `call original` is known by the word in front of its target, [`MARKER`], which nothing
+//! A `call original` is known by the word in front of its target, `MARKER`, which nothing
 //! else has and nobody executes. No list of call sites is needed, and skeletons come and go
 //! without touching the unwinder again; only a new code arena does.
 //!

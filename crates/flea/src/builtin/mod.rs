@@ -1,5 +1,5 @@
 //! The built-in commands as a library: counting, histograms, traces. Each is an eBPF object
-//! like any other ([`programs`]) and a reader of its map.
+//! like any other (`programs`) and a reader of its map.
 //!
 //! All of them take a list of functions, attach to those that can be, and keep the others
 //! with the reason.
@@ -124,7 +124,7 @@ macro_rules! command_handle {
             /// Takes the programs off; what they gathered can still be read.
             ///
             /// # Errors
-            /// See [`Link::detach`].
+            /// See [`crate::Link::detach`].
             pub fn detach(&mut self) -> Result<(), AttachError> {
                 self.attached.detach()
             }
