@@ -7,8 +7,7 @@ use crate::registry::{CodeArena, Placed, Registry};
 
 /// A `rel32` reaches 2 GiB; the slack leaves room for the far end of arena and module.
 const REACH_BYTES: u64 = (1 << 31) - (64 << 20);
-/// Entry points on a cache line of their own: on a 16-byte line as compilers align functions, the
-/// same body took 1.2 or 1.6 times the counter by hand, as its neighbours would have it.
+/// Entry points on a cache line of their own: see ARCHITECTURE.md, "What a hit costs".
 const ALIGN: u64 = 64;
 
 impl CodeArena {

@@ -1,6 +1,8 @@
 //! What is put on which function, and the rounds that measure it.
 
-use anyhow::{Context, Error, Result, anyhow};
+use std::collections::HashMap;
+
+use anyhow::{Context, Error, Result};
 use flea::ProgramKind::{self, Fentry, Fexit, Fsession};
 use flea::Session;
 
@@ -51,6 +53,8 @@ pub struct Times {
     pub added_ns: f64,
     /// `added_ns` in units of the hand-written counter's.
     pub ratio: f64,
+    /// The same ratio from medians, of all three functions.
+    pub median_ratio: f64,
     /// Instructions per call, the function's own included.
     pub n_insns: Option<u32>,
     /// Whether what the probe counted is what was called; `None` where nothing counts.
@@ -216,11 +220,19 @@ impl Active {
 }
 
 /// The lower quartile: what the machine does when its other tenants leave it alone, which on a
-/// shared one they do not for half of the time.
+/// shared one they do not for half of the time. The median is told beside it.
 fn quartile(values: &[f64]) -> Option<f64> {
+    sorted(values).get(values.len() / 4).copied()
+}
+
+fn median(values: &[f64]) -> Option<f64> {
+    sorted(values).get(values.len() / 2).copied()
+}
+
+fn sorted(values: &[f64]) -> Vec<f64> {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 4).copied()
+    sorted
 }
 
 /// Measures every row of the plan over `n_rounds` interleaved rounds.
@@ -239,12 +251,16 @@ pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Vec<Hit>> {
     for active in &mut rows {
         active.count_instructions(&mut harness);
     }
-    let quartiles: Vec<(&str, Option<f64>)> =
-        rows.iter().map(|active| (active.row.function, quartile(&active.rounds))).collect();
-    let of = |function: &str| {
-        quartiles.iter().find(|(name, _)| *name == function).and_then(|(_, ns)| *ns)
+    let summary = |of: fn(&[f64]) -> Option<f64>| -> HashMap<&str, f64> {
+        let all = rows.iter().map(|active| (active.row.function, of(&active.rounds)));
+        all.filter_map(|(function, ns)| Some((function, ns?))).collect()
     };
-    let hand = of(HAND).zip(of("f0")).map(|(hand, bare)| hand - bare);
+    let (quartiles, medians) = (summary(quartile), summary(median));
+    let ratio = |ns: &HashMap<&str, f64>, row: &Row| {
+        let of =
+            |function: &str| ns.get(function).with_context(|| format!("no rounds of {function}"));
+        Ok::<_, Error>((of(row.function)? - of(row.bare)?) / (of(HAND)? - of("f0")?))
+    };
     Ok(rows
         .into_iter()
         .map(|mut active| {
@@ -252,12 +268,12 @@ pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Vec<Hit>> {
             let times = match active.failed.take() {
                 Some(e) => Err(e),
                 None => exact.and_then(|exact| {
-                    let ns = of(active.row.function).context("no rounds")?;
-                    let bare = of(active.row.bare).context("no rounds of the bare function")?;
-                    let hand = hand.ok_or_else(|| anyhow!("no rounds of the counter by hand"))?;
-                    let added_ns = ns - bare;
-                    let ratio = added_ns / hand;
-                    Ok(Times { ns, added_ns, ratio, n_insns: active.n_insns, exact })
+                    let row = &active.row;
+                    let (ratio, median_ratio) = (ratio(&quartiles, row)?, ratio(&medians, row)?);
+                    let ns = quartiles[row.function];
+                    let added_ns = ns - quartiles[row.bare];
+                    let n_insns = active.n_insns;
+                    Ok(Times { ns, added_ns, ratio, median_ratio, n_insns, exact })
                 }),
             };
             Hit { row: active.row, outcome: times }
@@ -281,6 +297,7 @@ mod tests {
     fn quartiles() {
         assert_eq!(quartile(&[]), None);
         assert_eq!(quartile(&[5.0, 1.0, 4.0, 2.0, 3.0]), Some(2.0));
+        assert_eq!(median(&[5.0, 1.0, 4.0, 2.0, 3.0]), Some(3.0));
     }
 
     /// The whole path without flea: every row without a probe has times, and what

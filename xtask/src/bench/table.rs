@@ -20,15 +20,18 @@ fn hit_line(times: &Times) -> String {
         Some(false) => "WRONG",
         None => "-",
     };
-    format!("{:9.2} {:9.2} {:9.2} {n_insns:>7} {exact:>7}", times.ns, times.added_ns, times.ratio)
+    format!(
+        "{:9.2} {:9.2} {:9.2} {:9.2} {n_insns:>7} {exact:>7}",
+        times.ns, times.added_ns, times.ratio, times.median_ratio
+    )
 }
 
 /// The cost of a hit, a line per row.
 pub fn hits(hits: &[Hit], n_rounds: usize) -> String {
     let mut text = format!(
         "one call, one thread; lower quartiles of {n_rounds} interleaved rounds\n\
-         {:36} {:>9} {:>9} {:>9} {:>7} {:>7}\n",
-        "", "ns", "added ns", "x by hand", "insns", "count"
+         {:36} {:>9} {:>9} {:>9} {:>9} {:>7} {:>7}\n",
+        "", "ns", "added ns", "x by hand", "x median", "insns", "count"
     );
     for hit in hits {
         let line = match &hit.outcome {
@@ -82,6 +85,7 @@ pub fn hit_json(hit: &Hit) -> Value {
             "ns": times.ns,
             "added_ns": times.added_ns,
             "ratio": times.ratio,
+            "median_ratio": times.median_ratio,
             "n_insns": times.n_insns,
             "exact": times.exact,
         }),
