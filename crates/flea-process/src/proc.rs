@@ -209,13 +209,14 @@ pub fn thread_status(pid: Pid, tid: Tid) -> Result<Status, ProcError> {
     })
 }
 
-/// The threads of process `pid` at one instant, ascending.
+/// The threads of process `pid` at one instant: the first one, then the others ascending.
 pub fn threads(pid: Pid) -> Result<Vec<Tid>, ProcError> {
     let path = format!("/proc/{pid}/task");
     let entries = fs::read_dir(&path).map_err(|e| explain(pid, &path, e))?;
     let mut tids: Vec<Tid> =
         entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
-    tids.sort_unstable();
+    // Numbers wrap around: a thread's can be lower than that of the first one.
+    tids.sort_unstable_by_key(|&tid| (tid != pid, tid));
     Ok(tids)
 }
 

@@ -178,6 +178,8 @@ fn wait_until_released(pid: Pid, tracer_tid: Tid) {
 /// Seizes thread after thread, the first one first (it is the lock), until there is none left.
 fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
     let mut tracer: Option<Tracer> = None;
+    // Seized while they end: they have let go of the process's memory already.
+    let mut ending: Vec<Tid> = Vec::new();
     for _ in 0..MOST_ROUNDS {
         let mut n_new = 0;
         for tid in proc::threads(pid)? {
@@ -189,15 +191,21 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
             }
             n_new += 1;
             if tracer.is_none() {
-                tracer = Some(Tracer::new(pid, Memory::open(tid)?));
+                tracer = open_memory(tid)?.map(|memory| Tracer::new(pid, memory));
             }
-            if let Some(tracer) = &mut tracer {
-                tracer.tasks.entry(tid).or_insert_with(Task::default);
+            match &mut tracer {
+                Some(tracer) => {
+                    tracer.tasks.entry(tid).or_insert_with(Task::default);
+                }
+                None => ending.push(tid),
             }
         }
         let Some(tracer_now) = &mut tracer else {
             return Err(SeizeError::Gone { pid });
         };
+        for tid in ending.drain(..) {
+            tracer_now.tasks.entry(tid).or_insert_with(Task::default);
+        }
         if tracer_now.pump().is_err() {
             return Err(SeizeError::Gone { pid });
         }
@@ -207,6 +215,19 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
         }
     }
     Err(SeizeError::Restless { pid, rounds: MOST_ROUNDS })
+}
+
+/// The process's memory, as seen by a thread of it; `None` if that one is ending.
+fn open_memory(tid: Tid) -> Result<Option<Memory>, MemoryError> {
+    match Memory::open(tid) {
+        Ok(memory) => Ok(Some(memory)),
+        Err(MemoryError::Open { reason, .. }) if is_no_such_process(&reason) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn is_no_such_process(reason: &io::Error) -> bool {
+    reason.raw_os_error() == Some(libc::ESRCH) || reason.kind() == io::ErrorKind::NotFound
 }
 
 /// Whether the thread is ours now; not if it has ended.
