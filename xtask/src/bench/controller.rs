@@ -69,13 +69,14 @@ impl Flea {
 }
 
 impl Attached {
-    /// Ctrl-C: prints its result, detaches, exits with 0.
+    /// Asks it to end: it prints its result, detaches, exits with 0. By SIGTERM, as a shell starts
+    /// background jobs with SIGINT ignored.
     pub fn finish(mut self) -> Result<Finished> {
         let begun = Instant::now();
-        self.running.signal(Signal::SIGINT)?;
+        self.running.signal(Signal::SIGTERM)?;
         let status = self.running.wait_within(PATIENCE)?;
         let took = begun.elapsed();
-        ensure!(status.success(), "after Ctrl-C {status}: {}", reason(&mut self.running));
+        ensure!(status.success(), "after SIGTERM {status}: {}", reason(&mut self.running));
         Ok(Finished { output: self.running.rest()?.join("\n"), took })
     }
 }
