@@ -259,7 +259,7 @@ fn record_value(a: &mut Asm, sign: Signedness, out: flea_object::asm::Label) {
 /// The logarithm is taken without a branch: `(x >> n) + (2^n - 1) >> n` is 1 where any of the
 /// upper n bits of x is set, else 0, and the verifier sees that it is at most 1.
 fn bucket(a: &mut Asm, sign: Signedness) {
-    let (zero, positive, done) = (a.new_label(), a.new_label(), a.new_label());
+    let (zero, positive) = (a.new_label(), a.new_label());
     a.mov64_imm(R9, 0).jump_if(JmpOp::Eq, R7, 0, zero);
     a.mov64_imm(R9, 1);
     if sign == Signedness::Signed {
@@ -274,7 +274,7 @@ fn bucket(a: &mut Asm, sign: Signedness) {
         a.alu64(AluOp::Lsh, R1, n.trailing_zeros().cast_signed());
         a.alu64(AluOp::Rsh, R7, R1).alu64(AluOp::Add, R9, R1);
     }
-    a.jump(done).bind(zero).bind(done);
+    a.bind(zero);
 }
 
 fn per_thread_array(value_size_bytes: u32, max_entries: u32) -> MapSpec {

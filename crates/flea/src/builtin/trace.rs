@@ -22,7 +22,6 @@ pub struct Trace {
     attached: Attached,
     ring: Option<flea_maps::RingBuf>,
     open: HashMap<CallKey, OpenCall>,
-    unmatched: u64,
 }
 
 command_handle!(Trace);
@@ -109,18 +108,18 @@ impl Trace {
             Some(flea_maps::Map::RingBuf(ring)) => Some(ring),
             _ => None,
         };
-        Ok(Self { attached, ring, open: HashMap::new(), unmatched: 0 })
+        Ok(Self { attached, ring, open: HashMap::new() })
     }
 
     /// Hands every call that has returned since the last time to `each`, in the order of
     /// their returns.
     pub fn poll<E>(&mut self, mut each: impl FnMut(Call<'_>) -> Result<(), E>) -> Result<(), E> {
-        let Self { attached, ring, open, unmatched } = self;
+        let Self { attached, ring, open } = self;
         let mut outcome = Ok(());
         if let Some(ring) = ring {
             ring.poll(|bytes| {
                 if outcome.is_ok() {
-                    outcome = record(&attached.functions, open, unmatched, bytes, &mut each);
+                    outcome = record(&attached.functions, open, bytes, &mut each);
                 }
             });
         }
@@ -138,7 +137,6 @@ impl Trace {
 fn record<E>(
     functions: &[Function],
     open: &mut HashMap<CallKey, OpenCall>,
-    unmatched: &mut u64,
     bytes: &[u8],
     each: &mut impl FnMut(Call<'_>) -> Result<(), E>,
 ) -> Result<(), E> {
@@ -162,7 +160,6 @@ fn record<E>(
         TAG_EXIT if bytes.len() >= EXIT_BYTES => {
             let (Some(entered_ns), Some(result)) = (word(3), word(4)) else { return Ok(()) };
             let Some(call) = open.remove(&key(entered_ns)) else {
-                *unmatched += 1;
                 return Ok(());
             };
             each(Call {
@@ -175,10 +172,7 @@ fn record<E>(
                 duration_ns: time_ns.saturating_sub(entered_ns),
             })
         }
-        _ => {
-            *unmatched += 1;
-            Ok(())
-        }
+        _ => Ok(()),
     }
 }
 
