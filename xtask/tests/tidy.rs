@@ -20,6 +20,7 @@ const LAYERS: &[(Layer, &[&str])] = &[
             "flea-verifier",
             "flea-symbols",
             "flea-image",
+            "flea-load",
             "flea-script",
         ],
     ),

@@ -40,6 +40,8 @@ pub enum Command {
     Trace(Functions),
     /// Run an eBPF object made by `clang -target bpf`
     Run(Run),
+    /// Live patching: functions of a shared object take the place of the target's
+    Replace(Replace),
     /// What is attached in which process
     Ps(Ps),
     /// Take it off
@@ -129,6 +131,42 @@ pub struct Run {
     /// Duration.
     pub span: Span,
 }
+
+/// `flea replace`.
+#[derive(Debug, Args)]
+#[command(after_help = AFTER_REPLACE_HELP)]
+pub struct Replace {
+    /// A shared object: gcc -shared -fPIC -O2 -g fix.c -o fix.so
+    #[arg(value_name = "OBJECT")]
+    pub object: PathBuf,
+    /// [MODULE:]FUNCTION to replace, and its replacement where that has another name
+    #[arg(value_name = "FUNCTION[=SYMBOL]", required = true)]
+    pub functions: Vec<String>,
+    /// Do not compare the signatures, where there is no debug information to do so
+    #[arg(long)]
+    pub unchecked_signature: bool,
+    #[command(flatten)]
+    /// Which process.
+    pub target: Target,
+    #[command(flatten)]
+    /// Output.
+    pub common: Common,
+    /// Undo it after this many seconds (default: it stays, also when flea has ended)
+    #[arg(short, long, value_name = "SECONDS", value_parser = seconds)]
+    pub duration: Option<std::time::Duration>,
+}
+
+const AFTER_REPLACE_HELP: &str = "\
+Calls that begin from then on go to the replacement; those inside the original end there. All
+functions are replaced or none. What the object imports are the target's own functions and
+variables, also those that it does not export. Constructors, thread-local variables and
+exception handling are refused. Calls that the compiler has inlined are not replaced.
+
+  flea replace -p 4242 fix.so parse_header
+  flea replace -p 4242 fix.so libfoo.so.1:parse=fixed_parse
+  flea ps -p 4242; flea detach 4242.7        what is replaced, and undoing it
+
+With `-- COMMAND` it is for the command's life, whose exit code is returned.";
 
 /// `flea ps`.
 #[derive(Debug, Args)]

@@ -2,6 +2,7 @@
 
 mod attached;
 mod functions;
+mod replace;
 mod run;
 mod tracing;
 
@@ -18,6 +19,7 @@ pub fn run(command: Command) -> Result<u8> {
         Command::Hist(args) => tracing::hist(&args),
         Command::Trace(args) => tracing::trace(&args),
         Command::Run(args) => run::run(&args),
+        Command::Replace(args) => replace::replace(&args),
         Command::Ps(args) => attached::ps(&args),
         Command::Detach(args) => attached::detach(&args),
     }

@@ -88,6 +88,21 @@ pub enum Record<'a> {
         /// Hex bytes; one per thread for per-CPU maps.
         value: Value,
     },
+    /// A function that `flea replace` has replaced.
+    Replaced {
+        /// `PID.N`
+        id: String,
+        /// The process.
+        pid: i32,
+        /// Path of the module.
+        module: &'a str,
+        /// The function.
+        function: &'a str,
+        /// Its replacement's name.
+        symbol: &'a str,
+        /// The shared object's path, as given.
+        object: String,
+    },
     /// A line of `flea ps`.
     Attached {
         /// `PID.N`

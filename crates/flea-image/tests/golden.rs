@@ -449,6 +449,7 @@ fn skeletons() {
             image_address: RemoteAddr(0x60_0000),
             bodies: &bodies,
             stack_words: 3,
+            replacement: None,
         })
         .unwrap()
     };

@@ -22,6 +22,7 @@ fn request<'a>(replaced: &'a [u8], bodies: &'a [SkeletonBody<'a>]) -> SkeletonRe
         image_address: NEAR,
         bodies,
         stack_words: 0,
+        replacement: None,
     }
 }
 
@@ -48,6 +49,39 @@ fn branches_and_rip_relative_operands_move() {
         0008  jmp 0x0000000000401008
     "#]]
     .assert_eq(&skeleton.listing());
+}
+
+/// Calls go to the replacement; a thread inside the replaced instructions goes on in copies.
+#[test]
+fn a_replacement_stands_in_front_of_the_original() {
+    // push rbp; mov rbp, rsp; push rbx
+    let replaced = [0x55, 0x48, 0x89, 0xe5, 0x53];
+    let link = |to| {
+        let replacement = Some(RemoteAddr(to));
+        link_skeleton(&SkeletonRequest { replacement, ..request(&replaced, &[]) }).unwrap()
+    };
+    let near = link(0x70_0000);
+    expect![[r#"
+        0000  jmp 0x0000000000700000
+        0005  push %rbp
+        0006  mov %rsp,%rbp
+        0009  push %rbx
+        000a  jmp 0x0000000000401005
+    "#]]
+    .assert_eq(&near.listing());
+    assert_eq!(near.original_entry, NEAR);
+    let moves = [(0, 5), (1, 6), (4, 9)].map(|(a, b)| (SITE.offset(a), NEAR.offset(b)));
+    assert_eq!(near.moves, moves);
+    // What one object replaces may be in two modules that are far apart.
+    expect![[r#"
+        0000  movabs $0x7F0012345678,%r11
+        000a  jmp *%r11
+        000d  push %rbp
+        000e  mov %rsp,%rbp
+        0011  push %rbx
+        0012  jmp 0x0000000000401005
+    "#]]
+    .assert_eq(&link(0x7f00_1234_5678).listing());
 }
 
 #[test]

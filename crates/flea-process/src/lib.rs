@@ -11,6 +11,7 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("flea-process knows Linux on x86-64 only");
 
+mod frozen;
 mod gap;
 mod maps;
 mod memory;
@@ -26,6 +27,7 @@ mod watch;
 mod window;
 mod x86_64;
 
+pub use frozen::FrozenThread;
 pub use gap::{GapError, find_gap};
 pub use maps::{Mapping, Perms, parse_maps};
 pub use memory::{Memory, MemoryError};

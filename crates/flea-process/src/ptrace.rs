@@ -12,6 +12,10 @@ use crate::x86_64::Registers;
 
 const EVENT_STOP: i32 = 128;
 const GET_RSEQ_CONFIGURATION: u32 = 0x420f;
+/// `NT_X86_XSTATE` (<elf.h>).
+const NT_X86_XSTATE: usize = 0x202;
+/// More than any processor's: AMX tiles make it 11 KiB.
+const XSTATE_WORDS: usize = 4096;
 const SIGSET_BYTES: usize = 8;
 
 /// Why a traced thread stands still.
@@ -107,6 +111,17 @@ pub(crate) fn registers(tid: Tid) -> Result<Registers, Errno> {
     request(libc::PTRACE_GETREGS, tid, 0, raw.as_mut_ptr().cast())?;
     // SAFETY: all integers, zeroed above and filled by the kernel.
     Ok(Registers::from_raw(unsafe { raw.assume_init() }))
+}
+
+/// The words of a stopped thread's vector and x87 registers, and whatever else XSAVE keeps.
+pub(crate) fn extended_state(tid: Tid) -> Result<Vec<u64>, Errno> {
+    let mut words = vec![0u64; XSTATE_WORDS];
+    let mut area =
+        libc::iovec { iov_base: words.as_mut_ptr().cast(), iov_len: size_of_val(&words[..]) };
+    // The kernel writes `iov_len` bytes at most, and how many into it.
+    request(libc::PTRACE_GETREGSET, tid, NT_X86_XSTATE, (&raw mut area).cast())?;
+    words.truncate(area.iov_len / size_of::<u64>());
+    Ok(words)
 }
 
 /// Sets the registers of a stopped thread.

@@ -12,11 +12,13 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+mod definitions;
 mod demangle;
 mod dwarf;
 mod function;
 mod module;
 mod pattern;
+mod replacement;
 pub mod signature;
 mod signature_text;
 mod site;
@@ -24,8 +26,10 @@ mod unwind;
 mod unwinder;
 pub mod x86_64;
 
+pub use definitions::{Definition, DefinitionKind, Slot, SlotOf};
 pub use function::{Function, FunctionKind};
 pub use module::{Files, Module, ModuleError, Segment};
 pub use pattern::{Pattern, PatternError};
+pub use replacement::Mismatch;
 pub use site::{ReferenceKind, Refusal, Site, SiteKind};
 pub use unwinder::Unwinder;

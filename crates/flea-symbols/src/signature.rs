@@ -140,6 +140,12 @@ impl Signature {
         }
     }
 
+    /// Whether it was read from debug information.
+    #[must_use]
+    pub fn is_known(&self) -> bool {
+        self.source == SignatureSource::Dwarf
+    }
+
     /// The `ctx` slots in order: every word of every parameter.
     pub fn arg_words(&self) -> impl Iterator<Item = ArgWord> + '_ {
         self.params.iter().flat_map(|p| p.words.iter().copied())

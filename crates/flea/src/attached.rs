@@ -11,7 +11,7 @@ use crate::{
     transaction,
 };
 
-/// What one controller attached to one function in one go.
+/// What one controller attached to one function in one go: programs, or a replacement.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AttachedBody {
     /// The traced process.
@@ -22,7 +22,7 @@ pub struct AttachedBody {
     pub module: String,
     /// The function.
     pub function: String,
-    /// (kind, name) of its programs, newest first.
+    /// (kind, name) of its programs, newest first. A replacement is one of kind `replace`.
     pub programs: Vec<(String, String)>,
     /// Process id of the controller.
     pub controller: Pid,
@@ -91,6 +91,18 @@ fn bodies(pid: Pid, registry: &Registry) -> Vec<AttachedBody> {
                 controller: body.owner.pid,
                 controller_alive: body.owner.is_alive(),
                 since: body.since,
+            });
+        }
+        for one in &function.replacements {
+            found.push(AttachedBody {
+                pid,
+                id: one.id,
+                module: function.module.clone(),
+                function: function.name.clone(),
+                programs: vec![("replace".to_owned(), one.name.clone())],
+                controller: one.owner.pid,
+                controller_alive: one.owner.is_alive(),
+                since: one.since,
             });
         }
     }

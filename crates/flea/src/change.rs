@@ -12,13 +12,20 @@ use flea_symbols::{
 
 use crate::{
     error::AttachError,
-    registry::{BodyState, FunctionState, Placed, Registry, Retired, SiteKind},
+    registry::{BodyState, FunctionState, Placed, Registry, ReplacementState, Retired, SiteKind},
 };
 
 /// First body frame, in bytes below the skeleton's rbp: behind result and argument words.
 pub(crate) const FIRST_FRAME_OFFSET: u32 = flea_image::BODY_FRAMES_OFFSET;
 /// More bodies than this are called, not copied into the skeleton: it would only grow.
 const MAX_INLINE_BODIES: usize = 4;
+
+/// What has a number of its own in the registry.
+#[derive(Clone, Copy)]
+pub(crate) enum Attached<'a> {
+    Body(&'a BodyState),
+    Replacement(&'a ReplacementState),
+}
 
 /// A change in the making: the registry as it will be, and what has to be written for it.
 pub(crate) struct Change {
@@ -54,19 +61,26 @@ impl Change {
         Ok(placed)
     }
 
-    /// Takes the bodies that `gone` picks off every function.
-    pub(crate) fn remove_bodies(
+    /// Takes the bodies and replacements that `gone` picks off every function.
+    pub(crate) fn remove(
         &mut self,
-        gone: impl Fn(&BodyState) -> bool,
+        gone: impl Fn(Attached<'_>) -> bool,
     ) -> Result<Vec<u32>, AttachError> {
         let mut removed = Vec::new();
         let mut functions = std::mem::take(&mut self.registry.functions);
         for f in &mut functions {
             let arenas = arenas(f);
             let calls_original = f.calls_original;
-            let (out, stay): (Vec<_>, Vec<_>) = f.bodies.drain(..).partition(&gone);
+            let (out, stay): (Vec<_>, Vec<_>) =
+                f.bodies.drain(..).partition(|body| gone(Attached::Body(body)));
             f.bodies = stay;
-            if out.is_empty() {
+            let n_removed = removed.len();
+            f.replacements.retain(|one| {
+                let goes = gone(Attached::Replacement(one));
+                removed.extend(goes.then_some(one.id));
+                !goes
+            });
+            if out.is_empty() && removed.len() == n_removed {
                 continue;
             }
             for body in out {
@@ -83,12 +97,13 @@ impl Change {
             }
             self.relink(f, arenas)?;
         }
-        functions.retain(|f| !f.bodies.is_empty() || f.finds_frames);
+        functions.retain(FunctionState::is_in_use);
         self.registry.functions = functions;
         Ok(removed)
     }
 
-    /// Makes the site of `f` enter exactly `f.bodies`. Once per change: a site has one poke.
+    /// Makes the site of `f` enter exactly `f.bodies` and the newest of `f.replacements`. Once
+    /// per change: a site has one poke.
     ///
     /// `arenas` are those that its present skeleton works on.
     pub(crate) fn relink(
@@ -111,7 +126,7 @@ impl Change {
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
         let mut moves = Vec::new();
 
-        if f.bodies.is_empty() && !f.finds_frames {
+        if !f.is_in_use() {
             f.patched = f.original[..5].try_into().expect("a site has at least 5 bytes");
             f.skeleton = None;
             f.calls_original = false;
@@ -148,6 +163,7 @@ impl Change {
         let mut ends = inner_boundaries(f);
         let five = f.site.offset(5);
         if f.finds_frames
+            || !f.replacements.is_empty()
             || f.kind != SiteKind::Nop
             || body.session.or(body.exit).is_some()
             || !(f.original.len() == 5 || ends.any(|end| end == five))
@@ -178,6 +194,7 @@ impl Change {
                 image_address: at,
                 bodies: &bodies,
                 stack_words: f.stack_words,
+                replacement: f.replacements.first().map(|newest| newest.entry),
             };
             flea_image::link_unwinder_skeleton(&request, &arenas)
                 .map_err(|source| AttachError::Link { function: f.name.clone(), source })
@@ -303,9 +320,11 @@ pub(crate) fn retire_all(f: FunctionState) -> Vec<Retired> {
     skeleton.into_iter().chain(bodies).collect()
 }
 
-/// The data arenas that a function's bodies work on.
+/// The memory that a function's skeleton works on or leads to: data arenas, and objects with
+/// replacements.
 pub(crate) fn arenas(f: &FunctionState) -> Vec<RemoteAddr> {
-    let mut arenas: Vec<_> = f.bodies.iter().map(|b| b.arena).collect();
+    let bodies = f.bodies.iter().map(|b| b.arena);
+    let mut arenas: Vec<_> = bodies.chain(f.replacements.iter().map(|r| r.object)).collect();
     arenas.sort_unstable();
     arenas.dedup();
     arenas
@@ -357,6 +376,7 @@ mod tests {
             returns_to: None,
             calls: vec![],
             bodies: vec![],
+            replacements: vec![],
         }
     }
 
@@ -415,8 +435,15 @@ mod tests {
         id: u32,
     ) -> (Change, Vec<u32>) {
         let mut change = Change::new(registry, known.clone());
-        let removed = change.remove_bodies(|b| b.id == id).unwrap();
+        let removed = change.remove(numbered(id)).unwrap();
         (change, removed)
+    }
+
+    fn numbered(id: u32) -> impl Fn(Attached<'_>) -> bool {
+        move |attached| match attached {
+            Attached::Body(body) => body.id == id,
+            Attached::Replacement(one) => one.id == id,
+        }
     }
 
     #[test]
@@ -522,6 +549,71 @@ mod tests {
             now.unplace(retired.code);
         }
         assert_eq!(now.code, [CodeArena::new(CODE, 0x10000)]);
+    }
+
+    /// One more replacement on the only function.
+    fn replace(registry: Registry, known: &HashMap<RemoteAddr, Vec<u8>>, entry: u64) -> Change {
+        let mut change = Change::new(registry, known.clone());
+        let id = change.registry.next_id;
+        change.registry.next_id += 1;
+        let mut f = change.registry.functions.remove(0);
+        let before = arenas(&f);
+        let one = ReplacementState {
+            id,
+            owner: Controller { pid: 1, started: 1 },
+            since: 0,
+            object: RemoteAddr(entry & !0xfff),
+            name: "f".into(),
+            entry: RemoteAddr(entry),
+        };
+        f.replacements.insert(0, one);
+        change.relink(&mut f, before).unwrap();
+        change.registry.functions.push(f);
+        change
+    }
+
+    /// Where the code of the only function's skeleton leads first: `jmp rel32`.
+    fn enters(change: &Change) -> u64 {
+        let f = &change.registry.functions[0];
+        let at = f.skeleton.unwrap().at;
+        let (_, bytes) = change.writes.iter().find(|(to, _)| *to == at).unwrap();
+        assert_eq!(bytes[0], 0xe9);
+        let distance = i32::from_le_bytes(bytes[1..5].try_into().unwrap());
+        at.offset(i64::from(distance) + 5).0
+    }
+
+    #[test]
+    fn the_newest_replacement_is_entered_whichever_goes() {
+        let known = HashMap::new();
+        for f in [nops(), prologue()] {
+            let original = f.original.clone();
+            let mut now = registry(f);
+            for entry in [0x70_0010, 0x71_0020, 0x72_0030] {
+                let change = replace(now, &known, entry);
+                assert_eq!(enters(&change), entry);
+                now = done(change);
+            }
+            let (change, removed) = remove(now, &known, 1);
+            assert_eq!((removed, enters(&change)), (vec![1], 0x72_0030));
+            let (change, _) = remove(done(change), &known, 2);
+            assert_eq!(enters(&change), 0x70_0010);
+            // The old skeleton may be on its way into either object until it is freed.
+            let leads_to: Vec<_> = change.retired.iter().map(|r| r.arenas.clone()).collect();
+            assert_eq!(leads_to, [[RemoteAddr(0x70_0000), RemoteAddr(0x72_0000)]]);
+            let (change, _) = remove(done(change), &known, 0);
+            assert_eq!(change.pokes[0].new, original[..5]);
+            assert_eq!(change.registry.functions, []);
+        }
+    }
+
+    #[test]
+    fn bodies_stay_around_a_replacement_and_go_without_it() {
+        let mut known = HashMap::new();
+        let now = done(add(registry(nops()), &mut known, When::Entry));
+        let both = replace(now, &known, 0x70_0010);
+        assert_eq!(both.pokes[0].new[0], 0xe9, "a call of the body would return to the original");
+        let (change, _) = remove(done(both), &known, 0);
+        assert_eq!(enters(&change), 0x70_0010);
     }
 
     #[test]

@@ -111,6 +111,9 @@ pub enum RemoteError {
         /// What was wanted.
         bytes: u64,
     },
+    /// A shared object cannot be where there is room for it.
+    #[error(transparent)]
+    Object(#[from] flea_load::LinkError),
     /// The registry.
     #[error(transparent)]
     Registry(#[from] RegistryError),

@@ -2,7 +2,7 @@
 //!
 //! The words are those of aya and libbpf: a [`Session`] is a target process, an [`Object`] a
 //! set of maps and [`Program`]s loaded into it, a [`Link`] what is attached, a [`Map`] what
-//! programs and reader share.
+//! programs and reader share. A [`Patch`] replaces functions by those of a shared object.
 //!
 //! ```
 //! # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
@@ -41,12 +41,15 @@ mod link;
 mod modules;
 mod object;
 mod own;
+mod patch;
 mod placement;
 mod reclaim;
 pub mod registry;
 mod remote;
+mod replace;
 mod session;
 mod transaction;
+mod unload;
 mod unwinder;
 mod vdso;
 
@@ -69,5 +72,6 @@ pub use self::{
     link::Link,
     modules::{Module, OpenError},
     object::{Attachment, Object, Program},
+    patch::{Patch, PatchError, Replacement, ResolveError},
     session::Session,
 };

@@ -151,12 +151,36 @@ impl Module {
 
     /// Where `address` is in the target.
     pub(crate) fn remote(&self, address: Svma) -> Result<RemoteAddr, Arc<OpenError>> {
+        Ok(RemoteAddr(address.0.wrapping_add(self.bias()?)))
+    }
+
+    /// What the file says of an address of the target; `None` outside of the module.
+    pub(crate) fn stated(&self, address: RemoteAddr) -> Result<Option<Svma>, Arc<OpenError>> {
+        let stated = Svma(address.0.wrapping_sub(self.bias()?));
+        let inside = self.with_symbols(|s| {
+            let mut segments = s.segments().iter();
+            segments.any(|segment| {
+                stated.0.checked_sub(segment.address.0).is_some_and(|at| at < segment.size_bytes)
+            })
+        })?;
+        Ok(inside.then_some(stated))
+    }
+
+    fn bias(&self) -> Result<u64, Arc<OpenError>> {
         let first = &self.mapping;
         let no_segment =
             || Arc::new(OpenError::NoSegment { path: self.path.clone(), at: first.start });
         let stated = self.with_symbols(|s| s.code_mapping_to_svma(first.offset))?;
-        let bias = first.start.0.wrapping_sub(stated.ok_or_else(no_segment)?.0);
-        Ok(RemoteAddr(address.0.wrapping_add(bias)))
+        Ok(first.start.0.wrapping_sub(stated.ok_or_else(no_segment)?.0))
+    }
+
+    /// A module of which nothing but its path is known.
+    #[cfg(test)]
+    pub(crate) fn unread(path: &str) -> Self {
+        let line = format!("400000-401000 r-xp 00000000 00:01 1 {path}");
+        let mapping = flea_process::parse_maps(&line).remove(0);
+        let (path, open_path) = (path.to_owned(), PathBuf::from(path));
+        Self { path, open_path, mapping, is_main: false, parsed: OnceLock::new() }
     }
 
     fn open(&self) -> Result<ParsedFiles, OpenError> {

@@ -34,7 +34,7 @@ const HEADER_BYTES: u64 = 4096;
 /// Stores that may overtake one load. Each takes a seize, which takes longer.
 const MAX_LOADS: u32 = 64;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x04");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x05");
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -47,6 +47,8 @@ pub struct Registry {
     pub runtime: Option<RemoteAddr>,
     /// Shared memory of ours, thread table included.
     pub data: Vec<DataArena>,
+    /// Shared objects of ours, whose functions replace some of the target's.
+    pub objects: Vec<LoadedObject>,
     /// The functions that are patched.
     pub functions: Vec<FunctionState>,
     /// Code that no function enters any more and that some thread may still be in.
@@ -79,6 +81,17 @@ pub struct DataArena {
     pub owner: Controller,
     /// Its owner has no more use for it.
     pub released: bool,
+}
+
+/// A shared object that was loaded for its replacements.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LoadedObject {
+    /// Its first page.
+    pub base: RemoteAddr,
+    /// Whole pages.
+    pub size_bytes: u64,
+    /// It has handed out addresses of itself that nobody can find again, so that it stays.
+    pub pinned: bool,
 }
 
 /// A controller: a process id alone could be somebody else's by now.
@@ -133,6 +146,25 @@ pub struct FunctionState {
     pub calls: Vec<RemoteAddr>,
     /// Newest first.
     pub bodies: Vec<BodyState>,
+    /// Newest first: calls go to the first one.
+    pub replacements: Vec<ReplacementState>,
+}
+
+/// A function of a loaded object that takes another one's place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplacementState {
+    /// Unique in this process, and among bodies.
+    pub id: u32,
+    /// Who attached it.
+    pub owner: Controller,
+    /// Seconds since the epoch.
+    pub since: u64,
+    /// The object that it is in, by its base.
+    pub object: RemoteAddr,
+    /// Its name there.
+    pub name: String,
+    /// Its first byte.
+    pub entry: RemoteAddr,
 }
 
 /// Where a site's bytes came from.
@@ -197,6 +229,13 @@ pub struct Retired {
     pub arenas: Vec<RemoteAddr>,
 }
 
+impl FunctionState {
+    /// Whether there is a reason to keep it patched.
+    pub(crate) fn is_in_use(&self) -> bool {
+        !self.bodies.is_empty() || !self.replacements.is_empty() || self.finds_frames
+    }
+}
+
 impl Registry {
     /// Whether a frame of ours may be on a stack, now or as soon as a function is called.
     pub(crate) fn has_frames(&self) -> bool {
@@ -252,6 +291,11 @@ impl Storage {
     /// Start of the mapping.
     pub(crate) fn base(self) -> RemoteAddr {
         self.base
+    }
+
+    /// Memory of the target for a word or two that its kernel is to write.
+    pub(crate) fn scratch(self) -> RemoteAddr {
+        self.base.offset(HEADER_BYTES.cast_signed() / 2)
     }
 
     fn half(self, which: u64) -> RemoteAddr {
@@ -417,8 +461,21 @@ mod tests {
             frame_words: 1,
             reads: 1,
         };
+        let replacement = ReplacementState {
+            id: 2,
+            owner,
+            since: 1,
+            object: RemoteAddr(0x60_0000),
+            name: "f".into(),
+            entry: RemoteAddr(0x60_0123),
+        };
         Registry {
             next_id: 4,
+            objects: vec![LoadedObject {
+                base: RemoteAddr(0x60_0000),
+                size_bytes: 0x4000,
+                pinned: false,
+            }],
             code: vec![arena],
             runtime: Some(code),
             data: vec![DataArena {
@@ -445,6 +502,7 @@ mod tests {
                 returns_to: Some(code.offset(0x120)),
                 calls: vec![],
                 bodies: vec![body],
+                replacements: vec![replacement],
             }],
             retired: vec![Retired {
                 code: Placed { at: code.offset(0x180), len: 0x20 },
@@ -509,7 +567,7 @@ mod tests {
     #[test]
     fn what_others_rely_on_is_checked() {
         type Lie = fn(&mut Registry);
-        let lies: [(&str, Lie); 17] = [
+        let lies: [(&str, Lie); 21] = [
             ("rows", |r| r.code[0].rows = Some(Placed { at: RemoteAddr(8), len: 8 })),
             ("few bytes", |r| r.functions[0].original.truncate(4)),
             ("no instructions", |r| r.functions[0].insn_lens.clear()),
@@ -527,6 +585,10 @@ mod tests {
             ("free", |r| r.code[0].free.push((RemoteAddr(u64::MAX), u64::MAX))),
             ("data", |r| r.data[0].mapping = RemoteAddr(u64::MAX - 1)),
             ("ids", |r| r.next_id = u32::MAX),
+            ("object size", |r| r.objects[0].size_bytes = u64::MAX),
+            ("object base", |r| r.objects[0].base = RemoteAddr(0x60_0001)),
+            ("whose object", |r| r.functions[0].replacements[0].object = RemoteAddr(0x70_0000)),
+            ("replacement", |r| r.functions[0].replacements[0].entry = RemoteAddr(0x60_4000)),
         ];
         let place = Place::new();
         for (what, lie) in lies {
@@ -592,7 +654,7 @@ mod tests {
             }
             let _ = registry.place(RemoteAddr(0x20_0000), 100);
             let mut change = crate::change::Change::new(registry, std::collections::HashMap::new());
-            let _ = change.remove_bodies(|_| true);
+            let _ = change.remove(|_| true);
         }
 
         #[test]

@@ -7,12 +7,13 @@ use std::{
 };
 
 use flea_layout::shared::THREAD_TABLE_BYTES;
+use flea_load::{Protection, SharedObject};
 use flea_process::{MapRequest, Memory, Pid, Tracer};
 use flea_symbols::addr::RemoteAddr;
 
 use crate::{
     error::RemoteError,
-    registry::{self, CodeArena, Controller, DataArena, Registry, Storage},
+    registry::{self, CodeArena, Controller, DataArena, LoadedObject, Registry, Storage},
 };
 
 /// Bytes of the first code arena near a module; later ones are twice as large.
@@ -192,6 +193,70 @@ impl<'t> Ground<'t> {
         Ok((file, mapping))
     }
 
+    /// Maps a shared object near `near` and writes it there. Its base.
+    ///
+    /// It is written through /proc/PID/mem before any page is what it will be: none of them is
+    /// ever writable and executable.
+    pub(crate) fn add_object(
+        &mut self,
+        near: RemoteAddr,
+        object: &SharedObject,
+        addresses: &[RemoteAddr],
+        pinned: bool,
+    ) -> Result<RemoteAddr, RemoteError> {
+        let size_bytes = object.size_bytes();
+        let base = self.tracer.remote_map(MapRequest {
+            near: Some(near),
+            size_bytes,
+            prot: libc::PROT_READ,
+            flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            fd: -1,
+            offset: 0,
+        })?;
+        let loaded = LoadedObject { base, size_bytes, pinned };
+        self.registry.objects.push(loaded.clone());
+        let furnished = self.furnish_object(base, object, addresses).and_then(|()| self.store());
+        if let Err(error) = furnished {
+            // What failed first is what is told.
+            let _ = self.unmap_object(&loaded);
+            return Err(error);
+        }
+        Ok(base)
+    }
+
+    fn furnish_object(
+        &mut self,
+        base: RemoteAddr,
+        object: &SharedObject,
+        addresses: &[RemoteAddr],
+    ) -> Result<(), RemoteError> {
+        let linked = object.link(base, |import| addresses[import])?;
+        self.memory().write(base, &linked.bytes)?;
+        self.tracer.with_thread(|thread| {
+            for region in &linked.regions {
+                let prot = match region.protection {
+                    Protection::None => libc::PROT_NONE,
+                    Protection::Read => libc::PROT_READ,
+                    Protection::ReadExecute => libc::PROT_READ | libc::PROT_EXEC,
+                    Protection::ReadWrite => libc::PROT_READ | libc::PROT_WRITE,
+                };
+                let prot = u64::from(prot.cast_unsigned());
+                let args = [region.at.0, region.size_bytes, prot, 0, 0, 0];
+                thread.syscall(libc::SYS_mprotect, args)?;
+            }
+            Ok(())
+        })?;
+        Ok(())
+    }
+
+    /// Takes a shared object out of the target. Nobody may have an address of it any more.
+    pub(crate) fn unmap_object(&mut self, object: &LoadedObject) -> Result<(), RemoteError> {
+        // Forgotten first: who finds it in the registry may take it that it is there.
+        self.registry.objects.retain(|other| other.base != object.base);
+        self.store()?;
+        unmap(self.tracer, object.base, object.size_bytes)
+    }
+
     /// Takes data arenas out of the target that were released and that no retired code works
     /// on any more.
     pub(crate) fn unmap_released(&mut self) -> Result<(), RemoteError> {
@@ -219,7 +284,10 @@ impl<'t> Ground<'t> {
     /// the target.
     pub(crate) fn close(mut self) -> Result<(), RemoteError> {
         let r = &self.registry;
-        let empty = r.functions.is_empty() && r.data.is_empty() && r.retired.is_empty();
+        let empty = r.functions.is_empty()
+            && r.data.is_empty()
+            && r.objects.is_empty()
+            && r.retired.is_empty();
         if !empty {
             return self.store();
         }

@@ -1,6 +1,7 @@
 //! A target process and what is known of it.
 
 use std::{
+    path::Path,
     process::{ChildStderr, ChildStdin, ChildStdout, Command},
     sync::{Arc, Mutex, MutexGuard, OnceLock},
 };
@@ -13,6 +14,7 @@ use crate::{
     function::{self, Function},
     modules::{self, Module},
     object::Object,
+    patch::{Patch, PatchError},
     vdso,
 };
 
@@ -198,6 +200,15 @@ impl Session {
     /// Memory in the target cannot be set up.
     pub fn load(&self, object: flea_object::spec::Object) -> Result<Object, LoadError> {
         Object::load(&self.inner, object)
+    }
+
+    /// Reads a shared object whose functions are to replace some of the target's. Nothing is
+    /// done to the target yet.
+    ///
+    /// # Errors
+    /// The file cannot be read, or is none that can be loaded into a running process.
+    pub fn load_shared_object(&self, path: impl AsRef<Path>) -> Result<Patch, PatchError> {
+        Patch::load(&self.inner, path.as_ref())
     }
 
     /// The pipes of a started command (stdin, stdout, stderr), where it was given some; once.

@@ -32,7 +32,7 @@ use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    change::{Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all},
+    change::{Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all},
     error::{AttachError, LoadError, RemoteError},
     function::Function,
     object::{Loaded, Prepared},
@@ -43,6 +43,7 @@ use crate::{
     },
     remote::{self, FileGoesTo, Ground},
     session::Inner,
+    unload,
     unwinder::{self, Unwinder},
 };
 
@@ -117,6 +118,7 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
             own.released = true;
         }
         tidy(&mut ground)?;
+        unload::run(&mut ground)?;
         ground.unmap_released()?;
         Ok(ground.close()?)
     });
@@ -181,35 +183,46 @@ pub(crate) fn detach(session: &Inner, arena: RemoteAddr, ids: &[u32]) -> Result<
     }
     let owner = Controller::this();
     let ids: HashSet<u32> = ids.iter().copied().collect();
-    let ours = |b: &BodyState| ids.contains(&b.id) && b.owner == owner && b.arena == arena;
+    let ours = |attached: Attached<'_>| match attached {
+        Attached::Body(b) => ids.contains(&b.id) && b.owner == owner && b.arena == arena,
+        Attached::Replacement(_) => false,
+    };
     match take_off(session.pid(), ours) {
         Err(_) if session.has_ended() => Ok(()),
         outcome => outcome,
     }
 }
 
-/// Takes the bodies with these numbers off, whoever attached them.
+/// Takes the bodies and replacements with these numbers off, whoever attached them.
 pub(crate) fn detach_from(pid: Pid, ids: &[u32]) -> Result<(), AttachError> {
     let ids: HashSet<u32> = ids.iter().copied().collect();
-    take_off(pid, |b| ids.contains(&b.id))
+    take_off(pid, |attached| match attached {
+        Attached::Body(body) => ids.contains(&body.id),
+        Attached::Replacement(one) => ids.contains(&one.id),
+    })
 }
 
-fn take_off(pid: Pid, gone: impl Fn(&BodyState) -> bool + Sync) -> Result<(), AttachError> {
+pub(crate) fn take_off(
+    pid: Pid,
+    gone: impl Fn(Attached<'_>) -> bool + Sync,
+) -> Result<(), AttachError> {
     seized(pid, |tracer| {
         let Some(mut ground) = Ground::find(tracer).map_err(AttachError::Remote)? else {
             return Ok(());
         };
         settle(&mut ground)?;
-        change(&mut ground, &[], |change| change.remove_bodies(&gone).map(drop))?;
+        change(&mut ground, &[], |change| change.remove(&gone).map(drop))?;
         let since = Instant::now();
         loop {
             tidy(&mut ground)?;
+            unload::run(&mut ground)?;
             let retired = &ground.registry.retired;
             let patience = match retired.iter().any(|r| !r.calls_original) {
                 true => LEAVE_PATIENCE,
                 false => RETURN_PATIENCE,
             };
-            if retired.is_empty() || since.elapsed() >= patience {
+            let is_waiting = !retired.is_empty() || unload::is_waiting(&ground.registry);
+            if !is_waiting || since.elapsed() >= patience {
                 break;
             }
             let pause = (since.elapsed() / 4).max(Duration::from_millis(1));
@@ -221,7 +234,10 @@ fn take_off(pid: Pid, gone: impl Fn(&BodyState) -> bool + Sync) -> Result<(), At
 }
 
 /// Seizes `pid` for the time that `f` takes. On this very process a forked child does it.
-fn seized<R, E>(pid: Pid, f: impl FnOnce(&mut Tracer) -> Result<R, E> + Send) -> Result<R, E>
+pub(crate) fn seized<R, E>(
+    pid: Pid,
+    f: impl FnOnce(&mut Tracer) -> Result<R, E> + Send,
+) -> Result<R, E>
 where
     R: Send + Serialize + DeserializeOwned,
     E: From<SeizeError> + From<HelperError> + Display + Send,
@@ -313,7 +329,7 @@ fn attach_on(
 
 /// Step 5: frees what no thread can be in, and leaves unwinders alone once no frame is left
 /// that they have to be told of.
-fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
+pub(crate) fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
     reclaim::run(ground)?;
     let registry = &ground.registry;
     if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames) {
@@ -325,7 +341,7 @@ fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
 
 /// Steps 2 to 5 for one change of the registry; on failure everything is as before, but that
 /// `unwinders` may have been told of frames.
-fn change<R>(
+pub(crate) fn change<R>(
     ground: &mut Ground<'_>,
     unwinders: &[Unwinder],
     mut edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
@@ -387,7 +403,7 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
 /// - Of a library that was closed nothing is left to swap; else nothing attached together with
 ///   a function of it could ever be taken off again. (Where another file has been mapped
 ///   meanwhile, its bytes differ, and nothing is changed.)
-fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
+pub(crate) fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
     let mut registry = std::mem::take(&mut ground.registry);
     for mut f in std::mem::take(&mut registry.functions) {
         let mut now = [0; 5];
@@ -424,13 +440,13 @@ fn read_bodies(
 /// Who attaches, and when: the same for all bodies of one transaction. Never the forked helper
 /// of a process that traces itself.
 #[derive(Clone, Copy)]
-struct Author {
-    owner: Controller,
-    since: u64,
+pub(crate) struct Author {
+    pub(crate) owner: Controller,
+    pub(crate) since: u64,
 }
 
 impl Author {
-    fn now() -> Self {
+    pub(crate) fn now() -> Self {
         let since = SystemTime::now().duration_since(UNIX_EPOCH);
         Self { owner: Controller::this(), since: since.map_or(0, |since| since.as_secs()) }
     }
@@ -524,5 +540,6 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         returns_to: None,
         calls: Vec::new(),
         bodies: Vec::new(),
+        replacements: Vec::new(),
     }
 }

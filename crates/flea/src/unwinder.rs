@@ -135,7 +135,7 @@ impl Change {
         for site in sites {
             self.relink_site(site)?;
         }
-        self.registry.functions.retain(|f| !f.bodies.is_empty());
+        self.registry.functions.retain(FunctionState::is_in_use);
         for rows in self.registry.code.iter_mut().filter_map(|arena| arena.rows.take()) {
             // An unwinder may be reading them.
             self.retired.push(Retired {

@@ -21,6 +21,10 @@
 //!                                           jmp site + patched
 //! ```
 //!
+//! Where the function is replaced, `jmp replacement` stands in front of the relocated
+//! instructions: bodies run around the replacement, and only threads that stood inside the
+//! replaced instructions go on in their copies.
+//!
 //! Nothing here changes a register or a flag that the original can see; bodies change flags
 //! only, which no calling convention passes on. `push [mem]` copies stack words because it
 //! needs no register. The copies are pushed before the session bodies, so that from there on
@@ -33,7 +37,7 @@
 
 use flea_symbols::addr::RemoteAddr;
 use flea_symbols::signature::{ArgWord, RetWord};
-use iced_x86::code_asm::registers::gpr64::{r8, r9};
+use iced_x86::code_asm::registers::gpr64::{r8, r9, r11};
 use iced_x86::code_asm::{
     CodeAssembler, ptr, qword_ptr, rax, rbp, rcx, rdi, rdx, rsi, rsp, xmm0, xmm1, xmm2, xmm3, xmm4,
     xmm5, xmm6, xmm7,
@@ -52,6 +56,9 @@ pub const PATCH_BYTES: usize = 5;
 const PUSH_RBP: u8 = 0x55;
 /// A jump reaches this far, less what may lie between its ends.
 const REACH: u64 = (1 << 31) - (1 << 16);
+/// A replacement this near to its site is in reach of every skeleton that has one: those keep
+/// 64 MiB of a jump's reach in hand.
+const REPLACEMENT_REACH: u64 = 63 << 20;
 /// Stack words that an exit skeleton copies at most: 4 KiB of the traced thread's stack.
 const MAX_STACK_WORDS: u32 = 512;
 /// Words of body frames at most.
@@ -72,6 +79,8 @@ pub struct SkeletonRequest<'a> {
     pub bodies: &'a [SkeletonBody<'a>],
     /// Words of stack arguments that the original is to find above its return address.
     pub stack_words: u32,
+    /// What runs instead of the original.
+    pub replacement: Option<RemoteAddr>,
 }
 
 /// What a site's bytes are.
@@ -213,7 +222,8 @@ pub struct Skeleton {
     pub bytes: Vec<u8>,
     /// `jmp skeleton`, to be written at the site.
     pub site_patch: [u8; PATCH_BYTES],
-    /// Runs the original without any body: the relocated instructions, then the rest.
+    /// Runs the original without any body: the relocated instructions, then the rest. Where it
+    /// is replaced, the replacement.
     pub original_entry: RemoteAddr,
     /// Where the original returns to, if bodies run around it. While a call is inside the
     /// original, and only then, this word is on its stack.
@@ -269,6 +279,7 @@ pub fn link_unwinder_skeleton(
     emitter.row(UnwindRule::Original);
     let original = emitter.asm.here();
     find_fde::emit(&mut emitter.asm, arenas).map_err(|e| emitter.failed(&e))?;
+    emitter.replacement()?;
     let moves = emitter.original()?;
     emitter.finish(original, &moves)
 }
@@ -461,6 +472,21 @@ impl Emitter<'_> {
             RetWord::Xmm1 => a.movq(qword_ptr(rbp - 32), xmm1),
             RetWord::X87 => Ok(()),
         })
+    }
+
+    /// What is entered in the original's place. A module further away than a jump reaches may
+    /// be served by the same object: then through `r11`, which nobody passes anything in. The
+    /// choice depends on the site alone, so that the skeleton's length does not on its place.
+    fn replacement(&mut self) -> Result<(), LinkError> {
+        let Some(to) = self.request.replacement else { return Ok(()) };
+        if to.0.abs_diff(self.request.site.0) < REPLACEMENT_REACH {
+            self.branch(Code::Jmp_rel32_64, to.0)
+        } else {
+            self.code(|a| {
+                a.mov(r11, to.0)?;
+                a.jmp(r11)
+            })
+        }
     }
 
     /// The relocated instructions and the jump back. Returns each replaced instruction's old

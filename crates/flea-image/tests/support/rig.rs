@@ -254,6 +254,7 @@ impl Rig {
                 frame_offset: BODY_FRAMES_OFFSET,
             }],
             stack_words,
+            replacement: None,
         })
         .unwrap();
         self.code.write(FUNCTION, &function);

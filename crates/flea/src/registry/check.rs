@@ -5,8 +5,9 @@ use flea_image::BODY_FRAMES_OFFSET;
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_symbols::addr::RemoteAddr;
 
-use super::{CodeArena, FunctionState, Placed, Registry};
+use super::{CodeArena, FunctionState, LoadedObject, Placed, Registry};
 
+const PAGE: u64 = 4096;
 /// User space ends far below.
 const END_OF_ADDRESSES: u64 = 1 << 57;
 /// Of all arenas together: what a controller is prepared to read back.
@@ -33,6 +34,12 @@ pub(super) fn check(registry: &Registry) -> Result<(), String> {
         end(arena.mapping, arena.size_bytes)?;
         if arena.size_bytes < THREAD_TABLE_BYTES as u64 {
             return Err(format!("a data arena of {} bytes", arena.size_bytes));
+        }
+    }
+    for object in &registry.objects {
+        let aligned = [object.base.0, object.size_bytes].iter().all(|n| n.is_multiple_of(PAGE));
+        if end(object.base, object.size_bytes).is_err() || !aligned {
+            return Err(format!("an object of {} bytes at {}", object.size_bytes, object.base));
         }
     }
     if let Some(at) = registry.runtime {
@@ -89,6 +96,15 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
         return Err(format!("site {} has {n_bytes} bytes of {:?}", f.site, f.insn_lens));
     }
     f.skeleton.map_or(Ok(()), |p| check_placed(registry, p))?;
+    for one in &f.replacements {
+        let home = registry.objects.iter().find(|object| object.base == one.object);
+        let inside = |object: &LoadedObject| {
+            one.entry.0.checked_sub(object.base.0).is_some_and(|into| into < object.size_bytes)
+        };
+        if !home.is_some_and(inside) {
+            return Err(format!("replacement {} at {} is in no object", one.id, one.entry));
+        }
+    }
     for body in &f.bodies {
         for p in [body.entry, body.session, body.exit].into_iter().flatten() {
             check_placed(registry, p)?;
