@@ -54,6 +54,7 @@ pub fn compile_body(request: &BodyRequest<'_>) -> Result<Body, CompileError> {
         exit: exit.map(|s| s.0),
         frame_words: u32::try_from(n_sessions).unwrap_or(u32::MAX),
         reads,
+        saves: Vec::new(),
         calls_runtime,
     })
 }

@@ -25,7 +25,9 @@ pub mod x86_64;
 pub use body::compile_body;
 pub use code::{Code, Reloc, RelocKind, RelocTarget};
 pub use plain::compile_plain;
-pub use request::{BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads};
+pub use request::{
+    BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads, Save, Saved, When,
+};
 pub use x86_64::check::{CheckError, check_body};
 pub use x86_64::find_fde::FrameArena;
 pub use x86_64::listing::listing;

@@ -98,7 +98,7 @@ pub(crate) fn parse_name(section: &str) -> Result<SectionName, SectionFault> {
         None => (name, None),
     };
     let supported = [ProgramKind::Fentry, ProgramKind::Fexit, ProgramKind::Fsession];
-    let Some(program) = supported.into_iter().find(|p| prefix(*p) == kind) else {
+    let Some(program) = supported.into_iter().find(|p| p.name() == kind) else {
         let section = section.to_owned();
         let base = kind.split_once('.').map_or(kind, |(base, _suffix)| base);
         return Err(if LIBBPF_KINDS.contains(&base) {
@@ -111,14 +111,6 @@ pub(crate) fn parse_name(section: &str) -> Result<SectionName, SectionFault> {
         return Err(SectionFault::NoFunction { section: section.to_owned() });
     }
     Ok(SectionName { kind: program, target: target.map(str::to_owned), autoload })
-}
-
-const fn prefix(kind: ProgramKind) -> &'static str {
-    match kind {
-        ProgramKind::Fentry => "fentry",
-        ProgramKind::Fexit => "fexit",
-        ProgramKind::Fsession => "fsession",
-    }
 }
 
 #[cfg(test)]

@@ -75,7 +75,10 @@ fn details(module: &Module<'_>) {
     assert_eq!(signature(module, "make_big").ret.words, [RetWord::Rax]);
     assert_eq!(signature(module, "make_point").ret.words, [RetWord::Rax, RetWord::Rdx]);
     assert_eq!(words("wide"), [Stack(0), Stack(1), Gpr(0), Gpr(1)]);
-    assert_eq!(signature(module, "wide").ret.words, [RetWord::X87]);
+    assert_eq!(
+        signature(module, "wide").ret.words,
+        [0, 1].map(|word| RetWord::X87 { reg: 0, word })
+    );
     assert_eq!(signature(module, "nothing").ret.words, []);
     assert_eq!(signature(module, "scale").ret.words, [RetWord::Xmm0]);
     assert_eq!(words("nine")[6..], [Stack(0), Stack(1), Stack(2)]);

@@ -257,14 +257,14 @@ pub(crate) fn pack_reads(reads: &Reads) -> u32 {
     let args = reads.args.iter().map(|word| match *word {
         ArgWord::Gpr(i) => 1 << i,
         ArgWord::Xmm(i) => 1 << (8 + i),
-        ArgWord::Stack(_) => 0,
+        ArgWord::XmmWord { .. } | ArgWord::Stack(_) => 0,
     });
     let results = reads.results.iter().map(|word| match word {
         RetWord::Rax => 1 << 16,
         RetWord::Rdx => 1 << 17,
         RetWord::Xmm0 => 1 << 18,
         RetWord::Xmm1 => 1 << 19,
-        RetWord::X87 => 0,
+        RetWord::XmmWord { .. } | RetWord::X87 { .. } => 0,
     });
     args.chain(results).fold(0, |bits, bit| bits | bit)
 }

@@ -25,7 +25,7 @@ use std::{
 
 use flea_image::Body;
 use flea_layout::plan::ArenaPlan;
-use flea_object::spec::{MapSpec, ProgramKind};
+use flea_object::spec::MapSpec;
 use flea_patch::Plan;
 use flea_process::{Memory, MemoryError, Pid, SeizeError, Tracer};
 use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
@@ -485,12 +485,7 @@ fn add_body(
 
 fn program_label(object: &Loaded, index: usize) -> (String, String) {
     let program = &object.spec.programs[index];
-    let kind = match program.kind {
-        ProgramKind::Fentry => "fentry",
-        ProgramKind::Fexit => "fexit",
-        ProgramKind::Fsession => "fsession",
-    };
-    (kind.to_owned(), program.name.clone())
+    (program.kind.name().to_owned(), program.name.clone())
 }
 
 /// A function that nothing is attached to yet.

@@ -156,6 +156,7 @@ impl Translator<'_, '_> {
                 let value = *args.xmm.get(usize::from(i))?;
                 self.b.ins().bitcast(types::I64, MemFlagsData::new(), value)
             }
+            ArgWord::XmmWord { .. } => return None,
             ArgWord::Stack(i) => {
                 let i = i32::try_from(i).ok()?.checked_mul(8)?;
                 let value = match args.rbp {
@@ -187,7 +188,7 @@ impl Translator<'_, '_> {
             Some(RetWord::Rdx) => -16,
             Some(RetWord::Xmm0) => -24,
             Some(RetWord::Xmm1) => -32,
-            Some(RetWord::X87) | None => return self.iconst(0),
+            Some(RetWord::XmmWord { .. } | RetWord::X87 { .. }) | None => return self.iconst(0),
         };
         if let Some(word) = word {
             self.out.reads.add_result(word);

@@ -449,7 +449,7 @@ impl Emitter<'_> {
                 let register = *xmms.get(usize::from(i)).ok_or(no_such)?;
                 self.code(|a| a.movq(qword_ptr(rbp - (88 + 8 * u32::from(i))), register))
             }
-            ArgWord::Stack(_) => Ok(()),
+            ArgWord::XmmWord { .. } | ArgWord::Stack(_) => Ok(()),
         }
     }
 
@@ -459,7 +459,7 @@ impl Emitter<'_> {
             RetWord::Rdx => a.mov(qword_ptr(rbp - 16), rdx),
             RetWord::Xmm0 => a.movq(qword_ptr(rbp - 24), xmm0),
             RetWord::Xmm1 => a.movq(qword_ptr(rbp - 32), xmm1),
-            RetWord::X87 => Ok(()),
+            RetWord::XmmWord { .. } | RetWord::X87 { .. } => Ok(()),
         })
     }
 

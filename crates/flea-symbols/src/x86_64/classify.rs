@@ -111,14 +111,15 @@ pub(crate) fn returned(shape: &Shape) -> Result<Returned, Unclassified> {
         return Ok(Returned::Memory);
     }
     if matches!(shape, Shape::LongDouble | Shape::Complex(32)) {
-        return Ok(Returned::Words(vec![RetWord::X87]));
+        let n_registers = if matches!(shape, Shape::LongDouble) { 1 } else { 2 };
+        return Ok(Returned::Words(x87(n_registers)));
     }
     let classes = classify(shape)?;
     if classes.contains(&Class::Memory) {
         return Ok(Returned::Memory);
     }
     if classes.contains(&Class::X87) {
-        return Ok(Returned::Words(vec![RetWord::X87]));
+        return Ok(Returned::Words(x87(1)));
     }
     let mut gprs = [RetWord::Rax, RetWord::Rdx].into_iter();
     let mut xmms = [RetWord::Xmm0, RetWord::Xmm1].into_iter();
@@ -128,6 +129,11 @@ pub(crate) fn returned(shape: &Shape) -> Result<Returned, Unclassified> {
         _ => None,
     });
     Ok(Returned::Words(words.collect()))
+}
+
+/// The words of st0, or of st0 and st1.
+fn x87(n_registers: u8) -> Vec<RetWord> {
+    (0..n_registers).flat_map(|reg| [0, 1].map(|word| RetWord::X87 { reg, word })).collect()
 }
 
 /// The classes of a shape's eightbytes; `[Memory]` for what is never in registers.
