@@ -387,10 +387,8 @@ fn a_program_entered_again_is_skipped_and_counted() -> Result<()> {
     action.sa_sigaction = call_nothing as *const () as usize;
     action.sa_flags = libc::SA_RESTART;
     // SAFETY: the handler calls nothing that is not safe in a handler.
-    assert_eq!(
-        unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) },
-        0
-    );
+    let set = unsafe { libc::sigaction(libc::SIGUSR1, &raw const action, std::ptr::null_mut()) };
+    assert_eq!(set, 0);
 
     // SAFETY: it has no preconditions.
     let this = unsafe { libc::pthread_self() } as u64;
