@@ -83,12 +83,8 @@ fn check(seed: u64, style: generate::Style) -> bool {
     for run in 0..6 {
         let mut interpreter = Interpreter::new(&ops, Random::new(seed ^ (run << 56) ^ 0x5eed));
         if let Err(e) = interpreter.run(&beliefs, verified.facts()) {
-            let listing: Vec<String> = ops
-                .iter()
-                .enumerate()
-                .map(|(i, op)| format!("{i}: {}", crate::disasm::text(op)))
-                .collect();
-            panic!("seed {seed} run {run}: {e}\n{}", listing.join("\n"));
+            let listing = flea_object::disasm::listing(&program.insns);
+            panic!("seed {seed} run {run}: {e}\n{listing}");
         }
     }
     true
