@@ -24,7 +24,7 @@ pub mod x86_64;
 
 pub use body::compile_body;
 pub use code::{Code, Reloc, RelocKind, RelocTarget};
-pub use plain::compile_plain;
+pub use plain::{PlainRequest, compile_function, compile_plain};
 pub use request::{
     BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads, Save, Saved, When,
 };
