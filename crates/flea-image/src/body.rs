@@ -7,6 +7,7 @@
 //!            else (cold): slot = flea_thread_slot(arena); if 0: arena.no_slot += 1, return
 //!   program: if state.active != 0: state.misses += 1     only if guarded, see `guard`
 //!            else: state.active = 1; ... ; state.active = 0
+//!   fmod_ret: if r0 != 0: the function's result = r0, return       the rest is skipped as well
 //! ```
 
 use std::mem::offset_of;
@@ -31,13 +32,15 @@ use crate::clif::{self, symbol};
 use crate::code::{Code, RelocTarget};
 use crate::guard::{self, Guard};
 use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads};
+use crate::skip::skip_result;
 use crate::translate::{
-    Arguments, Env, Outcome, Side, Translator, Use, call_runtime, op, proved, zero_cookie,
+    Arguments, Env, Outcome, Side, Translator, Use, call_runtime, op, proved, store_skip_value,
+    zero_cookie,
 };
 use crate::x86_64::check::check_body;
 use crate::x86_64::slim::slim;
 
-/// Compiles all programs of `request` into at most three bodies.
+/// Compiles all programs of `request` into at most four bodies.
 ///
 /// # Errors
 /// [`CompileError`]: nothing usable was made.
@@ -45,14 +48,17 @@ pub fn compile_body(request: &BodyRequest<'_>) -> Result<Body, CompileError> {
     check_request(request)?;
     let entry = compile_side(request, Side::Entry)?;
     let session = compile_side(request, Side::Session)?;
+    let modify = compile_side(request, Side::Modify)?;
     let exit = compile_side(request, Side::Exit)?;
-    let calls_runtime =
-        [&entry, &session, &exit].iter().any(|s| s.as_ref().is_some_and(|s| s.1.calls_runtime));
+    let calls_runtime = [&entry, &session, &modify, &exit]
+        .iter()
+        .any(|s| s.as_ref().is_some_and(|s| s.1.calls_runtime));
     let n_sessions = request.programs.iter().filter(|p| p.kind == ProgramKind::Fsession).count();
     let reads = exit.as_ref().map_or_else(Reads::default, |(_, outcome)| outcome.reads.clone());
     Ok(Body {
         entry: entry.map(|s| s.0),
         session: session.map(|s| s.0),
+        modify: modify.map(|s| s.0),
         exit: exit.map(|s| s.0),
         frame_words: u32::try_from(n_sessions).unwrap_or(u32::MAX),
         reads,
@@ -64,6 +70,10 @@ pub fn compile_body(request: &BodyRequest<'_>) -> Result<Body, CompileError> {
 fn check_request(request: &BodyRequest<'_>) -> Result<(), CompileError> {
     let n_programs = request.plan.n_programs;
     for p in request.programs {
+        let skips = p.kind == ProgramKind::FmodRet && p.verified.return_range() != (0..=0);
+        if skips && let Err(reason) = skip_result(request.signature) {
+            return Err(CompileError::Result { reason });
+        }
         if p.state_index >= n_programs {
             return Err(CompileError::NoSuchState { state_index: p.state_index, n_programs });
         }
@@ -81,6 +91,7 @@ fn runs_on(side: Side, kind: ProgramKind) -> bool {
         (side, kind),
         (Side::Entry, ProgramKind::Fentry)
             | (Side::Session, ProgramKind::Fsession)
+            | (Side::Modify, ProgramKind::FmodRet)
             | (Side::Exit, ProgramKind::Fexit | ProgramKind::Fsession)
     )
 }
@@ -168,7 +179,7 @@ fn build(
         slot,
     };
     for c in chosen {
-        emit_program(&mut b, &env, c, &mut outcome)?;
+        emit_program(&mut b, &env, c, &mut outcome, end)?;
     }
     b.ins().jump(end, &[]);
     b.switch_to_block(end);
@@ -246,6 +257,7 @@ fn emit_program(
     env: &Env<'_>,
     chosen: &Chosen<'_>,
     outcome: &mut Outcome,
+    end: Block,
 ) -> Result<(), CompileError> {
     let program = chosen.program;
     let used = Use {
@@ -267,16 +279,36 @@ fn emit_program(
     });
     // The context pointer is never used as a number.
     let ctx = b.ins().iconst(types::I64, 0);
-    Translator::new(b, env, &used, outcome).program(ctx, ctx)?;
+    let r0 = Translator::new(b, env, &used, outcome).program(ctx, ctx)?;
     if let Some(state) = state {
         let zero = b.ins().iconst(types::I64, 0);
         // Without this barrier (no machine code) Cranelift might find `active = 1` dead.
         b.ins().sequence_point();
         b.ins().store(proved(), zero, state, field(offset_of!(ProgramState, active)));
     }
-    b.ins().jump(after, &[]);
+    if env.args.side == Side::Modify && program.verified.return_range() != (0..=0) {
+        skip_unless_zero(b, env, r0, after, end);
+    } else {
+        b.ins().jump(after, &[]);
+    }
     b.switch_to_block(after);
     Ok(())
+}
+
+/// `if r0 != 0 { result = r0; goto end }; goto after`
+fn skip_unless_zero(
+    b: &mut FunctionBuilder<'_>,
+    env: &Env<'_>,
+    r0: Value,
+    after: Block,
+    end: Block,
+) {
+    let skips = b.create_block();
+    b.set_cold_block(skips);
+    b.ins().brif(r0, skips, &[], after, &[]);
+    b.switch_to_block(skips);
+    store_skip_value(b, &env.args, r0);
+    b.ins().jump(end, &[]);
 }
 
 /// `if state.active != 0 { state.misses += 1; goto after }; state.active = 1`

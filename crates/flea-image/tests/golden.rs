@@ -38,7 +38,7 @@ fn compile(signature: &Signature, maps: &[MapSpec], programs: &[(&Verified, Prog
         printk_map: None,
     })
     .unwrap();
-    for code in [&body.entry, &body.session, &body.exit].into_iter().flatten() {
+    for code in [&body.entry, &body.session, &body.modify, &body.exit].into_iter().flatten() {
         check_body(&code.bytes).unwrap();
         check_body(&code.resolve(|_| 0x7000_0000_0000)).unwrap();
     }
@@ -436,6 +436,7 @@ fn skeletons() {
         let bodies = [SkeletonBody {
             entry: Some(BodyRef::Call(RemoteAddr(0x50_0000))),
             session: None,
+            modify: None,
             exit,
             reads: &body.reads,
             frame_words: 0,
@@ -449,6 +450,7 @@ fn skeletons() {
             image_address: RemoteAddr(0x60_0000),
             bodies: &bodies,
             stack_words: 3,
+            skip: None,
         })
         .unwrap()
     };

@@ -22,6 +22,7 @@ fn request<'a>(replaced: &'a [u8], bodies: &'a [SkeletonBody<'a>]) -> SkeletonRe
         image_address: NEAR,
         bodies,
         stack_words: 0,
+        skip: None,
     }
 }
 
@@ -89,6 +90,7 @@ fn frame_words_of_bodies_do_not_overlap() {
     let body = |frame_offset, frame_words| SkeletonBody {
         entry: None,
         session: Some(BodyRef::Call(NEAR)),
+        modify: None,
         exit: None,
         reads: &reads,
         frame_words,

@@ -18,6 +18,7 @@ pub struct Function {
     signature: Arc<OnceLock<Signature>>,
     site: Arc<OnceLock<Result<Site, Refusal>>>,
     uses_return_address: Arc<OnceLock<bool>>,
+    never_returns: Arc<OnceLock<bool>>,
 }
 
 impl std::fmt::Debug for Function {
@@ -71,6 +72,13 @@ impl Function {
     pub(crate) fn uses_return_address(&self) -> bool {
         *self.uses_return_address.get_or_init(|| {
             self.module.with_symbols(|s| s.uses_return_address(&self.symbol)).unwrap_or(true)
+        })
+    }
+
+    /// Whether its caller may have nothing behind the call that could go on.
+    pub(crate) fn never_returns(&self) -> bool {
+        *self.never_returns.get_or_init(|| {
+            self.module.with_symbols(|s| s.never_returns(&self.symbol)).unwrap_or(true)
         })
     }
 
@@ -173,5 +181,6 @@ fn function(
         signature: Arc::default(),
         site: Arc::default(),
         uses_return_address: Arc::default(),
+        never_returns: Arc::default(),
     })
 }

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use flea_image::{Body, BodyRequest, ProgramUse, RelocTarget};
+use flea_image::{Body, BodyRequest, ProgramUse, RelocTarget, SkipResult};
 use flea_layout::plan::ArenaPlan;
 use flea_object::{
     helper::Helper,
@@ -362,6 +362,14 @@ impl Program {
             stack_words(function, signature)?;
         }
         let context = context(signature, self.kind());
+        let verified = self.verify(function, context)?;
+        if self.kind() == ProgramKind::FmodRet && verified.return_range() != (0..=0) {
+            self.check_skip(function)?;
+        }
+        Ok(verified)
+    }
+
+    fn verify(&self, function: &Function, context: Context) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
         let key = (self.index, context);
         if let Some(known) = lock(&loaded.verified).get(&key) {
@@ -378,6 +386,24 @@ impl Program {
         Ok(Arc::clone(cache.entry(key).or_insert(verified)))
     }
 
+    /// Whether `function` may be skipped: its caller goes on with a result that a program can
+    /// make up.
+    fn check_skip(&self, function: &Function) -> Result<(), AttachError> {
+        let refused = |reason: String| AttachError::Skip {
+            function: function.name(),
+            program: self.name().to_owned(),
+            reason,
+        };
+        if function.never_returns() {
+            return Err(refused(
+                "the function never returns: its caller need not have code behind the call".into(),
+            ));
+        }
+        flea_image::skip_result(function.signature())
+            .map(drop)
+            .map_err(|reason| refused(reason.to_string()))
+    }
+
     fn spec(&self) -> &flea_object::spec::Program {
         &self.object.inner.spec.programs[self.index]
     }
@@ -387,6 +413,11 @@ impl Prepared {
     /// The site's first byte in the target.
     pub(crate) fn site_address(&self) -> RemoteAddr {
         self.function.site_address(&self.site)
+    }
+
+    /// Where the value of a program goes that skips the function.
+    pub(crate) fn skip(&self) -> Option<SkipResult> {
+        flea_image::skip_result(&self.signature).ok()
     }
 
     /// Compiles the programs on this function, for a frame that starts at `frame_offset`.

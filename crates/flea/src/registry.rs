@@ -34,7 +34,7 @@ const HEADER_BYTES: u64 = 4096;
 /// Stores that may overtake one load. Each takes a seize, which takes longer.
 const MAX_LOADS: u32 = 64;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x04");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x05");
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -122,6 +122,9 @@ pub struct FunctionState {
     pub bypass: RemoteAddr,
     /// Words of stack arguments to pass on, where an exit program is attached.
     pub stack_words: u32,
+    /// Where the value goes with which an fmod_ret program skips it, where one is attached and
+    /// may.
+    pub skip: Option<Skip>,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
     /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
@@ -133,6 +136,17 @@ pub struct FunctionState {
     pub calls: Vec<RemoteAddr>,
     /// Newest first.
     pub bodies: Vec<BodyState>,
+}
+
+/// Where the result of a skipped function goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Skip {
+    /// It has none.
+    Nowhere,
+    /// Into rax.
+    Rax,
+    /// Into xmm0.
+    Xmm0,
 }
 
 /// Where a site's bytes came from.
@@ -170,6 +184,8 @@ pub struct BodyState {
     pub entry: Option<Placed>,
     /// Fsession programs, entry side.
     pub session: Option<Placed>,
+    /// Fmod_ret programs.
+    pub modify: Option<Placed>,
     /// Fexit programs, and fsession programs, exit side.
     pub exit: Option<Placed>,
     /// First word of its frame, below the skeleton's own words.
@@ -195,6 +211,13 @@ pub struct Retired {
     pub calls: Vec<RemoteAddr>,
     /// The data arenas that it works on and that must outlive it.
     pub arenas: Vec<RemoteAddr>,
+}
+
+impl BodyState {
+    /// Its code.
+    pub(crate) fn placed(&self) -> impl Iterator<Item = Placed> + use<> {
+        [self.entry, self.session, self.modify, self.exit].into_iter().flatten()
+    }
 }
 
 impl Registry {
@@ -412,6 +435,7 @@ mod tests {
             programs: vec![("fexit".into(), "p".into())],
             entry: None,
             session: None,
+            modify: None,
             exit: Some(Placed { at: code.offset(0x80), len: 0x30 }),
             frame_offset: flea_image::BODY_FRAMES_OFFSET,
             frame_words: 1,
@@ -440,6 +464,7 @@ mod tests {
                 skeleton: Some(Placed { at: code.offset(0x100), len: 0x60 }),
                 bypass: code.offset(0x140),
                 stack_words: 0,
+                skip: None,
                 calls_original: true,
                 finds_frames: false,
                 returns_to: Some(code.offset(0x120)),

@@ -5,6 +5,7 @@
 //!   side      register arguments            caller's stack words      results
 //!   entry     parameters of the body        [body_rbp + 24 + 8*i]     -
 //!   session   parameters of the body        [rbp + 16 + 8*i]          0
+//!   modify    parameters of the body        [rbp + 16 + 8*i]          0, for else it is skipped
 //!   exit      [rbp - 40 - 8*i] (integer)    [rbp + 16 + 8*i]          [rbp - 8 ...]
 //!             [rbp - 88 - 8*i] (xmm)
 //! ```
@@ -18,13 +19,19 @@ use flea_symbols::signature::{ArgWord, Param, RetWord, Signature, Type};
 use super::{Translator, proved};
 use crate::clif::select;
 
-/// Which of the three bodies.
+/// Where the first non-zero result of an fmod_ret program goes, from the skeleton's rbp: the
+/// word of the result rax, which is not there yet.
+const SKIP_VALUE_OFFSET: i32 = -8;
+
+/// Which of the four bodies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     /// fentry.
     Entry,
     /// fsession, at entry.
     Session,
+    /// fmod_ret.
+    Modify,
     /// fexit, and fsession at exit.
     Exit,
     /// No trampoline at all: plain memory in, r0 out.
@@ -76,7 +83,7 @@ impl Arguments {
             signature.arg_words().filter_map(wanted).map(|i| usize::from(i) + 1).max().unwrap_or(0)
         };
         match side {
-            Side::Entry | Side::Session => (
+            Side::Entry | Side::Session | Side::Modify => (
                 count(|w| if let ArgWord::Gpr(i) = w { Some(i) } else { None }),
                 count(|w| if let ArgWord::Xmm(i) = w { Some(i) } else { None }),
             ),
@@ -95,7 +102,9 @@ impl Arguments {
         let n_gpr = Self::n_registers(side, signature).0;
         let body_rbp = b.ins().get_frame_pointer(types::I64);
         let rbp = match side {
-            Side::Session | Side::Exit => Some(b.ins().load(types::I64, fixed(), body_rbp, 0)),
+            Side::Session | Side::Modify | Side::Exit => {
+                Some(b.ins().load(types::I64, fixed(), body_rbp, 0))
+            }
             Side::Entry | Side::Plain => None,
         };
         Self {
@@ -189,7 +198,7 @@ impl Translator<'_, '_> {
         let args = &self.env.args;
         let word = match args.side {
             Side::Exit => args.results.get(n).copied(),
-            Side::Entry | Side::Session | Side::Plain => None,
+            Side::Entry | Side::Session | Side::Modify | Side::Plain => None,
         };
         let offset = match word {
             Some(RetWord::Rax) => -8,
@@ -262,6 +271,13 @@ impl Translator<'_, '_> {
 /// Where word `k` of a body's frame is, from the skeleton's rbp.
 pub(crate) fn cookie_offset(frame_offset: u32, word: u32) -> i64 {
     -i64::from(frame_offset) - 8 * i64::from(word)
+}
+
+/// Makes `value` the result of the function, which is skipped.
+pub(crate) fn store_skip_value(b: &mut FunctionBuilder<'_>, args: &Arguments, value: Value) {
+    if let Some(rbp) = args.skeleton_rbp() {
+        b.ins().store(proved(), value, rbp, SKIP_VALUE_OFFSET);
+    }
 }
 
 /// Zeroes the session cookie in `word`.

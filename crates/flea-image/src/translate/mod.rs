@@ -29,7 +29,7 @@ use crate::code::RelocTarget;
 use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
 
-pub(crate) use context::{Arguments, Side, zero_cookie};
+pub(crate) use context::{Arguments, Side, store_skip_value, zero_cookie};
 pub(crate) use helper::call_runtime;
 
 /// Instructions that one body may hold, calls inlined: Cranelift takes about a second for it.

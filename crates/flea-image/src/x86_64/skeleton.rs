@@ -1,7 +1,7 @@
 //! The few instructions per function that run its bodies around the original.
 //!
 //! ```text
-//! entry-only                              with session or exit bodies
+//! entry-only                              with session, modify or exit bodies
 //!  [lea rsp, [rsp-8]]   per inline          entry bodies as on the left
 //!   ...entry body...    entry body          push rbp
 //!  [lea rsp, [rsp+8]]                       mov rbp, rsp
@@ -9,12 +9,18 @@
 //!   relocated instructions                  mov [rbp-40-8*i], rdi...    what exit bodies read
 //!   jmp site + patched                      push [rbp+16+8*i]           caller's stack words
 //!                                           session bodies
+//!                                           mov [rbp-8], 0              modify bodies, see `skip`
+//!                                           modify body, cmp, jne skipped
 //!                                           call original
 //!                                           mov [rsp-8], rbp            over the return address
+//!                                         returned:
 //!                                           mov [rbp-8], rax...         what exit bodies read
 //!                                           exit bodies
 //!                                           leave
 //!                                           ret
+//!                                         skipped:
+//!                                           mov rax, [rbp-8]            or xmm0, or nothing
+//!                                           jmp returned
 //!                                           nop "flea"                  see `find_fde`
 //!                                         original:
 //!                                           relocated instructions
@@ -45,6 +51,9 @@ use super::find_fde::{self, FrameArena};
 use super::listing;
 use super::relocate::{self, RelocateError};
 use crate::request::{BODY_FRAMES_OFFSET, Reads};
+use crate::skip::SkipResult;
+
+mod skip;
 
 /// Bytes of `jmp rel32` and `call rel32`: what a site gives up at least.
 pub const PATCH_BYTES: usize = 5;
@@ -72,6 +81,9 @@ pub struct SkeletonRequest<'a> {
     pub bodies: &'a [SkeletonBody<'a>],
     /// Words of stack arguments that the original is to find above its return address.
     pub stack_words: u32,
+    /// Where the value goes with which a modify body skips the original. `None` where no value
+    /// can be its result: then no body may skip it, and none is asked.
+    pub skip: Option<SkipResult>,
 }
 
 /// What a site's bytes are.
@@ -90,6 +102,9 @@ pub struct SkeletonBody<'a> {
     pub entry: Option<BodyRef<'a>>,
     /// Run before the original in the frame.
     pub session: Option<BodyRef<'a>>,
+    /// Run behind all session bodies; the first that leaves a value skips the original and the
+    /// other modify bodies.
+    pub modify: Option<BodyRef<'a>>,
     /// Run after the original in the frame.
     pub exit: Option<BodyRef<'a>>,
     /// What `exit` reads.
@@ -99,6 +114,13 @@ pub struct SkeletonBody<'a> {
     /// The offset that they were compiled for; checked. Bodies of several controllers need
     /// offsets that do not overlap; holes do no harm.
     pub frame_offset: u32,
+}
+
+impl SkeletonBody<'_> {
+    /// Whether the original has to be called from a frame of ours.
+    fn needs_frame(&self) -> bool {
+        self.session.is_some() || self.modify.is_some() || self.exit.is_some()
+    }
 }
 
 /// A body as the skeleton gets at it.
@@ -260,7 +282,7 @@ pub fn link_unwinder_skeleton(
 ) -> Result<Skeleton, LinkError> {
     check_request(request)?;
     let mut emitter = Emitter { asm: Assembly::default(), request, rows: vec![], returns_to: None };
-    let has_frame = request.bodies.iter().any(|b| b.session.is_some() || b.exit.is_some());
+    let has_frame = request.bodies.iter().any(SkeletonBody::needs_frame);
     emitter.row(UnwindRule::Entry);
     emitter.entry_bodies()?;
     if has_frame {
@@ -289,7 +311,7 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
     }
     check_frame_words(request.bodies)?;
     for body in request.bodies {
-        for side in [body.entry, body.session, body.exit].into_iter().flatten() {
+        for side in [body.entry, body.session, body.modify, body.exit].into_iter().flatten() {
             if let BodyRef::Call(to) = side
                 && to.0.abs_diff(request.image_address.0) > REACH
             {
@@ -404,11 +426,13 @@ impl Emitter<'_> {
         for body in request.bodies {
             self.framed_body(body.session)?;
         }
+        let skips = self.modify_bodies()?;
         // `call original` with the original behind the end, whose place is known only then.
         let call_at = self.asm.here();
         self.branch(Code::Call_rel32_64, call_at.address())?;
         self.returns_to = Some(self.asm.here());
         self.code(|a| a.mov(qword_ptr(rsp - 8), rbp))?;
+        let returned = self.asm.here();
         for word in &reads.results {
             self.save_result(*word)?;
         }
@@ -419,6 +443,7 @@ impl Emitter<'_> {
             a.leave()?;
             a.ret()
         })?;
+        self.skipped(&skips, returned)?;
         let marker = relocate::decode(&find_fde::MARKER, 0).map_err(LinkError::Inline)?;
         marker.into_iter().for_each(|insn| self.asm.push(insn));
         let original = self.asm.here().address();
