@@ -87,9 +87,15 @@ impl Function {
     pub fn site(&self) -> Result<&Site, Refusal> {
         self.site
             .get_or_init(|| {
-                self.module
-                    .with_symbols(|s| s.site(&self.symbol))
-                    .expect("a function was found in a module that could be read")
+                let proved = self.module.with_symbols(|s| s.site(&self.symbol));
+                match proved.expect("a function was found in a module that could be read") {
+                    Err(Refusal::CallInPrologue { if_pushed: Some(site), .. })
+                        if !self.module.has_shadow_stack() =>
+                    {
+                        Ok(*site)
+                    }
+                    other => other,
+                }
             })
             .as_ref()
             .map_err(Clone::clone)
