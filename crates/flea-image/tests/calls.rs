@@ -6,7 +6,7 @@ mod support;
 
 use expect_test::expect;
 use flea_image::{
-    BodyRef, LinkError, Reads, RelocateError, SiteKind, SkeletonBody, SkeletonRequest,
+    BodyRef, LinkError, Reads, RelocateError, SiteKind, SkeletonBody, SkeletonRequest, StackCopy,
     link_skeleton,
 };
 use flea_symbols::addr::RemoteAddr;
@@ -110,7 +110,8 @@ fn patched(begin: Begin, taken: i32, entry: bool, exit: bool) -> Patched {
         kind: SiteKind::Relocated,
         image_address: RemoteAddr(base + IMAGE as u64),
         bodies: &bodies,
-        stack_words: 1,
+        stack_copy: StackCopy::Exactly(1),
+        stack_align_bytes: 16,
     })
     .unwrap();
     code.write(FUNCTION, &[start.clone(), rest].concat());
@@ -188,7 +189,8 @@ fn link(replaced: &[u8]) -> Result<String, LinkError> {
         kind: SiteKind::Relocated,
         image_address: RemoteAddr(0x5555_8060_0000),
         bodies: &[],
-        stack_words: 0,
+        stack_copy: StackCopy::Exactly(0),
+        stack_align_bytes: 16,
     };
     link_skeleton(&request).map(|skeleton| skeleton.listing())
 }

@@ -2,7 +2,11 @@
 
 use std::sync::{Arc, OnceLock};
 
-use flea_symbols::{Pattern, Refusal, Site, addr::RemoteAddr, signature::Signature};
+use flea_symbols::{
+    Pattern, Refusal, Site,
+    addr::RemoteAddr,
+    signature::{Signature, StackWords},
+};
 
 use crate::{
     error::FindError,
@@ -61,9 +65,9 @@ impl Function {
     #[must_use]
     pub fn signature(&self) -> &Signature {
         self.signature.get_or_init(|| {
-            self.module.with_symbols(|s| s.signature(&self.symbol)).unwrap_or_else(|_| {
-                Signature::guessed(flea_symbols::signature::StackWords::Unknown)
-            })
+            self.module
+                .with_symbols(|s| s.signature(&self.symbol))
+                .unwrap_or_else(|_| Signature::guessed(StackWords::Unknown))
         })
     }
 
@@ -72,6 +76,12 @@ impl Function {
         *self.uses_return_address.get_or_init(|| {
             self.module.with_symbols(|s| s.uses_return_address(&self.symbol)).unwrap_or(true)
         })
+    }
+
+    /// How many words of stack arguments its code can reach, whatever it is declared to take.
+    pub(crate) fn stack_words_proof(&self) -> StackWords {
+        let proof = self.module.with_symbols(|s| s.stack_words_proof(&self.symbol));
+        proof.unwrap_or(StackWords::Unknown)
     }
 
     /// Its declaration, as C writes it.

@@ -3,7 +3,7 @@
 
 use flea_image::{
     BODY_FRAMES_OFFSET, BodyRef, BodyRequest, ProgramUse, RelocTarget, SiteKind, SkeletonBody,
-    SkeletonRequest, call_patch, compile_body, link_skeleton,
+    SkeletonRequest, StackCopy, call_patch, compile_body, link_skeleton,
 };
 use flea_layout::plan::ArenaPlan;
 use flea_layout::shared::{ArenaHeader, RuntimeFn, THREAD_TABLE_BYTES};
@@ -253,7 +253,8 @@ impl Rig {
                 frame_words: body.frame_words,
                 frame_offset: BODY_FRAMES_OFFSET,
             }],
-            stack_words,
+            stack_copy: StackCopy::Exactly(stack_words),
+            stack_align_bytes: 16,
         })
         .unwrap();
         self.code.write(FUNCTION, &function);
