@@ -38,3 +38,4 @@ pub use x86_64::skeleton::{
     BodyRef, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, UnwindRow,
     UnwindRule, call_patch, link_skeleton, link_unwinder_skeleton,
 };
+pub use x86_64::stack_copy::StackCopy;
