@@ -18,6 +18,7 @@ mod frame;
 mod guard;
 mod plain;
 mod request;
+mod sides;
 mod translate;
 pub mod unwind;
 pub mod x86_64;
@@ -28,6 +29,7 @@ pub use plain::compile_plain;
 pub use request::{
     BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads, Save, Saved, When,
 };
+pub use sides::needs_frame;
 pub use x86_64::check::{CheckError, check_body};
 pub use x86_64::find_fde::FrameArena;
 pub use x86_64::listing::listing;

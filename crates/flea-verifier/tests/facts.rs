@@ -43,7 +43,7 @@ fn check(lines: &[&str]) -> Result<Verified, Rejection> {
         init: None,
         read_only: false,
     };
-    let context = Context::Tracing { n_args: 2, has_result: true, session: false };
+    let context = Context::Tracing { n_args: 2, n_results: 1, session: false };
     verify(&program(lines), &[map], context)
 }
 
