@@ -32,10 +32,11 @@ use crate::clif::{self, symbol};
 use crate::code::{Code, RelocTarget};
 use crate::guard::{self, Guard};
 use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads};
+use crate::sides::{rank, runs_on};
 use crate::skip::skip_result;
 use crate::translate::{
-    Arguments, Env, Outcome, Side, Translator, Use, call_runtime, op, proved, store_skip_value,
-    zero_cookie,
+    Arguments, Env, Outcome, Parameters, Saves, Side, Translator, Use, call_runtime, op, proved,
+    store_skip_value, zero_cookie,
 };
 use crate::x86_64::check::check_body;
 use crate::x86_64::slim::slim;
@@ -46,23 +47,31 @@ use crate::x86_64::slim::slim;
 /// [`CompileError`]: nothing usable was made.
 pub fn compile_body(request: &BodyRequest<'_>) -> Result<Body, CompileError> {
     check_request(request)?;
-    let entry = compile_side(request, Side::Entry)?;
-    let session = compile_side(request, Side::Session)?;
-    let modify = compile_side(request, Side::Modify)?;
-    let exit = compile_side(request, Side::Exit)?;
+    let n_sessions = request.programs.iter().filter(|p| p.kind == ProgramKind::Fsession).count();
+    // Session cookies first, then what the sides want saved, each knowing of those before.
+    let saves = Saves::behind(u32::try_from(n_sessions).unwrap_or(u32::MAX));
+    let saves_after = |side: &Option<(Code, Outcome)>, before: Saves| {
+        side.as_ref().map_or(before, |(_, outcome)| outcome.saves.clone())
+    };
+    let entry = compile_side(request, Side::Entry, &saves)?;
+    let session = compile_side(request, Side::Session, &saves)?;
+    let saves = saves_after(&session, saves);
+    let modify = compile_side(request, Side::Modify, &saves)?;
+    let saves = saves_after(&modify, saves);
+    let exit = compile_side(request, Side::Exit, &saves)?;
+    let saves = saves_after(&exit, saves);
     let calls_runtime = [&entry, &session, &modify, &exit]
         .iter()
         .any(|s| s.as_ref().is_some_and(|s| s.1.calls_runtime));
-    let n_sessions = request.programs.iter().filter(|p| p.kind == ProgramKind::Fsession).count();
     let reads = exit.as_ref().map_or_else(Reads::default, |(_, outcome)| outcome.reads.clone());
     Ok(Body {
         entry: entry.map(|s| s.0),
         session: session.map(|s| s.0),
         modify: modify.map(|s| s.0),
         exit: exit.map(|s| s.0),
-        frame_words: u32::try_from(n_sessions).unwrap_or(u32::MAX),
+        frame_words: saves.frame_words(),
         reads,
-        saves: Vec::new(),
+        saves: saves.into_list(),
         calls_runtime,
     })
 }
@@ -86,16 +95,6 @@ fn check_request(request: &BodyRequest<'_>) -> Result<(), CompileError> {
     Ok(())
 }
 
-fn runs_on(side: Side, kind: ProgramKind) -> bool {
-    matches!(
-        (side, kind),
-        (Side::Entry, ProgramKind::Fentry)
-            | (Side::Session, ProgramKind::Fsession)
-            | (Side::Modify, ProgramKind::FmodRet)
-            | (Side::Exit, ProgramKind::Fexit | ProgramKind::Fsession)
-    )
-}
-
 /// A program with what one side's body needs to know of it.
 struct Chosen<'a> {
     program: &'a ProgramUse<'a>,
@@ -106,13 +105,14 @@ struct Chosen<'a> {
 fn compile_side(
     request: &BodyRequest<'_>,
     side: Side,
+    saves: &Saves,
 ) -> Result<Option<(Code, Outcome)>, CompileError> {
     let mut n_sessions = 0;
     let mut chosen = Vec::new();
     for program in request.programs {
         let cookie_word = n_sessions;
         n_sessions += u32::from(program.kind == ProgramKind::Fsession);
-        if runs_on(side, program.kind) {
+        if runs_on(side, program, request.signature) {
             let guard = guard::of_program(program.verified, request.plan);
             chosen.push(Chosen { program, guard, cookie_word });
         }
@@ -120,17 +120,18 @@ fn compile_side(
     if chosen.is_empty() {
         return Ok(None);
     }
+    chosen.sort_by_key(|c| rank(c.program.kind));
     // A guarded program's own stores would hide another's unmerged ones from the check below.
     if chosen.iter().any(|c| c.guard == Guard::Needed) {
         guard_all_writers(&mut chosen);
     }
-    let made = build(request, side, &chosen)?;
+    let made = build(request, side, &chosen, saves)?;
     let unproved = chosen.iter().any(|c| c.guard == Guard::UnlessMerged);
     if !unproved || guard::writes_are_single_instructions(&made.0.bytes) {
         return Ok(Some(made));
     }
     guard_all_writers(&mut chosen);
-    build(request, side, &chosen).map(Some)
+    build(request, side, &chosen, saves).map(Some)
 }
 
 fn guard_all_writers(chosen: &mut [Chosen<'_>]) {
@@ -145,11 +146,11 @@ fn build(
     request: &BodyRequest<'_>,
     side: Side,
     chosen: &[Chosen<'_>],
+    saves: &Saves,
 ) -> Result<(Code, Outcome), CompileError> {
-    let (n_gpr, n_xmm) = Arguments::n_registers(side, request.signature);
+    let parameters = Parameters::of(side, request.signature);
     let mut signature = Signature::new(CallConv::PreserveAll);
-    signature.params = vec![AbiParam::new(types::I64); n_gpr];
-    signature.params.extend(vec![AbiParam::new(types::F64); n_xmm]);
+    signature.params = parameters.types().map(AbiParam::new).collect();
     let mut func = Function::with_name_signature(UserFuncName::user(0, 0), signature);
     let mut context = FunctionBuilderContext::new();
     let mut b = FunctionBuilder::new(&mut func, &mut context);
@@ -157,13 +158,13 @@ fn build(
     b.append_block_params_for_function_params(block);
     b.switch_to_block(block);
     let params = b.block_params(block).to_vec();
-    let args = Arguments::new(&mut b, side, request.signature, &params);
+    let args = Arguments::new(&mut b, side, request.signature, parameters.split(&params));
     if side == Side::Session {
-        for c in chosen {
+        for c in chosen.iter().filter(|c| c.program.kind == ProgramKind::Fsession) {
             zero_cookie(&mut b, &args, request.frame_offset, c.cookie_word);
         }
     }
-    let mut outcome = Outcome::default();
+    let mut outcome = Outcome::new(saves.clone());
     let end = b.create_block();
     let slot = chosen
         .iter()

@@ -147,8 +147,8 @@ fn the_verifier_leads_to_the_same_code() {
             lines: vec![],
             ..Program::default()
         };
-        let context =
-            Context::Tracing { n_args: 2, has_result: kind == ProgramKind::Fexit, session: false };
+        let n_results = u8::from(kind == ProgramKind::Fexit);
+        let context = Context::Tracing { n_args: 2, n_results, session: false };
         let verified = verify(&program, &maps, context).unwrap();
         let compile = |v| compile(&ints(2), &maps, &[(v, kind)]);
         assert_eq!(compile(&verified), compile(&by_hand));
@@ -439,6 +439,7 @@ fn skeletons() {
             modify: None,
             exit,
             reads: &body.reads,
+            saves: &body.saves,
             frame_words: 0,
             frame_offset: 0,
         }];

@@ -84,9 +84,7 @@ impl<'a> Machine<'a> {
     /// Words of the context that can be read.
     pub(crate) fn ctx_slots(&self) -> u32 {
         match self.context {
-            Context::Tracing { n_args, has_result, .. } => {
-                u32::from(n_args) + u32::from(has_result)
-            }
+            Context::Tracing { n_args, n_results, .. } => u32::from(n_args) + u32::from(n_results),
             Context::Memory { .. } => 0,
         }
     }

@@ -238,7 +238,7 @@ impl Change {
 fn skeleton_body<'a>(
     known_code: &'a HashMap<RemoteAddr, Vec<u8>>,
     f: &FunctionState,
-    b: &BodyState,
+    b: &'a BodyState,
     reads: &'a Reads,
 ) -> SkeletonBody<'a> {
     let refer = |placed: Option<Placed>| {
@@ -253,6 +253,7 @@ fn skeleton_body<'a>(
         modify: refer(b.modify),
         exit: refer(b.exit),
         reads,
+        saves: &b.saves,
         frame_offset: b.frame_offset,
         frame_words: b.frame_words,
     }
@@ -438,6 +439,7 @@ mod tests {
             frame_offset: FIRST_FRAME_OFFSET,
             frame_words: 0,
             reads: 0,
+            saves: vec![],
         };
         f.bodies.insert(0, body);
         change.relink(&mut f, before).unwrap();

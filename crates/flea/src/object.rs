@@ -128,6 +128,8 @@ pub(crate) struct Prepared {
     pub(crate) function: Function,
     pub(crate) site: Site,
     pub(crate) stack: StackArgs,
+    /// Some program of `uses` needs the skeleton's frame, so the original runs inside it.
+    pub(crate) has_frame: bool,
     /// (program index, cookie), newest first.
     pub(crate) uses: Vec<(usize, u64)>,
     verified: Vec<Arc<Verified>>,
@@ -289,8 +291,10 @@ impl Object {
                 prepared.push(self.prepare_function(&a.function)?);
             }
             let one = &mut prepared[at];
-            if self.inner.spec.programs[a.program].kind != ProgramKind::Fentry {
+            let kind = self.inner.spec.programs[a.program].kind;
+            if flea_image::needs_frame(kind, &verified, &one.signature) {
                 one.stack = stack_args(&a.function, &one.signature)?;
+                one.has_frame = true;
             }
             one.uses.insert(0, (a.program, a.cookie));
             one.verified.insert(0, verified);
@@ -306,6 +310,7 @@ impl Object {
             function: function.clone(),
             site: site.clone(),
             stack: StackArgs::NONE,
+            has_frame: false,
             uses: Vec::new(),
             verified: Vec::new(),
             signature: function.signature().clone(),
@@ -352,8 +357,8 @@ impl Program {
         self.object.attach(&[self.on(function, 0)])
     }
 
-    /// Whether it could be attached to `function`: there is a site, an exit program's stack
-    /// arguments are known, and the verifier accepts it with this signature.
+    /// Whether it could be attached to `function`: there is a site, the verifier accepts it with
+    /// this signature, and the stack arguments are known where a frame has to pass them on.
     ///
     /// # Errors
     /// The reason why not.
@@ -362,17 +367,17 @@ impl Program {
             .site()
             .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
-        if self.kind() != ProgramKind::Fentry {
+        let verified = self.verify(function, context(signature, self.kind()))?;
+        if flea_image::needs_frame(self.kind(), &verified, signature) {
             stack_args(function, signature)?;
         }
-        let context = context(signature, self.kind());
-        let verified = self.verify(function, context)?;
         if self.kind() == ProgramKind::FmodRet && verified.return_range() != (0..=0) {
             self.check_skip(function)?;
         }
         Ok(verified)
     }
 
+    /// The proof for a function with this context, made once.
     fn verify(&self, function: &Function, context: Context) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
         let key = (self.index, context);
@@ -451,12 +456,6 @@ impl Prepared {
 }
 
 impl Loaded {
-    /// Whether images of these have a frame while the original runs.
-    pub(crate) fn has_frames(&self, prepared: &[Prepared]) -> bool {
-        let mut programs = prepared.iter().flat_map(|p| &p.uses);
-        programs.any(|&(index, _)| self.spec.programs[index].kind != ProgramKind::Fentry)
-    }
-
     /// The address behind a relocation, with the runtime at `runtime`.
     pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
         match target {
@@ -487,7 +486,10 @@ fn context(signature: &Signature, kind: ProgramKind) -> Context {
     let n_args = u8::try_from(signature.arg_words().count()).unwrap_or(u8::MAX);
     Context::Tracing {
         n_args,
-        has_result: kind != ProgramKind::Fentry,
+        n_results: match kind {
+            ProgramKind::Fentry => 0,
+            _ => u8::try_from(signature.ret.words.len().max(1)).unwrap_or(u8::MAX),
+        },
         session: kind == ProgramKind::Fsession,
     }
 }

@@ -17,7 +17,9 @@
 
 mod check;
 mod hex;
+mod saves;
 
+use flea_image::Save;
 use flea_process::{Memory, MemoryError};
 use flea_symbols::addr::RemoteAddr;
 use serde::{Deserialize, Serialize};
@@ -221,6 +223,9 @@ pub struct BodyState {
     /// Bit i: the exit side reads integer argument i; bit 8 + i: xmm argument i; bits 16 to
     /// 19: results rax, rdx, xmm0, xmm1.
     pub reads: u32,
+    /// What else the skeleton stores, into its frame's words.
+    #[serde(with = "saves")]
+    pub saves: Vec<Save>,
 }
 
 /// Memory that is to be given back as soon as nobody can be in it.
@@ -400,6 +405,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use flea_image::{Saved, When};
 
     /// A registry's place in this very process, zeros at first.
     struct Place {
@@ -466,6 +472,7 @@ mod tests {
             frame_offset: flea_image::BODY_FRAMES_OFFSET,
             frame_words: 1,
             reads: 1,
+            saves: vec![Save { when: When::Exit, what: Saved::Gpr(3), word: 0 }],
         };
         Registry {
             next_id: 4,
@@ -560,7 +567,7 @@ mod tests {
     #[test]
     fn what_others_rely_on_is_checked() {
         type Lie = fn(&mut Registry);
-        let lies: [(&str, Lie); 18] = [
+        let lies: [(&str, Lie); 20] = [
             ("rows", |r| r.code[0].rows = Some(Placed { at: RemoteAddr(8), len: 8 })),
             ("no runtime to read the stack with", |r| r.runtime = None),
             ("few bytes", |r| r.functions[0].original.truncate(4)),
@@ -570,6 +577,8 @@ mod tests {
             ("a site at the end", |r| r.functions[0].site = RemoteAddr(u64::MAX - 2)),
             ("frame offset", |r| r.functions[0].bodies[0].frame_offset = u32::MAX - 7),
             ("frame words", |r| r.functions[0].bodies[0].frame_words = u32::MAX / 8),
+            ("a save outside the frame", |r| r.functions[0].bodies[0].saves[0].word = 1),
+            ("a save of no register", |r| r.functions[0].bodies[0].saves[0].what = Saved::Gpr(4)),
             ("result words for a frame", |r| r.functions[0].bodies[0].frame_offset = 8),
             ("body length", |r| r.functions[0].bodies[0].exit.as_mut().unwrap().len = u32::MAX),
             ("skeleton", |r| r.functions[0].skeleton.as_mut().unwrap().at = RemoteAddr(8)),

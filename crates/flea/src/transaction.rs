@@ -127,7 +127,7 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
 pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>, AttachError> {
     let pid = object.session.pid();
     let mut ground = look(pid, prepared)?;
-    let has_frames = object.has_frames(prepared) || ground.has_frames;
+    let has_frames = prepared.iter().any(|p| p.has_frame) || ground.has_frames;
     let unwinders = if has_frames { unwinder::find(&object.session)? } else { Vec::new() };
     let author = Author::now();
     for _ in 0..MAX_ATTEMPTS {
@@ -478,6 +478,7 @@ fn add_body(
         frame_offset: new.offset,
         frame_words: body.frame_words,
         reads: pack_reads(&body.reads),
+        saves: body.saves.clone(),
     };
     let arenas = arenas(function);
     function.bodies.insert(0, state);

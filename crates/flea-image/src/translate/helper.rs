@@ -205,7 +205,7 @@ impl Translator<'_, '_> {
     }
 
     fn get_func_ret(&mut self, scope: &Scope, idx: u32) -> Result<Value, CompileError> {
-        if self.env.args.side == Side::Entry {
+        if self.used.kind == Some(ProgramKind::Fentry) {
             return Ok(self.iconst(EOPNOTSUPP));
         }
         let value = self.result(0);

@@ -7,6 +7,7 @@
 //!  [lea rsp, [rsp+8]]                       mov rbp, rsp
 //!   call body           per called one      lea rsp, [rsp-FRAME]
 //!   relocated instructions                  mov [rbp-40-8*i], rdi...    what exit bodies read
+//!                                           mov [rbp-152-8*i], rbx...   saves, see `saves`
 //!   jmp site + patched                      push [rbp+16+8*i]           see `stack_copy`
 //!                                           session bodies
 //!                                           mov [rbp-8], 0              modify bodies, see `skip`
@@ -15,6 +16,7 @@
 //!                                           mov [rsp-8], rbp            over the return address
 //!                                         returned:
 //!                                           mov [rbp-8], rax...         what exit bodies read
+//!                                           movups [rbp-152-8*i], xmm0  saves
 //!                                           exit bodies
 //!                                           leave
 //!                                           ret
@@ -51,8 +53,9 @@ use super::assemble::{Assembly, Encoded, Place};
 use super::find_fde::{self, FrameArena};
 use super::listing;
 use super::relocate::{self, RelocateError};
+use super::saves;
 use super::stack_copy::{self, MAX_STACK_WORDS, StackCopy};
-use crate::request::{BODY_FRAMES_OFFSET, Reads};
+use crate::request::{BODY_FRAMES_OFFSET, Reads, Save, When};
 use crate::skip::SkipResult;
 
 mod skip;
@@ -111,6 +114,8 @@ pub struct SkeletonBody<'a> {
     pub exit: Option<BodyRef<'a>>,
     /// What `exit` reads.
     pub reads: &'a Reads,
+    /// What is stored into these bodies' words.
+    pub saves: &'a [Save],
     /// Words of the frame that these bodies use.
     pub frame_words: u32,
     /// The offset that they were compiled for; checked. Bodies of several controllers need
@@ -190,6 +195,14 @@ pub enum LinkError {
         frame_words: u32,
         /// The bound.
         max: u32,
+    },
+    /// A save of no register, or to words that its body does not have.
+    #[error("cannot save {save:?} into the {frame_words} words of its body")]
+    NoSuchSave {
+        /// The save.
+        save: Save,
+        /// The body's words.
+        frame_words: u32,
     },
     /// An argument register outside 6 integer and 8 vector ones.
     #[error("no such argument register: {0:?}")]
@@ -320,6 +333,10 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
     }
     check_frame_words(request.bodies)?;
     for body in request.bodies {
+        let frame_words = body.frame_words;
+        if let Some(&save) = body.saves.iter().find(|save| !save.fits(frame_words)) {
+            return Err(LinkError::NoSuchSave { save, frame_words });
+        }
         for side in [body.entry, body.session, body.modify, body.exit].into_iter().flatten() {
             if let BodyRef::Call(to) = side
                 && to.0.abs_diff(request.image_address.0) > REACH
@@ -428,6 +445,7 @@ impl Emitter<'_> {
         for word in &reads.args {
             self.save_argument(*word)?;
         }
+        self.saves(When::Entry)?;
         let copied = stack_copy::emit(&mut self.asm, request.stack_copy);
         let slow = copied.map_err(|e| self.failed(&e))?;
         for body in request.bodies {
@@ -443,6 +461,7 @@ impl Emitter<'_> {
         for word in &reads.results {
             self.save_result(*word)?;
         }
+        self.saves(When::Exit)?;
         for body in request.bodies {
             self.framed_body(body.exit)?;
         }
@@ -469,6 +488,16 @@ impl Emitter<'_> {
             Some(BodyRef::Call(address)) => self.branch(Code::Call_rel32_64, address.0),
             None => Ok(()),
         }
+    }
+
+    /// What bodies asked for beyond argument and result words.
+    fn saves(&mut self, when: When) -> Result<(), LinkError> {
+        for body in self.request.bodies {
+            for &save in body.saves.iter().filter(|save| save.when == when) {
+                self.code(|a| saves::emit(a, save, body.frame_offset))?;
+            }
+        }
+        Ok(())
     }
 
     fn save_argument(&mut self, word: ArgWord) -> Result<(), LinkError> {
