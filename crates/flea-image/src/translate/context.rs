@@ -147,7 +147,7 @@ impl Parameters {
     /// handed out in order.
     pub fn of(side: Side, signature: &Signature) -> Self {
         let mut parameters = Self { n_gpr: 0, xmm: vec![] };
-        if !matches!(side, Side::Entry | Side::Session) {
+        if !matches!(side, Side::Entry | Side::Session | Side::Modify) {
             return parameters;
         }
         for word in signature.arg_words() {
