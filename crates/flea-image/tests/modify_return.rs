@@ -298,6 +298,7 @@ fn the_skeleton_asks_each_controller() {
             stack_copy: flea_image::StackCopy::Exactly(0),
             stack_align_bytes: 16,
             skip,
+            replacement: None,
         };
         link_skeleton(&request).unwrap().listing()
     };

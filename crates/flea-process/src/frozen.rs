@@ -22,6 +22,8 @@ const STOP_PATIENCE: Duration = Duration::from_millis(30);
 pub struct FrozenThread {
     /// Its number.
     pub tid: Tid,
+    /// Its instruction pointer.
+    pub pc: RemoteAddr,
     /// Its stack pointer.
     pub sp: RemoteAddr,
     /// Every word of every register, vector registers too.
@@ -71,7 +73,7 @@ impl Tracer {
             let mut words = registers.words().to_vec();
             let vectors = ptrace::extended_state(tid);
             words.extend(self.still_there(tid, "reading registers", vectors)?.unwrap_or_default());
-            threads.push(FrozenThread { tid, sp: registers.sp(), words });
+            threads.push(FrozenThread { tid, pc: registers.pc(), sp: registers.sp(), words });
         }
         // Somebody announced a thread that has not shown up yet.
         Ok(self.expected.is_empty().then_some(threads))

@@ -14,13 +14,14 @@
 //! What shows up by accident keeps the object as well, until the next time. An object that has
 //! imported one of [`HIDES_ADDRESSES`] is never searched for: it stays.
 
-use std::{fs::File, ops::Range, os::unix::fs::FileExt as _};
+use std::{collections::HashMap, fs::File, ops::Range, os::unix::fs::FileExt as _, sync::Arc};
 
 use flea_process::{FrozenThread, Mapping, Memory, Pid, Whereabouts};
 use flea_symbols::addr::RemoteAddr;
 
 use crate::{
     error::RemoteError,
+    modules::{self, Module},
     registry::{LoadedObject, MAPS_PATH, Registry},
     remote::Ground,
 };
@@ -69,15 +70,15 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
     if candidates.is_empty() {
         return Ok(());
     }
-    search_running(ground, &mut candidates)?;
+    let mut stacks = Stacks::of(ground.tracer.pid())?;
+    search_running(ground, &mut stacks, &mut candidates)?;
     drop_handlers(ground, &mut candidates)?;
     if candidates.is_empty() {
         return Ok(());
     }
-    let pid = ground.tracer.pid();
     let left = ground.tracer.frozen(|tracer, threads| {
         let mut left = candidates.clone();
-        search_frozen(pid, tracer.memory(), threads, &mut left).map(|()| left)
+        search_frozen(tracer.memory(), &mut stacks, threads, &mut left).map(|()| left)
     })?;
     for object in left.transpose()?.unwrap_or_default() {
         ground.unmap_object(&object)?;
@@ -114,30 +115,22 @@ fn points_into(object: &LoadedObject, word: u64) -> bool {
 /// Step 2.
 fn search_running(
     ground: &Ground<'_>,
+    stacks: &mut Stacks,
     candidates: &mut Vec<LoadedObject>,
 ) -> Result<(), RemoteError> {
-    let maps = flea_process::maps(ground.tracer.pid())?;
-    let mut search = Search {
-        memory: ground.memory(),
-        pages: Pages::open(ground.tracer.pid()),
-        left_bytes: MAX_SEARCH_BYTES,
-    };
-    let dead = running_dead_stacks(ground, &maps);
+    let pid = ground.tracer.pid();
+    let maps = flea_process::maps(pid)?;
+    let places = ground.tracer.threads().into_iter().map(|tid| flea_process::whereabouts(pid, tid));
+    // Where a running thread is is not known: all of its stack counts.
+    let sleeping = places.filter_map(|place| match place {
+        Whereabouts::Syscall { sp, pc, .. } | Whereabouts::Elsewhere { sp, pc } => Some((sp, pc)),
+        Whereabouts::Running | Whereabouts::Gone => None,
+    });
+    let dead: Vec<_> = sleeping.filter_map(|(sp, pc)| stacks.dead(&maps, sp, pc)).collect();
+    let left_bytes = MAX_SEARCH_BYTES;
+    let mut search = Search { memory: ground.memory(), pages: Pages::open(pid), left_bytes };
     search.memory_of(&maps, &dead, candidates);
     Ok(())
-}
-
-/// Dead parts of the stacks of sleeping threads; a running one's are not known.
-fn running_dead_stacks(ground: &Ground<'_>, maps: &[Mapping]) -> Vec<Range<u64>> {
-    let pid = ground.tracer.pid();
-    let stacks =
-        ground.tracer.threads().into_iter().map(|tid| match flea_process::whereabouts(pid, tid) {
-            Whereabouts::Syscall { sp, .. } | Whereabouts::Elsewhere { sp, .. } => {
-                dead_stack(maps, sp)
-            }
-            Whereabouts::Running | Whereabouts::Gone => None,
-        });
-    stacks.flatten().collect()
 }
 
 /// Step 3. The words are read into the registry's own page, behind its header: it is the one
@@ -165,24 +158,53 @@ fn drop_handlers(
 
 /// Step 4.
 fn search_frozen(
-    pid: Pid,
     memory: &Memory,
+    stacks: &mut Stacks,
     threads: &[FrozenThread],
     candidates: &mut Vec<LoadedObject>,
 ) -> Result<(), RemoteError> {
     for word in threads.iter().flat_map(|thread| &thread.words) {
         candidates.retain(|object| !points_into(object, *word));
     }
-    let maps = flea_process::maps(pid)?;
-    let dead: Vec<_> = threads.iter().filter_map(|t| dead_stack(&maps, t.sp)).collect();
-    let mut search = Search { memory, pages: Pages::open(pid), left_bytes: MAX_FROZEN_BYTES };
+    let maps = flea_process::maps(stacks.pid)?;
+    let dead: Vec<_> = threads.iter().filter_map(|t| stacks.dead(&maps, t.sp, t.pc)).collect();
+    let left_bytes = MAX_FROZEN_BYTES;
+    let mut search = Search { memory, pages: Pages::open(stacks.pid), left_bytes };
     search.memory_of(&maps, &dead, candidates);
     Ok(())
 }
 
-/// What lies below the stack pointer `sp` and is left of calls that are over. None where it is
-/// not sure that the mapping is a stack: a coroutine's may be in the middle of a heap.
-fn dead_stack(maps: &[Mapping], sp: RemoteAddr) -> Option<Range<u64>> {
+/// What of the threads' stacks is left of calls that are over.
+struct Stacks {
+    pid: Pid,
+    modules: Vec<Arc<Module>>,
+    /// Whether the function that has this address makes calls.
+    makes_calls: HashMap<RemoteAddr, bool>,
+}
+
+impl Stacks {
+    fn of(pid: Pid) -> Result<Self, RemoteError> {
+        Ok(Self { pid, modules: modules::list(pid)?, makes_calls: HashMap::new() })
+    }
+
+    /// The dead part of the stack of a thread that stands at `pc` with `sp`. Below `sp` a
+    /// function that makes no calls may keep what it likes, one that does has nothing there.
+    fn dead(&mut self, maps: &[Mapping], sp: RemoteAddr, pc: RemoteAddr) -> Option<Range<u64>> {
+        let modules = &self.modules;
+        let makes_calls = *self.makes_calls.entry(pc).or_insert_with(|| {
+            let found = modules.iter().find_map(|module| {
+                let stated = module.stated(pc).ok()??;
+                module.with_symbols(|s| s.makes_calls(stated)).ok()
+            });
+            found.unwrap_or(false)
+        });
+        dead_stack(maps, sp, if makes_calls { 0 } else { RED_ZONE_BYTES })
+    }
+}
+
+/// What lies below the stack pointer `sp` and its red zone. None where it is not sure that the
+/// mapping is a stack: a coroutine's may be in the middle of a heap.
+fn dead_stack(maps: &[Mapping], sp: RemoteAddr, red_zone_bytes: u64) -> Option<Range<u64>> {
     let i = maps.iter().position(|mapping| mapping.contains(sp))?;
     let below = i.checked_sub(1).and_then(|i| maps.get(i));
     let stands_on_guard = below.is_some_and(|guard| {
@@ -194,7 +216,7 @@ fn dead_stack(maps: &[Mapping], sp: RemoteAddr) -> Option<Range<u64>> {
     if maps[i].path != "[stack]" && !stands_on_guard {
         return None;
     }
-    let end = sp.0.saturating_sub(RED_ZONE_BYTES);
+    let end = sp.0.saturating_sub(red_zone_bytes);
     let start = end.saturating_sub(DEAD_STACK_BYTES).max(maps[i].start.0);
     (start < end).then_some(start..end)
 }
@@ -316,7 +338,7 @@ mod tests {
 7ffc00000000-7ffc00021000 rw-p 00000000 00:00 0 [stack]
 ",
         );
-        let dead = |sp| dead_stack(&maps, RemoteAddr(sp));
+        let dead = |sp| dead_stack(&maps, RemoteAddr(sp), 128);
         assert_eq!(dead(0x0120_0000), None, "a coroutine in the heap");
         let end = 0x7f00_0080_0000 - 128;
         assert_eq!(dead(0x7f00_0080_0000), Some(end - DEAD_STACK_BYTES..end));

@@ -1,5 +1,6 @@
 //! What is particular to x86-64: the proof of a site, and System V's places for arguments.
 
+mod calls;
 pub(crate) mod classify;
 pub(crate) mod jumps;
 pub(crate) mod nops;
