@@ -72,6 +72,7 @@ mod tests {
             ret: Return { ty: ret, words },
             variadic: false,
             stack_words: StackWords::Known(0),
+            stack_align_bytes: 16,
             source: SignatureSource::Dwarf,
         }
     }

@@ -92,6 +92,14 @@ impl Function {
         proof.unwrap_or(StackWords::Unknown)
     }
 
+    /// A direct call whose caller relies on registers that only this very code leaves alone.
+    pub(crate) fn caller_relying_on_registers(&self) -> Option<flea_symbols::addr::Svma> {
+        let signature = self.signature();
+        let find =
+            self.module.with_symbols(|s| s.caller_relying_on_registers(&self.symbol, signature));
+        find.ok().flatten()
+    }
+
     /// Its declaration, as C writes it.
     #[must_use]
     pub fn signature_text(&self) -> String {

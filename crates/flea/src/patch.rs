@@ -154,6 +154,18 @@ pub enum PatchError {
         /// There is of the replacement.
         replacement_known: bool,
     },
+    /// The replacement would destroy what a caller keeps.
+    #[error(
+        "{function} cannot be replaced: its caller at {caller} (in its file) was compiled \
+         to rely on registers that only this version of it leaves alone (gcc's -fipa-ra); \
+         replace the caller as well or instead, or compile the program with -fno-ipa-ra"
+    )]
+    Registers {
+        /// The function.
+        function: String,
+        /// The call, as the file states its address.
+        caller: Svma,
+    },
     /// One function cannot have two replacements from one go.
     #[error("{function} is to be replaced twice in one go; name it once")]
     Twice {
@@ -225,6 +237,9 @@ impl Patch {
                 return Err(PatchError::Twice { function: function.name() });
             }
             let offset = self.check(&symbols, function, symbol)?;
+            if let Some(caller) = function.caller_relying_on_registers() {
+                return Err(PatchError::Registers { function: function.name(), caller });
+            }
             let site = function
                 .site()
                 .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;

@@ -283,6 +283,34 @@ fn what_does_not_fit_is_refused() -> Result<()> {
     target.finish()
 }
 
+/// gcc keeps values in registers across calls of functions that it knows.
+#[test]
+fn callers_with_special_knowledge_are_not_betrayed() -> Result<()> {
+    for (flags, fits) in
+        [(&["-O2", "-DLEAF"][..], false), (&["-O2", "-DLEAF", "-fno-ipa-ra"], true)]
+    {
+        let Some(dir) = Dir::new(Tool::Gcc, flags)? else { return Ok(()) };
+        let source = r#"
+            #include <stdio.h>
+            long leaf(long x) { char text[40]; return snprintf(text, 40, "%ld", x) * 100; }
+            "#;
+        let object = dir.object("fix", source, &["-O2"])?;
+        let mut target = dir.start(0)?;
+        target.expect("leaf", "1043")?;
+        if fits {
+            let ids = replace(&target, &object, &["leaf"])?;
+            target.expect("leaf", "1341")?;
+            detach(&ids[0])?;
+            target.expect("leaf", "1043")?;
+        } else {
+            let error = refused(&mut target, &[&object, "leaf"])?;
+            ensure!(error.contains("-fno-ipa-ra"), "{error}");
+        }
+        target.finish()?;
+    }
+    Ok(())
+}
+
 /// What is replaced stays so when the controller is killed, and anybody can undo it.
 #[test]
 fn a_killed_controller_leaves_it_working() -> Result<()> {

@@ -7,6 +7,8 @@
  *   wake       lets that call end, prints its result
  *   kept       prints what the kept callback says
  *   forget     forgets the callback
+ *   mixed      prints mixed(1, "ab", 0.5, 4)
+ *   leaf       prints what calls of leaf come to
  *
  * A thread that gets a result that no version of the function can give ends the program with
  * code 3. End of input ends it with code 7. */
@@ -48,6 +50,13 @@ OWN int answer(int x)
 }
 
 OWN double mixed(int a, const char *b, double c, long d) { return a + strlen(b) + c + (double)d; }
+
+/* b and c stay where they are, for gcc knows that leaf changes rax alone. */
+__attribute__((noinline, noclone)) static long leaf(long x) { return x / 13 + 1; }
+__attribute__((noinline, noclone)) static long branch(long a, long b, long c)
+{
+    return leaf(a) + b * c;
+}
 
 static void *caller(void *unused)
 {
@@ -105,6 +114,8 @@ int main(int argc, char **argv)
         } else if (!strncmp(line, "forget", 6)) {
             forget();
             puts("forgotten");
+        } else if (!strncmp(line, "leaf", 4)) {
+            printf("%ld\n", branch(12, 3, atol("14")) + branch(0, 1, 1000) - 1);
         } else if (!strncmp(line, "mixed", 5)) {
             printf("%g\n", mixed(1, "ab", 0.5, 4));
         }

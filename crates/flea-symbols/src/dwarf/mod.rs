@@ -51,7 +51,7 @@ pub(crate) struct Subprogram {
     pub(crate) address: Svma,
     pub(crate) size_bytes: u64,
     /// Offset of its unit in `.debug_info`.
-    unit: usize,
+    pub(crate) unit: usize,
     die: UnitOffset,
     /// Its unit describes parameters at all. With line tables only (`-g1`,
     /// `-gline-tables-only`, Rust's own library) every function looks as if it had none.

@@ -40,13 +40,7 @@ pub(crate) fn read(dwarf: &Dwarf<'_>, subprogram: &Subprogram, symbol: &str) -> 
         .and_then(|origin| dies.root(&origin))
         .and_then(|root| dies.language(&root))
         .or_else(|| dies.language(&root))?;
-    let reader = Reader {
-        is_llvm: dies.inherited_text(&root, dw::DW_AT_producer).is_some_and(|producer| {
-            ["clang", "rustc", "LLVM"].iter().any(|p| producer.contains(p))
-        }),
-        dies,
-        entry: subprogram.address,
-    };
+    let reader = Reader { is_llvm: is_llvm(&dies, &root), dies, entry: subprogram.address };
     if is_c(language) || is_cpp(language) {
         reader.c_signature(&die, is_c(language))
     } else if language == dw::DW_LANG_Rust {
@@ -54,6 +48,19 @@ pub(crate) fn read(dwarf: &Dwarf<'_>, subprogram: &Subprogram, symbol: &str) -> 
     } else {
         None
     }
+}
+
+/// Whether LLVM has compiled the subprogram; `false` where nobody says.
+pub(crate) fn is_compiled_by_llvm(dwarf: &Dwarf<'_>, subprogram: &Subprogram) -> bool {
+    let dies = Dies::new(dwarf);
+    let die = dies.at(File::Main, subprogram.unit, subprogram.die);
+    die.and_then(|die| dies.root(&die)).is_some_and(|root| is_llvm(&dies, &root))
+}
+
+fn is_llvm<'a>(dies: &Dies<'a>, root: &Die<'a>) -> bool {
+    dies.inherited_text(root, dw::DW_AT_producer).is_some_and(|producer| {
+        ["clang", "rustc", "LLVM"].iter().any(|name| producer.contains(name))
+    })
 }
 
 /// The name that a symbol table would have.

@@ -3,6 +3,7 @@
 mod calls;
 pub(crate) mod classify;
 pub(crate) mod jumps;
+mod kept;
 pub(crate) mod nops;
 pub(crate) mod returns;
 pub(crate) mod site;
