@@ -17,6 +17,7 @@ use cranelift_codegen::ir::{
 };
 use cranelift_codegen::isa::CallConv;
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+use flea_layout::plan::ArenaPlan;
 use flea_layout::shared::{
     ProgramState, RuntimeFn, THREAD_TABLE_BYTES, THREAD_TABLE_ENTRIES, THREAD_TABLE_SHIFT,
     ThreadEntry,
@@ -24,6 +25,7 @@ use flea_layout::shared::{
 use flea_object::helper::Helper;
 use flea_object::insn::PSEUDO_MAP_VALUE;
 use flea_object::spec::{MapIdx, MapKind, ProgramKind};
+use flea_verifier::Verified;
 use flea_verifier::facts::Fact;
 
 use crate::clif::{self, symbol};
@@ -165,7 +167,7 @@ fn build(
     let end = b.create_block();
     let slot = chosen
         .iter()
-        .any(|c| c.guard == Guard::Needed || uses_slot(c.program, request))
+        .any(|c| c.guard == Guard::Needed || uses_slot(c.program.verified, request.plan))
         .then(|| find_slot(&mut b, &mut outcome, end));
     let env = Env {
         plan: request.plan,
@@ -173,6 +175,7 @@ fn build(
         function_address: request.function_address.0,
         frame_offset: request.frame_offset,
         args,
+        has_runtime: true,
         slot,
     };
     for c in chosen {
@@ -190,17 +193,16 @@ fn build(
 }
 
 /// Does the program itself name its thread's slot?
-fn uses_slot(program: &ProgramUse<'_>, request: &BodyRequest<'_>) -> bool {
+pub(crate) fn uses_slot(verified: &Verified, plan: &ArenaPlan) -> bool {
     let per_thread = |map: MapIdx| {
-        let kind = request.plan.maps.get(map.0 as usize).map(|m| m.kind);
+        let kind = plan.maps.get(map.0 as usize).map(|m| m.kind);
         matches!(kind, Some(MapKind::PerCpuArray | MapKind::PerCpuHash))
     };
-    let verified = program.verified;
     let facts = verified.facts().iter().zip(verified.insns());
     facts.into_iter().any(|(fact, insn)| match *fact {
         Fact::Call { helper: Helper::GetPrandomU32 | Helper::MapUpdateElem, .. } => true,
         Fact::Call { helper: Helper::MapLookupElem, map: Some(map), .. } => {
-            let array = request.plan.maps.get(map.0 as usize).map(|m| m.kind);
+            let array = plan.maps.get(map.0 as usize).map(|m| m.kind);
             array != Some(MapKind::Array)
         }
         Fact::Plain if insn.opcode == op::LDDW && insn.src == PSEUDO_MAP_VALUE => {
@@ -214,7 +216,7 @@ fn uses_slot(program: &ProgramUse<'_>, request: &BodyRequest<'_>) -> bool {
 ///
 /// A hit needs a slot as well: where `fs:0` is 0 (Go's own threads), the free home entry looks
 /// like a hit.
-fn find_slot(b: &mut FunctionBuilder<'_>, outcome: &mut Outcome, end: Block) -> Value {
+pub(crate) fn find_slot(b: &mut FunctionBuilder<'_>, outcome: &mut Outcome, end: Block) -> Value {
     outcome.calls_runtime = true;
     let cold = b.create_block();
     let found = b.create_block();

@@ -25,7 +25,7 @@ pub mod x86_64;
 
 pub use body::compile_body;
 pub use code::{Code, Reloc, RelocKind, RelocTarget};
-pub use plain::compile_plain;
+pub use plain::{PlainRequest, compile_function, compile_plain};
 pub use request::{
     BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads, Save, Saved, When,
 };
@@ -38,3 +38,4 @@ pub use x86_64::skeleton::{
     BodyRef, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, UnwindRow,
     UnwindRule, call_patch, link_skeleton, link_unwinder_skeleton,
 };
+pub use x86_64::stack_copy::StackCopy;

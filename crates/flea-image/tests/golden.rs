@@ -6,7 +6,7 @@ mod support;
 use expect_test::{Expect, expect};
 use flea_image::{
     BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, Code, ProgramUse, SiteKind, SkeletonBody,
-    SkeletonRequest, check_body, compile_body, link_skeleton,
+    SkeletonRequest, StackCopy, check_body, compile_body, link_skeleton,
 };
 use flea_object::helper::Helper;
 use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
@@ -449,8 +449,9 @@ fn skeletons() {
             kind: SiteKind::Relocated,
             image_address: RemoteAddr(0x60_0000),
             bodies: &bodies,
-            stack_words: 3,
             skip: None,
+            stack_copy: StackCopy::Exactly(3),
+            stack_align_bytes: 16,
         })
         .unwrap()
     };

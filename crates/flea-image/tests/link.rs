@@ -7,7 +7,7 @@ use expect_test::expect;
 use flea_image::unwind::{FDE_OFFSET, frame_arena_rows};
 use flea_image::{
     BODY_FRAMES_OFFSET, BodyRef, FrameArena, LinkError, Reads, RelocateError, SiteKind, Skeleton,
-    SkeletonBody, SkeletonRequest, call_patch, link_skeleton, link_unwinder_skeleton,
+    SkeletonBody, SkeletonRequest, StackCopy, call_patch, link_skeleton, link_unwinder_skeleton,
 };
 use flea_symbols::addr::RemoteAddr;
 
@@ -21,8 +21,9 @@ fn request<'a>(replaced: &'a [u8], bodies: &'a [SkeletonBody<'a>]) -> SkeletonRe
         kind: SiteKind::Relocated,
         image_address: NEAR,
         bodies,
-        stack_words: 0,
         skip: None,
+        stack_copy: StackCopy::Exactly(0),
+        stack_align_bytes: 16,
     }
 }
 
@@ -77,7 +78,7 @@ fn what_cannot_be_linked_says_why() {
         SkeletonRequest { image_address: RemoteAddr(SITE.0 + 0x1000_0000), ..request(&lea, &[]) };
     assert!(matches!(link_skeleton(&far), Err(LinkError::Encode { .. })));
 
-    let many = SkeletonRequest { stack_words: 100_000, ..request(&nop, &[]) };
+    let many = SkeletonRequest { stack_copy: StackCopy::Exactly(100_000), ..request(&nop, &[]) };
     assert!(matches!(link_skeleton(&many), Err(LinkError::TooManyStackWords { .. })));
 
     assert_eq!(call_patch(SITE, RemoteAddr(SITE.0 + (1 << 32))), None);

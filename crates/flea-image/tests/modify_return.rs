@@ -294,7 +294,8 @@ fn the_skeleton_asks_each_controller() {
             kind: SiteKind::Nops,
             image_address: RemoteAddr(0x60_0000),
             bodies: &bodies,
-            stack_words: 0,
+            stack_copy: flea_image::StackCopy::Exactly(0),
+            stack_align_bytes: 16,
             skip,
         };
         link_skeleton(&request).unwrap().listing()

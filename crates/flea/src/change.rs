@@ -3,7 +3,10 @@
 
 use std::collections::HashMap;
 
-use flea_image::{BodyRef, FrameArena, Reads, Skeleton, SkeletonBody, SkeletonRequest, SkipResult};
+use flea_image::{
+    BodyRef, FrameArena, Reads, Skeleton, SkeletonBody, SkeletonRequest, SkipResult, StackCopy,
+};
+use flea_layout::shared::RuntimeFn;
 use flea_patch::Poke;
 use flea_symbols::{
     addr::RemoteAddr,
@@ -12,7 +15,7 @@ use flea_symbols::{
 
 use crate::{
     error::AttachError,
-    registry::{BodyState, FunctionState, Placed, Registry, Retired, SiteKind, Skip},
+    registry::{BodyState, FunctionState, Placed, Registry, Retired, SiteKind, Skip, StackArgs},
 };
 
 /// First body frame, in bytes below the skeleton's rbp: behind result and argument words.
@@ -166,6 +169,7 @@ impl Change {
             .collect();
         let arenas = if f.finds_frames { self.frame_arenas() } else { Vec::new() };
         f.calls = bodies.iter().flat_map(called).collect();
+        let stack_copy = self.stack_copy(f.stack);
         let link = |at| {
             let request = SkeletonRequest {
                 site: f.site,
@@ -176,8 +180,9 @@ impl Change {
                 },
                 image_address: at,
                 bodies: &bodies,
-                stack_words: f.stack_words,
                 skip: f.skip.map(SkipResult::from),
+                stack_copy,
+                stack_align_bytes: f.stack.align_bytes,
             };
             flea_image::link_unwinder_skeleton(&request, &arenas)
                 .map_err(|source| AttachError::Link { function: f.name.clone(), source })
@@ -202,6 +207,15 @@ impl Change {
         self.writes.push((placed.at, skeleton.bytes.clone()));
         f.skeleton = Some(placed);
         Ok(skeleton)
+    }
+
+    fn stack_copy(&self, stack: StackArgs) -> StackCopy {
+        if !stack.may_be_fewer {
+            return StackCopy::Exactly(stack.n_words);
+        }
+        let runtime = self.registry.runtime.expect("a registry with such a function has one");
+        let into = flea_runtime::offset_of(RuntimeFn::ProbeReadUser);
+        StackCopy::UpTo { n_words: stack.n_words, probe_read_user: runtime.offset(into.into()) }
     }
 
     /// The arenas that have rows.
@@ -371,8 +385,8 @@ mod tests {
             previous: first,
             skeleton: None,
             bypass: SITE,
-            stack_words: 0,
             skip: None,
+            stack: StackArgs::NONE,
             calls_original: false,
             finds_frames: false,
             returns_to: None,

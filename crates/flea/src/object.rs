@@ -23,12 +23,16 @@ use crate::{
     error::{AttachError, LoadError},
     function::Function,
     link::Link,
+    registry::StackArgs,
     session::{Inner, lock},
     transaction,
 };
 
 /// Bytes of the ring buffer behind `bpf_printk`.
 const PRINTK_BYTES: u32 = 1 << 20;
+/// Stack words behind the named ones that a call of a variadic function has at most: C promises
+/// its programs 127 arguments (C11, 5.2.4.1). What a call has beyond is not passed on.
+const VARIADIC_WORDS: u32 = 128;
 /// Name of that map.
 const PRINTK_NAME: &str = "printk";
 
@@ -123,7 +127,7 @@ pub struct Attachment {
 pub(crate) struct Prepared {
     pub(crate) function: Function,
     pub(crate) site: Site,
-    pub(crate) stack_words: u32,
+    pub(crate) stack: StackArgs,
     /// (program index, cookie), newest first.
     pub(crate) uses: Vec<(usize, u64)>,
     verified: Vec<Arc<Verified>>,
@@ -286,7 +290,7 @@ impl Object {
             }
             let one = &mut prepared[at];
             if self.inner.spec.programs[a.program].kind != ProgramKind::Fentry {
-                one.stack_words = stack_words(&a.function, &one.signature)?;
+                one.stack = stack_args(&a.function, &one.signature)?;
             }
             one.uses.insert(0, (a.program, a.cookie));
             one.verified.insert(0, verified);
@@ -301,7 +305,7 @@ impl Object {
         Ok(Prepared {
             function: function.clone(),
             site: site.clone(),
-            stack_words: 0,
+            stack: StackArgs::NONE,
             uses: Vec::new(),
             verified: Vec::new(),
             signature: function.signature().clone(),
@@ -359,7 +363,7 @@ impl Program {
             .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
         if self.kind() != ProgramKind::Fentry {
-            stack_words(function, signature)?;
+            stack_args(function, signature)?;
         }
         let context = context(signature, self.kind());
         let verified = self.verify(function, context)?;
@@ -488,20 +492,23 @@ fn context(signature: &Signature, kind: ProgramKind) -> Context {
     }
 }
 
-/// Words that an exit program's image has to pass on.
-fn stack_words(function: &Function, signature: &Signature) -> Result<u32, AttachError> {
-    let refused = || AttachError::StackArguments { function: function.name() };
-    if signature.variadic {
-        return Err(refused());
-    }
-    let n_words = match signature.stack_words {
-        StackWords::Known(n) | StackWords::Proved(n) => n,
-        StackWords::Unknown => return Err(refused()),
+/// The stack arguments that an exit program's image has to pass on.
+fn stack_args(function: &Function, signature: &Signature) -> Result<StackArgs, AttachError> {
+    let (n_words, may_be_fewer) = match signature.stack_words {
+        // What its code cannot reach need not be there.
+        StackWords::Known(named) if signature.variadic => match function.stack_words_proof() {
+            StackWords::Proved(n) => (n, false),
+            _ => (named.saturating_add(VARIADIC_WORDS), true),
+        },
+        StackWords::Known(n) | StackWords::Proved(n) => (n, false),
+        StackWords::Unknown => {
+            return Err(AttachError::StackArguments { function: function.name() });
+        }
     };
     if function.uses_return_address() {
         return Err(AttachError::ReturnAddress { function: function.name() });
     }
-    Ok(n_words)
+    Ok(StackArgs { n_words, may_be_fewer, align_bytes: signature.stack_align_bytes })
 }
 
 fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {

@@ -120,11 +120,11 @@ pub struct FunctionState {
     pub skeleton: Option<Placed>,
     /// Where a thread goes on that ran into the `int3` of a change.
     pub bypass: RemoteAddr,
-    /// Words of stack arguments to pass on, where an exit program is attached.
-    pub stack_words: u32,
     /// Where the value goes with which an fmod_ret program skips it, where one is attached and
     /// may.
     pub skip: Option<Skip>,
+    /// The stack arguments to pass on, where an exit program is attached.
+    pub stack: StackArgs,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
     /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
@@ -147,6 +147,32 @@ pub enum Skip {
     Rax,
     /// Into xmm0.
     Xmm0,
+}
+
+/// A function's stack arguments, as far as exit programs pass them on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StackArgs {
+    /// How many words.
+    pub n_words: u32,
+    /// There may be fewer (a variadic function): what is above them need not be mapped.
+    pub may_be_fewer: bool,
+    /// What the first one's address is a multiple of: 16, 32 or 64.
+    pub align_bytes: u32,
+}
+
+impl StackArgs {
+    /// No stack arguments.
+    pub const NONE: Self = Self { n_words: 0, may_be_fewer: false, align_bytes: 16 };
+
+    /// What does for both: two controllers may know different things of one function.
+    #[must_use]
+    pub fn join(self, other: Self) -> Self {
+        Self {
+            n_words: self.n_words.max(other.n_words),
+            may_be_fewer: self.may_be_fewer || other.may_be_fewer,
+            align_bytes: self.align_bytes.max(other.align_bytes),
+        }
+    }
 }
 
 /// Where a site's bytes came from.
@@ -463,8 +489,8 @@ mod tests {
                 previous: [0x55, 0x48, 0x89, 0xe5, 0x90],
                 skeleton: Some(Placed { at: code.offset(0x100), len: 0x60 }),
                 bypass: code.offset(0x140),
-                stack_words: 0,
                 skip: None,
+                stack: StackArgs { may_be_fewer: true, ..StackArgs::NONE },
                 calls_original: true,
                 finds_frames: false,
                 returns_to: Some(code.offset(0x120)),
@@ -534,8 +560,9 @@ mod tests {
     #[test]
     fn what_others_rely_on_is_checked() {
         type Lie = fn(&mut Registry);
-        let lies: [(&str, Lie); 17] = [
+        let lies: [(&str, Lie); 18] = [
             ("rows", |r| r.code[0].rows = Some(Placed { at: RemoteAddr(8), len: 8 })),
+            ("no runtime to read the stack with", |r| r.runtime = None),
             ("few bytes", |r| r.functions[0].original.truncate(4)),
             ("no instructions", |r| r.functions[0].insn_lens.clear()),
             ("an empty instruction", |r| r.functions[0].insn_lens.extend([0])),

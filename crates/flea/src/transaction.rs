@@ -39,7 +39,8 @@ use crate::{
     own::{self, HelperError},
     reclaim,
     registry::{
-        BodyState, Controller, DataArena, FunctionState, Placed, Registry, SiteKind, Skip, Storage,
+        BodyState, Controller, DataArena, FunctionState, Placed, Registry, SiteKind, Skip,
+        StackArgs, Storage,
     },
     remote::{self, FileGoesTo, Ground},
     session::Inner,
@@ -480,10 +481,10 @@ fn add_body(
     };
     let arenas = arenas(function);
     function.bodies.insert(0, state);
-    function.stack_words = function.stack_words.max(p.stack_words);
     if modify.is_some() {
         function.skip = p.skip().map(Skip::from);
     }
+    function.stack = function.stack.join(p.stack);
     change.relink(function, arenas)?;
     Ok(id)
 }
@@ -518,8 +519,8 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         previous: first,
         skeleton: None,
         bypass: function.site_address(site),
-        stack_words: 0,
         skip: None,
+        stack: StackArgs::NONE,
         calls_original: false,
         finds_frames: false,
         returns_to: None,

@@ -57,19 +57,23 @@ pub(crate) struct Arguments {
     /// The body's rbp, and the skeleton's where there is one.
     body_rbp: Option<Value>,
     rbp: Option<Value>,
+    /// A plain function's context, where it has one: an array of words in memory.
+    array: Option<Value>,
 }
 
 impl Arguments {
-    /// For a body without a trampoline.
-    pub fn none() -> Self {
+    /// For a function without a trampoline, whose context is `n_words` words at `array`.
+    pub fn plain(array: Option<Value>, n_words: u32) -> Self {
+        let slots = (0..n_words).map(|i| Slot { word: ArgWord::Stack(i), n_bytes: 8 });
         Self {
             side: Side::Plain,
-            slots: vec![],
+            slots: slots.collect(),
             results: vec![],
             gpr: vec![],
             xmm: vec![],
             body_rbp: None,
             rbp: None,
+            array,
         }
     }
 
@@ -111,6 +115,7 @@ impl Arguments {
             xmm: params[n_gpr..].to_vec(),
             body_rbp: Some(body_rbp),
             rbp,
+            array: None,
         }
     }
 
@@ -169,6 +174,9 @@ impl Translator<'_, '_> {
             ArgWord::Stack(i) => {
                 let i = i32::try_from(i).ok()?.checked_mul(8)?;
                 let value = match args.rbp {
+                    _ if let Some(array) = args.array => {
+                        self.b.ins().load(types::I64, fixed(), array, i)
+                    }
                     Some(_) => self.frame_word(i.checked_add(16)?)?,
                     None => {
                         let at = i.checked_add(24)?;

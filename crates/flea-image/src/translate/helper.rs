@@ -48,7 +48,7 @@ impl Translator<'_, '_> {
         let not_here = CompileError::HelperNotHere { insn_idx: idx, helper };
         let [r1, r2, r3] = [1, 2, 3].map(|r| self.reg(scope, r));
         let side = self.env.args.side;
-        if side == Side::Plain {
+        if !self.env.has_runtime {
             return Err(not_here);
         }
         match helper {

@@ -53,6 +53,8 @@ pub(crate) struct Env<'a> {
     pub function_address: u64,
     pub frame_offset: u32,
     pub args: Arguments,
+    /// Helpers may be called: false in a plain function without an arena.
+    pub has_runtime: bool,
     /// The thread's slot, where the body looked it up.
     pub slot: Option<Value>,
 }

@@ -8,3 +8,4 @@ pub mod personality;
 pub(crate) mod relocate;
 pub mod skeleton;
 pub(crate) mod slim;
+pub mod stack_copy;

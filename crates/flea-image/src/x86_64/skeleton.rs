@@ -7,7 +7,7 @@
 //!  [lea rsp, [rsp+8]]                       mov rbp, rsp
 //!   call body           per called one      lea rsp, [rsp-FRAME]
 //!   relocated instructions                  mov [rbp-40-8*i], rdi...    what exit bodies read
-//!   jmp site + patched                      push [rbp+16+8*i]           caller's stack words
+//!   jmp site + patched                      push [rbp+16+8*i]           see `stack_copy`
 //!                                           session bodies
 //!                                           mov [rbp-8], 0              modify bodies, see `skip`
 //!                                           modify body, cmp, jne skipped
@@ -21,6 +21,7 @@
 //!                                         skipped:
 //!                                           mov rax, [rbp-8]            or xmm0, or nothing
 //!                                           jmp returned
+//!                                           [slow path of the copy]
 //!                                           nop "flea"                  see `find_fde`
 //!                                         original:
 //!                                           relocated instructions
@@ -50,6 +51,7 @@ use super::assemble::{Assembly, Encoded, Place};
 use super::find_fde::{self, FrameArena};
 use super::listing;
 use super::relocate::{self, RelocateError};
+use super::stack_copy::{self, MAX_STACK_WORDS, StackCopy};
 use crate::request::{BODY_FRAMES_OFFSET, Reads};
 use crate::skip::SkipResult;
 
@@ -61,8 +63,6 @@ pub const PATCH_BYTES: usize = 5;
 const PUSH_RBP: u8 = 0x55;
 /// A jump reaches this far, less what may lie between its ends.
 const REACH: u64 = (1 << 31) - (1 << 16);
-/// Stack words that an exit skeleton copies at most: 4 KiB of the traced thread's stack.
-const MAX_STACK_WORDS: u32 = 512;
 /// Words of body frames at most.
 const MAX_FRAME_WORDS: u32 = 4096;
 
@@ -79,11 +79,13 @@ pub struct SkeletonRequest<'a> {
     pub image_address: RemoteAddr,
     /// Newest first.
     pub bodies: &'a [SkeletonBody<'a>],
-    /// Words of stack arguments that the original is to find above its return address.
-    pub stack_words: u32,
     /// Where the value goes with which a modify body skips the original. `None` where no value
     /// can be its result: then no body may skip it, and none is asked.
     pub skip: Option<SkipResult>,
+    /// What the original is to find above its return address.
+    pub stack_copy: StackCopy,
+    /// What the address of its first stack argument is a multiple of: 16, 32 or 64.
+    pub stack_align_bytes: u32,
 }
 
 /// What a site's bytes are.
@@ -166,6 +168,12 @@ pub enum LinkError {
         stack_words: u32,
         /// The bound.
         max: u32,
+    },
+    /// An alignment that no calling convention knows.
+    #[error("stack arguments aligned to {align_bytes} bytes, not to 16, 32 or 64")]
+    StackAlignment {
+        /// Wanted.
+        align_bytes: u32,
     },
     /// Two bodies would use the same words of the frame, or one a word outside it.
     #[error("a body's frame words at offset {found} overlap others: free from {free_from} on")]
@@ -300,11 +308,12 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
     if request.replaced.len() < PATCH_BYTES {
         return Err(LinkError::SiteTooSmall { site, n_bytes: request.replaced.len() });
     }
-    if request.stack_words > MAX_STACK_WORDS {
-        return Err(LinkError::TooManyStackWords {
-            stack_words: request.stack_words,
-            max: MAX_STACK_WORDS,
-        });
+    let stack_words = request.stack_copy.n_words();
+    if stack_words > MAX_STACK_WORDS {
+        return Err(LinkError::TooManyStackWords { stack_words, max: MAX_STACK_WORDS });
+    }
+    if !matches!(request.stack_align_bytes, 16 | 32 | 64) {
+        return Err(LinkError::StackAlignment { align_bytes: request.stack_align_bytes });
     }
     if site.0.abs_diff(request.image_address.0) > REACH {
         return Err(LinkError::OutOfReach { from: site, to: request.image_address });
@@ -409,8 +418,7 @@ impl Emitter<'_> {
     fn framed(&mut self) -> Result<(), LinkError> {
         let request = self.request;
         let reads = all_reads(request.bodies);
-        let stack_words = request.stack_words;
-        let frame_bytes = frame_bytes(request.bodies, stack_words);
+        let frame_bytes = frame_bytes(request);
         self.code(|a| {
             a.push(rbp)?;
             a.mov(rbp, rsp)
@@ -420,9 +428,8 @@ impl Emitter<'_> {
         for word in &reads.args {
             self.save_argument(*word)?;
         }
-        for i in (0..stack_words).rev() {
-            self.code(|a| a.push(qword_ptr(rbp + (16 + 8 * i))))?;
-        }
+        let copied = stack_copy::emit(&mut self.asm, request.stack_copy);
+        let slow = copied.map_err(|e| self.failed(&e))?;
         for body in request.bodies {
             self.framed_body(body.session)?;
         }
@@ -444,6 +451,9 @@ impl Emitter<'_> {
             a.ret()
         })?;
         self.skipped(&skips, returned)?;
+        if let Some(slow) = slow {
+            stack_copy::emit_slow(&mut self.asm, &slow).map_err(|e| self.failed(&e))?;
+        }
         let marker = relocate::decode(&find_fde::MARKER, 0).map_err(LinkError::Inline)?;
         marker.into_iter().for_each(|insn| self.asm.push(insn));
         let original = self.asm.here().address();
@@ -546,17 +556,20 @@ impl Emitter<'_> {
     }
 }
 
-/// Bytes below rbp before the copied stack words, such that `rsp` is a multiple of 16 once
-/// those are pushed.
-fn frame_bytes(bodies: &[SkeletonBody<'_>], stack_words: u32) -> u32 {
-    let used = bodies
+/// Bytes below rbp before the copied stack words, such that `rsp` is aligned as the caller's
+/// was once those are pushed: the canonical frame address, `rbp + 16`, is a multiple of
+/// `stack_align_bytes`.
+fn frame_bytes(request: &SkeletonRequest<'_>) -> u32 {
+    let used = request
+        .bodies
         .iter()
         .filter(|b| b.frame_words > 0)
         .map(|b| b.frame_offset + 8 * (b.frame_words - 1))
         .max()
         // The lowest argument word.
         .unwrap_or(BODY_FRAMES_OFFSET - 8);
-    (used + 8 * stack_words).next_multiple_of(16) - 8 * stack_words
+    let others = 16 + 8 * request.stack_copy.n_words();
+    (used + others).next_multiple_of(request.stack_align_bytes) - others
 }
 
 fn is_nop(insn: &iced_x86::Instruction) -> bool {

@@ -3,7 +3,7 @@
 
 use flea_image::{
     BODY_FRAMES_OFFSET, BodyRef, BodyRequest, ProgramUse, RelocTarget, SiteKind, SkeletonBody,
-    SkeletonRequest, call_patch, compile_body, link_skeleton, skip_result,
+    SkeletonRequest, StackCopy, call_patch, compile_body, link_skeleton, skip_result,
 };
 use flea_layout::plan::ArenaPlan;
 use flea_layout::shared::{ArenaHeader, RuntimeFn, THREAD_TABLE_BYTES};
@@ -254,8 +254,9 @@ impl Rig {
                 frame_words: body.frame_words,
                 frame_offset: BODY_FRAMES_OFFSET,
             }],
-            stack_words,
             skip: skip_result(signature).ok(),
+            stack_copy: StackCopy::Exactly(stack_words),
+            stack_align_bytes: 16,
         })
         .unwrap();
         self.code.write(FUNCTION, &function);

@@ -91,12 +91,8 @@ fn check(seed: u64, style: generate::Style) -> bool {
             inside.then_some(()).ok_or_else(|| format!("returns {r0:#x}, not in {range:?}"))
         });
         if let Err(e) = outcome {
-            let listing: Vec<String> = ops
-                .iter()
-                .enumerate()
-                .map(|(i, op)| format!("{i}: {}", crate::disasm::text(op)))
-                .collect();
-            panic!("seed {seed} run {run}: {e}\n{}", listing.join("\n"));
+            let listing = flea_object::disasm::listing(&program.insns);
+            panic!("seed {seed} run {run}: {e}\n{listing}");
         }
     }
     true

@@ -88,6 +88,9 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
     if !SITE_BYTES.contains(&n_bytes) || lens != n_bytes || f.insn_lens.contains(&0) {
         return Err(format!("site {} has {n_bytes} bytes of {:?}", f.site, f.insn_lens));
     }
+    if f.stack.may_be_fewer && registry.runtime.is_none() {
+        return Err(format!("no runtime to read the stack arguments of {} with", f.site));
+    }
     f.skeleton.map_or(Ok(()), |p| check_placed(registry, p))?;
     for body in &f.bodies {
         for p in body.placed() {
