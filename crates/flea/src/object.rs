@@ -453,6 +453,9 @@ fn map_idx(index: usize) -> MapIdx {
 }
 
 fn context(signature: &Signature, kind: ProgramKind) -> Context {
+    if matches!(kind, ProgramKind::Uprobe | ProgramKind::Uretprobe) {
+        return Context::PtRegs;
+    }
     let n_args = u8::try_from(signature.arg_words().count()).unwrap_or(u8::MAX);
     Context::Tracing {
         n_args,
