@@ -8,6 +8,7 @@ use flea_symbols::signature::{ArgWord, RetWord, Signature};
 use flea_verifier::Verified;
 
 use crate::code::Code;
+use crate::skip::NoSkip;
 use crate::x86_64::check::CheckError;
 
 /// Distance below the skeleton's rbp of the first word that belongs to bodies: what the first
@@ -55,6 +56,9 @@ pub struct Body {
     pub entry: Option<Code>,
     /// Before the original, in the skeleton's frame.
     pub session: Option<Code>,
+    /// Behind the session bodies: it leaves 0 in the word of the result rax, or the value with
+    /// which the original is skipped.
+    pub modify: Option<Code>,
     /// After the original, in the skeleton's frame.
     pub exit: Option<Code>,
     /// Words this body keeps in the skeleton's frame.
@@ -212,6 +216,12 @@ pub enum CompileError {
         state_index: u32,
         /// How many there are.
         n_programs: u32,
+    },
+    /// A program that may skip a function whose result it cannot make up.
+    #[error("an fmod_ret program may return something other than 0, but {reason}")]
+    Result {
+        /// Why there is no result.
+        reason: NoSkip,
     },
     /// More code than a body may hold.
     #[error("the programs come to more than {max} instructions with their calls inlined")]

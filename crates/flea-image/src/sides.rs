@@ -63,7 +63,7 @@ pub(crate) fn runs_on(side: Side, program: &ProgramUse<'_>, signature: &Signatur
         }
         ProgramKind::Fexit | ProgramKind::Uretprobe => side == Side::Exit,
         ProgramKind::Fsession => matches!(side, Side::Session | Side::Exit),
-        ProgramKind::FmodRet => false,
+        ProgramKind::FmodRet => side == Side::Modify,
     }
 }
 

@@ -7,7 +7,7 @@ use expect_test::expect;
 use flea_image::unwind::{FDE_OFFSET, frame_arena_rows};
 use flea_image::{
     BODY_FRAMES_OFFSET, BodyRef, FrameArena, LinkError, Reads, RelocateError, Save, Saved,
-    SiteKind, Skeleton, SkeletonBody, SkeletonRequest, When, call_patch, link_skeleton,
+    SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, When, call_patch, link_skeleton,
     link_unwinder_skeleton,
 };
 use flea_symbols::addr::RemoteAddr;
@@ -22,7 +22,9 @@ fn request<'a>(replaced: &'a [u8], bodies: &'a [SkeletonBody<'a>]) -> SkeletonRe
         kind: SiteKind::Relocated,
         image_address: NEAR,
         bodies,
-        stack_words: 0,
+        skip: None,
+        stack_copy: StackCopy::Exactly(0),
+        stack_align_bytes: 16,
     }
 }
 
@@ -77,7 +79,7 @@ fn what_cannot_be_linked_says_why() {
         SkeletonRequest { image_address: RemoteAddr(SITE.0 + 0x1000_0000), ..request(&lea, &[]) };
     assert!(matches!(link_skeleton(&far), Err(LinkError::Encode { .. })));
 
-    let many = SkeletonRequest { stack_words: 100_000, ..request(&nop, &[]) };
+    let many = SkeletonRequest { stack_copy: StackCopy::Exactly(100_000), ..request(&nop, &[]) };
     assert!(matches!(link_skeleton(&many), Err(LinkError::TooManyStackWords { .. })));
 
     assert_eq!(call_patch(SITE, RemoteAddr(SITE.0 + (1 << 32))), None);
@@ -90,6 +92,7 @@ fn frame_words_of_bodies_do_not_overlap() {
     let body = |frame_offset, frame_words| SkeletonBody {
         entry: None,
         session: Some(BodyRef::Call(NEAR)),
+        modify: None,
         exit: None,
         reads: &reads,
         saves: &[],
@@ -218,6 +221,7 @@ fn saves_go_into_the_words_of_their_body() {
         let body = SkeletonBody {
             entry: None,
             session: Some(BodyRef::Call(NEAR)),
+            modify: None,
             exit: Some(BodyRef::Call(NEAR)),
             reads: &reads,
             saves,

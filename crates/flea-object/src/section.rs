@@ -40,14 +40,16 @@ pub enum SectionFault {
 }
 
 const SUPPORTED: &str = "supported are SEC(\"fentry/FUNC\"), SEC(\"fexit/FUNC\"), \
-                         SEC(\"fsession/FUNC\"), SEC(\"uprobe/FUNC\") and \
-                         SEC(\"uretprobe/FUNC\"), where FUNC may be MODULE:FUNC, and each with \
-                         .multi, as SEC(\"fentry.multi/GLOB\")";
+                         SEC(\"fmod_ret/FUNC\"), SEC(\"fsession/FUNC\"), \
+                         SEC(\"uprobe/FUNC\") and SEC(\"uretprobe/FUNC\"), where FUNC may be \
+                         MODULE:FUNC, and all but fmod_ret with .multi, as \
+                         SEC(\"fentry.multi/GLOB\")";
 /// Kinds that there are.
 const KINDS: &[ProgramKind] = &[
     ProgramKind::Fentry,
     ProgramKind::Fexit,
     ProgramKind::Fsession,
+    ProgramKind::FmodRet,
     ProgramKind::Uprobe,
     ProgramKind::Uretprobe,
 ];
@@ -204,6 +206,7 @@ mod tests {
         check("fentry/malloc", ProgramKind::Fentry, Some("malloc"), true);
         check("?fexit/libc.so.6:malloc", ProgramKind::Fexit, Some("libc.so.6:malloc"), false);
         check("fsession/a::b(int)", ProgramKind::Fsession, Some("a::b(int)"), true);
+        check("fmod_ret/malloc", ProgramKind::FmodRet, Some("malloc"), true);
         check("fentry", ProgramKind::Fentry, None, true);
     }
 
@@ -250,7 +253,7 @@ mod tests {
             "uprobe.multi.s",
             "uretprobe.s",
             "usdt",
-            "fmod_ret",
+            "fmod_ret.s",
             "freplace",
             "tracepoint",
             "tp",

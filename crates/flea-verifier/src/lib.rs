@@ -18,14 +18,12 @@ mod access;
 mod call;
 mod cfg;
 mod collect;
-mod disasm;
 mod explore;
 pub mod facts;
 mod liveness;
 mod machine;
 mod number;
 mod op;
-mod opcode;
 mod pointer;
 mod proto;
 mod report;
@@ -41,7 +39,7 @@ use flea_object::spec::{MapSpec, Program};
 use cfg::Cfg;
 use explore::{BUDGET, Explorer, Refusal};
 use facts::Function;
-use liveness::Liveness;
+use liveness::{Liveness, ProgramResult};
 use machine::Machine;
 use op::Op;
 use report::Fault;
@@ -101,7 +99,7 @@ pub fn verify(
     check_size(program).map_err(structural)?;
     let ops = op::decode(&program.insns).map_err(structural)?;
     let cfg = Cfg::new(&ops).map_err(structural)?;
-    let live = Liveness::new(&ops, &cfg);
+    let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
     let explorer = || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
 
     let mut walk = explorer();
@@ -117,6 +115,7 @@ pub fn verify(
     Ok(Verified {
         insns: program.insns.clone(),
         functions: functions(&cfg, &machine.stack_bytes),
+        returns: machine.return_range(),
         facts: machine.facts.into_facts(),
     })
 }

@@ -5,6 +5,7 @@
 //!   side      register arguments            caller's stack words      results
 //!   entry     parameters of the body        [body_rbp + 24 + 8*i]     -
 //!   session   parameters of the body        [rbp + 16 + 8*i]          0
+//!   modify    parameters of the body        [rbp + 16 + 8*i]          0, for else it is skipped
 //!   exit      [rbp - 40 - 8*i] (integer)    [rbp + 16 + 8*i]          [rbp - 8 ...]
 //!             [rbp - 88 - 8*i] (xmm)
 //! ```
@@ -21,13 +22,19 @@ use super::{Translator, proved};
 use crate::clif::select;
 use crate::request::{Saved, When};
 
-/// Which of the three bodies.
+/// Where the first non-zero result of an fmod_ret program goes, from the skeleton's rbp: the
+/// word of the result rax, which is not there yet.
+const SKIP_VALUE_OFFSET: i32 = -8;
+
+/// Which of the four bodies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     /// fentry.
     Entry,
     /// fsession, at entry.
     Session,
+    /// fmod_ret.
+    Modify,
     /// fexit, and fsession at exit.
     Exit,
     /// No trampoline at all: plain memory in, r0 out.
@@ -56,14 +63,17 @@ pub(crate) struct Arguments {
     /// The body's rbp, and the skeleton's where there is one.
     body_rbp: Option<Value>,
     rbp: Option<Value>,
+    /// A plain function's context, where it has one: an array of words in memory.
+    array: Option<Value>,
 }
 
 impl Arguments {
-    /// For a body without a trampoline.
-    pub fn none() -> Self {
+    /// For a function without a trampoline, whose context is `n_words` words at `array`.
+    pub fn plain(array: Option<Value>, n_words: u32) -> Self {
+        let slots = (0..n_words).map(|i| Slot { word: ArgWord::Stack(i), n_bytes: 8 });
         Self {
             side: Side::Plain,
-            slots: vec![],
+            slots: slots.collect(),
             results: vec![],
             gpr: vec![],
             xmm: vec![],
@@ -71,6 +81,7 @@ impl Arguments {
             result_widths: [0; 8],
             body_rbp: None,
             rbp: None,
+            array,
         }
     }
 
@@ -84,7 +95,9 @@ impl Arguments {
     ) -> Self {
         let body_rbp = b.ins().get_frame_pointer(types::I64);
         let rbp = match side {
-            Side::Session | Side::Exit => Some(b.ins().load(types::I64, fixed(), body_rbp, 0)),
+            Side::Session | Side::Modify | Side::Exit => {
+                Some(b.ins().load(types::I64, fixed(), body_rbp, 0))
+            }
             Side::Entry | Side::Plain => None,
         };
         Self {
@@ -103,6 +116,7 @@ impl Arguments {
             })),
             body_rbp: Some(body_rbp),
             rbp,
+            array: None,
         }
     }
 
@@ -151,7 +165,7 @@ impl Parameters {
     pub fn of(side: Side, signature: &Signature, probes: Probes) -> Self {
         let n_gpr = if probes == Probes::Some { 6 } else { 0 };
         let mut parameters = Self { n_gpr, xmm: vec![] };
-        if !matches!(side, Side::Entry | Side::Session) {
+        if !matches!(side, Side::Entry | Side::Session | Side::Modify) {
             return Self { n_gpr: 0, ..parameters };
         }
         for word in signature.arg_words() {
@@ -227,6 +241,9 @@ impl Translator<'_, '_> {
             ArgWord::Stack(i) => {
                 let i = i32::try_from(i).ok()?.checked_mul(8)?;
                 let value = match args.rbp {
+                    _ if let Some(array) = args.array => {
+                        self.b.ins().load(types::I64, fixed(), array, i)
+                    }
                     Some(_) => self.frame_word(i.checked_add(16)?)?,
                     None => {
                         let at = i.checked_add(24)?;
@@ -248,7 +265,7 @@ impl Translator<'_, '_> {
         let args = &self.env.args;
         let word = match args.side {
             Side::Exit => args.results.get(n).copied(),
-            Side::Entry | Side::Session | Side::Plain => None,
+            Side::Entry | Side::Session | Side::Modify | Side::Plain => None,
         };
         let value = word.and_then(|word| self.result_word(word));
         value.unwrap_or_else(|| self.iconst(0))
@@ -339,6 +356,13 @@ impl Translator<'_, '_> {
 /// Where word `k` of a body's frame is, from the skeleton's rbp.
 pub(crate) fn cookie_offset(frame_offset: u32, word: u32) -> i64 {
     -i64::from(frame_offset) - 8 * i64::from(word)
+}
+
+/// Makes `value` the result of the function, which is skipped.
+pub(crate) fn store_skip_value(b: &mut FunctionBuilder<'_>, args: &Arguments, value: Value) {
+    if let Some(rbp) = args.skeleton_rbp() {
+        b.ins().store(proved(), value, rbp, SKIP_VALUE_OFFSET);
+    }
 }
 
 /// Zeroes the session cookie in `word`.

@@ -51,7 +51,7 @@ impl Translator<'_, '_> {
         let probe = matches!(self.used.kind, Some(ProgramKind::Uprobe | ProgramKind::Uretprobe));
         let words =
             matches!(helper, Helper::GetFuncArg | Helper::GetFuncArgCnt | Helper::GetFuncRet);
-        if side == Side::Plain || (probe && words) {
+        if !self.env.has_runtime || (probe && words) {
             return Err(not_here);
         }
         match helper {

@@ -31,7 +31,7 @@ use crate::code::RelocTarget;
 use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
 
-pub(crate) use context::{Arguments, Parameters, Probes, Side, zero_cookie};
+pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, zero_cookie};
 pub(crate) use helper::call_runtime;
 pub(crate) use registers::is_saved_at_entry;
 pub(crate) use saves::Saves;
@@ -57,6 +57,8 @@ pub(crate) struct Env<'a> {
     pub function_address: u64,
     pub frame_offset: u32,
     pub args: Arguments,
+    /// Helpers may be called: false in a plain function without an arena.
+    pub has_runtime: bool,
     /// The thread's slot, where the body looked it up.
     pub slot: Option<Value>,
 }

@@ -111,7 +111,7 @@ impl Translator<'_, '_> {
                     None => self.saved(When::Entry, Saved::Gpr(reg), 0),
                 }
             }
-            (Side::Plain, _) => None,
+            (Side::Modify | Side::Plain, _) => None,
         }
     }
 }

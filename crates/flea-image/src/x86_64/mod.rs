@@ -9,3 +9,4 @@ pub(crate) mod relocate;
 mod saves;
 pub mod skeleton;
 pub(crate) mod slim;
+pub mod stack_copy;

@@ -3,7 +3,7 @@
 
 use flea_image::{
     BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, ProgramUse, RelocTarget, SiteKind,
-    SkeletonBody, SkeletonRequest, call_patch, compile_body, link_skeleton,
+    SkeletonBody, SkeletonRequest, StackCopy, call_patch, compile_body, link_skeleton, skip_result,
 };
 use flea_layout::plan::ArenaPlan;
 use flea_layout::shared::{ArenaHeader, RuntimeFn, THREAD_TABLE_BYTES};
@@ -242,10 +242,10 @@ impl Rig {
             printk_map: None,
         })
         .unwrap();
-        let resolved = [&body.entry, &body.session, &body.exit]
+        let resolved = [&body.entry, &body.session, &body.modify, &body.exit]
             .map(|c| c.as_ref().map(|c| c.resolve(|t| self.address_of(t))));
         let at = |i: usize| RemoteAddr(self.code.address() + (BODIES + PAGE * i) as u64);
-        let mut refs = [None; 3];
+        let mut refs = [None; 4];
         for (i, bytes) in resolved.iter().enumerate() {
             let Some(bytes) = bytes else { continue };
             self.code.write(BODIES + PAGE * i, bytes);
@@ -262,13 +262,16 @@ impl Rig {
             bodies: &[SkeletonBody {
                 entry: refs[0],
                 session: refs[1],
-                exit: refs[2],
+                modify: refs[2],
+                exit: refs[3],
                 reads: &body.reads,
                 saves: &body.saves,
                 frame_words: body.frame_words,
                 frame_offset: BODY_FRAMES_OFFSET,
             }],
-            stack_words,
+            skip: skip_result(signature).ok(),
+            stack_copy: StackCopy::Exactly(stack_words),
+            stack_align_bytes: 16,
         })
         .unwrap();
         self.code.write(FUNCTION, function);
