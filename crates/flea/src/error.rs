@@ -239,6 +239,20 @@ pub enum AttachError {
         /// The program.
         program: String,
     },
+    /// The same in one list.
+    #[error("{function}: program {program} is to be attached to it twice; nothing was attached")]
+    NamedTwice {
+        /// The function.
+        function: String,
+        /// The program.
+        program: String,
+    },
+    /// An empty list.
+    #[error("program {program}: no function to attach it to was given")]
+    NoFunctions {
+        /// The program.
+        program: String,
+    },
     /// The target could not be seized.
     #[error(transparent)]
     Seize(#[from] SeizeError),
@@ -254,6 +268,31 @@ pub enum AttachError {
     /// A program's target in its section name.
     #[error(transparent)]
     Find(#[from] FindError),
+}
+
+impl AttachError {
+    /// A few words for the kind of reason, for counts.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Refused { refusal, .. } => refusal.reason(),
+            Self::StackArguments { .. } => "stack arguments not known",
+            Self::ReturnAddress { .. } => "uses its return address",
+            Self::Unwinder { .. } => "unwinder cannot be told",
+            Self::Skip { .. } => "cannot be skipped",
+            Self::Rejected { .. } => "program not accepted for its signature",
+            Self::Compile { .. } => "program cannot be compiled",
+            Self::Link { .. } => "image cannot be made",
+            Self::NoRoom { .. } => "no room for code",
+            Self::Twice { .. } | Self::NamedTwice { .. } => "attached already",
+            Self::Find(_) | Self::NoFunctions { .. } => "no such function",
+            Self::Contended { .. }
+            | Self::Seize(_)
+            | Self::Helper(_)
+            | Self::Remote(_)
+            | Self::Commit(_) => "the process cannot be changed",
+        }
+    }
 }
 
 impl From<RegistryError> for AttachError {
