@@ -31,6 +31,8 @@ pub enum Fixture {
     Dies,
     /// `c/spin.c`: calls one function for ever, also from storms of threads or children.
     Spin,
+    /// `c/variadic.c`: variadic functions, called in every way.
+    Variadic(CBuild),
     /// `c/bench_loop.c`: functions to be timed side by side in one process.
     BenchLoop,
     /// A generated program with this many functions `many_0`, `many_1`, ..., each with a
@@ -70,6 +72,8 @@ pub enum CBuild {
     Patchable16Before5,
     /// clang -O2 -fpatchable-function-entry=5: one 5-byte nop at entry.
     ClangPatchable5,
+    /// clang -O0.
+    ClangO0,
     /// clang -O2.
     Clang,
     /// gcc -O2 -fcf-protection=full: endbr64 at entry.
@@ -95,6 +99,7 @@ impl CBuild {
         Self::Patchable5,
         Self::Patchable16Before5,
         Self::ClangPatchable5,
+        Self::ClangO0,
         Self::Clang,
         Self::CfProtection,
         Self::CfProtectionPatchable5,
@@ -122,6 +127,7 @@ impl CBuild {
             Self::Patchable5 => "patchable5",
             Self::Patchable16Before5 => "patchable16-5",
             Self::ClangPatchable5 => "clang-patchable5",
+            Self::ClangO0 => "clang-O0",
             Self::Clang => "clang",
             Self::CfProtection => "cf-protection",
             Self::CfProtectionPatchable5 => "cf-protection-patchable5",
@@ -169,6 +175,10 @@ impl Fixture {
             Self::Disturb,
             Self::Dies,
             Self::Spin,
+            Self::Variadic(CBuild::O0),
+            Self::Variadic(CBuild::O2),
+            Self::Variadic(CBuild::ClangO0),
+            Self::Variadic(CBuild::Clang),
             Self::BenchLoop,
             Self::Many(100),
             Self::Many(10_000),
@@ -192,6 +202,7 @@ impl Fixture {
             Self::Disturb => "disturb".into(),
             Self::Dies => "dies".into(),
             Self::Spin => "spin".into(),
+            Self::Variadic(build) => format!("variadic-{}", build.slug()),
             Self::BenchLoop => "bench_loop".into(),
             Self::Many(n) => format!("many-{n}"),
         }

@@ -29,6 +29,7 @@ mod recipe;
 mod report;
 mod require;
 mod running;
+mod variadic;
 
 pub use cache::{build, try_build};
 pub use fixture::{CBuild, Fixture, RustBuild};

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 
-use crate::{CBuild, Fixture, RustBuild, Tool};
+use crate::{CBuild, Fixture, RustBuild, Tool, variadic};
 
 /// A source file, by its name in the build directory.
 #[derive(Debug, Clone)]
@@ -58,6 +58,7 @@ fn c_flags(build: CBuild) -> Flags {
         CBuild::Patchable5 => (Tool::Gcc, "-O2 -fpatchable-function-entry=5", ""),
         CBuild::Patchable16Before5 => (Tool::Gcc, "-O2 -fpatchable-function-entry=16,5", ""),
         CBuild::ClangPatchable5 => (Tool::Clang, "-O2 -fPIE -fpatchable-function-entry=5", "-pie"),
+        CBuild::ClangO0 => (Tool::Clang, "-O0 -fPIE", "-pie"),
         CBuild::Clang => (Tool::Clang, "-O2 -fPIE", "-pie"),
         CBuild::CfProtection => (Tool::Gcc, "-O2 -fcf-protection=full", ""),
         CBuild::CfProtectionPatchable5 => {
@@ -210,6 +211,11 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
         Fixture::Disturb => (vec![source!("c", "disturb.c")], simple(&program, "disturb.c", "")),
         Fixture::Dies => (vec![source!("c", "dies.c")], simple(&program, "dies.c", "")),
         Fixture::Spin => (vec![source!("c", "spin.c")], simple(&program, "spin.c", "")),
+        Fixture::Variadic(build) => {
+            let calls = Source { name: "variadic_calls.h", text: variadic::calls() };
+            let sources = vec![source!("c", "variadic.c"), calls];
+            (sources, c_steps(&c_flags(build), "variadic.c", "", &program))
+        }
         Fixture::BenchLoop => {
             (vec![source!("c", "bench_loop.c")], simple(&program, "bench_loop.c", ""))
         }
