@@ -33,6 +33,10 @@ pub enum Fixture {
     Spin,
     /// `c/variadic.c`: variadic functions, called in every way.
     Variadic(CBuild),
+    /// A generated program with functions of every `-fpatchable-function-entry=N,M`.
+    Entries(CBuild),
+    /// The same functions with XRay's sleds at their entries, without XRay's runtime (clang).
+    Sleds,
     /// `c/bench_loop.c`: functions to be timed side by side in one process.
     BenchLoop,
     /// A generated program with this many functions `many_0`, `many_1`, ..., each with a
@@ -179,6 +183,11 @@ impl Fixture {
             Self::Variadic(CBuild::O2),
             Self::Variadic(CBuild::ClangO0),
             Self::Variadic(CBuild::Clang),
+            Self::Entries(CBuild::O1),
+            Self::Entries(CBuild::O2),
+            Self::Entries(CBuild::CfProtection),
+            Self::Entries(CBuild::Clang),
+            Self::Sleds,
             Self::BenchLoop,
             Self::Many(100),
             Self::Many(10_000),
@@ -203,6 +212,8 @@ impl Fixture {
             Self::Dies => "dies".into(),
             Self::Spin => "spin".into(),
             Self::Variadic(build) => format!("variadic-{}", build.slug()),
+            Self::Entries(build) => format!("entries-{}", build.slug()),
+            Self::Sleds => "sleds".into(),
             Self::BenchLoop => "bench_loop".into(),
             Self::Many(n) => format!("many-{n}"),
         }

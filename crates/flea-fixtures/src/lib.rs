@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+mod entries;
 mod fixture;
 mod recipe;
 mod report;

@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 
+use crate::entries::{self, Entry};
 use crate::{CBuild, Fixture, RustBuild, Tool, variadic};
 
 /// A source file, by its name in the build directory.
@@ -215,6 +216,17 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
             let calls = Source { name: "variadic_calls.h", text: variadic::calls() };
             let sources = vec![source!("c", "variadic.c"), calls];
             (sources, c_steps(&c_flags(build), "variadic.c", "", &program))
+        }
+        Fixture::Entries(build) => {
+            let sources = vec![Source { name: "entries.c", text: entries::source(Entry::Nops) }];
+            (sources, c_steps(&c_flags(build), "entries.c", "", &program))
+        }
+        Fixture::Sleds => {
+            // The flag is for the compiler alone: the linker would add XRay's runtime.
+            let compile = "-O2 -fPIE -fxray-instrument -fxray-instruction-threshold=1";
+            let flags = Flags { tool: Tool::Clang, compile, link: "-pie" };
+            let text = entries::source(Entry::AsFlagsSay);
+            (vec![Source { name: "sleds.c", text }], c_steps(&flags, "sleds.c", "", &program))
         }
         Fixture::BenchLoop => {
             (vec![source!("c", "bench_loop.c")], simple(&program, "bench_loop.c", ""))

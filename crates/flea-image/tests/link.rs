@@ -67,6 +67,13 @@ fn what_cannot_be_linked_says_why() {
     let not_nops = SkeletonRequest { kind: SiteKind::Nops, ..request(&[0x55; 5], &[]) };
     assert!(matches!(link_skeleton(&not_nops), Err(LinkError::NotNops { .. })));
 
+    // XRay's sled jumps over its nop; a jump elsewhere does something.
+    let mut sled = [0xeb, 9, 0x66, 0x0f, 0x1f, 0x84, 0, 0, 2, 0, 0];
+    link_skeleton(&SkeletonRequest { kind: SiteKind::Nops, ..request(&sled, &[]) }).unwrap();
+    sled[1] = 10;
+    let other = SkeletonRequest { kind: SiteKind::Nops, ..request(&sled, &[]) };
+    assert!(matches!(link_skeleton(&other), Err(LinkError::NotNops { .. })));
+
     let far =
         SkeletonRequest { image_address: RemoteAddr(SITE.0 + (1 << 31)), ..request(&nop, &[]) };
     assert!(matches!(link_skeleton(&far), Err(LinkError::OutOfReach { .. })));
@@ -147,7 +154,8 @@ fn words_that_may_not_be_there_are_read_with_care() {
         008d  jmp +0x2a
         008f  nopl 0x61656C66(%rax,%rax)
         0097  jmp 0x0000000000401005
-    "#]].assert_eq(&skeleton.unwrap().listing());
+    "#]]
+    .assert_eq(&skeleton.unwrap().listing());
 }
 
 #[test]
