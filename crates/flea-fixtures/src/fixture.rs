@@ -70,6 +70,8 @@ pub enum CBuild {
     OnlyDynsym,
     /// gcc -O2 -pg -mfentry -mnop-mcount: one 5-byte nop at entry.
     NopMcount,
+    /// gcc -O2 -pg -mfentry: a call of `__fentry__` at entry.
+    FentryCall,
     /// gcc -O2 -fpatchable-function-entry=5: five 1-byte nops at entry.
     Patchable5,
     /// gcc -O2 -fpatchable-function-entry=16,5: five nops before the entry, eleven behind.
@@ -100,6 +102,7 @@ impl CBuild {
         Self::MuslStatic,
         Self::OnlyDynsym,
         Self::NopMcount,
+        Self::FentryCall,
         Self::Patchable5,
         Self::Patchable16Before5,
         Self::ClangPatchable5,
@@ -128,6 +131,7 @@ impl CBuild {
             Self::MuslStatic => "musl-static",
             Self::OnlyDynsym => "only-dynsym",
             Self::NopMcount => "nop-mcount",
+            Self::FentryCall => "fentry-call",
             Self::Patchable5 => "patchable5",
             Self::Patchable16Before5 => "patchable16-5",
             Self::ClangPatchable5 => "clang-patchable5",

@@ -56,6 +56,7 @@ fn c_flags(build: CBuild) -> Flags {
         // gcc has no -mnop-mcount for position independent code. -pg is left out of the
         // link: it would bring a profiler along.
         CBuild::NopMcount => (Tool::Gcc, "-O2 -fno-pie -pg -mfentry -mnop-mcount", "-no-pie"),
+        CBuild::FentryCall => (Tool::Gcc, "-O2 -pg -mfentry", ""),
         CBuild::Patchable5 => (Tool::Gcc, "-O2 -fpatchable-function-entry=5", ""),
         CBuild::Patchable16Before5 => (Tool::Gcc, "-O2 -fpatchable-function-entry=16,5", ""),
         CBuild::ClangPatchable5 => (Tool::Clang, "-O2 -fPIE -fpatchable-function-entry=5", "-pie"),
