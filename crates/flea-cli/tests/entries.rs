@@ -103,3 +103,45 @@ fn sleds_that_xray_uses() -> Result<()> {
     }
     Ok(())
 }
+
+/// A function that begins with a call is taken off while a thread is in the callee: nothing of
+/// Flea is on its stack, so all of it is gone at once, and the thread returns to the function.
+#[test]
+fn a_thread_may_wait_in_the_call_at_the_entry() -> Result<()> {
+    let Some(gcc) = require(Tool::Gcc) else { return Ok(()) };
+    let (source, program) = (TempFile::new("waits.c"), TempFile::new("waits"));
+    std::fs::write(
+        &source.0,
+        "#include <stdio.h>\n\
+         __attribute__((noinline, noipa)) int inner(int x) { char l[9]; printf(\"in %d\\n\", x);\n\
+         fflush(stdout); return fgets(l, sizeof l, stdin) ? 2 * x : -1; }\n\
+         __attribute__((noinline, noipa)) int outer(int x) { return inner(x) + 1; }\n\
+         int main(void) { int y, x = 0; while ((y = outer(x++)) > 0) printf(\"%d\\n\", y); }\n",
+    )?;
+    let mut command = Command::new(gcc);
+    command.args(["-O2", "-g"]).arg(&source.0).arg("-o").arg(&program.0);
+    let built = command.output()?;
+    ensure!(built.status.success(), "{built:?}");
+    let mut target = Running::start(&mut Command::new(&program.0))?;
+    let pid = target.pid();
+    let mut n_calls = 0;
+    target.expect_line("in 0")?;
+    for n_traced in 1..=4 {
+        // It is inside already when the site is patched, and inside when that is put back.
+        let count = Tracing::attach(&["count", "outer"], pid)?;
+        for _ in 0..n_traced {
+            target.send("x")?;
+            target.expect_line(&(2 * n_calls + 1).to_string())?;
+            n_calls += 1;
+            target.expect_line(&format!("in {n_calls}"))?;
+        }
+        let records = count.stop()?;
+        assert_clean(pid)?;
+        assert_eq!(number(&records.one("count", "outer")?["count"])?, n_traced);
+    }
+    target.send("x")?;
+    target.expect_line(&(2 * n_calls + 1).to_string())?;
+    target.close_stdin();
+    ensure!(target.wait()?.success());
+    Ok(())
+}
