@@ -553,7 +553,8 @@ impl Emitter<'_> {
             SiteKind::Nops => {
                 let insns = relocate::decode(replaced, site.0)
                     .map_err(|source| LinkError::Site { site, source })?;
-                if !insns.iter().all(is_nop) {
+                let behind = site.0 + replaced.len() as u64;
+                if !insns.iter().all(|insn| is_nop(insn) || is_jump_to(insn, behind)) {
                     return Err(LinkError::NotNops { site, found: replaced.to_vec() });
                 }
                 insns.iter().map(|insn| (insn.ip(), self.asm.here())).collect()
@@ -621,6 +622,11 @@ fn frame_bytes(request: &SkeletonRequest<'_>) -> u32 {
 fn is_nop(insn: &iced_x86::Instruction) -> bool {
     matches!(insn.mnemonic(), iced_x86::Mnemonic::Nop)
         || (insn.mnemonic() == iced_x86::Mnemonic::Xchg && insn.len() == 1)
+}
+
+/// XRay's sled is a jump over a nop.
+fn is_jump_to(insn: &iced_x86::Instruction, target: u64) -> bool {
+    insn.code() == Code::Jmp_rel8_64 && insn.near_branch_target() == target
 }
 
 fn rel32(opcode: u8, from: RemoteAddr, to: RemoteAddr) -> Option<[u8; PATCH_BYTES]> {
