@@ -27,7 +27,7 @@ pub use code::{Code, Reloc, RelocKind, RelocTarget};
 pub use plain::compile_plain;
 pub use request::{BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads};
 pub use x86_64::check::{CheckError, check_body};
-pub use x86_64::find_fde::FrameArena;
+pub use x86_64::find_fde::{FrameArena, Question};
 pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;
 pub use x86_64::skeleton::{

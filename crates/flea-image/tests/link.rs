@@ -4,10 +4,10 @@
 mod support;
 
 use expect_test::expect;
-use flea_image::unwind::{FDE_OFFSET, frame_arena_rows};
+use flea_image::unwind::{FDE_OFFSET, HEADER_OFFSET, frame_arena_rows};
 use flea_image::{
-    BODY_FRAMES_OFFSET, BodyRef, FrameArena, LinkError, Reads, RelocateError, SiteKind, Skeleton,
-    SkeletonBody, SkeletonRequest, call_patch, link_skeleton, link_unwinder_skeleton,
+    BODY_FRAMES_OFFSET, BodyRef, FrameArena, LinkError, Question, Reads, RelocateError, SiteKind,
+    Skeleton, SkeletonBody, SkeletonRequest, call_patch, link_skeleton, link_unwinder_skeleton,
 };
 use flea_symbols::addr::RemoteAddr;
 
@@ -136,7 +136,7 @@ fn the_unwind_row_reads_as_meant() {
         panic!("no personality");
     };
     let code = &bytes[usize::try_from(personality - at.0).unwrap()..];
-    assert_eq!(bytes[bytes.len() - code.len() - 4..][..4], [0; 4]);
+    assert_eq!(bytes[HEADER_OFFSET - 4..][..4], [0; 4]);
     expect![[r#"
         0000  endbr64
         0004  mov $8,%eax
@@ -159,6 +159,64 @@ fn the_unwind_row_reads_as_meant() {
     .assert_eq(&flea_image::listing(code, RemoteAddr(personality)));
 }
 
+/// What libgcc reads if it is the loader that answers.
+#[test]
+fn the_header_leads_to_the_row() {
+    use gimli::{BaseAddresses, EhFrame, EhFrameHdr, LittleEndian, UnwindSection};
+    for (at, start) in [(0x7000_8000, 0x7000_0000), (0x7000_0000, 0x7000_8000u64)] {
+        let bytes = frame_arena_rows(RemoteAddr(at), RemoteAddr(start), 0x1_0000);
+        let header_at = at + HEADER_OFFSET as u64;
+        let bases = BaseAddresses::default().set_eh_frame_hdr(header_at).set_eh_frame(at);
+        let header = EhFrameHdr::new(&bytes[HEADER_OFFSET..], LittleEndian);
+        let header = header.parse(&bases, 8).unwrap();
+        assert_eq!(header.eh_frame_ptr(), gimli::Pointer::Direct(at));
+        let table = header.table().unwrap();
+        let section = EhFrame::new(&bytes, LittleEndian);
+        let fde = table.fde_for_address(&section, &bases, start + 0x1234, |section, bases, at| {
+            section.cie_from_offset(bases, at)
+        });
+        let fde = fde.unwrap();
+        assert_eq!((fde.initial_address(), fde.offset()), (start, FDE_OFFSET));
+    }
+}
+
+/// Its first instructions are those for a row: see the next test.
+#[test]
+fn a_loader_answers_with_the_header() {
+    // push r15; push r14; push r13
+    let replaced = [0x41, 0x57, 0x41, 0x56, 0x41, 0x55];
+    let arena = FrameArena {
+        start: RemoteAddr(0x7000_0000_0000),
+        end: RemoteAddr(0x7000_0020_0000),
+        rows: RemoteAddr(0x7000_0000_1000),
+    };
+    let link = |question| {
+        let request = request(&replaced, &[]);
+        link_unwinder_skeleton(&request, question, &[arena]).unwrap().listing()
+    };
+    let (row, object) = (link(Question::Row), link(Question::Object));
+    let answer = |listing: &str| listing.find("0051  ").unwrap();
+    let asks = |listing: &str| listing[..answer(listing)].lines().count();
+    assert_eq!(asks(&row), asks(&object));
+    expect![[r#"
+        0051  xor %eax,%eax
+        0053  mov %rax,(%rsi)
+        0056  movabs $0x700000000000,%r11
+        0060  mov %r11,8(%rsi)
+        0064  movabs $0x700000200000,%r11
+        006e  mov %r11,0x10(%rsi)
+        0072  mov %rax,0x18(%rsi)
+        0076  movabs $0x70000000104C,%r11
+        0080  mov %r11,0x20(%rsi)
+        0084  ret
+        0085  push %r15
+        0087  push %r14
+        0089  push %r13
+        008b  jmp 0x0000000000401006
+    "#]]
+    .assert_eq(&object[answer(&object)..]);
+}
+
 #[test]
 fn an_unwinder_is_asked_about_foreign_frames_only() {
     // push r15; push r14; push r13
@@ -166,11 +224,12 @@ fn an_unwinder_is_asked_about_foreign_frames_only() {
     let arena = FrameArena {
         start: RemoteAddr(0x7000_0000_0000),
         end: RemoteAddr(0x7000_0020_0000),
-        fde: RemoteAddr(0x7000_0000_1018),
+        rows: RemoteAddr(0x7000_0000_1000),
     };
     let second = FrameArena { start: RemoteAddr(0x1000), ..arena };
-    let link =
-        |arenas: &[FrameArena]| link_unwinder_skeleton(&request(&replaced, &[]), arenas).unwrap();
+    let link = |arenas: &[FrameArena]| {
+        link_unwinder_skeleton(&request(&replaced, &[]), Question::Row, arenas).unwrap()
+    };
     assert_eq!(link(&[]), link_skeleton(&request(&replaced, &[])).unwrap());
     assert!(link(&[arena, second]).bytes.len() > link(&[arena]).bytes.len());
     expect![[r#"
@@ -197,7 +256,7 @@ fn an_unwinder_is_asked_about_foreign_frames_only() {
         005f  xor %eax,%eax
         0061  mov %rax,(%rsi)
         0064  mov %rax,8(%rsi)
-        0068  movabs $0x700000001018,%rax
+        0068  movabs $0x700000001028,%rax
         0072  ret
         0073  push %r15
         0075  push %r14

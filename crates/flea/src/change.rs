@@ -12,7 +12,7 @@ use flea_symbols::{
 
 use crate::{
     error::AttachError,
-    registry::{BodyState, FunctionState, Placed, Registry, Retired, SiteKind},
+    registry::{BodyState, FunctionState, Placed, Question, Registry, Retired, SiteKind},
 };
 
 /// First body frame, in bytes below the skeleton's rbp: behind result and argument words.
@@ -83,7 +83,7 @@ impl Change {
             }
             self.relink(f, arenas)?;
         }
-        functions.retain(|f| !f.bodies.is_empty() || f.finds_frames);
+        functions.retain(|f| !f.bodies.is_empty() || f.finds_frames.is_some());
         self.registry.functions = functions;
         Ok(removed)
     }
@@ -111,7 +111,7 @@ impl Change {
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
         let mut moves = Vec::new();
 
-        if f.bodies.is_empty() && !f.finds_frames {
+        if f.bodies.is_empty() && f.finds_frames.is_none() {
             f.patched = f.original[..5].try_into().expect("a site has at least 5 bytes");
             f.skeleton = None;
             f.calls_original = false;
@@ -147,7 +147,7 @@ impl Change {
         // The called body returns behind the five bytes: an instruction must begin there.
         let mut ends = inner_boundaries(f);
         let five = f.site.offset(5);
-        if f.finds_frames
+        if f.finds_frames.is_some()
             || f.kind != SiteKind::Nop
             || body.session.or(body.exit).is_some()
             || !(f.original.len() == 5 || ends.any(|end| end == five))
@@ -165,7 +165,11 @@ impl Change {
             .zip(&reads)
             .map(|(b, r)| skeleton_body(&self.known_code, f, b, r))
             .collect();
-        let arenas = if f.finds_frames { self.frame_arenas() } else { Vec::new() };
+        let arenas = f.finds_frames.map_or_else(Vec::new, |_| self.frame_arenas());
+        let question = match f.finds_frames {
+            Some(Question::Object) => flea_image::Question::Object,
+            Some(Question::Row) | None => flea_image::Question::Row,
+        };
         f.calls = bodies.iter().flat_map(called).collect();
         let link = |at| {
             let request = SkeletonRequest {
@@ -179,7 +183,7 @@ impl Change {
                 bodies: &bodies,
                 stack_words: f.stack_words,
             };
-            flea_image::link_unwinder_skeleton(&request, &arenas)
+            flea_image::link_unwinder_skeleton(&request, question, &arenas)
                 .map_err(|source| AttachError::Link { function: f.name.clone(), source })
         };
         // The length does not depend on the place (all far branches are rel32), so a first
@@ -207,9 +211,8 @@ impl Change {
     /// The arenas that have rows.
     fn frame_arenas(&self) -> Vec<FrameArena> {
         let arenas = self.registry.code.iter().filter_map(|arena| {
-            let fde = arena.rows?.at.0 + flea_image::unwind::FDE_OFFSET as u64;
             let end = RemoteAddr(arena.base.0 + arena.size_bytes);
-            Some(FrameArena { start: arena.base, end, fde: RemoteAddr(fde) })
+            Some(FrameArena { start: arena.base, end, rows: arena.rows?.at })
         });
         arenas.collect()
     }
@@ -353,7 +356,7 @@ mod tests {
             bypass: SITE,
             stack_words: 0,
             calls_original: false,
-            finds_frames: false,
+            finds_frames: None,
             returns_to: None,
             calls: vec![],
             bodies: vec![],

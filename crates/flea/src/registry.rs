@@ -34,7 +34,7 @@ const HEADER_BYTES: u64 = 4096;
 /// Stores that may overtake one load. Each takes a seize, which takes longer.
 const MAX_LOADS: u32 = 64;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x04");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x05");
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -124,15 +124,24 @@ pub struct FunctionState {
     pub stack_words: u32,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
-    /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
-    /// have bodies.
-    pub finds_frames: bool,
+    /// What unwinders ask it for; its skeleton tells them of such frames. It need not have
+    /// bodies.
+    pub finds_frames: Option<Question>,
     /// Where the original returns to then.
     pub returns_to: Option<RemoteAddr>,
     /// The bodies that the skeleton calls, as opposed to holding copies of them.
     pub calls: Vec<RemoteAddr>,
     /// Newest first.
     pub bodies: Vec<BodyState>,
+}
+
+/// What unwinders ask a function for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Question {
+    /// `_Unwind_Find_FDE`.
+    Row,
+    /// `_dl_find_object`.
+    Object,
 }
 
 /// Where a site's bytes came from.
@@ -441,7 +450,7 @@ mod tests {
                 bypass: code.offset(0x140),
                 stack_words: 0,
                 calls_original: true,
-                finds_frames: false,
+                finds_frames: None,
                 returns_to: Some(code.offset(0x120)),
                 calls: vec![],
                 bodies: vec![body],

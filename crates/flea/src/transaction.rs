@@ -316,7 +316,7 @@ fn attach_on(
 fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
     reclaim::run(ground)?;
     let registry = &ground.registry;
-    if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames) {
+    if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames.is_some()) {
         return Ok(());
     }
     change_once(ground, Change::leave_unwinders)?;
@@ -520,7 +520,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         bypass: function.site_address(site),
         stack_words: 0,
         calls_original: false,
-        finds_frames: false,
+        finds_frames: None,
         returns_to: None,
         calls: Vec::new(),
         bodies: Vec::new(),
