@@ -8,6 +8,7 @@ use flea_symbols::signature::{ArgWord, RetWord, Signature};
 use flea_verifier::Verified;
 
 use crate::code::Code;
+use crate::skip::NoSkip;
 use crate::x86_64::check::CheckError;
 
 /// Distance below the skeleton's rbp of the first word that belongs to bodies: what the first
@@ -55,12 +56,17 @@ pub struct Body {
     pub entry: Option<Code>,
     /// Before the original, in the skeleton's frame.
     pub session: Option<Code>,
+    /// Behind the session bodies: it leaves 0 in the word of the result rax, or the value with
+    /// which the original is skipped.
+    pub modify: Option<Code>,
     /// After the original, in the skeleton's frame.
     pub exit: Option<Code>,
     /// Words this body keeps in the skeleton's frame.
     pub frame_words: u32,
     /// What the exit body reads from the skeleton's frame: the skeleton saves that and no more.
     pub reads: Reads,
+    /// What else the skeleton stores into those words.
+    pub saves: Vec<Save>,
     /// Some code here calls the runtime.
     pub calls_runtime: bool,
 }
@@ -68,28 +74,96 @@ pub struct Body {
 /// Registers that must have been saved in the skeleton's frame; sorted, each once.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Reads {
-    /// Register arguments (never [`ArgWord::Stack`]: those stay in the caller's frame).
+    /// Register arguments, [`ArgWord::Gpr`] and [`ArgWord::Xmm`] alone: stack words stay in the
+    /// caller's frame, and for all else there is [`Body::saves`].
     pub args: Vec<ArgWord>,
-    /// Results (never [`RetWord::X87`]).
+    /// Results of general registers and of the low halves of vector registers.
     pub results: Vec<RetWord>,
+}
+
+/// Machine state that the skeleton stores into a body's own frame words, for what neither the
+/// body's parameters nor [`Reads`] can show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Save {
+    /// When.
+    pub when: When,
+    /// What.
+    pub what: Saved,
+    /// The body's frame word with the highest index of those it takes, which is the lowest in
+    /// memory: word 0 of what is saved is at `skeleton_rbp - frame_offset - 8 * word`, word 1 is
+    /// 8 bytes above.
+    pub word: u32,
+}
+
+/// When the skeleton stores a [`Save`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum When {
+    /// As the caller left it: before session bodies.
+    Entry,
+    /// As the original left it: before exit bodies.
+    Exit,
+}
+
+/// What a [`Save`] stores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Saved {
+    /// A general register by its hardware number (rax 0, rcx 1, rdx 2, rbx 3, rsi 6, rdi 7, r8
+    /// to r15); rsp and rbp are known from the frame. One word.
+    Gpr(u8),
+    /// The low `n_words` (2, 4 or 8) of vector register `reg`.
+    Vector {
+        /// 0..8
+        reg: u8,
+        /// Words.
+        n_words: u8,
+    },
+    /// x87 register st0 or st1, 10 bytes in two words; the register stack stays as it is.
+    X87 {
+        /// 0 or 1.
+        reg: u8,
+    },
+}
+
+impl Saved {
+    /// Frame words that it takes; 0 for what no register is.
+    #[must_use]
+    pub const fn n_words(self) -> u32 {
+        match self {
+            // rsp and rbp are 4 and 5.
+            Self::Gpr(0..=3 | 6..=15) => 1,
+            Self::Vector { reg: 0..=7, n_words: n_words @ (2 | 4 | 8) } => n_words as u32,
+            Self::X87 { reg: 0 | 1 } => 2,
+            Self::Gpr(_) | Self::Vector { .. } | Self::X87 { .. } => 0,
+        }
+    }
+}
+
+impl Save {
+    /// Whether it names a register, and words of a body that has `frame_words` of them.
+    #[must_use]
+    pub const fn fits(self, frame_words: u32) -> bool {
+        let n_words = self.what.n_words();
+        n_words > 0 && self.word < frame_words && n_words <= self.word + 1
+    }
 }
 
 impl Reads {
     pub(crate) fn add_arg(&mut self, word: ArgWord) {
-        if !matches!(word, ArgWord::Stack(_)) && !self.args.contains(&word) {
+        if matches!(word, ArgWord::Gpr(_) | ArgWord::Xmm(_)) && !self.args.contains(&word) {
             self.args.push(word);
             self.args.sort_by_key(|w| match *w {
                 ArgWord::Gpr(i) => (0, u32::from(i)),
                 ArgWord::Xmm(i) => (1, u32::from(i)),
-                ArgWord::Stack(i) => (2, i),
+                ArgWord::XmmWord { .. } | ArgWord::Stack(_) => (2, 0),
             });
         }
     }
 
     pub(crate) fn add_result(&mut self, word: RetWord) {
-        if word != RetWord::X87 && !self.results.contains(&word) {
+        let in_frame = matches!(word, RetWord::Rax | RetWord::Rdx | RetWord::Xmm0 | RetWord::Xmm1);
+        if in_frame && !self.results.contains(&word) {
             self.results.push(word);
-            self.results.sort_by_key(|w| *w as u8);
+            self.results.sort_unstable();
         }
     }
 }
@@ -142,6 +216,12 @@ pub enum CompileError {
         state_index: u32,
         /// How many there are.
         n_programs: u32,
+    },
+    /// A program that may skip a function whose result it cannot make up.
+    #[error("an fmod_ret program may return something other than 0, but {reason}")]
+    Result {
+        /// Why there is no result.
+        reason: NoSkip,
     },
     /// More code than a body may hold.
     #[error("the programs come to more than {max} instructions with their calls inlined")]

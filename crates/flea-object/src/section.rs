@@ -28,8 +28,9 @@ pub enum SectionFault {
     },
 }
 
-const SUPPORTED: &str = "supported are SEC(\"fentry/FUNC\"), SEC(\"fexit/FUNC\") and \
-                         SEC(\"fsession/FUNC\"), where FUNC may be MODULE:FUNC";
+const SUPPORTED: &str = "supported are SEC(\"fentry/FUNC\"), SEC(\"fexit/FUNC\"), \
+                         SEC(\"fmod_ret/FUNC\") and SEC(\"fsession/FUNC\"), where FUNC may be \
+                         MODULE:FUNC";
 
 /// What a section name says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,8 +98,9 @@ pub(crate) fn parse_name(section: &str) -> Result<SectionName, SectionFault> {
         Some((kind, target)) => (kind, Some(target)),
         None => (name, None),
     };
-    let supported = [ProgramKind::Fentry, ProgramKind::Fexit, ProgramKind::Fsession];
-    let Some(program) = supported.into_iter().find(|p| prefix(*p) == kind) else {
+    let supported =
+        [ProgramKind::Fentry, ProgramKind::Fexit, ProgramKind::FmodRet, ProgramKind::Fsession];
+    let Some(program) = supported.into_iter().find(|p| p.name() == kind) else {
         let section = section.to_owned();
         let base = kind.split_once('.').map_or(kind, |(base, _suffix)| base);
         return Err(if LIBBPF_KINDS.contains(&base) {
@@ -111,14 +113,6 @@ pub(crate) fn parse_name(section: &str) -> Result<SectionName, SectionFault> {
         return Err(SectionFault::NoFunction { section: section.to_owned() });
     }
     Ok(SectionName { kind: program, target: target.map(str::to_owned), autoload })
-}
-
-const fn prefix(kind: ProgramKind) -> &'static str {
-    match kind {
-        ProgramKind::Fentry => "fentry",
-        ProgramKind::Fexit => "fexit",
-        ProgramKind::Fsession => "fsession",
-    }
 }
 
 #[cfg(test)]
@@ -141,6 +135,7 @@ mod tests {
         check("fentry/malloc", ProgramKind::Fentry, Some("malloc"), true);
         check("?fexit/libc.so.6:malloc", ProgramKind::Fexit, Some("libc.so.6:malloc"), false);
         check("fsession/a::b(int)", ProgramKind::Fsession, Some("a::b(int)"), true);
+        check("fmod_ret/malloc", ProgramKind::FmodRet, Some("malloc"), true);
         check("fentry", ProgramKind::Fentry, None, true);
     }
 
@@ -155,7 +150,7 @@ mod tests {
             "uretprobe",
             "uretprobe.multi",
             "usdt",
-            "fmod_ret",
+            "fmod_ret.s",
             "freplace",
             "tracepoint",
             "tp",

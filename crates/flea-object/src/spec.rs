@@ -54,6 +54,12 @@ pub enum MapKind {
     RingBuf = 27,
 }
 
+impl MapKind {
+    /// All of them.
+    pub const ALL: &'static [Self] =
+        &[Self::Hash, Self::Array, Self::PerCpuHash, Self::PerCpuArray, Self::RingBuf];
+}
+
 /// One program: a main function and the functions it calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {
@@ -112,6 +118,28 @@ pub enum ProgramKind {
     Fexit,
     /// At both, with a u64 carried between them.
     Fsession,
+    /// Before the function, which it can skip: the first non-zero return value of such a
+    /// program is the function's result.
+    FmodRet,
+    /// At entry, with `struct pt_regs *`.
+    Uprobe,
+    /// At exit, with `struct pt_regs *`.
+    Uretprobe,
+}
+
+impl ProgramKind {
+    /// Its name in section names and listings.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Fentry => "fentry",
+            Self::Fexit => "fexit",
+            Self::Fsession => "fsession",
+            Self::FmodRet => "fmod_ret",
+            Self::Uprobe => "uprobe",
+            Self::Uretprobe => "uretprobe",
+        }
+    }
 }
 
 /// The source line of an instruction and those after it.

@@ -12,6 +12,9 @@ pub struct Signature {
     pub variadic: bool,
     /// How many 8-byte words of arguments the caller has put on the stack.
     pub stack_words: StackWords,
+    /// What the first of them is aligned to at the call: 16, or 32 or 64 where an over-aligned
+    /// argument is among them. A copy of the words has to be aligned as well.
+    pub stack_align_bytes: u32,
     /// Where all this was learnt.
     pub source: SignatureSource,
 }
@@ -55,6 +58,13 @@ pub enum ArgWord {
     Gpr(u8),
     /// Floating-point argument register 0..8: the low 64 bits of xmm0..xmm7.
     Xmm(u8),
+    /// A further word of a vector register: bits `64 * word` and up of xmm, ymm or zmm `reg`.
+    XmmWord {
+        /// 0..8
+        reg: u8,
+        /// 1 in xmm, up to 3 in ymm, up to 7 in zmm.
+        word: u8,
+    },
     /// The n-th 8-byte word above the return address.
     Stack(u32),
 }
@@ -71,7 +81,7 @@ pub struct Return {
 }
 
 /// The place of one word of the result.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum RetWord {
     /// rax
     Rax,
@@ -81,8 +91,21 @@ pub enum RetWord {
     Xmm0,
     /// Low 64 bits of xmm1.
     Xmm1,
-    /// x87: left alone, not shown to programs.
-    X87,
+    /// A further word of xmm0 or xmm1, as [`ArgWord::XmmWord`].
+    XmmWord {
+        /// 0 or 1
+        reg: u8,
+        /// 1 in xmm, up to 3 in ymm, up to 7 in zmm.
+        word: u8,
+    },
+    /// Half of an 80-bit x87 register: word 0 is the mantissa, word 1 sign and exponent (its
+    /// upper 48 bits are 0), as `long double` is in memory.
+    X87 {
+        /// 0 for st0, 1 for st1.
+        reg: u8,
+        /// 0 or 1.
+        word: u8,
+    },
 }
 
 /// A C type, as far as programs and printing need it.
@@ -136,6 +159,7 @@ impl Signature {
             ret: Return { ty: Type::Unknown, words: vec![RetWord::Rax] },
             variadic: false,
             stack_words,
+            stack_align_bytes: 16,
             source: SignatureSource::Guessed,
         }
     }

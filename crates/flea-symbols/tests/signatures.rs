@@ -75,7 +75,10 @@ fn details(module: &Module<'_>) {
     assert_eq!(signature(module, "make_big").ret.words, [RetWord::Rax]);
     assert_eq!(signature(module, "make_point").ret.words, [RetWord::Rax, RetWord::Rdx]);
     assert_eq!(words("wide"), [Stack(0), Stack(1), Gpr(0), Gpr(1)]);
-    assert_eq!(signature(module, "wide").ret.words, [RetWord::X87]);
+    assert_eq!(
+        signature(module, "wide").ret.words,
+        [0, 1].map(|word| RetWord::X87 { reg: 0, word })
+    );
     assert_eq!(signature(module, "nothing").ret.words, []);
     assert_eq!(signature(module, "scale").ret.words, [RetWord::Xmm0]);
     assert_eq!(words("nine")[6..], [Stack(0), Stack(1), Stack(2)]);
@@ -251,6 +254,28 @@ fn what_uses_its_return_address_is_told() {
         if flags[0] == "-O0" {
             assert!(!uses("hop"), "it calls, and what it calls returns into it");
         }
+    }
+}
+
+#[test]
+fn what_never_returns_is_told() {
+    let source = r#"
+        void abort(void) __attribute__((noreturn));
+        int plain(int a) { return a; }
+        int may(int a) { if (a) abort(); return 1; }
+        void dies(void) { abort(); }
+        void loops(volatile int *a) { for (;;) *a += 1; }
+        void hop(void) { dies(); }
+        int through(int (*f)(int)) { return f(1); }
+        void hidden(int a) { if (a) plain(a); abort(); }
+    "#;
+    for flags in [["-O2", "-fno-inline"], ["-O0", "-fcf-protection"]] {
+        let name = format!("never_returns{}", flags[0]);
+        let bytes = gcc(&name, source, &flags);
+        let module = Module::parse(&bytes, None).unwrap();
+        let never = |name: &str| module.never_returns(function(&module, name));
+        assert!(never("dies") && never("loops") && never("hidden"), "{flags:?}");
+        assert!(!never("plain") && !never("may") && !never("through"), "{flags:?}");
     }
 }
 

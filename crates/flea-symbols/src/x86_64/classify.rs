@@ -24,6 +24,8 @@ pub(crate) struct Places {
     gprs: u8,
     xmms: u8,
     stack_words: u32,
+    /// The largest alignment among the arguments on the stack.
+    stack_align_bytes: u32,
 }
 
 /// A type whose place depends on how the program was compiled.
@@ -34,6 +36,11 @@ impl Places {
     /// Words of stack arguments so far.
     pub(crate) fn stack_words(&self) -> u32 {
         self.stack_words
+    }
+
+    /// What the caller aligns the first stack word to.
+    pub(crate) fn stack_align_bytes(&self) -> u32 {
+        self.stack_align_bytes.max(16)
     }
 
     /// The hidden pointer to the result.
@@ -83,12 +90,13 @@ impl Places {
     }
 
     fn on_stack(&mut self, shape: &Shape) -> Result<Vec<ArgWord>, Unclassified> {
-        match shape.align() {
-            0..=8 => {}
-            16 => self.stack_words = self.stack_words.next_multiple_of(2),
-            // The caller realigns its stack; where the words are cannot be said here.
+        let align_bytes = match shape.align() {
+            0..=8 => 8,
+            align @ (16 | 32 | 64) => u32::try_from(align).map_err(|_| Unclassified)?,
             _ => return Err(Unclassified),
-        }
+        };
+        self.stack_align_bytes = self.stack_align_bytes.max(align_bytes);
+        self.stack_words = self.stack_words.next_multiple_of(align_bytes / 8);
         let n = u32::try_from(shape.size().div_ceil(8)).map_err(|_| Unclassified)?;
         let first = self.stack_words;
         self.stack_words = first.checked_add(n).filter(|n| *n <= 1 << 20).ok_or(Unclassified)?;
@@ -111,14 +119,15 @@ pub(crate) fn returned(shape: &Shape) -> Result<Returned, Unclassified> {
         return Ok(Returned::Memory);
     }
     if matches!(shape, Shape::LongDouble | Shape::Complex(32)) {
-        return Ok(Returned::Words(vec![RetWord::X87]));
+        let n_registers = if matches!(shape, Shape::LongDouble) { 1 } else { 2 };
+        return Ok(Returned::Words(x87(n_registers)));
     }
     let classes = classify(shape)?;
     if classes.contains(&Class::Memory) {
         return Ok(Returned::Memory);
     }
     if classes.contains(&Class::X87) {
-        return Ok(Returned::Words(vec![RetWord::X87]));
+        return Ok(Returned::Words(x87(1)));
     }
     let mut gprs = [RetWord::Rax, RetWord::Rdx].into_iter();
     let mut xmms = [RetWord::Xmm0, RetWord::Xmm1].into_iter();
@@ -128,6 +137,11 @@ pub(crate) fn returned(shape: &Shape) -> Result<Returned, Unclassified> {
         _ => None,
     });
     Ok(Returned::Words(words.collect()))
+}
+
+/// The words of st0, or of st0 and st1.
+fn x87(n_registers: u8) -> Vec<RetWord> {
+    (0..n_registers).flat_map(|reg| [0, 1].map(|word| RetWord::X87 { reg, word })).collect()
 }
 
 /// The classes of a shape's eightbytes; `[Memory]` for what is never in registers.

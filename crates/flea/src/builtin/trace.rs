@@ -228,7 +228,7 @@ fn arguments(signature: &Signature, bytes: &[u8]) -> Vec<(String, Word)> {
 
 fn retval(signature: &Signature, result: u64, behind: &[u8]) -> Option<Word> {
     match signature.ret.words.as_slice() {
-        [] | [RetWord::X87] => None,
+        [] | [RetWord::X87 { .. }, ..] => None,
         [_] if behind.len() >= STRING_BYTES as usize => {
             Some(text(result, &behind[..STRING_BYTES as usize]))
         }
