@@ -246,3 +246,41 @@ fn detached_while_a_coroutine_is_away() -> Result<()> {
     }
     Ok(())
 }
+
+/// Signal handlers that jump away from any instruction leave Flea's code, and some of its runs
+/// half done, for ever. What runs later on that thread is traced all the same.
+#[test]
+fn jumps_away_from_any_instruction() -> Result<()> {
+    for variant in [CBuild::O2, CBuild::CfProtectionPatchable5] {
+        let fixture = Fixture::WaysC(variant);
+        let Some(expected) = untraced(fixture, "jumping-storm", 7)? else { return Ok(()) };
+        let Some(mut target) = start(fixture, "jumping-storm")? else { return Ok(()) };
+        let pid = target.pid();
+        let latency = Tracing::attach(&["latency", PATTERN], pid)?;
+        let trace = Tracing::attach(&["trace", "w_after", "w_inner_works"], pid)?;
+        let count = Tracing::attach(&["count", PATTERN], pid)?;
+        target.send("go")?;
+        target.expect_line(expected.trim_end())?;
+        target.expect_line("done")?;
+        let (trace, count, latency) = (trace.stop()?, count.stop()?, latency.stop()?);
+        assert_clean(pid)?;
+        target.send("end")?;
+        assert_eq!(target.wait()?.code(), Some(7), "{variant:?}");
+        let errors = target.rest_of_stderr();
+        let tallies = tallies(errors.iter().map(String::as_str))?;
+        let n_jumps = tallies["w_handler_jumps"].entered;
+        ensure!(n_jumps > 0, "no signal came");
+        for name in ["w_after", "w_works", "w_inner_works"] {
+            let counted = number(&count.one("count", name)?["count"])?;
+            let entered = tallies[name].entered;
+            // A jump may come between its count and ours.
+            ensure!(counted >= entered && counted <= entered + n_jumps, "{name}: {counted}");
+        }
+        let timed = number(&latency.one("histogram", "w_after")?["count"])?;
+        ensure!(timed == 1000, "{variant:?}: {timed} timed of 1000, after {n_jumps} jumps");
+        let traced = trace.of("call").filter(|call| call["function"] == "w_after").count() as u64;
+        let lost = trace.summary("lost")? + trace.summary("missed")?;
+        ensure!(traced + lost >= 1000, "{traced} traced, {lost} lost, after {n_jumps} jumps");
+    }
+    Ok(())
+}
