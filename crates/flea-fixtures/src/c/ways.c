@@ -364,19 +364,19 @@ TRACED static void w_in_handler(int number)
     LEAVE(w_in_handler);
 }
 
-static void storm(void (*handler)(int), void (*once)(long))
+static void storm(void (*handler)(int), int period_us, void (*once)(long), long n)
 {
-    struct itimerval often = {{0, 150}, {0, 150}}, never = {{0, 0}, {0, 0}};
+    struct itimerval often = {{0, period_us}, {0, period_us}}, never = {{0, 0}, {0, 0}};
     handle(SIGALRM, handler, SA_RESTART);
     setitimer(ITIMER_REAL, &often, NULL);
-    for (long i = 0; i < 500000; i++)
+    for (long i = 0; i < n; i++)
         once(i);
     setitimer(ITIMER_REAL, &never, NULL);
 }
 
 static void run_storm(void)
 {
-    storm(w_in_handler, work);
+    storm(w_in_handler, 150, work, 500000);
     printf("storm: %ld wrong\n", n_wrong);
 }
 
@@ -407,7 +407,7 @@ TRACED static long w_after(long x)
 /* Jumps away from any instruction, also those of a tracer; afterwards all is as it was. */
 static void run_jumping_storm(void)
 {
-    storm(handler_may_jump, work_or_jump);
+    storm(handler_may_jump, 40, work_or_jump, 40000);
     long sum = 0;
     for (long i = 0; i < 1000; i++)
         sum += w_after(i);
