@@ -129,9 +129,9 @@ pub struct FunctionState {
     pub stack: StackArgs,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
-    /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
-    /// have bodies.
-    pub finds_frames: bool,
+    /// What unwinders ask it for; its skeleton tells them of such frames. It need not have
+    /// bodies.
+    pub finds_frames: Option<Question>,
     /// Where the original returns to then.
     pub returns_to: Option<RemoteAddr>,
     /// The bodies that the skeleton calls, as opposed to holding copies of them.
@@ -140,6 +140,15 @@ pub struct FunctionState {
     pub switches: Vec<Switch>,
     /// Newest first.
     pub bodies: Vec<BodyState>,
+}
+
+/// What unwinders ask a function for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Question {
+    /// `_Unwind_Find_FDE`.
+    Row,
+    /// `_dl_find_object`.
+    Object,
 }
 
 /// Where the result of a skipped function goes.
@@ -303,7 +312,7 @@ impl Registry {
     /// The sites have been swapped and the switches thrown: what is only there for one who
     /// would have had to do it again can go.
     pub(crate) fn committed(&mut self) {
-        self.functions.retain(|f| !f.bodies.is_empty() || f.finds_frames);
+        self.functions.retain(|f| !f.bodies.is_empty() || f.finds_frames.is_some());
         let attached = self.body_ids();
         for retired in &mut self.retired {
             retired.switches.retain(|switch| attached.contains(&switch.body));
@@ -556,7 +565,7 @@ mod tests {
                 skip: None,
                 stack: StackArgs { may_be_fewer: true, ..StackArgs::NONE },
                 calls_original: true,
-                finds_frames: false,
+                finds_frames: None,
                 returns_to: Some(code.offset(0x120)),
                 calls: vec![],
                 switches: vec![Switch {

@@ -320,7 +320,7 @@ fn attach_on(
 fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
     reclaim::run(ground)?;
     let registry = &ground.registry;
-    if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames) {
+    if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames.is_some()) {
         return Ok(());
     }
     change_once(ground, Change::leave_unwinders)?;
@@ -550,7 +550,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         skip: None,
         stack: StackArgs::NONE,
         calls_original: false,
-        finds_frames: false,
+        finds_frames: None,
         returns_to: None,
         calls: Vec::new(),
         switches: Vec::new(),
