@@ -33,11 +33,11 @@ pub use request::{
 pub use sides::needs_frame;
 pub use skip::{NoSkip, SkipResult, skip_result};
 pub use x86_64::check::{CheckError, check_body};
-pub use x86_64::find_fde::FrameArena;
+pub use x86_64::find_fde::{FrameArena, Question};
 pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;
 pub use x86_64::skeleton::{
-    BodyRef, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, UnwindRow,
-    UnwindRule, call_patch, link_skeleton, link_unwinder_skeleton,
+    BodyRef, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, Switch,
+    UnwindRow, UnwindRule, call_patch, link_skeleton, link_unwinder_skeleton,
 };
 pub use x86_64::stack_copy::StackCopy;

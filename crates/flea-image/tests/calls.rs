@@ -107,6 +107,7 @@ fn patched(begin: Begin, taken: i32, entry: bool, exit: bool) -> Patched {
         frame_offset: 0,
     }];
     let skeleton = link_skeleton(&SkeletonRequest {
+        replacement: None,
         site: RemoteAddr(base),
         replaced: &start,
         kind: SiteKind::Relocated,
@@ -187,6 +188,7 @@ fn calls_of_itself_go_through_the_site() {
 
 fn link(replaced: &[u8]) -> Result<String, LinkError> {
     let request = SkeletonRequest {
+        replacement: None,
         site: RemoteAddr(0x5555_8040_1000),
         replaced,
         kind: SiteKind::Relocated,

@@ -82,7 +82,7 @@ impl<'a> File<'a> {
     }
 
     /// The file's bytes from `address` to the end of its segment's file part.
-    pub(crate) fn from_address(&self, address: u64) -> Option<&'a [u8]> {
+    pub(crate) fn bytes_from(&self, address: u64) -> Option<&'a [u8]> {
         self.of_kind(PT_LOAD).find_map(|segment| {
             let into = address.checked_sub(segment.address)?;
             let left = segment.file_size_bytes.checked_sub(into).filter(|left| *left > 0)?;
@@ -92,7 +92,7 @@ impl<'a> File<'a> {
 
     /// `size_bytes` bytes at `address`.
     pub(crate) fn at(&self, address: Svma, size_bytes: u64) -> Option<&'a [u8]> {
-        self.from_address(address.0)?.get(..usize::try_from(size_bytes).ok()?)
+        self.bytes_from(address.0)?.get(..usize::try_from(size_bytes).ok()?)
     }
 }
 

@@ -176,11 +176,12 @@ fn protections(file: &File<'_>, first: Svma, n_pages: u64) -> Result<Vec<Protect
     for segment in file.of_kind(PT_LOAD).filter(|segment| segment.size_bytes > 0) {
         let wanted = protection(segment);
         let last = segment.address + segment.size_bytes - 1;
-        for i in index(segment.address)..=index(last) {
-            if pages[i].is_some_and(|other| other != wanted) {
+        let covered = index(segment.address)..=index(last);
+        for (i, page) in pages.iter_mut().enumerate().filter(|(i, _)| covered.contains(i)) {
+            if page.is_some_and(|other| other != wanted) {
                 return Err(ParseError::SharedPage { at: Svma(first.0 + i as u64 * PAGE) });
             }
-            pages[i] = Some(wanted);
+            *page = Some(wanted);
         }
     }
     for relro in file.of_kind(PT_GNU_RELRO) {

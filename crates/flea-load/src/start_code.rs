@@ -45,7 +45,7 @@ pub(crate) fn check(
     let by_place: HashMap<Svma, &Relocation> = relocations.iter().map(|r| (r.at, r)).collect();
     for tag in [DT_INIT, DT_FINI] {
         let Some(at) = dynamic.value(tag).filter(|at| *at != 0).map(Svma) else { continue };
-        let code = file.from_address(at.0).unwrap_or_default();
+        let code = file.bytes_from(at.0).unwrap_or_default();
         if !is_empty_init(code) && !is_empty_fini(code) {
             return Err(ParseError::StartCode { at, symbol: names.at(at) });
         }

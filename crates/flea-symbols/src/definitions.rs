@@ -110,7 +110,7 @@ impl Module<'_> {
         let symbols = self.elf.elf_dynamic_symbol_table();
         let mut found = Vec::new();
         for section in self.elf.elf_section_table().iter() {
-            if section.sh_flags(LittleEndian).0 & u64::from(elf::SHF_ALLOC.0) == 0 {
+            if section.sh_flags(LittleEndian).0 & elf::SHF_ALLOC.0 == 0 {
                 continue;
             }
             let Ok(Some((relocations, _))) = section.rela(LittleEndian, image) else { continue };

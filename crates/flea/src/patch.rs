@@ -34,7 +34,7 @@ pub use self::resolve::ResolveError;
 /// program that no linker would have let it see.
 ///
 /// ```
-/// use flea::{Session, PatchError};
+/// use flea::Session;
 /// use std::process::Command;
 ///
 /// #[unsafe(no_mangle)]
@@ -52,7 +52,8 @@ pub use self::resolve::ResolveError;
 /// # if built.is_err() { return Ok(()); }
 /// let session = Session::this_process()?;
 /// let function = &session.find("patch_example")?[0];
-/// let patch = session.load_shared_object(&object)?;
+/// // Examples are compiled without debug information: nothing to check the signature by.
+/// let patch = session.load_shared_object(&object)?.unchecked_signature();
 /// # std::fs::remove_dir_all(&dir)?;
 /// let replacement = patch.replace(function, "patch_example")?;
 /// assert_eq!(patch_example(1), 3);

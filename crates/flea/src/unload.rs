@@ -384,13 +384,8 @@ mod tests {
     #[test]
     fn what_waits_is_what_nobody_leads_to() {
         use crate::registry::{Placed, Retired};
-        let retired = |base| Retired {
-            code: Placed { at: RemoteAddr(16), len: 16 },
-            calls_original: false,
-            returns_to: None,
-            calls: Vec::new(),
-            arenas: vec![RemoteAddr(base)],
-        };
+        let code = Placed { at: RemoteAddr(16), len: 16 };
+        let retired = |base| Retired::plain(code, vec![RemoteAddr(base)]);
         let pinned = LoadedObject { pinned: true, ..object(0x3000, 0x1000) };
         let registry = Registry {
             objects: vec![object(0x1000, 0x1000), object(0x2000, 0x1000), pinned],

@@ -5,7 +5,7 @@ use flea_image::BODY_FRAMES_OFFSET;
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_symbols::addr::RemoteAddr;
 
-use super::{BodyState, CodeArena, FunctionState, LoadedObject, Placed, Registry};
+use super::{BodyState, CodeArena, FunctionState, LoadedObject, Placed, Registry, Switch};
 
 const PAGE: u64 = 4096;
 /// User space ends far below.
@@ -53,6 +53,7 @@ pub(super) fn check(registry: &Registry) -> Result<(), String> {
     }
     for retired in &registry.retired {
         check_placed(registry, retired.code)?;
+        check_switches(registry, &retired.switches)?;
     }
     // Each stretch is in some arena, but a thousand may be the same one.
     let placed_bytes = placed(registry).fold(0u64, |sum, p| sum.saturating_add(p.len.into()));
@@ -99,6 +100,7 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
         return Err(format!("no runtime to read the stack arguments of {} with", f.site));
     }
     f.skeleton.map_or(Ok(()), |p| check_placed(registry, p))?;
+    check_switches(registry, &f.switches)?;
     for one in &f.replacements {
         let home = registry.objects.iter().find(|object| object.base == one.object);
         let inside = |object: &LoadedObject| {
@@ -121,6 +123,15 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
         if let Some(save) = body.saves.iter().find(|save| !save.fits(n_words)) {
             return Err(format!("body {} has {n_words} words and saves {save:?}", body.id));
         }
+    }
+    Ok(())
+}
+
+fn check_switches(registry: &Registry, switches: &[Switch]) -> Result<(), String> {
+    for switch in switches {
+        let len = u32::try_from(switch.new.len()).unwrap_or(u32::MAX);
+        check_placed(registry, Placed { at: switch.at, len })?;
+        check_placed(registry, Placed { at: switch.trap_to, len: 1 })?;
     }
     Ok(())
 }
