@@ -17,6 +17,7 @@
 
 mod check;
 mod hex;
+mod replaced;
 mod saves;
 
 use std::collections::HashSet;
@@ -25,6 +26,8 @@ use flea_image::Save;
 use flea_process::{Memory, MemoryError};
 use flea_symbols::addr::RemoteAddr;
 use serde::{Deserialize, Serialize};
+
+pub use self::replaced::{LoadedObject, ReplacementState};
 
 /// The memfd's name: `/proc/PID/maps` shows `/memfd:flea (deleted)`.
 pub(crate) const NAME: &str = "flea";
@@ -87,17 +90,6 @@ pub struct DataArena {
     pub released: bool,
 }
 
-/// A shared object that was loaded for its replacements.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LoadedObject {
-    /// Its first page.
-    pub base: RemoteAddr,
-    /// Whole pages.
-    pub size_bytes: u64,
-    /// It has handed out addresses of itself that nobody can find again, so that it stays.
-    pub pinned: bool,
-}
-
 /// A controller: a process id alone could be somebody else's by now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Controller {
@@ -155,23 +147,6 @@ pub struct FunctionState {
     pub bodies: Vec<BodyState>,
     /// Newest first: calls go to the first one.
     pub replacements: Vec<ReplacementState>,
-}
-
-/// A function of a loaded object that takes another one's place.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ReplacementState {
-    /// Unique in this process, and among bodies.
-    pub id: u32,
-    /// Who attached it.
-    pub owner: Controller,
-    /// Seconds since the epoch.
-    pub since: u64,
-    /// The object that it is in, by its base.
-    pub object: RemoteAddr,
-    /// Its name there.
-    pub name: String,
-    /// Its first byte.
-    pub entry: RemoteAddr,
 }
 
 /// What unwinders ask a function for.
