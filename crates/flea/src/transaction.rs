@@ -49,6 +49,9 @@ use crate::{
     unwinder::{self, Unwinder},
 };
 
+#[cfg(test)]
+mod tests;
+
 /// Code arenas that one transaction may add.
 const MAX_NEW_ARENAS: usize = 64;
 /// How often another controller may be faster.
@@ -362,17 +365,9 @@ fn change_once<R>(
 }
 
 fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError> {
-    let Change { mut registry, writes, pokes, retired, .. } = change;
-    for (at, bytes) in &writes {
-        ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
-    }
     let before = ground.registry.clone();
-    // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
-    // whoever comes after our death finds the sites' previous bytes first (`settle`).
-    registry.retired.extend(retired);
-    ground.registry = registry;
-    ground.store()?;
-    if let Err(error) = flea_patch::commit(ground.tracer, &Plan { pokes }) {
+    let plan = announce(ground, change)?;
+    if let Err(error) = flea_patch::commit(ground.tracer, &plan) {
         ground.registry = before;
         // Where this fails the target has ended, and the commit's reason says more; else
         // `settle` finds out from the sites' bytes.
@@ -381,6 +376,20 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
     }
     ground.registry.committed();
     Ok(ground.store()?)
+}
+
+/// Steps 2 and 3: all but what the target's threads could notice. What is left is step 4.
+fn announce(ground: &mut Ground<'_>, change: Change) -> Result<Plan, AttachError> {
+    let Change { mut registry, writes, pokes, retired, .. } = change;
+    for (at, bytes) in &writes {
+        ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
+    }
+    // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
+    // whoever comes after our death finds the sites' previous bytes first (`settle`).
+    registry.retired.extend(retired);
+    ground.registry = registry;
+    ground.store()?;
+    Ok(Plan { pokes })
 }
 
 /// Makes the registry say what is there.
