@@ -582,7 +582,7 @@ mod tests {
         let change = add(one, &mut known, When::Exit);
         assert_eq!(change.pokes.len(), 1, "who is inside meets what was there at its entry");
         let two = done(change);
-        assert_eq!(two.retired[0].switches, [alone.clone()]);
+        assert_eq!(two.retired[0].switches, std::slice::from_ref(&alone));
         let both = two.functions[0].switches.clone();
         assert_eq!(both.iter().map(|s| s.body).collect::<Vec<_>>(), [1, 0], "newest first");
         assert!(both.iter().all(|s| s.expected == NOP5 && s.trap_to == s.at.offset(5)));
