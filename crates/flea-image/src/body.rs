@@ -5,13 +5,14 @@
 //!            entry = arena - 64 KiB + ((tp >> 8) & 0xfff0)
 //!            if entry.thread_pointer == tp: slot = entry.slot
 //!            else (cold): slot = flea_thread_slot(arena); if 0: arena.no_slot += 1, return
-//!   program: if state.active != 0: state.misses += 1     only if guarded, see `guard`
-//!            else: state.active = 1; ... ; state.active = 0
+//!   program: if state.active > rsp: state.misses += 1    only if guarded, see `guard`
+//!            else: state.active = rsp; ... ; state.active = 0
 //!   fmod_ret: if r0 != 0: the function's result = r0, return       the rest is skipped as well
 //! ```
 
 use std::mem::offset_of;
 
+use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{
     AbiParam, Block, Function, InstBuilder, Signature, UserFuncName, Value, types,
 };
@@ -32,10 +33,11 @@ use crate::clif::{self, symbol};
 use crate::code::{Code, RelocTarget};
 use crate::guard::{self, Guard};
 use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads};
+use crate::sides::{rank, runs_on};
 use crate::skip::skip_result;
 use crate::translate::{
-    Arguments, Env, Outcome, Side, Translator, Use, call_runtime, op, proved, store_skip_value,
-    zero_cookie,
+    Arguments, Env, Outcome, Parameters, Probes, Saves, Side, Translator, Use, call_runtime, op,
+    proved, store_skip_value, zero_cookie,
 };
 use crate::x86_64::check::check_body;
 use crate::x86_64::slim::slim;
@@ -46,23 +48,31 @@ use crate::x86_64::slim::slim;
 /// [`CompileError`]: nothing usable was made.
 pub fn compile_body(request: &BodyRequest<'_>) -> Result<Body, CompileError> {
     check_request(request)?;
-    let entry = compile_side(request, Side::Entry)?;
-    let session = compile_side(request, Side::Session)?;
-    let modify = compile_side(request, Side::Modify)?;
-    let exit = compile_side(request, Side::Exit)?;
+    let n_sessions = request.programs.iter().filter(|p| p.kind == ProgramKind::Fsession).count();
+    // Session cookies first, then what the sides want saved, each knowing of those before.
+    let saves = Saves::behind(u32::try_from(n_sessions).unwrap_or(u32::MAX));
+    let saves_after = |side: &Option<(Code, Outcome)>, before: Saves| {
+        side.as_ref().map_or(before, |(_, outcome)| outcome.saves.clone())
+    };
+    let entry = compile_side(request, Side::Entry, &saves)?;
+    let session = compile_side(request, Side::Session, &saves)?;
+    let saves = saves_after(&session, saves);
+    let modify = compile_side(request, Side::Modify, &saves)?;
+    let saves = saves_after(&modify, saves);
+    let exit = compile_side(request, Side::Exit, &saves)?;
+    let saves = saves_after(&exit, saves);
     let calls_runtime = [&entry, &session, &modify, &exit]
         .iter()
         .any(|s| s.as_ref().is_some_and(|s| s.1.calls_runtime));
-    let n_sessions = request.programs.iter().filter(|p| p.kind == ProgramKind::Fsession).count();
     let reads = exit.as_ref().map_or_else(Reads::default, |(_, outcome)| outcome.reads.clone());
     Ok(Body {
         entry: entry.map(|s| s.0),
         session: session.map(|s| s.0),
         modify: modify.map(|s| s.0),
         exit: exit.map(|s| s.0),
-        frame_words: u32::try_from(n_sessions).unwrap_or(u32::MAX),
+        frame_words: saves.frame_words(),
         reads,
-        saves: Vec::new(),
+        saves: saves.into_list(),
         calls_runtime,
     })
 }
@@ -86,16 +96,6 @@ fn check_request(request: &BodyRequest<'_>) -> Result<(), CompileError> {
     Ok(())
 }
 
-fn runs_on(side: Side, kind: ProgramKind) -> bool {
-    matches!(
-        (side, kind),
-        (Side::Entry, ProgramKind::Fentry)
-            | (Side::Session, ProgramKind::Fsession)
-            | (Side::Modify, ProgramKind::FmodRet)
-            | (Side::Exit, ProgramKind::Fexit | ProgramKind::Fsession)
-    )
-}
-
 /// A program with what one side's body needs to know of it.
 struct Chosen<'a> {
     program: &'a ProgramUse<'a>,
@@ -106,13 +106,14 @@ struct Chosen<'a> {
 fn compile_side(
     request: &BodyRequest<'_>,
     side: Side,
+    saves: &Saves,
 ) -> Result<Option<(Code, Outcome)>, CompileError> {
     let mut n_sessions = 0;
     let mut chosen = Vec::new();
     for program in request.programs {
         let cookie_word = n_sessions;
         n_sessions += u32::from(program.kind == ProgramKind::Fsession);
-        if runs_on(side, program.kind) {
+        if runs_on(side, program, request.signature) {
             let guard = guard::of_program(program.verified, request.plan);
             chosen.push(Chosen { program, guard, cookie_word });
         }
@@ -120,17 +121,18 @@ fn compile_side(
     if chosen.is_empty() {
         return Ok(None);
     }
+    chosen.sort_by_key(|c| rank(c.program.kind));
     // A guarded program's own stores would hide another's unmerged ones from the check below.
     if chosen.iter().any(|c| c.guard == Guard::Needed) {
         guard_all_writers(&mut chosen);
     }
-    let made = build(request, side, &chosen)?;
+    let made = build(request, side, &chosen, saves)?;
     let unproved = chosen.iter().any(|c| c.guard == Guard::UnlessMerged);
     if !unproved || guard::writes_are_single_instructions(&made.0.bytes) {
         return Ok(Some(made));
     }
     guard_all_writers(&mut chosen);
-    build(request, side, &chosen).map(Some)
+    build(request, side, &chosen, saves).map(Some)
 }
 
 fn guard_all_writers(chosen: &mut [Chosen<'_>]) {
@@ -145,11 +147,15 @@ fn build(
     request: &BodyRequest<'_>,
     side: Side,
     chosen: &[Chosen<'_>],
+    saves: &Saves,
 ) -> Result<(Code, Outcome), CompileError> {
-    let (n_gpr, n_xmm) = Arguments::n_registers(side, request.signature);
+    let probes = match chosen.iter().any(|c| c.program.kind == ProgramKind::Uprobe) {
+        true => Probes::Some,
+        false => Probes::None,
+    };
+    let parameters = Parameters::of(side, request.signature, probes);
     let mut signature = Signature::new(CallConv::PreserveAll);
-    signature.params = vec![AbiParam::new(types::I64); n_gpr];
-    signature.params.extend(vec![AbiParam::new(types::F64); n_xmm]);
+    signature.params = parameters.types().map(AbiParam::new).collect();
     let mut func = Function::with_name_signature(UserFuncName::user(0, 0), signature);
     let mut context = FunctionBuilderContext::new();
     let mut b = FunctionBuilder::new(&mut func, &mut context);
@@ -157,13 +163,13 @@ fn build(
     b.append_block_params_for_function_params(block);
     b.switch_to_block(block);
     let params = b.block_params(block).to_vec();
-    let args = Arguments::new(&mut b, side, request.signature, &params);
+    let args = Arguments::new(&mut b, side, request.signature, parameters.split(&params));
     if side == Side::Session {
-        for c in chosen {
+        for c in chosen.iter().filter(|c| c.program.kind == ProgramKind::Fsession) {
             zero_cookie(&mut b, &args, request.frame_offset, c.cookie_word);
         }
     }
-    let mut outcome = Outcome::default();
+    let mut outcome = Outcome::new(saves.clone());
     let end = b.create_block();
     let slot = chosen
         .iter()
@@ -236,7 +242,7 @@ pub(crate) fn find_slot(b: &mut FunctionBuilder<'_>, outcome: &mut Outcome, end:
     let home = b.ins().load(types::I64, proved(), entry, slot_at);
     // Right before its only use, so that it becomes the comparison's memory operand.
     let owner = b.ins().load(types::I64, proved(), entry, owner_at);
-    let hit = b.ins().icmp(cranelift_codegen::ir::condcodes::IntCC::Equal, owner, tp);
+    let hit = b.ins().icmp(IntCC::Equal, owner, tp);
     let own = b.create_block();
     b.ins().brif(hit, own, &[], cold, &[]);
 
@@ -282,7 +288,7 @@ fn emit_program(
     let r0 = Translator::new(b, env, &used, outcome).program(ctx, ctx)?;
     if let Some(state) = state {
         let zero = b.ins().iconst(types::I64, 0);
-        // Without this barrier (no machine code) Cranelift might find `active = 1` dead.
+        // Without this barrier (no machine code) Cranelift might find `active = rsp` dead.
         b.ins().sequence_point();
         b.ins().store(proved(), zero, state, field(offset_of!(ProgramState, active)));
     }
@@ -311,14 +317,20 @@ fn skip_unless_zero(
     b.ins().jump(end, &[]);
 }
 
-/// `if state.active != 0 { state.misses += 1; goto after }; state.active = 1`
+/// `if state.active > rsp { state.misses += 1; goto after }; state.active = rsp`
+///
+/// A run that this one has interrupted is further up the stack. One that is not was left
+/// half done by a signal handler that jumped away (siglongjmp), or is on another stack; if it
+/// counted, the program would never run again on this thread.
 fn enter(b: &mut FunctionBuilder<'_>, state: Value, after: Block) {
     let (busy, free) = (b.create_block(), b.create_block());
     b.set_cold_block(busy);
     let active_at = field(offset_of!(ProgramState, active));
     let misses_at = field(offset_of!(ProgramState, misses));
     let active = b.ins().load(types::I64, proved(), state, active_at);
-    b.ins().brif(active, busy, &[], free, &[]);
+    let here = b.ins().get_stack_pointer(types::I64);
+    let is_above = b.ins().icmp(IntCC::UnsignedGreaterThan, active, here);
+    b.ins().brif(is_above, busy, &[], free, &[]);
 
     b.switch_to_block(busy);
     let misses = b.ins().load(types::I64, proved(), state, misses_at);
@@ -327,8 +339,7 @@ fn enter(b: &mut FunctionBuilder<'_>, state: Value, after: Block) {
     b.ins().jump(after, &[]);
 
     b.switch_to_block(free);
-    let one = b.ins().iconst(types::I64, 1);
-    b.ins().store(proved(), one, state, active_at);
+    b.ins().store(proved(), here, state, active_at);
     b.ins().sequence_point();
 }
 

@@ -18,6 +18,7 @@ mod frame;
 mod guard;
 mod plain;
 mod request;
+mod sides;
 mod skip;
 mod translate;
 pub mod unwind;
@@ -29,9 +30,10 @@ pub use plain::{PlainRequest, compile_function, compile_plain};
 pub use request::{
     BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads, Save, Saved, When,
 };
+pub use sides::needs_frame;
 pub use skip::{NoSkip, SkipResult, skip_result};
 pub use x86_64::check::{CheckError, check_body};
-pub use x86_64::find_fde::FrameArena;
+pub use x86_64::find_fde::{FrameArena, Question};
 pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;
 pub use x86_64::skeleton::{

@@ -124,6 +124,29 @@ pub enum Saved {
     },
 }
 
+impl Saved {
+    /// Frame words that it takes; 0 for what no register is.
+    #[must_use]
+    pub const fn n_words(self) -> u32 {
+        match self {
+            // rsp and rbp are 4 and 5.
+            Self::Gpr(0..=3 | 6..=15) => 1,
+            Self::Vector { reg: 0..=7, n_words: n_words @ (2 | 4 | 8) } => n_words as u32,
+            Self::X87 { reg: 0 | 1 } => 2,
+            Self::Gpr(_) | Self::Vector { .. } | Self::X87 { .. } => 0,
+        }
+    }
+}
+
+impl Save {
+    /// Whether it names a register, and words of a body that has `frame_words` of them.
+    #[must_use]
+    pub const fn fits(self, frame_words: u32) -> bool {
+        let n_words = self.what.n_words();
+        n_words > 0 && self.word < frame_words && n_words <= self.word + 1
+    }
+}
+
 impl Reads {
     pub(crate) fn add_arg(&mut self, word: ArgWord) {
         if matches!(word, ArgWord::Gpr(_) | ArgWord::Xmm(_)) && !self.args.contains(&word) {

@@ -99,8 +99,10 @@ fn patched(begin: Begin, taken: i32, entry: bool, exit: bool) -> Patched {
     let bodies = [SkeletonBody {
         entry: body(entry),
         session: None,
+        modify: None,
         exit: body(exit),
         reads: &reads,
+        saves: &[],
         frame_words: 0,
         frame_offset: 0,
     }];
@@ -110,6 +112,7 @@ fn patched(begin: Begin, taken: i32, entry: bool, exit: bool) -> Patched {
         kind: SiteKind::Relocated,
         image_address: RemoteAddr(base + IMAGE as u64),
         bodies: &bodies,
+        skip: None,
         stack_copy: StackCopy::Exactly(1),
         stack_align_bytes: 16,
     })
@@ -189,6 +192,7 @@ fn link(replaced: &[u8]) -> Result<String, LinkError> {
         kind: SiteKind::Relocated,
         image_address: RemoteAddr(0x5555_8060_0000),
         bodies: &[],
+        skip: None,
         stack_copy: StackCopy::Exactly(0),
         stack_align_bytes: 16,
     };

@@ -159,7 +159,7 @@ fn a_running_program_has_no_say() {
     let (busy, next) = (step(1, 7), step(2, 9));
     let state = rig.plan.program_state_offset(0);
     let active = THREAD_TABLE_BYTES + (rig.plan.slots_offset + state) as usize;
-    rig.data.write(active, &1u64.to_le_bytes());
+    rig.data.write(active, &u64::MAX.to_le_bytes());
     let programs = [(&busy, ProgramKind::FmodRet), (&next, ProgramKind::FmodRet)];
     rig.attach(&signature(), &programs, SiteKind::Nops, Placing::Inline, 4);
     let input = Registers::pattern();
@@ -207,7 +207,7 @@ fn decides(result: i32) -> Verified {
         insn(0x95, 0, 0, 0, 0),
     ];
     let program = Program { name: "p".into(), kind: ProgramKind::FmodRet, insns, ..<_>::default() };
-    verify(&program, &[], Context::Tracing { n_args: 1, has_result: true, session: false }).unwrap()
+    verify(&program, &[], Context::Tracing { n_args: 1, n_results: 1, session: false }).unwrap()
 }
 
 /// Two words cannot be made up: only a program that never tries may be there.
@@ -283,6 +283,7 @@ fn the_skeleton_asks_each_controller() {
         modify: Some(BodyRef::Call(RemoteAddr(0x50_0000 + n))),
         exit: Some(BodyRef::Call(RemoteAddr(0x50_1000 + n))),
         reads: &reads,
+        saves: &[],
         frame_words: 0,
         frame_offset: 0,
     };

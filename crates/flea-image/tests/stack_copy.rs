@@ -143,6 +143,7 @@ impl Rig {
             modify: None,
             exit: Some(BodyRef::Call(at(BODY))),
             reads: &Reads::default(),
+            saves: &[],
             frame_words: 0,
             frame_offset: 0,
         }];

@@ -203,7 +203,7 @@ fn verify(prepared: &Prepared) -> Result<Verified, String> {
             let size_bytes = u32::try_from(memory.len()).map_err(|e| e.to_string())?;
             Context::Memory { size_bytes }
         }
-        None => Context::Tracing { n_args: CONTEXT_WORDS, has_result: false, session: false },
+        None => Context::Tracing { n_args: CONTEXT_WORDS, n_results: 0, session: false },
     };
     flea_verifier::verify(&prepared.program, &prepared.maps, context).map_err(|r| r.message)
 }

@@ -45,22 +45,26 @@ use op::Op;
 use report::Fault;
 use stack::STACK_BYTES;
 
+pub use access::PT_REGS_BYTES;
 pub use facts::Verified;
 
 /// What a program is given in `r1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Context {
-    /// `u64 ctx[n_args]`, then the result in the next slot where the kind sees one; `ctx[-1]`
+    /// `u64 ctx[n_args]`, then the result in the next slots where the kind sees one; `ctx[-1]`
     /// and `ctx[-2]` as in Linux.
     Tracing {
         /// Argument words.
         n_args: u8,
-        /// The slot after the arguments holds the result (fexit; fsession may read it at
-        /// entry too, where it is 0).
-        has_result: bool,
+        /// Slots after the arguments that hold the result (fexit; fsession may read them at
+        /// entry too, where they are 0). One where there is none, as in Linux; more where it
+        /// is in several registers.
+        n_results: u8,
         /// `bpf_session_is_return` and `bpf_session_cookie` may be called.
         session: bool,
     },
+    /// `struct pt_regs` of x86-64 (uprobe, uretprobe), to be read alone.
+    PtRegs,
     /// Writable bytes: `r1` their address, `r2` their number. For tests and vectors.
     Memory {
         /// How many.

@@ -43,7 +43,7 @@ fn check(lines: &[&str]) -> Result<Verified, Rejection> {
         init: None,
         read_only: false,
     };
-    let context = Context::Tracing { n_args: 2, has_result: true, session: false };
+    let context = Context::Tracing { n_args: 2, n_results: 1, session: false };
     verify(&program(lines), &[map], context)
 }
 
@@ -144,7 +144,7 @@ fn functions_and_their_stacks() {
 fn the_range_of_results() {
     let range = |kind, lines: &[&str]| {
         let program = Program { kind, ..program(lines) };
-        let context = Context::Tracing { n_args: 2, has_result: true, session: false };
+        let context = Context::Tracing { n_args: 2, n_results: 1, session: false };
         verify(&program, &[], context).unwrap().return_range()
     };
     let fmod_ret = |lines: &[&str]| range(ProgramKind::FmodRet, lines);

@@ -16,7 +16,8 @@ use flea_symbols::{
 use crate::{
     error::AttachError,
     registry::{
-        BodyState, FunctionState, Placed, Registry, Retired, SiteKind, Skip, StackArgs, Switch,
+        BodyState, FunctionState, Placed, Question, Registry, Retired, SiteKind, Skip, StackArgs,
+        Switch,
     },
 };
 
@@ -127,7 +128,7 @@ impl Change {
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
         let mut moves = Vec::new();
 
-        if f.bodies.is_empty() && !f.finds_frames {
+        if f.bodies.is_empty() && f.finds_frames.is_none() {
             f.patched = f.original[..5].try_into().expect("a site has at least 5 bytes");
             f.skeleton = None;
             f.calls_original = false;
@@ -162,7 +163,7 @@ impl Change {
         // The called body returns behind the five bytes: an instruction must begin there.
         let mut ends = inner_boundaries(f);
         let five = f.site.offset(5);
-        if f.finds_frames
+        if f.finds_frames.is_some()
             || f.kind != SiteKind::Nop
             || body.session.or(body.modify).or(body.exit).is_some()
             || !(f.original.len() == 5 || ends.any(|end| end == five))
@@ -180,7 +181,11 @@ impl Change {
             .zip(&reads)
             .map(|(b, r)| skeleton_body(&self.known_code, f, b, r))
             .collect();
-        let arenas = if f.finds_frames { self.frame_arenas() } else { Vec::new() };
+        let arenas = f.finds_frames.map_or_else(Vec::new, |_| self.frame_arenas());
+        let question = match f.finds_frames {
+            Some(Question::Object) => flea_image::Question::Object,
+            Some(Question::Row) | None => flea_image::Question::Row,
+        };
         f.calls = bodies.iter().flat_map(called).collect();
         let stack_copy = self.stack_copy(f.stack);
         let link = |at| {
@@ -197,7 +202,7 @@ impl Change {
                 stack_copy,
                 stack_align_bytes: f.stack.align_bytes,
             };
-            flea_image::link_unwinder_skeleton(&request, &arenas)
+            flea_image::link_unwinder_skeleton(&request, question, &arenas)
                 .map_err(|source| AttachError::Link { function: f.name.clone(), source })
         };
         // The length does not depend on the place (all far branches are rel32), so a first
@@ -234,9 +239,8 @@ impl Change {
     /// The arenas that have rows.
     fn frame_arenas(&self) -> Vec<FrameArena> {
         let arenas = self.registry.code.iter().filter_map(|arena| {
-            let fde = arena.rows?.at.0 + flea_image::unwind::FDE_OFFSET as u64;
             let end = RemoteAddr(arena.base.0 + arena.size_bytes);
-            Some(FrameArena { start: arena.base, end, fde: RemoteAddr(fde) })
+            Some(FrameArena { start: arena.base, end, rows: arena.rows?.at })
         });
         arenas.collect()
     }
@@ -251,7 +255,7 @@ impl Change {
 fn skeleton_body<'a>(
     known_code: &'a HashMap<RemoteAddr, Vec<u8>>,
     f: &FunctionState,
-    b: &BodyState,
+    b: &'a BodyState,
     reads: &'a Reads,
 ) -> SkeletonBody<'a> {
     let refer = |placed: Option<Placed>| {
@@ -266,6 +270,7 @@ fn skeleton_body<'a>(
         modify: refer(b.modify),
         exit: refer(b.exit),
         reads,
+        saves: &b.saves,
         frame_offset: b.frame_offset,
         frame_words: b.frame_words,
     }
@@ -407,7 +412,7 @@ mod tests {
             skip: None,
             stack: StackArgs::NONE,
             calls_original: false,
-            finds_frames: false,
+            finds_frames: None,
             returns_to: None,
             calls: vec![],
             switches: vec![],
@@ -459,6 +464,7 @@ mod tests {
             frame_offset: FIRST_FRAME_OFFSET,
             frame_words: 0,
             reads: 0,
+            saves: vec![],
         };
         f.bodies.insert(0, body);
         change.relink(&mut f, before).unwrap();

@@ -128,6 +128,8 @@ pub(crate) struct Prepared {
     pub(crate) function: Function,
     pub(crate) site: Site,
     pub(crate) stack: StackArgs,
+    /// Some program of `uses` needs the skeleton's frame, so the original runs inside it.
+    pub(crate) has_frame: bool,
     /// (program index, cookie), newest first.
     pub(crate) uses: Vec<(usize, u64)>,
     verified: Vec<Arc<Verified>>,
@@ -267,11 +269,15 @@ impl Object {
         let mut attached = lock(&self.inner.attached);
         let mut new = HashSet::with_capacity(keys.len());
         for (key, attachment) in keys.iter().zip(attachments) {
-            if attached.contains(key) || !new.insert(*key) {
-                return Err(AttachError::Twice {
-                    function: attachment.function.name(),
-                    program: self.inner.spec.programs[key.0].name.clone(),
-                });
+            let names =
+                || (attachment.function.name(), self.inner.spec.programs[key.0].name.clone());
+            if attached.contains(key) {
+                let (function, program) = names();
+                return Err(AttachError::Twice { function, program });
+            }
+            if !new.insert(*key) {
+                let (function, program) = names();
+                return Err(AttachError::NamedTwice { function, program });
             }
         }
         attached.extend(new);
@@ -289,8 +295,10 @@ impl Object {
                 prepared.push(self.prepare_function(&a.function)?);
             }
             let one = &mut prepared[at];
-            if self.inner.spec.programs[a.program].kind != ProgramKind::Fentry {
+            let kind = self.inner.spec.programs[a.program].kind;
+            if flea_image::needs_frame(kind, &verified, &one.signature) {
                 one.stack = stack_args(&a.function, &one.signature)?;
+                one.has_frame = true;
             }
             one.uses.insert(0, (a.program, a.cookie));
             one.verified.insert(0, verified);
@@ -306,6 +314,7 @@ impl Object {
             function: function.clone(),
             site: site.clone(),
             stack: StackArgs::NONE,
+            has_frame: false,
             uses: Vec::new(),
             verified: Vec::new(),
             signature: function.signature().clone(),
@@ -332,6 +341,13 @@ impl Program {
         self.spec().target.as_deref()
     }
 
+    /// Whether its section has a `.multi` form: of the functions that its pattern names, those
+    /// that it cannot be attached to are left out.
+    #[must_use]
+    pub fn multi(&self) -> bool {
+        self.spec().multi
+    }
+
     /// Whether it is attached without being asked for (`SEC("?...")` is not).
     #[must_use]
     pub fn autoload(&self) -> bool {
@@ -352,8 +368,51 @@ impl Program {
         self.object.attach(&[self.on(function, 0)])
     }
 
-    /// Whether it could be attached to `function`: there is a site, an exit program's stack
-    /// arguments are known, and the verifier accepts it with this signature.
+    /// Attaches it to all of `functions`, each with the cookie that `bpf_get_attach_cookie`
+    /// returns there, or to none.
+    ///
+    /// ```
+    /// # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
+    /// # use parts::{counter, total};
+    /// # #[unsafe(no_mangle)]
+    /// # #[inline(never)]
+    /// # extern "C" fn multi_example_1(x: u64) -> u64 {
+    /// #     x + 1
+    /// # }
+    /// # #[unsafe(no_mangle)]
+    /// # #[inline(never)]
+    /// # extern "C" fn multi_example_2(x: u64) -> u64 {
+    /// #     x + 2
+    /// # }
+    /// let session = flea::Session::this_process()?;
+    /// let object = session.load(counter())?;
+    /// let functions = session.find("multi_example_?")?;
+    /// let link = object.program("count").unwrap().attach_multi(functions.iter().zip(100..))?;
+    /// assert_eq!(link.n_functions(), 2);
+    /// multi_example_1(1);
+    /// multi_example_2(1);
+    /// assert_eq!(total(&object), 2);
+    /// # drop((link, object));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`AttachError`] for the first that cannot be, also where it is named twice or there is
+    /// none at all; the target runs as before.
+    pub fn attach_multi<'a>(
+        &self,
+        functions: impl IntoIterator<Item = (&'a Function, u64)>,
+    ) -> Result<Link, AttachError> {
+        let attachments: Vec<_> =
+            functions.into_iter().map(|(function, cookie)| self.on(function, cookie)).collect();
+        if attachments.is_empty() {
+            return Err(AttachError::NoFunctions { program: self.name().to_owned() });
+        }
+        self.object.attach(&attachments)
+    }
+
+    /// Whether it could be attached to `function`: there is a site, the verifier accepts it with
+    /// this signature, and the stack arguments are known where a frame has to pass them on.
     ///
     /// # Errors
     /// The reason why not.
@@ -362,17 +421,17 @@ impl Program {
             .site()
             .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
-        if self.kind() != ProgramKind::Fentry {
+        let verified = self.verify(function, context(signature, self.kind()))?;
+        if flea_image::needs_frame(self.kind(), &verified, signature) {
             stack_args(function, signature)?;
         }
-        let context = context(signature, self.kind());
-        let verified = self.verify(function, context)?;
         if self.kind() == ProgramKind::FmodRet && verified.return_range() != (0..=0) {
             self.check_skip(function)?;
         }
         Ok(verified)
     }
 
+    /// The proof for a function with this context, made once.
     fn verify(&self, function: &Function, context: Context) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
         let key = (self.index, context);
@@ -451,12 +510,6 @@ impl Prepared {
 }
 
 impl Loaded {
-    /// Whether images of these have a frame while the original runs.
-    pub(crate) fn has_frames(&self, prepared: &[Prepared]) -> bool {
-        let mut programs = prepared.iter().flat_map(|p| &p.uses);
-        programs.any(|&(index, _)| self.spec.programs[index].kind != ProgramKind::Fentry)
-    }
-
     /// The address behind a relocation, with the runtime at `runtime`.
     pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
         match target {
@@ -484,10 +537,16 @@ fn map_idx(index: usize) -> MapIdx {
 }
 
 fn context(signature: &Signature, kind: ProgramKind) -> Context {
+    if matches!(kind, ProgramKind::Uprobe | ProgramKind::Uretprobe) {
+        return Context::PtRegs;
+    }
     let n_args = u8::try_from(signature.arg_words().count()).unwrap_or(u8::MAX);
     Context::Tracing {
         n_args,
-        has_result: kind != ProgramKind::Fentry,
+        n_results: match kind {
+            ProgramKind::Fentry => 0,
+            _ => u8::try_from(signature.ret.words.len().max(1)).unwrap_or(u8::MAX),
+        },
         session: kind == ProgramKind::Fsession,
     }
 }
@@ -508,7 +567,9 @@ fn stack_args(function: &Function, signature: &Signature) -> Result<StackArgs, A
     if function.uses_return_address() {
         return Err(AttachError::ReturnAddress { function: function.name() });
     }
-    Ok(StackArgs { n_words, may_be_fewer, align_bytes: signature.stack_align_bytes })
+    // What is not named may be aligned to as much as a vector.
+    let align_bytes = if may_be_fewer { 64 } else { signature.stack_align_bytes };
+    Ok(StackArgs { n_words, may_be_fewer, align_bytes })
 }
 
 fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {

@@ -17,9 +17,11 @@
 
 mod check;
 mod hex;
+mod saves;
 
 use std::collections::HashSet;
 
+use flea_image::Save;
 use flea_process::{Memory, MemoryError};
 use flea_symbols::addr::RemoteAddr;
 use serde::{Deserialize, Serialize};
@@ -127,9 +129,9 @@ pub struct FunctionState {
     pub stack: StackArgs,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
-    /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
-    /// have bodies.
-    pub finds_frames: bool,
+    /// What unwinders ask it for; its skeleton tells them of such frames. It need not have
+    /// bodies.
+    pub finds_frames: Option<Question>,
     /// Where the original returns to then.
     pub returns_to: Option<RemoteAddr>,
     /// The bodies that the skeleton calls, as opposed to holding copies of them.
@@ -138,6 +140,15 @@ pub struct FunctionState {
     pub switches: Vec<Switch>,
     /// Newest first.
     pub bodies: Vec<BodyState>,
+}
+
+/// What unwinders ask a function for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Question {
+    /// `_Unwind_Find_FDE`.
+    Row,
+    /// `_dl_find_object`.
+    Object,
 }
 
 /// Where the result of a skipped function goes.
@@ -223,6 +234,9 @@ pub struct BodyState {
     /// Bit i: the exit side reads integer argument i; bit 8 + i: xmm argument i; bits 16 to
     /// 19: results rax, rdx, xmm0, xmm1.
     pub reads: u32,
+    /// What else the skeleton stores, into its frame's words.
+    #[serde(with = "saves")]
+    pub saves: Vec<Save>,
 }
 
 /// What makes a skeleton jump over one exit body, from then on. Calls that are inside the
@@ -298,7 +312,7 @@ impl Registry {
     /// The sites have been swapped and the switches thrown: what is only there for one who
     /// would have had to do it again can go.
     pub(crate) fn committed(&mut self) {
-        self.functions.retain(|f| !f.bodies.is_empty() || f.finds_frames);
+        self.functions.retain(|f| !f.bodies.is_empty() || f.finds_frames.is_some());
         let attached = self.body_ids();
         for retired in &mut self.retired {
             retired.switches.retain(|switch| attached.contains(&switch.body));
@@ -458,6 +472,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use flea_image::{Saved, When};
 
     /// A registry's place in this very process, zeros at first.
     struct Place {
@@ -524,6 +539,7 @@ mod tests {
             frame_offset: flea_image::BODY_FRAMES_OFFSET,
             frame_words: 1,
             reads: 1,
+            saves: vec![Save { when: When::Exit, what: Saved::Gpr(3), word: 0 }],
         };
         Registry {
             next_id: 4,
@@ -549,7 +565,7 @@ mod tests {
                 skip: None,
                 stack: StackArgs { may_be_fewer: true, ..StackArgs::NONE },
                 calls_original: true,
-                finds_frames: false,
+                finds_frames: None,
                 returns_to: Some(code.offset(0x120)),
                 calls: vec![],
                 switches: vec![Switch {
@@ -620,7 +636,7 @@ mod tests {
     #[test]
     fn what_others_rely_on_is_checked() {
         type Lie = fn(&mut Registry);
-        let lies: [(&str, Lie); 19] = [
+        let lies: [(&str, Lie); 21] = [
             ("switch", |r| r.functions[0].switches[0].at = RemoteAddr(8)),
             ("rows", |r| r.code[0].rows = Some(Placed { at: RemoteAddr(8), len: 8 })),
             ("no runtime to read the stack with", |r| r.runtime = None),
@@ -631,6 +647,8 @@ mod tests {
             ("a site at the end", |r| r.functions[0].site = RemoteAddr(u64::MAX - 2)),
             ("frame offset", |r| r.functions[0].bodies[0].frame_offset = u32::MAX - 7),
             ("frame words", |r| r.functions[0].bodies[0].frame_words = u32::MAX / 8),
+            ("a save outside the frame", |r| r.functions[0].bodies[0].saves[0].word = 1),
+            ("a save of no register", |r| r.functions[0].bodies[0].saves[0].what = Saved::Gpr(4)),
             ("result words for a frame", |r| r.functions[0].bodies[0].frame_offset = 8),
             ("body length", |r| r.functions[0].bodies[0].exit.as_mut().unwrap().len = u32::MAX),
             ("skeleton", |r| r.functions[0].skeleton.as_mut().unwrap().at = RemoteAddr(8)),

@@ -133,7 +133,7 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
 pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>, AttachError> {
     let pid = object.session.pid();
     let mut ground = look(pid, prepared)?;
-    let has_frames = object.has_frames(prepared) || ground.has_frames;
+    let has_frames = prepared.iter().any(|p| p.has_frame) || ground.has_frames;
     let unwinders = if has_frames { unwinder::find(&object.session)? } else { Vec::new() };
     let author = Author::now();
     for _ in 0..MAX_ATTEMPTS {
@@ -323,7 +323,7 @@ fn attach_on(
 fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
     reclaim::run(ground)?;
     let registry = &ground.registry;
-    if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames) {
+    if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames.is_some()) {
         return Ok(());
     }
     change_once(ground, Change::leave_unwinders)?;
@@ -515,6 +515,7 @@ fn add_body(
         frame_offset: new.offset,
         frame_words: body.frame_words,
         reads: pack_reads(&body.reads),
+        saves: body.saves.clone(),
     };
     let arenas = arenas(function);
     function.bodies.insert(0, state);
@@ -558,7 +559,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         skip: None,
         stack: StackArgs::NONE,
         calls_original: false,
-        finds_frames: false,
+        finds_frames: None,
         returns_to: None,
         calls: Vec::new(),
         switches: Vec::new(),

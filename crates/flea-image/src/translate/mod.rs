@@ -2,7 +2,7 @@
 //!
 //! BPF registers are Cranelift variables, so SSA construction and register allocation are
 //! Cranelift's. Start with [`Translator::function`]; arithmetic is in [`alu`], loads and stores
-//! in [`mem`], helpers in [`helper`], what the context shows in [`context`].
+//! in [`mem`], helpers in [`helper`], what the context shows in [`context`] and [`registers`].
 
 mod alu;
 mod context;
@@ -10,6 +10,8 @@ mod helper;
 mod jump;
 mod mem;
 pub(crate) mod op;
+mod registers;
+mod saves;
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
@@ -29,8 +31,10 @@ use crate::code::RelocTarget;
 use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
 
-pub(crate) use context::{Arguments, Side, store_skip_value, zero_cookie};
+pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, zero_cookie};
 pub(crate) use helper::call_runtime;
+pub(crate) use registers::is_saved_at_entry;
+pub(crate) use saves::Saves;
 
 /// Instructions that one body may hold, calls inlined: Cranelift takes about a second for it.
 const MAX_INSNS: u32 = 100_000;
@@ -70,8 +74,16 @@ impl Env<'_> {
 #[derive(Default)]
 pub(crate) struct Outcome {
     pub reads: Reads,
+    pub saves: Saves,
     pub calls_runtime: bool,
     n_insns: u32,
+}
+
+impl Outcome {
+    /// Nothing yet, but for frame words that other sides of the body use.
+    pub fn new(saves: Saves) -> Self {
+        Self { saves, ..Self::default() }
+    }
 }
 
 /// Translates one program into the current block of a CLIF function.

@@ -6,6 +6,7 @@ pub mod find_fde;
 pub mod listing;
 pub mod personality;
 pub(crate) mod relocate;
+mod saves;
 pub mod skeleton;
 pub(crate) mod slim;
 pub mod stack_copy;

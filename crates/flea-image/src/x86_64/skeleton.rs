@@ -7,6 +7,7 @@
 //!  [lea rsp, [rsp+8]]                       mov rbp, rsp
 //!   call body           per called one      lea rsp, [rsp-FRAME]
 //!   relocated instructions                  mov [rbp-40-8*i], rdi...    what exit bodies read
+//!                                           mov [rbp-152-8*i], rbx...   saves, see `saves`
 //!   jmp site + patched                      push [rbp+16+8*i]           see `stack_copy`
 //!                                           session bodies
 //!                                           mov [rbp-8], 0              modify bodies, see `skip`
@@ -15,6 +16,7 @@
 //!                                           mov [rsp-8], rbp            over the return address;
 //!                                         returned:                     see `switch`
 //!                                           mov [rbp-8], rax...         what exit bodies read
+//!                                           movups [rbp-152-8*i], xmm0  saves
 //!                                           exit bodies
 //!                                           leave
 //!                                           ret
@@ -52,11 +54,12 @@ use iced_x86::code_asm::{
 use iced_x86::{Code, IcedError};
 
 use super::assemble::{Assembly, Encoded, Place};
-use super::find_fde::{self, FrameArena};
+use super::find_fde::{self, FrameArena, Question};
 use super::listing;
 use super::relocate::{self, RelocateError};
+use super::saves;
 use super::stack_copy::{self, MAX_STACK_WORDS, StackCopy};
-use crate::request::{BODY_FRAMES_OFFSET, Reads};
+use crate::request::{BODY_FRAMES_OFFSET, Reads, Save, When};
 use crate::skip::SkipResult;
 
 mod skip;
@@ -119,6 +122,8 @@ pub struct SkeletonBody<'a> {
     pub exit: Option<BodyRef<'a>>,
     /// What `exit` reads.
     pub reads: &'a Reads,
+    /// What is stored into these bodies' words.
+    pub saves: &'a [Save],
     /// Words of the frame that these bodies use.
     pub frame_words: u32,
     /// The offset that they were compiled for; checked. Bodies of several controllers need
@@ -198,6 +203,14 @@ pub enum LinkError {
         frame_words: u32,
         /// The bound.
         max: u32,
+    },
+    /// A save of no register, or to words that its body does not have.
+    #[error("cannot save {save:?} into the {frame_words} words of its body")]
+    NoSuchSave {
+        /// The save.
+        save: Save,
+        /// The body's words.
+        frame_words: u32,
     },
     /// An argument register outside 6 integer and 8 vector ones.
     #[error("no such argument register: {0:?}")]
@@ -286,16 +299,17 @@ pub fn call_patch(site: RemoteAddr, body_address: RemoteAddr) -> Option<[u8; PAT
 /// # Errors
 /// [`LinkError`]
 pub fn link_skeleton(request: &SkeletonRequest<'_>) -> Result<Skeleton, LinkError> {
-    link_unwinder_skeleton(request, &[])
+    link_unwinder_skeleton(request, Question::Row, &[])
 }
 
-/// As [`link_skeleton`], for a `_Unwind_Find_FDE`: it answers for the exit skeletons in
-/// `arenas` before the original is asked. There need not be any bodies.
+/// As [`link_skeleton`], for a function that unwinders ask `question`: it answers for the exit
+/// skeletons in `arenas` before the original is asked. There need not be any bodies.
 ///
 /// # Errors
 /// [`LinkError`]
 pub fn link_unwinder_skeleton(
     request: &SkeletonRequest<'_>,
+    question: Question,
     arenas: &[FrameArena],
 ) -> Result<Skeleton, LinkError> {
     check_request(request)?;
@@ -314,7 +328,7 @@ pub fn link_unwinder_skeleton(
     }
     emitter.row(UnwindRule::Original);
     let original = emitter.asm.here();
-    find_fde::emit(&mut emitter.asm, arenas).map_err(|e| emitter.failed(&e))?;
+    find_fde::emit(&mut emitter.asm, question, arenas).map_err(|e| emitter.failed(&e))?;
     let moves = emitter.original()?;
     emitter.finish(original, &moves)
 }
@@ -336,6 +350,10 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
     }
     check_frame_words(request.bodies)?;
     for body in request.bodies {
+        let frame_words = body.frame_words;
+        if let Some(&save) = body.saves.iter().find(|save| !save.fits(frame_words)) {
+            return Err(LinkError::NoSuchSave { save, frame_words });
+        }
         for side in [body.entry, body.session, body.modify, body.exit].into_iter().flatten() {
             if let BodyRef::Call(to) = side
                 && to.0.abs_diff(request.image_address.0) > REACH
@@ -445,6 +463,7 @@ impl Emitter<'_> {
         for word in &reads.args {
             self.save_argument(*word)?;
         }
+        self.saves(When::Entry)?;
         let copied = stack_copy::emit(&mut self.asm, request.stack_copy);
         let slow = copied.map_err(|e| self.failed(&e))?;
         for body in request.bodies {
@@ -460,6 +479,7 @@ impl Emitter<'_> {
         for word in &reads.results {
             self.save_result(*word)?;
         }
+        self.saves(When::Exit)?;
         let drained = self.exit_bodies()?;
         self.code(|a| {
             a.leave()?;
@@ -485,6 +505,16 @@ impl Emitter<'_> {
             Some(BodyRef::Call(address)) => self.branch(Code::Call_rel32_64, address.0),
             None => Ok(()),
         }
+    }
+
+    /// What bodies asked for beyond argument and result words.
+    fn saves(&mut self, when: When) -> Result<(), LinkError> {
+        for body in self.request.bodies {
+            for &save in body.saves.iter().filter(|save| save.when == when) {
+                self.code(|a| saves::emit(a, save, body.frame_offset))?;
+            }
+        }
+        Ok(())
     }
 
     fn save_argument(&mut self, word: ArgWord) -> Result<(), LinkError> {
@@ -524,7 +554,8 @@ impl Emitter<'_> {
             SiteKind::Nops => {
                 let insns = relocate::decode(replaced, site.0)
                     .map_err(|source| LinkError::Site { site, source })?;
-                if !insns.iter().all(is_nop) {
+                let behind = site.0 + replaced.len() as u64;
+                if !insns.iter().all(|insn| is_nop(insn) || is_jump_to(insn, behind)) {
                     return Err(LinkError::NotNops { site, found: replaced.to_vec() });
                 }
                 insns.iter().map(|insn| (insn.ip(), self.asm.here())).collect()
@@ -592,6 +623,11 @@ fn frame_bytes(request: &SkeletonRequest<'_>) -> u32 {
 fn is_nop(insn: &iced_x86::Instruction) -> bool {
     matches!(insn.mnemonic(), iced_x86::Mnemonic::Nop)
         || (insn.mnemonic() == iced_x86::Mnemonic::Xchg && insn.len() == 1)
+}
+
+/// XRay's sled is a jump over a nop.
+fn is_jump_to(insn: &iced_x86::Instruction, target: u64) -> bool {
+    insn.code() == Code::Jmp_rel8_64 && insn.near_branch_target() == target
 }
 
 fn rel32(opcode: u8, from: RemoteAddr, to: RemoteAddr) -> Option<[u8; PATCH_BYTES]> {

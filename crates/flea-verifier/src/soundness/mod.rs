@@ -22,7 +22,7 @@ use crate::state::State;
 use generate::Random;
 use interpret::Interpreter;
 
-pub(crate) const CONTEXT: Context = Context::Tracing { n_args: 3, has_result: true, session: true };
+pub(crate) const CONTEXT: Context = Context::Tracing { n_args: 3, n_results: 1, session: true };
 
 /// A direct array, a hash with 8-byte keys, a ring buffer, a read-only array.
 pub(crate) fn maps() -> Vec<MapSpec> {

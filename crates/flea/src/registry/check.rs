@@ -104,6 +104,9 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
         {
             return Err(format!("body {} has {n_words} words at {offset}", body.id));
         }
+        if let Some(save) = body.saves.iter().find(|save| !save.fits(n_words)) {
+            return Err(format!("body {} has {n_words} words and saves {save:?}", body.id));
+        }
     }
     Ok(())
 }
