@@ -103,8 +103,10 @@ fn words_that_may_not_be_there_are_read_with_care() {
     let bodies = [SkeletonBody {
         entry: None,
         session: None,
+        modify: None,
         exit: Some(BodyRef::Call(NEAR)),
         reads: &reads,
+        saves: &[],
         frame_words: 0,
         frame_offset: 0,
     }];
