@@ -126,38 +126,41 @@ fn words_that_may_not_be_there_are_read_with_care() {
         0014  and $0xFFF,%eax
         0019  cmp $0xFE8,%eax
         001e  mov -8(%rbp),%rax
-        0022  ja +0x3b
+        0022  ja +0x42
         0024  pushq 0x18(%rbp)
         0027  pushq 0x10(%rbp)
-        002a  call 0x0000000000600097
+        002a  call 0x000000000060009E
         002f  mov %rbp,-8(%rsp)
         0034  call 0x0000000000600000
         0039  leave
         003a  ret
-        003b  mov %rdi,-0x28(%rbp)
-        003f  mov %rsi,-0x30(%rbp)
-        0043  mov %rdx,-0x38(%rbp)
-        0047  mov %rcx,-0x40(%rbp)
-        004b  lea -0x10(%rsp),%rsp
-        0050  lea 0x10(%rbp),%rsi
-        0054  mov %rsp,%rdi
-        0057  mov %esi,%ecx
-        0059  neg %ecx
-        005b  and $0xFFF,%ecx
-        0061  mov $0x10,%edx
-        0066  sub %ecx,%edx
-        0068  rep movsb (%rsi),(%rdi)
-        006a  xchg %rdx,%rsi
-        006d  movabs $0x700000000000,%rax
-        0077  call *%rax
-        0079  mov -0x28(%rbp),%rdi
-        007d  mov -0x30(%rbp),%rsi
-        0081  mov -0x38(%rbp),%rdx
-        0085  mov -0x40(%rbp),%rcx
-        0089  mov -8(%rbp),%rax
-        008d  jmp +0x2a
-        008f  nopl 0x61656C66(%rax,%rax)
-        0097  jmp 0x0000000000401005
+        003b  mov %rbp,-8(%rsp)
+        0040  leave
+        0041  ret
+        0042  mov %rdi,-0x28(%rbp)
+        0046  mov %rsi,-0x30(%rbp)
+        004a  mov %rdx,-0x38(%rbp)
+        004e  mov %rcx,-0x40(%rbp)
+        0052  lea -0x10(%rsp),%rsp
+        0057  lea 0x10(%rbp),%rsi
+        005b  mov %rsp,%rdi
+        005e  mov %esi,%ecx
+        0060  neg %ecx
+        0062  and $0xFFF,%ecx
+        0068  mov $0x10,%edx
+        006d  sub %ecx,%edx
+        006f  rep movsb (%rsi),(%rdi)
+        0071  xchg %rdx,%rsi
+        0074  movabs $0x700000000000,%rax
+        007e  call *%rax
+        0080  mov -0x28(%rbp),%rdi
+        0084  mov -0x30(%rbp),%rsi
+        0088  mov -0x38(%rbp),%rdx
+        008c  mov -0x40(%rbp),%rcx
+        0090  mov -8(%rbp),%rax
+        0094  jmp +0x2a
+        0096  nopl 0x61656C66(%rax,%rax)
+        009e  jmp 0x0000000000401005
     "#]]
     .assert_eq(&skeleton.unwrap().listing());
 }
@@ -324,7 +327,7 @@ fn saves_go_into_the_words_of_their_body() {
         0013  mov %r15,-0xA0(%rbp)
         001a  movups %xmm1,-0xB0(%rbp)
         0021  call 0x0000000000600000
-        0026  call 0x0000000000600077
+        0026  call 0x000000000060007E
         002b  mov %rbp,-8(%rsp)
         0030  vmovups %ymm2,-0xD0(%rbp)
         0038  vmovups %zmm7,-0x110(%rbp)
@@ -337,9 +340,12 @@ fn saves_go_into_the_words_of_their_body() {
         0068  call 0x0000000000600000
         006d  leave
         006e  ret
-        006f  nopl 0x61656C66(%rax,%rax)
-        0077  nopl (%rax,%rax)
-        007c  jmp 0x0000000000401005
+        006f  mov %rbp,-8(%rsp)
+        0074  leave
+        0075  ret
+        0076  nopl 0x61656C66(%rax,%rax)
+        007e  nopl (%rax,%rax)
+        0083  jmp 0x0000000000401005
     "#]]
     .assert_eq(&with(&saves, 20).unwrap().listing());
     for what in [
