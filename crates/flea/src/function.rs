@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use flea_symbols::{
     Pattern, Refusal, Site,
-    addr::RemoteAddr,
+    addr::{RemoteAddr, Svma},
     signature::{Signature, StackWords},
 };
 
@@ -113,7 +113,12 @@ impl Function {
 
     /// Where the site is in the target.
     pub(crate) fn site_address(&self, site: &Site) -> RemoteAddr {
-        let into = site.address.0.wrapping_sub(self.symbol.address.0);
+        self.remote(site.address)
+    }
+
+    /// Where `address`, in or next to it, is in the target.
+    pub(crate) fn remote(&self, address: Svma) -> RemoteAddr {
+        let into = address.0.wrapping_sub(self.symbol.address.0);
         self.address.offset(into.cast_signed())
     }
 }

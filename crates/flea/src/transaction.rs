@@ -398,11 +398,24 @@ fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
                 continue;
             }
             Ok(()) if now == f.previous => f.patched = now,
-            _ => {}
+            _ => close_up(ground, &mut f)?,
         }
         registry.functions.push(f);
     }
     ground.registry = registry;
+    Ok(())
+}
+
+/// A controller that died between the two writes that open or close a function's door left
+/// bytes behind it that nobody gets to: they are put back.
+fn close_up(ground: &Ground<'_>, f: &mut FunctionState) -> Result<(), AttachError> {
+    let Some((door, closed, _)) = f.door() else { return Ok(()) };
+    let mut now = [0; 2];
+    ground.memory().read(door, &mut now).map_err(RemoteError::from)?;
+    if now == closed && f.patched[..] != f.original[..5] {
+        ground.memory().write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
+        f.patched.copy_from_slice(&f.original[..5]);
+    }
     Ok(())
 }
 
@@ -504,6 +517,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         name: function.name(),
         address: function.address(),
         site: function.site_address(site),
+        door: site.door.map(|door| function.remote(door)),
         kind: match site.kind {
             SymbolSiteKind::Nop5 => SiteKind::Nop,
             SymbolSiteKind::Relocated => SiteKind::Relocated,
