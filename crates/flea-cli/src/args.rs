@@ -44,6 +44,8 @@ pub enum Command {
     Ps(Ps),
     /// Take it off
     Detach(Detach),
+    /// Print a script that lets gdb walk through functions traced at their exit
+    GdbScript,
 }
 
 /// Which process.

@@ -2,6 +2,7 @@
 
 mod attached;
 mod functions;
+mod gdb;
 mod run;
 mod tracing;
 
@@ -20,5 +21,6 @@ pub fn run(command: Command) -> Result<u8> {
         Command::Run(args) => run::run(&args),
         Command::Ps(args) => attached::ps(&args),
         Command::Detach(args) => attached::detach(&args),
+        Command::GdbScript => gdb::script(),
     }
 }
