@@ -2,9 +2,9 @@
 
 mod attached;
 mod functions;
-mod gdb;
 mod run;
 mod tracing;
+mod walkers;
 
 use anyhow::Result;
 
@@ -21,6 +21,7 @@ pub fn run(command: Command) -> Result<u8> {
         Command::Run(args) => run::run(&args),
         Command::Ps(args) => attached::ps(&args),
         Command::Detach(args) => attached::detach(&args),
-        Command::GdbScript => gdb::script(),
+        Command::GdbScript => walkers::gdb_script(),
+        Command::FramesFile(args) => walkers::frames_file(&args),
     }
 }

@@ -4,7 +4,9 @@
 
 mod support;
 
-use std::path::Path;
+use std::fs::Permissions;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Result, ensure};
@@ -108,14 +110,21 @@ fn perf_samples(perf: &Path, call_graph: &str, pid: u32) -> Result<Option<Vec<Ve
 
 /// Of the samples inside the innermost function, most show all callers. (Some are taken in its
 /// first instructions, before it has a frame pointer.)
-fn check_perf(variant: CBuild, call_graph: &str) -> Result<()> {
+fn check_perf(variant: CBuild, call_graph: &str, frames: Option<&Path>) -> Result<()> {
     let Some(perf) = require(Tool::Perf) else { return Ok(()) };
     let Some(mut target) = start(Fixture::StacksC(variant), "spins")? else { return Ok(()) };
     let pid = target.pid();
-    let latency = Tracing::attach(&["latency", "w_*"], pid)?;
+    let mut command = flea();
+    // A file that happens to be installed here is not what is tested.
+    command.env("FLEA_FRAMES_FILE", frames.unwrap_or(Path::new("/nowhere/flea-frames.so")));
+    let mut latency = Tracing::start_by(command, &["latency", "w_*"], pid)?;
+    latency.wait_attached()?;
+    let is_mapped = std::fs::read_to_string(format!("/proc/{pid}/maps"))?.contains(FRAMES_FILE);
+    assert_eq!(is_mapped, frames.is_some());
     target.send("go")?;
     let samples = perf_samples(&perf, call_graph, pid)?;
-    latency.stop()?;
+    let records = latency.stop()?;
+    ensure!(records.functions("histogram").contains(&"w_spins".to_owned()));
     let Some(samples) = samples else { return Ok(()) };
     let inside: Vec<_> =
         samples.iter().filter(|names| names.first().is_some_and(|n| n == "w_spins")).collect();
@@ -128,5 +137,87 @@ fn check_perf(variant: CBuild, call_graph: &str) -> Result<()> {
 
 #[test]
 fn by_perf_with_frame_pointers() -> Result<()> {
-    check_perf(CBuild::O0, "fp")
+    check_perf(CBuild::O0, "fp", None)
+}
+
+const FRAMES_FILE: &str = "flea-frames.so";
+
+/// A directory with the file that perf needs, removed with its guard.
+struct FramesFile(TempFile);
+
+impl FramesFile {
+    fn new() -> Result<Self> {
+        let directory = TempFile::new("frames");
+        std::fs::create_dir(&directory.0)?;
+        let file = Self(directory);
+        let made = flea().arg("frames-file").arg(file.path()).output()?;
+        ensure!(made.status.success(), "{made:?}");
+        Ok(file)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.0.join(FRAMES_FILE)
+    }
+}
+
+impl Drop for FramesFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0.0);
+    }
+}
+
+#[test]
+fn by_perf_with_dwarf() -> Result<()> {
+    let file = FramesFile::new()?;
+    for variant in [CBuild::O0, CBuild::O2] {
+        check_perf(variant, "dwarf", Some(&file.path()))?;
+    }
+    Ok(())
+}
+
+/// The file is a module of the process, and none of the program's; it goes with the rest. What
+/// is not the file, or may be changed by anybody, is not used.
+#[test]
+fn the_frames_file_is_ours() -> Result<()> {
+    let file = FramesFile::new()?;
+    let path = file.path();
+    let Some(mut target) = start(Fixture::StacksC(CBuild::O2), "walks")? else { return Ok(()) };
+    let pid = target.pid();
+    let attach = || -> Result<(Tracing, bool)> {
+        let mut command = flea();
+        command.env("FLEA_FRAMES_FILE", &path);
+        let mut tracing = Tracing::start_by(command, &["latency", "w_*"], pid)?;
+        tracing.wait_attached()?;
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        Ok((tracing, maps.contains(FRAMES_FILE)))
+    };
+    let (tracing, is_mapped) = attach()?;
+    ensure!(is_mapped, "{} was not mapped", path.display());
+    let listed = flea().args(["list", "flea", "-p", &pid.to_string()]).output()?;
+    assert_eq!(listed.status.code(), Some(1), "{listed:?}");
+    // Making it anew leaves what is mapped as it is.
+    ensure!(flea().arg("frames-file").arg(&path).output()?.status.success());
+    Tracing::attach(&["count", "w_walks"], pid)?.stop()?;
+    tracing.stop()?;
+    assert_clean(pid)?;
+
+    std::fs::set_permissions(&path, Permissions::from_mode(0o666))?;
+    let (tracing, is_mapped) = attach()?;
+    ensure!(!is_mapped, "anybody may write to it");
+    tracing.stop()?;
+    std::fs::set_permissions(&path, Permissions::from_mode(0o644))?;
+    std::fs::OpenOptions::new().write(true).open(&path)?.write_all_at(b"other", 200)?;
+    let (tracing, is_mapped) = attach()?;
+    ensure!(!is_mapped, "it has other rows");
+    target.send("go")?;
+    target.expect_line("called: all functions, to the end")?;
+    target.expect_line("interrupted: all functions, to the end")?;
+    target.expect_line("done")?;
+    tracing.stop()?;
+    assert_clean(pid)?;
+    target.send("end")?;
+    assert_eq!(target.wait()?.code(), Some(7));
+    let refused = flea().args(["frames-file", "frames.so"]).output()?;
+    assert_eq!(refused.status.code(), Some(1), "{refused:?}");
+    Ok(())
 }
