@@ -5,6 +5,7 @@ mod functions;
 mod replace;
 mod run;
 mod tracing;
+mod walkers;
 
 use anyhow::Result;
 
@@ -22,5 +23,7 @@ pub fn run(command: Command) -> Result<u8> {
         Command::Replace(args) => replace::replace(&args),
         Command::Ps(args) => attached::ps(&args),
         Command::Detach(args) => attached::detach(&args),
+        Command::GdbScript => walkers::gdb_script(),
+        Command::FramesFile(args) => walkers::frames_file(&args),
     }
 }

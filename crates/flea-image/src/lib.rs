@@ -15,6 +15,7 @@ mod body;
 mod clif;
 mod code;
 mod frame;
+pub mod frames_file;
 mod guard;
 mod plain;
 mod request;

@@ -50,6 +50,9 @@ use crate::{
     unwinder::{self, Unwinder},
 };
 
+#[cfg(test)]
+mod tests;
+
 /// Code arenas that one transaction may add.
 const MAX_NEW_ARENAS: usize = 64;
 /// How often another controller may be faster.
@@ -378,17 +381,9 @@ fn change_once<R>(
 }
 
 fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError> {
-    let Change { mut registry, writes, pokes, retired, .. } = change;
-    for (at, bytes) in &writes {
-        ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
-    }
     let before = ground.registry.clone();
-    // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
-    // whoever comes after our death finds the sites' previous bytes first (`settle`).
-    registry.retired.extend(retired);
-    ground.registry = registry;
-    ground.store()?;
-    if let Err(error) = flea_patch::commit(ground.tracer, &Plan { pokes }) {
+    let plan = announce(ground, change)?;
+    if let Err(error) = flea_patch::commit(ground.tracer, &plan) {
         ground.registry = before;
         // Where this fails the target has ended, and the commit's reason says more; else
         // `settle` finds out from the sites' bytes.
@@ -397,6 +392,20 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
     }
     ground.registry.committed();
     Ok(ground.store()?)
+}
+
+/// Steps 2 and 3: all but what the target's threads could notice. What is left is step 4.
+fn announce(ground: &mut Ground<'_>, change: Change) -> Result<Plan, AttachError> {
+    let Change { mut registry, writes, pokes, retired, .. } = change;
+    for (at, bytes) in &writes {
+        ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
+    }
+    // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
+    // whoever comes after our death finds the sites' previous bytes first (`settle`).
+    registry.retired.extend(retired);
+    ground.registry = registry;
+    ground.store()?;
+    Ok(Plan { pokes })
 }
 
 /// Makes the registry say what is there.
@@ -421,6 +430,7 @@ pub(crate) fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
                 f.patched = now;
                 unfinished.push(f.site);
             }
+            _ if close_up(ground, &mut f)? => unfinished.push(f.site),
             _ => {}
         }
         registry.functions.push(f);
@@ -448,6 +458,20 @@ fn forget_thrown(registry: &mut Registry, memory: &Memory) -> bool {
         });
     }
     to_throw
+}
+
+/// A controller that died between the two writes that open or close a function's door left
+/// bytes behind it that nobody gets to: they are put back. Whether that was so.
+fn close_up(ground: &Ground<'_>, f: &mut FunctionState) -> Result<bool, AttachError> {
+    let Some((door, closed, _)) = f.door() else { return Ok(false) };
+    let mut now = [0; 2];
+    ground.memory().read(door, &mut now).map_err(RemoteError::from)?;
+    if now == closed && f.patched[..] != f.original[..5] {
+        ground.memory().write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
+        f.patched.copy_from_slice(&f.original[..5]);
+        return Ok(true);
+    }
+    Ok(false)
 }
 
 /// The bytes of all bodies: a new skeleton may hold copies of them.
@@ -554,6 +578,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         name: function.name(),
         address: function.address(),
         site: function.site_address(site),
+        door: site.door.map(|door| function.remote(door)),
         kind: match site.kind {
             SymbolSiteKind::Nop5 => SiteKind::Nop,
             SymbolSiteKind::Relocated => SiteKind::Relocated,

@@ -647,7 +647,8 @@ fn frame_bytes(request: &SkeletonRequest<'_>) -> u32 {
 }
 
 fn is_nop(insn: &iced_x86::Instruction) -> bool {
-    matches!(insn.mnemonic(), iced_x86::Mnemonic::Nop)
+    // `endbr64` stands between nops before and behind an entry; nothing jumps to its copy.
+    matches!(insn.mnemonic(), iced_x86::Mnemonic::Nop | iced_x86::Mnemonic::Endbr64)
         || (insn.mnemonic() == iced_x86::Mnemonic::Xchg && insn.len() == 1)
 }
 

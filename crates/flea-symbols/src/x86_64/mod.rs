@@ -2,6 +2,7 @@
 
 mod calls;
 pub(crate) mod classify;
+pub(crate) mod door;
 pub(crate) mod jumps;
 mod kept;
 pub(crate) mod nops;
