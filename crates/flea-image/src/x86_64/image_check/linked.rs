@@ -1,0 +1,98 @@
+//! The image that a skeleton is, with what its request says of its surroundings.
+
+use flea_symbols::addr::RemoteAddr;
+use flea_symbols::signature::{ArgWord, RetWord};
+
+use super::value::Source;
+use super::{FrameWord, Holds, ImageUnderCheck, KnownCall, Moved, Runs, Trusted};
+use crate::request::{BODY_FRAMES_OFFSET, Reads};
+use crate::x86_64::skeleton::{BodyRef, Skeleton, SkeletonBody, SkeletonRequest};
+
+/// rdi, rsi, rdx, rcx, r8, r9 by hardware number.
+const ARGUMENTS: [u8; 6] = [7, 6, 2, 1, 8, 9];
+const N_VECTOR_ARGUMENTS: u8 = 8;
+
+impl<'a> ImageUnderCheck<'a> {
+    /// `skeleton` as `request` wanted it. Whatever 64-bit constants are in its bodies count as
+    /// memory and runtime; whoever knows better puts ranges in their place.
+    #[must_use]
+    pub fn of(request: &SkeletonRequest<'a>, skeleton: &'a Skeleton) -> Self {
+        let first_moved = skeleton.moves.first().map(|(_, to)| *to);
+        Self {
+            bytes: &skeleton.bytes,
+            address: skeleton.address,
+            original: skeleton.original_entry,
+            moved: Moved {
+                at: first_moved.unwrap_or(skeleton.original_entry),
+                site: request.site,
+                replaced: request.replaced,
+                goes_on: RemoteAddr(request.site.0 + request.replaced.len() as u64),
+            },
+            stack_words: request.stack_words,
+            calls: request.bodies.iter().flat_map(called).collect(),
+            frame: picture(),
+            frame_bytes: frame_bytes(request.bodies),
+            memory: Trusted::Immediates,
+            runtime: Trusted::Immediates,
+            switches: Vec::new(),
+            skip: None,
+            asks_first: first_moved.is_some_and(|at| at != skeleton.original_entry),
+        }
+    }
+}
+
+fn called(body: &SkeletonBody<'_>) -> Vec<KnownCall> {
+    let sides =
+        [(body.entry, Runs::AtEntry), (body.session, Runs::InFrame), (body.exit, Runs::AtExit)];
+    let called = sides.into_iter().filter_map(|(side, runs)| match side {
+        Some(BodyRef::Call(address)) => {
+            let reads = if runs == Runs::AtExit { offsets(body.reads) } else { Vec::new() };
+            Some(KnownCall { address, runs, reads })
+        }
+        _ => None,
+    });
+    called.collect()
+}
+
+/// The frame's picture in ARCHITECTURE.md, written down a second time on purpose.
+fn picture() -> Vec<FrameWord> {
+    let mut words = vec![
+        FrameWord { below_rbp: 8, holds: Holds::Result(Source::Gpr(0)) },
+        FrameWord { below_rbp: 16, holds: Holds::Result(Source::Gpr(2)) },
+        FrameWord { below_rbp: 24, holds: Holds::Result(Source::Vector { reg: 0, word: 0 }) },
+        FrameWord { below_rbp: 32, holds: Holds::Result(Source::Vector { reg: 1, word: 0 }) },
+    ];
+    let integers = (0u32..).zip(ARGUMENTS).map(|(i, register)| (40 + 8 * i, Source::Gpr(register)));
+    let vectors = (0..N_VECTOR_ARGUMENTS)
+        .map(|reg| (88 + 8 * u32::from(reg), Source::Vector { reg, word: 0 }));
+    words.extend(
+        integers
+            .chain(vectors)
+            .map(|(below_rbp, source)| FrameWord { below_rbp, holds: Holds::Argument(source) }),
+    );
+    words
+}
+
+fn offsets(reads: &Reads) -> Vec<u32> {
+    let arguments = reads.args.iter().filter_map(|word| match *word {
+        ArgWord::Gpr(i) => Some(40 + 8 * u32::from(i)),
+        ArgWord::Xmm(i) => Some(88 + 8 * u32::from(i)),
+        ArgWord::XmmWord { .. } | ArgWord::Stack(_) => None,
+    });
+    let results = reads.results.iter().filter_map(|word| match *word {
+        RetWord::Rax => Some(8),
+        RetWord::Rdx => Some(16),
+        RetWord::Xmm0 => Some(24),
+        RetWord::Xmm1 => Some(32),
+        RetWord::XmmWord { .. } | RetWord::X87 { .. } => None,
+    });
+    arguments.chain(results).collect()
+}
+
+fn frame_bytes(bodies: &[SkeletonBody<'_>]) -> u32 {
+    let ends = bodies
+        .iter()
+        .filter(|b| b.frame_words > 0)
+        .map(|b| b.frame_offset + 8 * (b.frame_words - 1));
+    ends.max().unwrap_or(0).max(BODY_FRAMES_OFFSET - 8)
+}
