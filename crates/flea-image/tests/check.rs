@@ -8,7 +8,8 @@ use flea_object::spec::{MapKind, ProgramKind};
 use flea_symbols::addr::RemoteAddr;
 use iced_x86::code_asm::*;
 use iced_x86::{Decoder, DecoderOptions, IcedError, Mnemonic, OpKind};
-use support::programs::{counter, ints, map, plan};
+use support::programs::{counter, ints, lddw_value, map, plan, value};
+use support::{access, ctx, insn, plain, program};
 
 fn good_body() -> Vec<u8> {
     let maps = [map(MapKind::PerCpuArray, 8, 1)];
@@ -56,6 +57,36 @@ fn a_missing_save_restore_or_frame_is_found() {
         n_mutants += 1;
     }
     assert!(n_mutants > 10);
+}
+
+/// Cranelift leaves a trap beside each division, for a divisor of zero that was ruled out before.
+#[test]
+fn a_program_may_divide() {
+    let maps = [map(MapKind::Array, 64, 1)];
+    for (opcode, off) in [(0x3f, 0), (0x3f, 1), (0x3c, 0), (0x3c, 1), (0x9f, 0), (0x9f, 1)] {
+        let mut parts = vec![ctx(2, 0), ctx(3, 1), plain(insn(opcode, 2, 3, off, 0))];
+        parts.extend(lddw_value(4, 0, 0));
+        parts.extend([
+            access(insn(0x7b, 4, 2, 0, 0), value(0)),
+            plain(insn(0xb7, 0, 0, 0, 0)),
+            plain(insn(0x95, 0, 0, 0, 0)),
+        ]);
+        compile_body(&BodyRequest {
+            signature: &ints(2),
+            programs: &[ProgramUse {
+                verified: &program(&parts),
+                kind: ProgramKind::Fentry,
+                cookie: 0,
+                state_index: 0,
+            }],
+            maps: &maps,
+            plan: &plan(&maps),
+            function_address: RemoteAddr(0),
+            frame_offset: BODY_FRAMES_OFFSET,
+            printk_map: None,
+        })
+        .unwrap();
+    }
 }
 
 /// A body around what `write` assembles, with rax saved.
