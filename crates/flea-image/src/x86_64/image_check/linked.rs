@@ -29,7 +29,7 @@ impl<'a> ImageUnderCheck<'a> {
                 goes_on: RemoteAddr(request.site.0 + request.replaced.len() as u64),
             },
             stack_words: request.stack_words,
-            calls: request.bodies.iter().flat_map(called).collect(),
+            calls: calls(request.bodies),
             frame: picture(),
             frame_bytes: frame_bytes(request.bodies),
             memory: Trusted::Immediates,
@@ -41,17 +41,22 @@ impl<'a> ImageUnderCheck<'a> {
     }
 }
 
-fn called(body: &SkeletonBody<'_>) -> Vec<KnownCall> {
-    let sides =
-        [(body.entry, Runs::AtEntry), (body.session, Runs::InFrame), (body.exit, Runs::AtExit)];
-    let called = sides.into_iter().filter_map(|(side, runs)| match side {
-        Some(BodyRef::Call(address)) => {
-            let reads = if runs == Runs::AtExit { offsets(body.reads) } else { Vec::new() };
-            Some(KnownCall { address, runs, reads })
+/// Called bodies, in the order in which they are to run.
+fn calls(bodies: &[SkeletonBody<'_>]) -> Vec<KnownCall> {
+    let mut calls = Vec::new();
+    for runs in [Runs::AtEntry, Runs::InFrame, Runs::AtExit] {
+        for body in bodies {
+            let (side, reads) = match runs {
+                Runs::AtEntry => (body.entry, Vec::new()),
+                Runs::InFrame => (body.session, Vec::new()),
+                Runs::AtExit => (body.exit, offsets(body.reads)),
+            };
+            if let Some(BodyRef::Call(address)) = side {
+                calls.push(KnownCall { address, runs, reads });
+            }
         }
-        _ => None,
-    });
-    called.collect()
+    }
+    calls
 }
 
 /// The frame's picture in ARCHITECTURE.md, written down a second time on purpose.

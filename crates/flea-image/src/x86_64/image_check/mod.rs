@@ -34,6 +34,7 @@ mod step;
 mod value;
 mod vector;
 mod walk;
+mod ways;
 
 use std::ops::Range;
 
@@ -54,7 +55,7 @@ pub struct ImageUnderCheck<'a> {
     pub moved: Moved<'a>,
     /// Words of stack arguments that a called original is to find.
     pub stack_words: u32,
-    /// Bodies that are called.
+    /// Bodies that are called, in this order.
     pub calls: Vec<KnownCall>,
     /// What the words of the skeleton's frame hold.
     pub frame: Vec<FrameWord>,
@@ -195,6 +196,15 @@ pub enum Rule {
     /// At a call of a body.
     #[error("calls the body at the wrong time")]
     WrongTime,
+    /// At a call of a body.
+    #[error("calls a body again, or out of order")]
+    WrongOrder,
+    /// At a later body, the original or `ret`.
+    #[error("a body before this was not called")]
+    LeavesOut,
+    /// At a call inside the frame.
+    #[error("the frame is too small for what it holds")]
+    SmallFrame,
     /// By anyone who reads the frame.
     #[error("the frame word at rbp - {0} does not hold what is read there")]
     FrameWord(u32),

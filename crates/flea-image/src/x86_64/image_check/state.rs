@@ -78,8 +78,10 @@ pub(super) struct State {
     stack: BTreeMap<i64, Value>,
     /// The original was called.
     pub called: bool,
-    /// A body was called that may have written its frame words.
-    pub body_ran: bool,
+    /// How many of the image's known calls were made; they come in order.
+    pub n_calls: usize,
+    /// A branch was taken that is written into the image later: bodies may be left out.
+    pub switched: bool,
     /// Where the original's return address still is.
     pub used_return: Option<i64>,
 }
@@ -96,7 +98,8 @@ impl State {
             x87: X87::default(),
             stack: BTreeMap::new(),
             called: false,
-            body_ran: false,
+            n_calls: 0,
+            switched: false,
             used_return: None,
         }
     }
@@ -204,7 +207,8 @@ impl State {
             Some(Holds::Argument(source)) => found == Some(Value::Caller(source)),
             Some(Holds::Result(source)) if self.called => found == Some(Value::Left(source)),
             Some(Holds::Result(_)) => found.is_some(),
-            None => found.is_some() || self.body_ran,
+            // A called body may have written its own words.
+            None => found.is_some() || self.n_calls > 0,
         };
         if good { Ok(()) } else { Err(Rule::FrameWord(below_rbp)) }
     }
@@ -280,7 +284,8 @@ impl State {
             x87: self.x87.clone(),
             stack: both.collect(),
             called: self.called,
-            body_ran: self.body_ran && other.body_ran,
+            n_calls: self.n_calls.min(other.n_calls),
+            switched: self.switched,
             used_return: self.used_return.or(other.used_return),
         })
     }

@@ -157,7 +157,7 @@ fn set(state: &mut State, register: Register, words: [Value; 2]) -> Result<(), R
 fn x87(state: &mut State, insn: &Instruction, about: &Surroundings<'_>) -> Result<(), Rule> {
     match insn.code() {
         Code::Fld_sti => {
-            let value = peek(state, small(insn.op1_register().number()))?;
+            let value = peek(state, small(insn.op0_register().number()))?;
             load(state, value);
         }
         Code::Fld_m80fp => {
