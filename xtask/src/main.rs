@@ -4,6 +4,7 @@
 mod bench;
 mod ci;
 mod fixtures;
+mod vectors;
 
 use std::process::ExitCode;
 
@@ -13,13 +14,17 @@ const USAGE: &str = "\
 usage: cargo xtask ci                         format, lints, tests, documentation
        cargo xtask fixtures [NAME]            builds the programs that tests trace
        cargo xtask bench [--rounds N] [--flea PATH] [--json]
-                                              what a hit costs, side by side";
+                                              what a hit costs, side by side
+       cargo xtask vectors [--seconds N] FILE.jsonl
+                                              a suite of eBPF programs: verdict and result of each";
 
 fn run(args: &[&str]) -> Result<ExitCode> {
     match args {
         ["ci"] => ci::run(),
         ["fixtures", filter @ ..] if filter.len() <= 1 => fixtures::run(filter.first().copied()),
         ["bench", options @ ..] => bench::run(options),
+        ["vectors", "--worker"] => vectors::work(),
+        ["vectors", options @ ..] => vectors::run(options),
         ["--help" | "-h" | "help"] => {
             println!("{USAGE}");
             Ok(ExitCode::SUCCESS)

@@ -7,6 +7,7 @@
 //!            else (cold): slot = flea_thread_slot(arena); if 0: arena.no_slot += 1, return
 //!   program: if state.active != 0: state.misses += 1     only if guarded, see `guard`
 //!            else: state.active = 1; ... ; state.active = 0
+//!   fmod_ret: if r0 != 0: the function's result = r0, return       the rest is skipped as well
 //! ```
 
 use std::mem::offset_of;
@@ -16,6 +17,7 @@ use cranelift_codegen::ir::{
 };
 use cranelift_codegen::isa::CallConv;
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
+use flea_layout::plan::ArenaPlan;
 use flea_layout::shared::{
     ProgramState, RuntimeFn, THREAD_TABLE_BYTES, THREAD_TABLE_ENTRIES, THREAD_TABLE_SHIFT,
     ThreadEntry,
@@ -23,38 +25,53 @@ use flea_layout::shared::{
 use flea_object::helper::Helper;
 use flea_object::insn::PSEUDO_MAP_VALUE;
 use flea_object::spec::{MapIdx, MapKind, ProgramKind};
+use flea_verifier::Verified;
 use flea_verifier::facts::Fact;
 
 use crate::clif::{self, symbol};
 use crate::code::{Code, RelocTarget};
 use crate::guard::{self, Guard};
 use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads};
+use crate::sides::{rank, runs_on};
+use crate::skip::skip_result;
 use crate::translate::{
-    Arguments, Env, Outcome, Side, Translator, Use, call_runtime, op, proved, zero_cookie,
+    Arguments, Env, Outcome, Parameters, Saves, Side, Translator, Use, call_runtime, op, proved,
+    store_skip_value, zero_cookie,
 };
 use crate::x86_64::check::check_body;
 use crate::x86_64::slim::slim;
 
-/// Compiles all programs of `request` into at most three bodies.
+/// Compiles all programs of `request` into at most four bodies.
 ///
 /// # Errors
 /// [`CompileError`]: nothing usable was made.
 pub fn compile_body(request: &BodyRequest<'_>) -> Result<Body, CompileError> {
     check_request(request)?;
-    let entry = compile_side(request, Side::Entry)?;
-    let session = compile_side(request, Side::Session)?;
-    let exit = compile_side(request, Side::Exit)?;
-    let calls_runtime =
-        [&entry, &session, &exit].iter().any(|s| s.as_ref().is_some_and(|s| s.1.calls_runtime));
     let n_sessions = request.programs.iter().filter(|p| p.kind == ProgramKind::Fsession).count();
+    // Session cookies first, then what the sides want saved, each knowing of those before.
+    let saves = Saves::behind(u32::try_from(n_sessions).unwrap_or(u32::MAX));
+    let saves_after = |side: &Option<(Code, Outcome)>, before: Saves| {
+        side.as_ref().map_or(before, |(_, outcome)| outcome.saves.clone())
+    };
+    let entry = compile_side(request, Side::Entry, &saves)?;
+    let session = compile_side(request, Side::Session, &saves)?;
+    let saves = saves_after(&session, saves);
+    let modify = compile_side(request, Side::Modify, &saves)?;
+    let saves = saves_after(&modify, saves);
+    let exit = compile_side(request, Side::Exit, &saves)?;
+    let saves = saves_after(&exit, saves);
+    let calls_runtime = [&entry, &session, &modify, &exit]
+        .iter()
+        .any(|s| s.as_ref().is_some_and(|s| s.1.calls_runtime));
     let reads = exit.as_ref().map_or_else(Reads::default, |(_, outcome)| outcome.reads.clone());
     Ok(Body {
         entry: entry.map(|s| s.0),
         session: session.map(|s| s.0),
+        modify: modify.map(|s| s.0),
         exit: exit.map(|s| s.0),
-        frame_words: u32::try_from(n_sessions).unwrap_or(u32::MAX),
+        frame_words: saves.frame_words(),
         reads,
-        saves: Vec::new(),
+        saves: saves.into_list(),
         calls_runtime,
     })
 }
@@ -62,6 +79,10 @@ pub fn compile_body(request: &BodyRequest<'_>) -> Result<Body, CompileError> {
 fn check_request(request: &BodyRequest<'_>) -> Result<(), CompileError> {
     let n_programs = request.plan.n_programs;
     for p in request.programs {
+        let skips = p.kind == ProgramKind::FmodRet && p.verified.return_range() != (0..=0);
+        if skips && let Err(reason) = skip_result(request.signature) {
+            return Err(CompileError::Result { reason });
+        }
         if p.state_index >= n_programs {
             return Err(CompileError::NoSuchState { state_index: p.state_index, n_programs });
         }
@@ -74,15 +95,6 @@ fn check_request(request: &BodyRequest<'_>) -> Result<(), CompileError> {
     Ok(())
 }
 
-fn runs_on(side: Side, kind: ProgramKind) -> bool {
-    matches!(
-        (side, kind),
-        (Side::Entry, ProgramKind::Fentry)
-            | (Side::Session, ProgramKind::Fsession)
-            | (Side::Exit, ProgramKind::Fexit | ProgramKind::Fsession)
-    )
-}
-
 /// A program with what one side's body needs to know of it.
 struct Chosen<'a> {
     program: &'a ProgramUse<'a>,
@@ -93,13 +105,14 @@ struct Chosen<'a> {
 fn compile_side(
     request: &BodyRequest<'_>,
     side: Side,
+    saves: &Saves,
 ) -> Result<Option<(Code, Outcome)>, CompileError> {
     let mut n_sessions = 0;
     let mut chosen = Vec::new();
     for program in request.programs {
         let cookie_word = n_sessions;
         n_sessions += u32::from(program.kind == ProgramKind::Fsession);
-        if runs_on(side, program.kind) {
+        if runs_on(side, program, request.signature) {
             let guard = guard::of_program(program.verified, request.plan);
             chosen.push(Chosen { program, guard, cookie_word });
         }
@@ -107,17 +120,18 @@ fn compile_side(
     if chosen.is_empty() {
         return Ok(None);
     }
+    chosen.sort_by_key(|c| rank(c.program.kind));
     // A guarded program's own stores would hide another's unmerged ones from the check below.
     if chosen.iter().any(|c| c.guard == Guard::Needed) {
         guard_all_writers(&mut chosen);
     }
-    let made = build(request, side, &chosen)?;
+    let made = build(request, side, &chosen, saves)?;
     let unproved = chosen.iter().any(|c| c.guard == Guard::UnlessMerged);
     if !unproved || guard::writes_are_single_instructions(&made.0.bytes) {
         return Ok(Some(made));
     }
     guard_all_writers(&mut chosen);
-    build(request, side, &chosen).map(Some)
+    build(request, side, &chosen, saves).map(Some)
 }
 
 fn guard_all_writers(chosen: &mut [Chosen<'_>]) {
@@ -132,11 +146,11 @@ fn build(
     request: &BodyRequest<'_>,
     side: Side,
     chosen: &[Chosen<'_>],
+    saves: &Saves,
 ) -> Result<(Code, Outcome), CompileError> {
-    let (n_gpr, n_xmm) = Arguments::n_registers(side, request.signature);
+    let parameters = Parameters::of(side, request.signature);
     let mut signature = Signature::new(CallConv::PreserveAll);
-    signature.params = vec![AbiParam::new(types::I64); n_gpr];
-    signature.params.extend(vec![AbiParam::new(types::F64); n_xmm]);
+    signature.params = parameters.types().map(AbiParam::new).collect();
     let mut func = Function::with_name_signature(UserFuncName::user(0, 0), signature);
     let mut context = FunctionBuilderContext::new();
     let mut b = FunctionBuilder::new(&mut func, &mut context);
@@ -144,17 +158,17 @@ fn build(
     b.append_block_params_for_function_params(block);
     b.switch_to_block(block);
     let params = b.block_params(block).to_vec();
-    let args = Arguments::new(&mut b, side, request.signature, &params);
+    let args = Arguments::new(&mut b, side, request.signature, parameters.split(&params));
     if side == Side::Session {
-        for c in chosen {
+        for c in chosen.iter().filter(|c| c.program.kind == ProgramKind::Fsession) {
             zero_cookie(&mut b, &args, request.frame_offset, c.cookie_word);
         }
     }
-    let mut outcome = Outcome::default();
+    let mut outcome = Outcome::new(saves.clone());
     let end = b.create_block();
     let slot = chosen
         .iter()
-        .any(|c| c.guard == Guard::Needed || uses_slot(c.program, request))
+        .any(|c| c.guard == Guard::Needed || uses_slot(c.program.verified, request.plan))
         .then(|| find_slot(&mut b, &mut outcome, end));
     let env = Env {
         plan: request.plan,
@@ -162,10 +176,11 @@ fn build(
         function_address: request.function_address.0,
         frame_offset: request.frame_offset,
         args,
+        has_runtime: true,
         slot,
     };
     for c in chosen {
-        emit_program(&mut b, &env, c, &mut outcome)?;
+        emit_program(&mut b, &env, c, &mut outcome, end)?;
     }
     b.ins().jump(end, &[]);
     b.switch_to_block(end);
@@ -179,17 +194,16 @@ fn build(
 }
 
 /// Does the program itself name its thread's slot?
-fn uses_slot(program: &ProgramUse<'_>, request: &BodyRequest<'_>) -> bool {
+pub(crate) fn uses_slot(verified: &Verified, plan: &ArenaPlan) -> bool {
     let per_thread = |map: MapIdx| {
-        let kind = request.plan.maps.get(map.0 as usize).map(|m| m.kind);
+        let kind = plan.maps.get(map.0 as usize).map(|m| m.kind);
         matches!(kind, Some(MapKind::PerCpuArray | MapKind::PerCpuHash))
     };
-    let verified = program.verified;
     let facts = verified.facts().iter().zip(verified.insns());
     facts.into_iter().any(|(fact, insn)| match *fact {
         Fact::Call { helper: Helper::GetPrandomU32 | Helper::MapUpdateElem, .. } => true,
         Fact::Call { helper: Helper::MapLookupElem, map: Some(map), .. } => {
-            let array = request.plan.maps.get(map.0 as usize).map(|m| m.kind);
+            let array = plan.maps.get(map.0 as usize).map(|m| m.kind);
             array != Some(MapKind::Array)
         }
         Fact::Plain if insn.opcode == op::LDDW && insn.src == PSEUDO_MAP_VALUE => {
@@ -203,7 +217,7 @@ fn uses_slot(program: &ProgramUse<'_>, request: &BodyRequest<'_>) -> bool {
 ///
 /// A hit needs a slot as well: where `fs:0` is 0 (Go's own threads), the free home entry looks
 /// like a hit.
-fn find_slot(b: &mut FunctionBuilder<'_>, outcome: &mut Outcome, end: Block) -> Value {
+pub(crate) fn find_slot(b: &mut FunctionBuilder<'_>, outcome: &mut Outcome, end: Block) -> Value {
     outcome.calls_runtime = true;
     let cold = b.create_block();
     let found = b.create_block();
@@ -244,6 +258,7 @@ fn emit_program(
     env: &Env<'_>,
     chosen: &Chosen<'_>,
     outcome: &mut Outcome,
+    end: Block,
 ) -> Result<(), CompileError> {
     let program = chosen.program;
     let used = Use {
@@ -265,16 +280,36 @@ fn emit_program(
     });
     // The context pointer is never used as a number.
     let ctx = b.ins().iconst(types::I64, 0);
-    Translator::new(b, env, &used, outcome).program(ctx, ctx)?;
+    let r0 = Translator::new(b, env, &used, outcome).program(ctx, ctx)?;
     if let Some(state) = state {
         let zero = b.ins().iconst(types::I64, 0);
         // Without this barrier (no machine code) Cranelift might find `active = 1` dead.
         b.ins().sequence_point();
         b.ins().store(proved(), zero, state, field(offset_of!(ProgramState, active)));
     }
-    b.ins().jump(after, &[]);
+    if env.args.side == Side::Modify && program.verified.return_range() != (0..=0) {
+        skip_unless_zero(b, env, r0, after, end);
+    } else {
+        b.ins().jump(after, &[]);
+    }
     b.switch_to_block(after);
     Ok(())
+}
+
+/// `if r0 != 0 { result = r0; goto end }; goto after`
+fn skip_unless_zero(
+    b: &mut FunctionBuilder<'_>,
+    env: &Env<'_>,
+    r0: Value,
+    after: Block,
+    end: Block,
+) {
+    let skips = b.create_block();
+    b.set_cold_block(skips);
+    b.ins().brif(r0, skips, &[], after, &[]);
+    b.switch_to_block(skips);
+    store_skip_value(b, &env.args, r0);
+    b.ins().jump(end, &[]);
 }
 
 /// `if state.active != 0 { state.misses += 1; goto after }; state.active = 1`

@@ -3,7 +3,7 @@
 //!
 //! Two steps, made by different parties (ARCHITECTURE.md, "Bodies and skeletons"):
 //!
-//! 1. [`compile_body`]: signature + programs -> up to three *bodies*, each a leaf-like piece
+//! 1. [`compile_body`]: signature + programs -> up to four *bodies*, each a leaf-like piece
 //!    of code that keeps every register (modules `body`, `translate`).
 //! 2. [`link_skeleton`]: site + bodies of all controllers -> the few instructions that run
 //!    them around the original ([`x86_64::skeleton`]).
@@ -19,16 +19,20 @@ mod frame;
 mod guard;
 mod plain;
 mod request;
+mod sides;
+mod skip;
 mod translate;
 pub mod unwind;
 pub mod x86_64;
 
 pub use body::compile_body;
 pub use code::{Code, Reloc, RelocKind, RelocTarget};
-pub use plain::compile_plain;
+pub use plain::{PlainRequest, compile_function, compile_plain};
 pub use request::{
     BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads, Save, Saved, When,
 };
+pub use sides::needs_frame;
+pub use skip::{NoSkip, SkipResult, skip_result};
 pub use x86_64::check::{CheckError, check_body};
 pub use x86_64::find_fde::FrameArena;
 pub use x86_64::image_check::{ImageError, ImageUnderCheck, check_image};
@@ -38,3 +42,4 @@ pub use x86_64::skeleton::{
     BodyRef, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, UnwindRow,
     UnwindRule, call_patch, link_skeleton, link_unwinder_skeleton,
 };
+pub use x86_64::stack_copy::StackCopy;

@@ -8,6 +8,7 @@ use flea_symbols::signature::{ArgWord, RetWord, Signature};
 use flea_verifier::Verified;
 
 use crate::code::Code;
+use crate::skip::NoSkip;
 use crate::x86_64::check::CheckError;
 
 /// Distance below the skeleton's rbp of the first word that belongs to bodies: what the first
@@ -55,6 +56,9 @@ pub struct Body {
     pub entry: Option<Code>,
     /// Before the original, in the skeleton's frame.
     pub session: Option<Code>,
+    /// Behind the session bodies: it leaves 0 in the word of the result rax, or the value with
+    /// which the original is skipped.
+    pub modify: Option<Code>,
     /// After the original, in the skeleton's frame.
     pub exit: Option<Code>,
     /// Words this body keeps in the skeleton's frame.
@@ -118,6 +122,29 @@ pub enum Saved {
         /// 0 or 1.
         reg: u8,
     },
+}
+
+impl Saved {
+    /// Frame words that it takes; 0 for what no register is.
+    #[must_use]
+    pub const fn n_words(self) -> u32 {
+        match self {
+            // rsp and rbp are 4 and 5.
+            Self::Gpr(0..=3 | 6..=15) => 1,
+            Self::Vector { reg: 0..=7, n_words: n_words @ (2 | 4 | 8) } => n_words as u32,
+            Self::X87 { reg: 0 | 1 } => 2,
+            Self::Gpr(_) | Self::Vector { .. } | Self::X87 { .. } => 0,
+        }
+    }
+}
+
+impl Save {
+    /// Whether it names a register, and words of a body that has `frame_words` of them.
+    #[must_use]
+    pub const fn fits(self, frame_words: u32) -> bool {
+        let n_words = self.what.n_words();
+        n_words > 0 && self.word < frame_words && n_words <= self.word + 1
+    }
 }
 
 impl Reads {
@@ -189,6 +216,12 @@ pub enum CompileError {
         state_index: u32,
         /// How many there are.
         n_programs: u32,
+    },
+    /// A program that may skip a function whose result it cannot make up.
+    #[error("an fmod_ret program may return something other than 0, but {reason}")]
+    Result {
+        /// Why there is no result.
+        reason: NoSkip,
     },
     /// More code than a body may hold.
     #[error("the programs come to more than {max} instructions with their calls inlined")]

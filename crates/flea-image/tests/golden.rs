@@ -6,7 +6,7 @@ mod support;
 use expect_test::{Expect, expect};
 use flea_image::{
     BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, Code, ProgramUse, SiteKind, SkeletonBody,
-    SkeletonRequest, check_body, compile_body, link_skeleton,
+    SkeletonRequest, StackCopy, check_body, compile_body, link_skeleton,
 };
 use flea_object::helper::Helper;
 use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
@@ -38,7 +38,7 @@ fn compile(signature: &Signature, maps: &[MapSpec], programs: &[(&Verified, Prog
         printk_map: None,
     })
     .unwrap();
-    for code in [&body.entry, &body.session, &body.exit].into_iter().flatten() {
+    for code in [&body.entry, &body.session, &body.modify, &body.exit].into_iter().flatten() {
         check_body(&code.bytes).unwrap();
         check_body(&code.resolve(|_| 0x7000_0000_0000)).unwrap();
     }
@@ -147,8 +147,8 @@ fn the_verifier_leads_to_the_same_code() {
             lines: vec![],
             ..Program::default()
         };
-        let context =
-            Context::Tracing { n_args: 2, has_result: kind == ProgramKind::Fexit, session: false };
+        let n_results = u8::from(kind == ProgramKind::Fexit);
+        let context = Context::Tracing { n_args: 2, n_results, session: false };
         let verified = verify(&program, &maps, context).unwrap();
         let compile = |v| compile(&ints(2), &maps, &[(v, kind)]);
         assert_eq!(compile(&verified), compile(&by_hand));
@@ -436,8 +436,10 @@ fn skeletons() {
         let bodies = [SkeletonBody {
             entry: Some(BodyRef::Call(RemoteAddr(0x50_0000))),
             session: None,
+            modify: None,
             exit,
             reads: &body.reads,
+            saves: &body.saves,
             frame_words: 0,
             frame_offset: 0,
         }];
@@ -448,7 +450,9 @@ fn skeletons() {
             kind: SiteKind::Relocated,
             image_address: RemoteAddr(0x60_0000),
             bodies: &bodies,
-            stack_words: 3,
+            skip: None,
+            stack_copy: StackCopy::Exactly(3),
+            stack_align_bytes: 16,
         })
         .unwrap()
     };

@@ -206,7 +206,6 @@ fn results_in_two_registers_and_vectors() {
     for (words_of_result, expected) in [
         (vec![RetWord::Rax, RetWord::Rdx], [input.gpr[7] + input.gpr[6] + 0x64 + 0x67, 7]),
         (vec![RetWord::Xmm1, RetWord::Rdx], [input.xmm[1][0], 7]),
-        (vec![RetWord::X87 { reg: 0, word: 0 }], [0, 0]),
         (vec![], [0, 0]),
     ] {
         let signature = words([ArgWord::Gpr(0)].into_iter(), &words_of_result);

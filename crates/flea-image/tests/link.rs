@@ -6,8 +6,9 @@ mod support;
 use expect_test::expect;
 use flea_image::unwind::{FDE_OFFSET, frame_arena_rows};
 use flea_image::{
-    BODY_FRAMES_OFFSET, BodyRef, FrameArena, LinkError, Reads, RelocateError, SiteKind, Skeleton,
-    SkeletonBody, SkeletonRequest, call_patch, link_skeleton, link_unwinder_skeleton,
+    BODY_FRAMES_OFFSET, BodyRef, FrameArena, LinkError, Reads, RelocateError, Save, Saved,
+    SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, When, call_patch, link_skeleton,
+    link_unwinder_skeleton,
 };
 use flea_symbols::addr::RemoteAddr;
 
@@ -21,7 +22,9 @@ fn request<'a>(replaced: &'a [u8], bodies: &'a [SkeletonBody<'a>]) -> SkeletonRe
         kind: SiteKind::Relocated,
         image_address: NEAR,
         bodies,
-        stack_words: 0,
+        skip: None,
+        stack_copy: StackCopy::Exactly(0),
+        stack_align_bytes: 16,
     }
 }
 
@@ -76,7 +79,7 @@ fn what_cannot_be_linked_says_why() {
         SkeletonRequest { image_address: RemoteAddr(SITE.0 + 0x1000_0000), ..request(&lea, &[]) };
     assert!(matches!(link_skeleton(&far), Err(LinkError::Encode { .. })));
 
-    let many = SkeletonRequest { stack_words: 100_000, ..request(&nop, &[]) };
+    let many = SkeletonRequest { stack_copy: StackCopy::Exactly(100_000), ..request(&nop, &[]) };
     assert!(matches!(link_skeleton(&many), Err(LinkError::TooManyStackWords { .. })));
 
     assert_eq!(call_patch(SITE, RemoteAddr(SITE.0 + (1 << 32))), None);
@@ -89,8 +92,10 @@ fn frame_words_of_bodies_do_not_overlap() {
     let body = |frame_offset, frame_words| SkeletonBody {
         entry: None,
         session: Some(BodyRef::Call(NEAR)),
+        modify: None,
         exit: None,
         reads: &reads,
+        saves: &[],
         frame_words,
         frame_offset,
     };
@@ -205,4 +210,78 @@ fn an_unwinder_is_asked_about_foreign_frames_only() {
         0079  jmp 0x0000000000401006
     "#]]
     .assert_eq(&link(&[arena]).listing());
+}
+
+/// Everything that can be saved, where it goes, and what cannot be saved.
+#[test]
+fn saves_go_into_the_words_of_their_body() {
+    let reads = Reads::default();
+    let nop = [0x0f, 0x1f, 0x44, 0, 0];
+    let with = |saves: &[Save], frame_words| {
+        let body = SkeletonBody {
+            entry: None,
+            session: Some(BodyRef::Call(NEAR)),
+            modify: None,
+            exit: Some(BodyRef::Call(NEAR)),
+            reads: &reads,
+            saves,
+            frame_words,
+            frame_offset: BODY_FRAMES_OFFSET,
+        };
+        link_skeleton(&request(&nop, &[body]))
+    };
+    let save = |when, what, word| Save { when, what, word };
+    let saves = [
+        save(When::Entry, Saved::Gpr(0), 0),
+        save(When::Entry, Saved::Gpr(15), 1),
+        save(When::Entry, Saved::Vector { reg: 1, n_words: 2 }, 3),
+        save(When::Exit, Saved::Vector { reg: 2, n_words: 4 }, 7),
+        save(When::Exit, Saved::Vector { reg: 7, n_words: 8 }, 15),
+        save(When::Exit, Saved::X87 { reg: 0 }, 17),
+        save(When::Exit, Saved::X87 { reg: 1 }, 19),
+    ];
+    expect![[r#"
+        0000  push %rbp
+        0001  mov %rsp,%rbp
+        0004  lea -0x130(%rsp),%rsp
+        000c  mov %rax,-0x98(%rbp)
+        0013  mov %r15,-0xA0(%rbp)
+        001a  movups %xmm1,-0xB0(%rbp)
+        0021  call 0x0000000000600000
+        0026  call 0x0000000000600077
+        002b  mov %rbp,-8(%rsp)
+        0030  vmovups %ymm2,-0xD0(%rbp)
+        0038  vmovups %zmm7,-0x110(%rbp)
+        0042  movq $0,-0x118(%rbp)
+        004d  fld %st(0)
+        004f  fstpt -0x120(%rbp)
+        0055  movq $0,-0x128(%rbp)
+        0060  fld %st(1)
+        0062  fstpt -0x130(%rbp)
+        0068  call 0x0000000000600000
+        006d  leave
+        006e  ret
+        006f  nopl 0x61656C66(%rax,%rax)
+        0077  nopl (%rax,%rax)
+        007c  jmp 0x0000000000401005
+    "#]]
+    .assert_eq(&with(&saves, 20).unwrap().listing());
+    for what in [
+        Saved::Gpr(4),
+        Saved::Gpr(5),
+        Saved::Gpr(16),
+        Saved::Vector { reg: 8, n_words: 2 },
+        Saved::Vector { reg: 0, n_words: 3 },
+        Saved::X87 { reg: 2 },
+    ] {
+        let save = save(When::Entry, what, 8);
+        let error = LinkError::NoSuchSave { save, frame_words: 20 };
+        assert_eq!(with(&[save], 20), Err(error));
+    }
+    // The first word that there is not, and words that begin above the body's.
+    for (what, word) in [(Saved::Gpr(0), 20), (Saved::Vector { reg: 0, n_words: 8 }, 6)] {
+        let save = save(When::Exit, what, word);
+        let error = LinkError::NoSuchSave { save, frame_words: 20 };
+        assert_eq!(with(&[save], 20), Err(error));
+    }
 }

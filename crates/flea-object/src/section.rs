@@ -28,8 +28,9 @@ pub enum SectionFault {
     },
 }
 
-const SUPPORTED: &str = "supported are SEC(\"fentry/FUNC\"), SEC(\"fexit/FUNC\") and \
-                         SEC(\"fsession/FUNC\"), where FUNC may be MODULE:FUNC";
+const SUPPORTED: &str = "supported are SEC(\"fentry/FUNC\"), SEC(\"fexit/FUNC\"), \
+                         SEC(\"fmod_ret/FUNC\") and SEC(\"fsession/FUNC\"), where FUNC may be \
+                         MODULE:FUNC";
 
 /// What a section name says.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,7 +98,8 @@ pub(crate) fn parse_name(section: &str) -> Result<SectionName, SectionFault> {
         Some((kind, target)) => (kind, Some(target)),
         None => (name, None),
     };
-    let supported = [ProgramKind::Fentry, ProgramKind::Fexit, ProgramKind::Fsession];
+    let supported =
+        [ProgramKind::Fentry, ProgramKind::Fexit, ProgramKind::FmodRet, ProgramKind::Fsession];
     let Some(program) = supported.into_iter().find(|p| p.name() == kind) else {
         let section = section.to_owned();
         let base = kind.split_once('.').map_or(kind, |(base, _suffix)| base);
@@ -133,6 +135,7 @@ mod tests {
         check("fentry/malloc", ProgramKind::Fentry, Some("malloc"), true);
         check("?fexit/libc.so.6:malloc", ProgramKind::Fexit, Some("libc.so.6:malloc"), false);
         check("fsession/a::b(int)", ProgramKind::Fsession, Some("a::b(int)"), true);
+        check("fmod_ret/malloc", ProgramKind::FmodRet, Some("malloc"), true);
         check("fentry", ProgramKind::Fentry, None, true);
     }
 
@@ -147,7 +150,7 @@ mod tests {
             "uretprobe",
             "uretprobe.multi",
             "usdt",
-            "fmod_ret",
+            "fmod_ret.s",
             "freplace",
             "tracepoint",
             "tp",

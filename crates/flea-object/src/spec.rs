@@ -54,6 +54,12 @@ pub enum MapKind {
     RingBuf = 27,
 }
 
+impl MapKind {
+    /// All of them.
+    pub const ALL: &'static [Self] =
+        &[Self::Hash, Self::Array, Self::PerCpuHash, Self::PerCpuArray, Self::RingBuf];
+}
+
 /// One program: a main function and the functions it calls.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {

@@ -32,7 +32,7 @@ pub use memory::{Memory, MemoryError};
 pub use nix::errno::Errno;
 pub use proc::{
     AuxVector, Pid, ProcError, SignalSet, Status, Tid, Whereabouts, auxv, check_traceable, comm,
-    exe, maps, module_file_path, status, thread_status, threads, whereabouts,
+    exe, maps, may_use_shadow_stack, module_file_path, status, thread_status, threads, whereabouts,
 };
 pub use remote::{Borrowed, MapRequest, RemoteError};
 pub use seize::{SeizeError, TRACER_THREAD_NAME, seize};

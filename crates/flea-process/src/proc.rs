@@ -142,6 +142,8 @@ pub struct Status {
     pub seccomp: bool,
     /// The process has memory of its own (kernel threads and zombies have none).
     pub has_memory: bool,
+    /// The thread has a shadow stack: it may return only to where it was called from.
+    pub shadow_stack: bool,
     /// How often the thread has left the CPU: it has run in between when this changed.
     pub switches: u64,
 }
@@ -218,6 +220,29 @@ pub fn threads(pid: Pid) -> Result<Vec<Tid>, ProcError> {
     // Numbers wrap around: a thread's can be lower than that of the first one.
     tids.sort_unstable_by_key(|&tid| (tid != pid, tid));
     Ok(tids)
+}
+
+/// Whether threads of process `pid` have a shadow stack, or may get one: glibc turns it on
+/// where it was asked to by `GLIBC_TUNABLES`, behind the place where a started command is held.
+pub fn may_use_shadow_stack(pid: Pid) -> Result<bool, ProcError> {
+    for tid in threads(pid)? {
+        // A first thread that has ended says nothing; the others have what it had.
+        if let Ok(status) = thread_status(pid, tid)
+            && status.has_memory
+        {
+            return Ok(status.shadow_stack || asks_for_shadow_stack(&read_text(pid, "environ")?));
+        }
+    }
+    Err(ProcError::NotFound { pid })
+}
+
+fn asks_for_shadow_stack(environment: &str) -> bool {
+    let mut variables = environment.split('\0');
+    variables.any(|variable| {
+        variable
+            .strip_prefix("GLIBC_TUNABLES=")
+            .is_some_and(|tunables| tunables.to_ascii_lowercase().contains("shstk"))
+    })
 }
 
 /// The mappings of process `pid`.
@@ -364,6 +389,8 @@ fn parse_status(text: &str) -> Option<Status> {
         caught: set("SigCgt")?,
         seccomp: count("Seccomp") != 0,
         has_memory: field("VmSize").is_some(),
+        shadow_stack: field("x86_Thread_features")
+            .is_some_and(|features| features.split_whitespace().any(|f| f == "shstk")),
         switches: count("voluntary_ctxt_switches") + count("nonvoluntary_ctxt_switches"),
     })
 }
@@ -405,6 +432,27 @@ mod tests {
         assert_eq!(&fs::read(file).expect("readable")[..4], b"\x7fELF");
         let vdso = aux.vdso.expect("x86-64 has one");
         assert!(maps.iter().any(|m| m.start == vdso && m.path == "[vdso]"));
+    }
+
+    #[test]
+    fn shadow_stacks() {
+        let pid = i32::try_from(std::process::id()).expect("a pid is an i32");
+        let text = read_text(pid, "status").expect("we have one");
+        let with = |features: &str| {
+            let others = text.lines().filter(|line| !line.starts_with("x86_Thread_features"));
+            let lines: Vec<&str> = others.chain([features]).collect();
+            parse_status(&lines.join("\n")).expect("it is a status").shadow_stack
+        };
+        assert!(with("x86_Thread_features:\tshstk wrss "));
+        assert!(!with("x86_Thread_features:\t"));
+        assert!(!with("x86_Thread_features_locked:\tshstk"));
+        assert!(asks_for_shadow_stack("A=b\0GLIBC_TUNABLES=glibc.cpu.x86_shstk=on\0"));
+        assert!(asks_for_shadow_stack("GLIBC_TUNABLES=a=1:glibc.cpu.hwcaps=SHSTK"));
+        assert!(!asks_for_shadow_stack("GLIBC_TUNABLES=glibc.malloc.check=3\0B=shstk"));
+        let status = status(pid).expect("we have one");
+        let expected = status.shadow_stack
+            || std::env::var("GLIBC_TUNABLES").is_ok_and(|t| t.contains("shstk"));
+        assert_eq!(may_use_shadow_stack(pid).expect("we live"), expected);
     }
 
     #[test]

@@ -12,6 +12,9 @@ pub struct Signature {
     pub variadic: bool,
     /// How many 8-byte words of arguments the caller has put on the stack.
     pub stack_words: StackWords,
+    /// What the first of them is aligned to at the call: 16, or 32 or 64 where an over-aligned
+    /// argument is among them. A copy of the words has to be aligned as well.
+    pub stack_align_bytes: u32,
     /// Where all this was learnt.
     pub source: SignatureSource,
 }
@@ -156,6 +159,7 @@ impl Signature {
             ret: Return { ty: Type::Unknown, words: vec![RetWord::Rax] },
             variadic: false,
             stack_words,
+            stack_align_bytes: 16,
             source: SignatureSource::Guessed,
         }
     }

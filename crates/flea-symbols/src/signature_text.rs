@@ -4,7 +4,7 @@ use crate::dwarf;
 use crate::function::Function;
 use crate::module::Module;
 use crate::signature::{Param, Signature, SignatureSource, StackWords, Type};
-use crate::x86_64::stack_words;
+use crate::x86_64::{returns, stack_words};
 
 impl Module<'_> {
     /// What `function` is called with: from DWARF where that is sure, else six integers are
@@ -37,6 +37,13 @@ impl Module<'_> {
     #[must_use]
     pub fn uses_return_address(&self, function: &Function) -> bool {
         stack_words::uses_return_address(self, function)
+    }
+
+    /// Whether `function` provably never returns, as `exit` and `abort`: what skips it would
+    /// lead its caller to where there may be no code.
+    #[must_use]
+    pub fn never_returns(&self, function: &Function) -> bool {
+        returns::never_returns(self, function)
     }
 
     fn dwarf_signature(&self, function: &Function) -> Option<Signature> {

@@ -103,13 +103,11 @@ pub enum Refusal {
         from: Svma,
     },
     /// A call among the first instructions.
-    #[error(
-        "a call at {at}, among the bytes to be replaced: its return address would not be the function's"
-    )]
+    #[error("a call at {at}, among the bytes to be replaced: {}", why_no_call(if_pushed.is_some()))]
     CallInPrologue {
         /// The call.
         at: Svma,
-        /// The site that would do for an image which pushes [`Site::resume`] as the return
+        /// The site that does for an image which pushes [`Site::resume`] as the return
         /// address and *jumps* to the callee: unwinders then see nothing new. It is no site
         /// for a process with a shadow stack, and costs a return misprediction. All else
         /// about it is proved. `None` where the call is not the last instruction replaced.
@@ -172,6 +170,14 @@ impl Refusal {
             Self::UnprovenJump { .. } => "computed jump not proved",
             Self::Undecodable { .. } => "not decodable",
         }
+    }
+}
+
+fn why_no_call(is_last: bool) -> &'static str {
+    if is_last {
+        "a copy has to push its return address, which a process with a shadow stack forbids"
+    } else {
+        "it returns to one of them"
     }
 }
 

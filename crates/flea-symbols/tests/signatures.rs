@@ -258,6 +258,28 @@ fn what_uses_its_return_address_is_told() {
 }
 
 #[test]
+fn what_never_returns_is_told() {
+    let source = r#"
+        void abort(void) __attribute__((noreturn));
+        int plain(int a) { return a; }
+        int may(int a) { if (a) abort(); return 1; }
+        void dies(void) { abort(); }
+        void loops(volatile int *a) { for (;;) *a += 1; }
+        void hop(void) { dies(); }
+        int through(int (*f)(int)) { return f(1); }
+        void hidden(int a) { if (a) plain(a); abort(); }
+    "#;
+    for flags in [["-O2", "-fno-inline"], ["-O0", "-fcf-protection"]] {
+        let name = format!("never_returns{}", flags[0]);
+        let bytes = gcc(&name, source, &flags);
+        let module = Module::parse(&bytes, None).unwrap();
+        let never = |name: &str| module.never_returns(function(&module, name));
+        assert!(never("dies") && never("loops") && never("hidden"), "{flags:?}");
+        assert!(!never("plain") && !never("may") && !never("through"), "{flags:?}");
+    }
+}
+
+#[test]
 fn stack_words_are_read_from_code() {
     let source = r#"
         #include <stdarg.h>

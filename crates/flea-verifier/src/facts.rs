@@ -1,5 +1,7 @@
 //! What the verifier proved of an accepted program, for the compiler.
 
+use std::ops::RangeInclusive;
+
 use flea_object::{helper::Helper, insn::Insn, spec::MapIdx};
 
 /// An accepted program. Only [`crate::verify`] makes one.
@@ -8,6 +10,7 @@ pub struct Verified {
     pub(crate) insns: Vec<Insn>,
     pub(crate) facts: Vec<Fact>,
     pub(crate) functions: Vec<Function>,
+    pub(crate) returns: RangeInclusive<i64>,
 }
 
 impl Verified {
@@ -20,7 +23,7 @@ impl Verified {
         facts: Vec<Fact>,
         functions: Vec<Function>,
     ) -> Self {
-        Self { insns, facts, functions }
+        Self { insns, facts, functions, returns: i64::MIN..=i64::MAX }
     }
 
     /// The instructions, as they came.
@@ -39,6 +42,13 @@ impl Verified {
     #[must_use]
     pub fn functions(&self) -> &[Function] {
         &self.functions
+    }
+
+    /// What the program returns at most, as a signed number. Exact ranges are looked for where
+    /// the result matters, in fmod_ret programs; of others any number is said.
+    #[must_use]
+    pub fn return_range(&self) -> RangeInclusive<i64> {
+        self.returns.clone()
     }
 }
 

@@ -18,14 +18,12 @@ mod access;
 mod call;
 mod cfg;
 mod collect;
-mod disasm;
 mod explore;
 pub mod facts;
 mod liveness;
 mod machine;
 mod number;
 mod op;
-mod opcode;
 mod pointer;
 mod proto;
 mod report;
@@ -41,7 +39,7 @@ use flea_object::spec::{MapSpec, Program};
 use cfg::Cfg;
 use explore::{BUDGET, Explorer, Refusal};
 use facts::Function;
-use liveness::Liveness;
+use liveness::{Liveness, ProgramResult};
 use machine::Machine;
 use op::Op;
 use report::Fault;
@@ -52,14 +50,15 @@ pub use facts::Verified;
 /// What a program is given in `r1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Context {
-    /// `u64 ctx[n_args]`, then the result in the next slot where the kind sees one; `ctx[-1]`
+    /// `u64 ctx[n_args]`, then the result in the next slots where the kind sees one; `ctx[-1]`
     /// and `ctx[-2]` as in Linux.
     Tracing {
         /// Argument words.
         n_args: u8,
-        /// The slot after the arguments holds the result (fexit; fsession may read it at
-        /// entry too, where it is 0).
-        has_result: bool,
+        /// Slots after the arguments that hold the result (fexit; fsession may read them at
+        /// entry too, where they are 0). One where there is none, as in Linux; more where it
+        /// is in several registers.
+        n_results: u8,
         /// `bpf_session_is_return` and `bpf_session_cookie` may be called.
         session: bool,
     },
@@ -97,7 +96,7 @@ pub fn verify(
     check_size(program).map_err(structural)?;
     let ops = op::decode(&program.insns).map_err(structural)?;
     let cfg = Cfg::new(&ops).map_err(structural)?;
-    let live = Liveness::new(&ops, &cfg);
+    let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
     let explorer = || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
 
     let mut walk = explorer();
@@ -113,6 +112,7 @@ pub fn verify(
     Ok(Verified {
         insns: program.insns.clone(),
         functions: functions(&cfg, &machine.stack_bytes),
+        returns: machine.return_range(),
         facts: machine.facts.into_facts(),
     })
 }

@@ -9,6 +9,7 @@
 //! other stack address, all slots are taken to be read.
 
 use flea_object::helper::Helper;
+use flea_object::spec::ProgramKind;
 
 use crate::cfg::{Cfg, Span, Successors};
 use crate::number::scalar::{AluOp, Width};
@@ -46,12 +47,13 @@ const ALL_SLOTS: u64 = u64::MAX;
 const _: () = assert!(STACK_SLOTS == 64, "a slot per bit");
 
 impl Liveness {
-    pub(crate) fn new(ops: &[Op], cfg: &Cfg) -> Self {
+    /// `result` says whether somebody wants to know what the program returns.
+    pub(crate) fn new(ops: &[Op], cfg: &Cfg, result: ProgramResult) -> Self {
         let mut this = Self { before: vec![Live::default(); ops.len()] };
         for &function in &cfg.callees_first {
             let span = cfg.functions[function];
             let addresses = frame_addresses(ops, span);
-            let role = if span.start == 0 { Role::Main } else { Role::Callee };
+            let role = if span.start == 0 { Role::Main(result) } else { Role::Callee };
             this.analyse(ops, span, &addresses, role);
         }
         this
@@ -153,7 +155,7 @@ impl Liveness {
             }
             Op::CallHelper { id } => call_helper(&mut l, id, at),
             Op::CallLocal { target } => self.call_local(&mut l, target, at),
-            Op::Exit => l.read(Reg::R0, role == Role::Callee),
+            Op::Exit => l.read(Reg::R0, role != Role::Main(ProgramResult::Ignored)),
         }
         l
     }
@@ -172,10 +174,25 @@ impl Liveness {
     }
 }
 
-/// A main function's result is for nobody's address or branch.
+/// Whether a main function's result is looked at: it is for nobody's address or branch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ProgramResult {
+    Ignored,
+    Used,
+}
+
+impl ProgramResult {
+    pub(crate) fn of(kind: ProgramKind) -> Self {
+        match kind {
+            ProgramKind::FmodRet => Self::Used,
+            _ => Self::Ignored,
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Role {
-    Main,
+    Main(ProgramResult),
     Callee,
 }
 

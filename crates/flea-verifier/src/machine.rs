@@ -1,5 +1,7 @@
 //! One instruction on one state: refuses it, or says where control goes.
 
+use std::ops::RangeInclusive;
+
 use flea_object::spec::{MapIdx, MapKind, MapSpec};
 
 use crate::Context;
@@ -25,6 +27,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) facts: Collector,
     /// Bytes of stack touched, by function.
     pub(crate) stack_bytes: Vec<u32>,
+    /// Smallest and largest result of the main function, on the paths seen so far.
+    returns: Option<(i64, i64)>,
     last_id: u32,
 }
 
@@ -50,6 +54,7 @@ impl<'a> Machine<'a> {
             cfg,
             facts: Collector::new(ops.len()),
             stack_bytes: vec![0; cfg.functions.len()],
+            returns: None,
             last_id: 0,
         }
     }
@@ -79,9 +84,7 @@ impl<'a> Machine<'a> {
     /// Words of the context that can be read.
     pub(crate) fn ctx_slots(&self) -> u32 {
         match self.context {
-            Context::Tracing { n_args, has_result, .. } => {
-                u32::from(n_args) + u32::from(has_result)
-            }
+            Context::Tracing { n_args, n_results, .. } => u32::from(n_args) + u32::from(n_results),
             Context::Memory { .. } => 0,
         }
     }
@@ -170,9 +173,24 @@ impl<'a> Machine<'a> {
                 state.enter(function, idx);
                 return Ok(Flow::To(target));
             }
-            Op::Exit => return exit(state),
+            Op::Exit => return self.exit(state),
         }
         Ok(Flow::To(idx + 1))
+    }
+
+    /// What the program returns on the paths seen so far; anything where none has ended.
+    pub(crate) fn return_range(&self) -> RangeInclusive<i64> {
+        self.returns.map_or(i64::MIN..=i64::MAX, |(min, max)| min..=max)
+    }
+
+    fn exit(&mut self, state: &mut State) -> Result<Flow, Fault> {
+        if state.depth() == 0
+            && let Some(r0) = state.reg(Reg::R0).as_scalar()
+        {
+            let (min, max) = self.returns.unwrap_or((i64::MAX, i64::MIN));
+            self.returns = Some((min.min(r0.wide.smin), max.max(r0.wide.smax)));
+        }
+        exit(state)
     }
 
     fn mov(

@@ -4,10 +4,10 @@
 //! Knows nothing of control flow or values.
 
 use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_FUNC, PSEUDO_MAP, PSEUDO_MAP_VALUE};
+use flea_object::opcode as code;
 
 use crate::number::compare::Cond;
 use crate::number::scalar::{AluOp, Width};
-use crate::opcode::{SRC_REG, alu, atomic, class, jump, mode};
 use crate::report::Fault;
 
 /// A register, r0 to r10.
@@ -163,6 +163,34 @@ pub(crate) enum Op {
     Exit,
 }
 
+impl Op {
+    /// The registers that an instruction reads or writes, for the log.
+    pub(crate) fn registers(&self) -> Vec<Reg> {
+        let with = |a: Reg, b: Operand| match b {
+            Operand::Reg(b) if a != b => vec![a, b],
+            _ => vec![a],
+        };
+        match *self {
+            Op::Alu { dst, src, .. } | Op::Mov { dst, src, .. } | Op::If { dst, src, .. } => {
+                with(dst, src)
+            }
+            Op::MovSx { dst, src, .. } => with(dst, Operand::Reg(src)),
+            Op::Neg { dst, .. }
+            | Op::Swap { dst, .. }
+            | Op::Trunc { dst, .. }
+            | Op::Const { dst, .. }
+            | Op::MapAddress { dst, .. }
+            | Op::MapValueAddress { dst, .. } => vec![dst],
+            Op::Load { dst, place, .. } => with(dst, Operand::Reg(place.base)),
+            Op::Store { place, src } => with(place.base, src),
+            Op::Atomic { place, src, .. } => with(place.base, Operand::Reg(src)),
+            Op::CallHelper { .. } | Op::Exit => vec![Reg::R0],
+            Op::CallLocal { .. } => (0..5).map(Reg::arg).collect(),
+            Op::SecondHalf | Op::Goto { .. } => vec![],
+        }
+    }
+}
+
 /// Decodes all instructions.
 ///
 /// # Errors
@@ -174,7 +202,7 @@ pub(crate) fn decode(insns: &[Insn]) -> Result<Vec<Op>, (usize, Fault)> {
         let op = decode_one(insns, idx, *insn).map_err(|e| (idx, e))?;
         ops.push(op);
         idx += 1;
-        if insn.opcode == LDDW {
+        if insn.is_lddw() {
             ops.push(Op::SecondHalf);
             idx += 1;
         }
@@ -182,36 +210,29 @@ pub(crate) fn decode(insns: &[Insn]) -> Result<Vec<Op>, (usize, Fault)> {
     Ok(ops)
 }
 
-/// The instruction at `idx` alone, for printing; `None` where it is not a good one.
-pub(crate) fn decode_at(insns: &[Insn], idx: usize) -> Option<Op> {
-    decode_one(insns, idx, *insns.get(idx)?).ok()
-}
-
-const LDDW: u8 = 0x18;
-
 fn decode_one(insns: &[Insn], idx: usize, insn: Insn) -> Result<Op, Fault> {
     for r in [insn.dst, insn.src] {
         if r > 10 {
             return Err(Fault::new(format!("R{r} is invalid")));
         }
     }
-    let wide = insn.opcode & 0x7 == class::ALU64;
-    match insn.opcode & 0x7 {
-        class::LD => decode_ld(insns, idx, insn),
-        class::LDX => decode_ldx(insn),
-        class::ST | class::STX => decode_store(insn),
-        class::ALU | class::ALU64 => decode_alu(insn, if wide { Width::W64 } else { Width::W32 }),
+    let wide = insn.class() == code::ALU64;
+    match insn.class() {
+        code::LD => decode_ld(insns, idx, insn),
+        code::LDX => decode_ldx(insn),
+        code::ST | code::STX => decode_store(insn),
+        code::ALU | code::ALU64 => decode_alu(insn, if wide { Width::W64 } else { Width::W32 }),
         _ => decode_jump(insns.len(), idx, insn),
     }
 }
 
 fn decode_ld(insns: &[Insn], idx: usize, insn: Insn) -> Result<Op, Fault> {
-    if insn.opcode != LDDW {
-        if matches!(insn.opcode & 0xe0, mode::ABS | mode::IND) {
+    if !insn.is_lddw() {
+        if matches!(insn.mode(), code::ABS | code::IND) {
             let text = "BPF_LD_[ABS|IND] instructions not allowed for this program type";
             return Err(Fault::new(text));
         }
-        return Err(if insn.opcode & 0xe0 == mode::IMM {
+        return Err(if insn.mode() == code::IMM {
             Fault::new("invalid BPF_LD_IMM insn")
         } else {
             unknown(insn)
@@ -238,9 +259,9 @@ fn decode_ld(insns: &[Insn], idx: usize, insn: Insn) -> Result<Op, Fault> {
 
 fn decode_ldx(insn: Insn) -> Result<Op, Fault> {
     let place = place(insn, insn.src);
-    let sign_extend = match insn.opcode & 0xe0 {
-        mode::MEM => false,
-        mode::MEMSX if place.size != Size::B8 => true,
+    let sign_extend = match insn.mode() {
+        code::MEM => false,
+        code::MEMSX if place.size != Size::B8 => true,
         _ => return Err(unknown(insn)),
     };
     if insn.imm != 0 {
@@ -250,43 +271,43 @@ fn decode_ldx(insn: Insn) -> Result<Op, Fault> {
 }
 
 fn decode_store(insn: Insn) -> Result<Op, Fault> {
-    let from_reg = insn.opcode & 0x7 == class::STX;
+    let from_reg = insn.class() == code::STX;
     let place = place(insn, insn.dst);
-    match insn.opcode & 0xe0 {
-        mode::MEM if from_reg => {
+    match insn.mode() {
+        code::MEM if from_reg => {
             if insn.imm != 0 {
                 return Err(reserved("BPF_STX"));
             }
             Ok(Op::Store { place, src: Operand::Reg(Reg(insn.src)) })
         }
-        mode::MEM => {
+        code::MEM => {
             if insn.src != 0 {
                 return Err(reserved("BPF_ST"));
             }
             Ok(Op::Store { place, src: Operand::Imm(insn.imm) })
         }
-        mode::ATOMIC if from_reg => decode_atomic(insn, place),
+        code::ATOMIC if from_reg => decode_atomic(insn, place),
         _ => Err(unknown(insn)),
     }
 }
 
 fn decode_atomic(insn: Insn, place: Place) -> Result<Op, Fault> {
     let (op, fetch) = match insn.imm {
-        atomic::XCHG => (Atomic::Xchg, true),
-        atomic::CMPXCHG => (Atomic::Cmpxchg, true),
+        code::ATOMIC_XCHG => (Atomic::Xchg, true),
+        code::ATOMIC_CMPXCHG => (Atomic::Cmpxchg, true),
         other => {
-            let op = match other & !atomic::FETCH {
-                atomic::ADD => Atomic::Add,
-                atomic::OR => Atomic::Or,
-                atomic::AND => Atomic::And,
-                atomic::XOR => Atomic::Xor,
+            let op = match other & !code::ATOMIC_FETCH {
+                code::ATOMIC_ADD => Atomic::Add,
+                code::ATOMIC_OR => Atomic::Or,
+                code::ATOMIC_AND => Atomic::And,
+                code::ATOMIC_XOR => Atomic::Xor,
                 _ => {
                     return Err(Fault::new(format!(
                         "BPF_ATOMIC uses invalid atomic opcode {other:02x}"
                     )));
                 }
             };
-            (op, other & atomic::FETCH != 0)
+            (op, other & code::ATOMIC_FETCH != 0)
         }
     };
     if !matches!(place.size, Size::B4 | Size::B8) {
@@ -300,34 +321,34 @@ fn decode_atomic(insn: Insn, place: Place) -> Result<Op, Fault> {
 }
 
 fn decode_alu(insn: Insn, width: Width) -> Result<Op, Fault> {
-    let code = insn.opcode >> 4;
-    if code == alu::NEG {
-        if insn.opcode & SRC_REG != 0 || insn.src != 0 || insn.off != 0 || insn.imm != 0 {
+    let operation = insn.code();
+    if operation == code::NEG {
+        if insn.is_source_register() || insn.src != 0 || insn.off != 0 || insn.imm != 0 {
             return Err(reserved("BPF_NEG"));
         }
         return Ok(Op::Neg { width, dst: writable(insn.dst)? });
     }
-    if code == alu::END {
+    if operation == code::END {
         return decode_end(insn, width);
     }
-    if code == alu::MOV {
+    if operation == code::MOV {
         return decode_mov(insn, width);
     }
-    let signed = insn.off == 1 && matches!(code, alu::DIV | alu::MOD);
-    let op = match (code, signed) {
-        (alu::ADD, _) => AluOp::Add,
-        (alu::SUB, _) => AluOp::Sub,
-        (alu::MUL, _) => AluOp::Mul,
-        (alu::DIV, false) => AluOp::Div,
-        (alu::DIV, true) => AluOp::Sdiv,
-        (alu::MOD, false) => AluOp::Mod,
-        (alu::MOD, true) => AluOp::Smod,
-        (alu::OR, _) => AluOp::Or,
-        (alu::AND, _) => AluOp::And,
-        (alu::XOR, _) => AluOp::Xor,
-        (alu::LSH, _) => AluOp::Lsh,
-        (alu::RSH, _) => AluOp::Rsh,
-        (alu::ARSH, _) => AluOp::Arsh,
+    let signed = insn.off == 1 && matches!(operation, code::DIV | code::MOD);
+    let op = match (operation, signed) {
+        (code::ADD, _) => AluOp::Add,
+        (code::SUB, _) => AluOp::Sub,
+        (code::MUL, _) => AluOp::Mul,
+        (code::DIV, false) => AluOp::Div,
+        (code::DIV, true) => AluOp::Sdiv,
+        (code::MOD, false) => AluOp::Mod,
+        (code::MOD, true) => AluOp::Smod,
+        (code::OR, _) => AluOp::Or,
+        (code::AND, _) => AluOp::And,
+        (code::XOR, _) => AluOp::Xor,
+        (code::LSH, _) => AluOp::Lsh,
+        (code::RSH, _) => AluOp::Rsh,
+        (code::ARSH, _) => AluOp::Arsh,
         _ => return Err(unknown(insn)),
     };
     let src = operand(insn, "BPF_ALU")?;
@@ -371,7 +392,7 @@ fn decode_mov(insn: Insn, width: Width) -> Result<Op, Fault> {
 }
 
 fn decode_end(insn: Insn, width: Width) -> Result<Op, Fault> {
-    let big = insn.opcode & SRC_REG != 0;
+    let big = insn.is_source_register();
     let bits = match insn.imm {
         16 => 16,
         32 => 32,
@@ -388,29 +409,29 @@ fn decode_end(insn: Insn, width: Width) -> Result<Op, Fault> {
 }
 
 fn decode_jump(n_insns: usize, idx: usize, insn: Insn) -> Result<Op, Fault> {
-    let code = insn.opcode >> 4;
-    let wide = insn.opcode & 0x7 == class::JMP;
-    let by_reg = insn.opcode & SRC_REG != 0;
-    let cond = match code {
-        jump::JA if !by_reg => return decode_goto(n_insns, idx, insn, wide),
-        jump::CALL if wide && !by_reg => return decode_call(n_insns, idx, insn),
-        jump::EXIT if wide && !by_reg => {
+    let operation = insn.code();
+    let wide = insn.class() == code::JMP;
+    let by_reg = insn.is_source_register();
+    let cond = match operation {
+        code::JA if !by_reg => return decode_goto(n_insns, idx, insn, wide),
+        code::CALL if wide && !by_reg => return decode_call(n_insns, idx, insn),
+        code::EXIT if wide && !by_reg => {
             if insn.dst != 0 || insn.src != 0 || insn.off != 0 || insn.imm != 0 {
                 return Err(reserved("BPF_EXIT"));
             }
             return Ok(Op::Exit);
         }
-        jump::JEQ => Cond::Eq,
-        jump::JNE => Cond::Ne,
-        jump::JGT => Cond::Gt,
-        jump::JGE => Cond::Ge,
-        jump::JLT => Cond::Lt,
-        jump::JLE => Cond::Le,
-        jump::JSGT => Cond::Sgt,
-        jump::JSGE => Cond::Sge,
-        jump::JSLT => Cond::Slt,
-        jump::JSLE => Cond::Sle,
-        jump::JSET => Cond::Set,
+        code::JEQ => Cond::Eq,
+        code::JNE => Cond::Ne,
+        code::JGT => Cond::Gt,
+        code::JGE => Cond::Ge,
+        code::JLT => Cond::Lt,
+        code::JLE => Cond::Le,
+        code::JSGT => Cond::Sgt,
+        code::JSGE => Cond::Sge,
+        code::JSLT => Cond::Slt,
+        code::JSLE => Cond::Sle,
+        code::JSET => Cond::Set,
         _ => return Err(unknown(insn)),
     };
     let width = if wide { Width::W64 } else { Width::W32 };
@@ -454,7 +475,7 @@ fn jump_target(n_insns: usize, idx: usize, off: i64) -> Result<usize, Fault> {
 }
 
 fn operand(insn: Insn, class: &str) -> Result<Operand, Fault> {
-    if insn.opcode & SRC_REG == 0 {
+    if !insn.is_source_register() {
         if insn.src != 0 {
             return Err(reserved(class));
         }
@@ -467,10 +488,10 @@ fn operand(insn: Insn, class: &str) -> Result<Operand, Fault> {
 }
 
 const fn place(insn: Insn, base: u8) -> Place {
-    let size = match insn.opcode & 0x18 {
-        0x00 => Size::B4,
-        0x08 => Size::B2,
-        0x10 => Size::B1,
+    let size = match insn.opcode & code::SIZE_MASK {
+        code::W => Size::B4,
+        code::H => Size::B2,
+        code::B => Size::B1,
         _ => Size::B8,
     };
     Place { base: Reg(base), off: insn.off, size }

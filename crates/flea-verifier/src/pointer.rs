@@ -142,6 +142,21 @@ fn cannot_be_null(p: &Pointer) -> bool {
     }
 }
 
-fn symbol(op: AluOp) -> &'static str {
-    crate::disasm::alu_symbol(op)
+/// `+=` and so on.
+const fn symbol(op: AluOp) -> &'static str {
+    match op {
+        AluOp::Add => "+=",
+        AluOp::Sub => "-=",
+        AluOp::Mul => "*=",
+        AluOp::Div => "/=",
+        AluOp::Sdiv => "s/=",
+        AluOp::Mod => "%=",
+        AluOp::Smod => "s%=",
+        AluOp::Or => "|=",
+        AluOp::And => "&=",
+        AluOp::Xor => "^=",
+        AluOp::Lsh => "<<=",
+        AluOp::Rsh => ">>=",
+        AluOp::Arsh => "s>>=",
+    }
 }

@@ -2,9 +2,9 @@
 
 use std::collections::BTreeSet;
 
+use flea_object::disasm::Disasm;
 use flea_object::spec::{MapSpec, Program};
 
-use crate::disasm;
 use crate::op::Op;
 use crate::report::{registers, whole_state};
 use crate::state::State;
@@ -73,7 +73,7 @@ impl Trace {
         if !self.wanted.contains(&step) || self.wanted.last() == Some(&step) {
             return;
         }
-        let regs = ops.get(idx).map(disasm::registers).unwrap_or_default();
+        let regs = ops.get(idx).map(Op::registers).unwrap_or_default();
         let shown = registers(state, &regs, maps);
         let text = instruction(idx, program);
         let separator = if shown.is_empty() { "" } else { " ;" };
@@ -83,7 +83,5 @@ impl Trace {
 
 fn instruction(idx: usize, program: &Program) -> String {
     let Some(insn) = program.insns.get(idx) else { return format!("{idx}:") };
-    let text = crate::op::decode_at(&program.insns, idx)
-        .map_or_else(|| "?".into(), |op| disasm::text(&op));
-    format!("{idx}: ({:02x}) {text}", insn.opcode)
+    format!("{idx}: ({:02x}) {}", insn.opcode, Disasm::at(&program.insns, idx))
 }

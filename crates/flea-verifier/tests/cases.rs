@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! == name
-//! ctx 2 result session      (or: mem 16; default: ctx 2)
+//! ctx 2 result session      (a "result" per result word; or: mem 16; default: ctx 2)
 //! map array 4 8 1 ro        (kind, key bytes, value bytes, entries)
 //! ...instructions, see asm/mod.rs...
 //! => ok                     or: => @3 R1 invalid mem access 'scalar'
@@ -34,7 +34,7 @@ fn parse(file: &str, text: &str) -> Vec<Case> {
             assert!(current.is_none(), "{file}: no verdict before {name}");
             current = Some(Case {
                 name: format!("{file}: {name}"),
-                context: Context::Tracing { n_args: 2, has_result: false, session: false },
+                context: Context::Tracing { n_args: 2, n_results: 0, session: false },
                 maps: Vec::new(),
                 lines: Vec::new(),
                 expected: String::new(),
@@ -47,8 +47,9 @@ fn parse(file: &str, text: &str) -> Vec<Case> {
             cases.extend(current.take());
         } else if let Some(rest) = line.strip_prefix("ctx ") {
             let n_args = rest.split(' ').next().unwrap_or("").parse().unwrap();
-            let (has_result, session) = (rest.contains("result"), rest.contains("session"));
-            case.context = Context::Tracing { n_args, has_result, session };
+            let n_results = u8::try_from(rest.matches("result").count()).unwrap();
+            let session = rest.contains("session");
+            case.context = Context::Tracing { n_args, n_results, session };
         } else if let Some(rest) = line.strip_prefix("mem ") {
             case.context = Context::Memory { size_bytes: rest.parse().unwrap() };
         } else if let Some(rest) = line.strip_prefix("map ") {

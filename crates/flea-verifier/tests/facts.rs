@@ -43,7 +43,7 @@ fn check(lines: &[&str]) -> Result<Verified, Rejection> {
         init: None,
         read_only: false,
     };
-    let context = Context::Tracing { n_args: 2, has_result: true, session: false };
+    let context = Context::Tracing { n_args: 2, n_results: 1, session: false };
     verify(&program(lines), &[map], context)
 }
 
@@ -137,6 +137,32 @@ fn functions_and_their_stacks() {
     let stacks: Vec<u32> = verified.functions().iter().map(|f| f.stack_bytes).collect();
     assert_eq!(stacks, [40, 16]);
     assert_eq!(verified.functions()[1].start_insn_idx, 5);
+}
+
+/// What decides whether a program may skip a function whose result it cannot make up.
+#[test]
+fn the_range_of_results() {
+    let range = |kind, lines: &[&str]| {
+        let program = Program { kind, ..program(lines) };
+        let context = Context::Tracing { n_args: 2, n_results: 1, session: false };
+        verify(&program, &[], context).unwrap().return_range()
+    };
+    let fmod_ret = |lines: &[&str]| range(ProgramKind::FmodRet, lines);
+    assert_eq!(fmod_ret(&["r0 = 0", "exit"]), 0..=0);
+    assert_eq!(fmod_ret(&["r0 = -12", "exit"]), -12..=-12);
+    // Two results that meet at one exit, and in a local function.
+    let branch = ["r6 = *(u64 *)(r1 + 0)", "r0 = 0", "if r6 == 1 goto out"];
+    let joined = |result| [&branch[..], &[result, "out:", "exit"]].concat();
+    assert_eq!(fmod_ret(&joined("r0 = -12")), -12..=0);
+    assert_eq!(fmod_ret(&joined("r0 = 0")), 0..=0);
+    let called = ["call f", "r0 &= 7", "exit", "f:", "r0 = *(u64 *)(r1 + 0)", "exit"];
+    assert_eq!(fmod_ret(&called), 0..=7);
+    assert_eq!(fmod_ret(&["r0 = *(u64 *)(r1 + 0)", "exit"]), i64::MIN..=i64::MAX);
+    // 32-bit arithmetic zero-extends: this is 4294967284, not -12.
+    assert_eq!(fmod_ret(&["w0 = -12", "exit"]), 0xffff_fff4..=0xffff_fff4);
+    // Nobody asks for the result of others, and paths that differ in it alone are one path.
+    let other = range(ProgramKind::Fexit, &joined("r0 = -12"));
+    assert!(other.contains(&0) && other.contains(&-12));
 }
 
 #[test]

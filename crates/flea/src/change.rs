@@ -3,7 +3,10 @@
 
 use std::collections::HashMap;
 
-use flea_image::{BodyRef, FrameArena, Reads, Skeleton, SkeletonBody, SkeletonRequest};
+use flea_image::{
+    BodyRef, FrameArena, Reads, Skeleton, SkeletonBody, SkeletonRequest, SkipResult, StackCopy,
+};
+use flea_layout::shared::RuntimeFn;
 use flea_patch::Poke;
 use flea_symbols::{
     addr::RemoteAddr,
@@ -12,7 +15,7 @@ use flea_symbols::{
 
 use crate::{
     error::AttachError,
-    registry::{BodyState, FunctionState, Placed, Registry, Retired, SiteKind},
+    registry::{BodyState, FunctionState, Placed, Registry, Retired, SiteKind, Skip, StackArgs},
 };
 
 /// First body frame, in bytes below the skeleton's rbp: behind result and argument words.
@@ -71,9 +74,8 @@ impl Change {
             }
             for body in out {
                 removed.push(body.id);
-                let placed = [body.entry, body.session, body.exit];
                 // A thread inside the original will still call the exit body.
-                self.retired.extend(placed.into_iter().flatten().map(|code| Retired {
+                self.retired.extend(body.placed().map(|code| Retired {
                     code,
                     calls_original,
                     returns_to: None,
@@ -149,7 +151,7 @@ impl Change {
         let five = f.site.offset(5);
         if f.finds_frames
             || f.kind != SiteKind::Nop
-            || body.session.or(body.exit).is_some()
+            || body.session.or(body.modify).or(body.exit).is_some()
             || !(f.original.len() == 5 || ends.any(|end| end == five))
         {
             return None;
@@ -167,6 +169,7 @@ impl Change {
             .collect();
         let arenas = if f.finds_frames { self.frame_arenas() } else { Vec::new() };
         f.calls = bodies.iter().flat_map(called).collect();
+        let stack_copy = self.stack_copy(f.stack);
         let link = |at| {
             let request = SkeletonRequest {
                 site: f.site,
@@ -177,7 +180,9 @@ impl Change {
                 },
                 image_address: at,
                 bodies: &bodies,
-                stack_words: f.stack_words,
+                skip: f.skip.map(SkipResult::from),
+                stack_copy,
+                stack_align_bytes: f.stack.align_bytes,
             };
             flea_image::link_unwinder_skeleton(&request, &arenas)
                 .map_err(|source| AttachError::Link { function: f.name.clone(), source })
@@ -204,6 +209,15 @@ impl Change {
         Ok(skeleton)
     }
 
+    fn stack_copy(&self, stack: StackArgs) -> StackCopy {
+        if !stack.may_be_fewer {
+            return StackCopy::Exactly(stack.n_words);
+        }
+        let runtime = self.registry.runtime.expect("a registry with such a function has one");
+        let into = flea_runtime::offset_of(RuntimeFn::ProbeReadUser);
+        StackCopy::UpTo { n_words: stack.n_words, probe_read_user: runtime.offset(into.into()) }
+    }
+
     /// The arenas that have rows.
     fn frame_arenas(&self) -> Vec<FrameArena> {
         let arenas = self.registry.code.iter().filter_map(|arena| {
@@ -224,7 +238,7 @@ impl Change {
 fn skeleton_body<'a>(
     known_code: &'a HashMap<RemoteAddr, Vec<u8>>,
     f: &FunctionState,
-    b: &BodyState,
+    b: &'a BodyState,
     reads: &'a Reads,
 ) -> SkeletonBody<'a> {
     let refer = |placed: Option<Placed>| {
@@ -236,8 +250,10 @@ fn skeleton_body<'a>(
     SkeletonBody {
         entry: refer(b.entry),
         session: refer(b.session),
+        modify: refer(b.modify),
         exit: refer(b.exit),
         reads,
+        saves: &b.saves,
         frame_offset: b.frame_offset,
         frame_words: b.frame_words,
     }
@@ -249,7 +265,27 @@ fn called(body: &SkeletonBody<'_>) -> Vec<RemoteAddr> {
         Some(BodyRef::Call(at)) => Some(at),
         _ => None,
     };
-    [body.entry, body.session, body.exit].into_iter().filter_map(at).collect()
+    [body.entry, body.session, body.modify, body.exit].into_iter().filter_map(at).collect()
+}
+
+impl From<SkipResult> for Skip {
+    fn from(skip: SkipResult) -> Self {
+        match skip {
+            SkipResult::Nowhere => Self::Nowhere,
+            SkipResult::Rax => Self::Rax,
+            SkipResult::Xmm0 => Self::Xmm0,
+        }
+    }
+}
+
+impl From<Skip> for SkipResult {
+    fn from(skip: Skip) -> Self {
+        match skip {
+            Skip::Nowhere => Self::Nowhere,
+            Skip::Rax => Self::Rax,
+            Skip::Xmm0 => Self::Xmm0,
+        }
+    }
 }
 
 /// [`Reads`] as the bits of [`BodyState::reads`].
@@ -291,8 +327,7 @@ pub(crate) fn retire_all(f: FunctionState) -> Vec<Retired> {
         arenas,
     });
     let bodies = f.bodies.into_iter().flat_map(|b| {
-        let placed = [b.entry, b.session, b.exit].into_iter().flatten();
-        placed.map(move |code| Retired {
+        b.placed().map(move |code| Retired {
             code,
             calls_original,
             returns_to: None,
@@ -351,7 +386,8 @@ mod tests {
             previous: first,
             skeleton: None,
             bypass: SITE,
-            stack_words: 0,
+            skip: None,
+            stack: StackArgs::NONE,
             calls_original: false,
             finds_frames: false,
             returns_to: None,
@@ -398,10 +434,12 @@ mod tests {
             programs: vec![],
             entry: matches!(when, When::Entry).then_some(placed),
             session: None,
+            modify: None,
             exit: matches!(when, When::Exit).then_some(placed),
             frame_offset: FIRST_FRAME_OFFSET,
             frame_words: 0,
             reads: 0,
+            saves: vec![],
         };
         f.bodies.insert(0, body);
         change.relink(&mut f, before).unwrap();

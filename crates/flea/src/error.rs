@@ -170,6 +170,20 @@ pub enum AttachError {
         /// The function.
         function: String,
     },
+    /// An fmod_ret program may skip the function, which cannot be skipped.
+    #[error(
+        "{function}: program {program} may return something other than 0 and so skip the \
+         function, but {reason}; a program that always returns 0, or one of another kind, can be \
+         attached"
+    )]
+    Skip {
+        /// The function.
+        function: String,
+        /// The program.
+        program: String,
+        /// Why not.
+        reason: String,
+    },
     /// The verifier refused the program.
     #[error("program {program} on {function}: {rejection}")]
     Rejected {

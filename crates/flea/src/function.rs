@@ -2,7 +2,11 @@
 
 use std::sync::{Arc, OnceLock};
 
-use flea_symbols::{Pattern, Refusal, Site, addr::RemoteAddr, signature::Signature};
+use flea_symbols::{
+    Pattern, Refusal, Site,
+    addr::RemoteAddr,
+    signature::{Signature, StackWords},
+};
 
 use crate::{
     error::FindError,
@@ -18,6 +22,7 @@ pub struct Function {
     signature: Arc<OnceLock<Signature>>,
     site: Arc<OnceLock<Result<Site, Refusal>>>,
     uses_return_address: Arc<OnceLock<bool>>,
+    never_returns: Arc<OnceLock<bool>>,
 }
 
 impl std::fmt::Debug for Function {
@@ -61,9 +66,9 @@ impl Function {
     #[must_use]
     pub fn signature(&self) -> &Signature {
         self.signature.get_or_init(|| {
-            self.module.with_symbols(|s| s.signature(&self.symbol)).unwrap_or_else(|_| {
-                Signature::guessed(flea_symbols::signature::StackWords::Unknown)
-            })
+            self.module
+                .with_symbols(|s| s.signature(&self.symbol))
+                .unwrap_or_else(|_| Signature::guessed(StackWords::Unknown))
         })
     }
 
@@ -72,6 +77,19 @@ impl Function {
         *self.uses_return_address.get_or_init(|| {
             self.module.with_symbols(|s| s.uses_return_address(&self.symbol)).unwrap_or(true)
         })
+    }
+
+    /// Whether its caller may have nothing behind the call that could go on.
+    pub(crate) fn never_returns(&self) -> bool {
+        *self.never_returns.get_or_init(|| {
+            self.module.with_symbols(|s| s.never_returns(&self.symbol)).unwrap_or(true)
+        })
+    }
+
+    /// How many words of stack arguments its code can reach, whatever it is declared to take.
+    pub(crate) fn stack_words_proof(&self) -> StackWords {
+        let proof = self.module.with_symbols(|s| s.stack_words_proof(&self.symbol));
+        proof.unwrap_or(StackWords::Unknown)
     }
 
     /// Its declaration, as C writes it.
@@ -87,9 +105,15 @@ impl Function {
     pub fn site(&self) -> Result<&Site, Refusal> {
         self.site
             .get_or_init(|| {
-                self.module
-                    .with_symbols(|s| s.site(&self.symbol))
-                    .expect("a function was found in a module that could be read")
+                let proved = self.module.with_symbols(|s| s.site(&self.symbol));
+                match proved.expect("a function was found in a module that could be read") {
+                    Err(Refusal::CallInPrologue { if_pushed: Some(site), .. })
+                        if !self.module.has_shadow_stack() =>
+                    {
+                        Ok(*site)
+                    }
+                    other => other,
+                }
             })
             .as_ref()
             .map_err(Clone::clone)
@@ -173,5 +197,6 @@ fn function(
         signature: Arc::default(),
         site: Arc::default(),
         uses_return_address: Arc::default(),
+        never_returns: Arc::default(),
     })
 }

@@ -42,6 +42,8 @@ pub struct Module {
     /// Its first executable mapping.
     mapping: Mapping,
     is_main: bool,
+    /// The process forbids returns to addresses that were pushed.
+    has_shadow_stack: bool,
     parsed: OnceLock<Result<ParsedFiles, Arc<OpenError>>>,
 }
 
@@ -87,6 +89,7 @@ pub enum OpenError {
 pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
     let main = flea_process::exe(pid)?;
     let main = main.to_string_lossy().into_owned();
+    let has_shadow_stack = flea_process::may_use_shadow_stack(pid)?;
     let mut modules: Vec<Module> = Vec::new();
     for mapping in flea_process::maps(pid)? {
         let path = mapping.path.clone();
@@ -102,7 +105,8 @@ pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
         } else {
             flea_process::module_file_path(pid, &mapping)?
         };
-        modules.push(Module { path, open_path, mapping, is_main, parsed: OnceLock::new() });
+        let parsed = OnceLock::new();
+        modules.push(Module { path, open_path, mapping, is_main, has_shadow_stack, parsed });
     }
     modules.sort_by_key(|m| !m.is_main);
     Ok(modules.into_iter().map(Arc::new).collect())
@@ -123,6 +127,11 @@ impl Module {
     /// Whether it is the program itself.
     pub(crate) fn is_main(&self) -> bool {
         self.is_main
+    }
+
+    /// Whether the process forbids returns to addresses that were pushed.
+    pub(crate) fn has_shadow_stack(&self) -> bool {
+        self.has_shadow_stack
     }
 
     /// Its path as the target sees it.

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use flea_image::{Body, BodyRequest, ProgramUse, RelocTarget};
+use flea_image::{Body, BodyRequest, ProgramUse, RelocTarget, SkipResult};
 use flea_layout::plan::ArenaPlan;
 use flea_object::{
     helper::Helper,
@@ -23,12 +23,16 @@ use crate::{
     error::{AttachError, LoadError},
     function::Function,
     link::Link,
+    registry::StackArgs,
     session::{Inner, lock},
     transaction,
 };
 
 /// Bytes of the ring buffer behind `bpf_printk`.
 const PRINTK_BYTES: u32 = 1 << 20;
+/// Stack words behind the named ones that a call of a variadic function has at most: C promises
+/// its programs 127 arguments (C11, 5.2.4.1). What a call has beyond is not passed on.
+const VARIADIC_WORDS: u32 = 128;
 /// Name of that map.
 const PRINTK_NAME: &str = "printk";
 
@@ -123,7 +127,9 @@ pub struct Attachment {
 pub(crate) struct Prepared {
     pub(crate) function: Function,
     pub(crate) site: Site,
-    pub(crate) stack_words: u32,
+    pub(crate) stack: StackArgs,
+    /// Some program of `uses` needs the skeleton's frame, so the original runs inside it.
+    pub(crate) has_frame: bool,
     /// (program index, cookie), newest first.
     pub(crate) uses: Vec<(usize, u64)>,
     verified: Vec<Arc<Verified>>,
@@ -285,8 +291,10 @@ impl Object {
                 prepared.push(self.prepare_function(&a.function)?);
             }
             let one = &mut prepared[at];
-            if self.inner.spec.programs[a.program].kind != ProgramKind::Fentry {
-                one.stack_words = stack_words(&a.function, &one.signature)?;
+            let kind = self.inner.spec.programs[a.program].kind;
+            if flea_image::needs_frame(kind, &verified, &one.signature) {
+                one.stack = stack_args(&a.function, &one.signature)?;
+                one.has_frame = true;
             }
             one.uses.insert(0, (a.program, a.cookie));
             one.verified.insert(0, verified);
@@ -301,7 +309,8 @@ impl Object {
         Ok(Prepared {
             function: function.clone(),
             site: site.clone(),
-            stack_words: 0,
+            stack: StackArgs::NONE,
+            has_frame: false,
             uses: Vec::new(),
             verified: Vec::new(),
             signature: function.signature().clone(),
@@ -348,8 +357,8 @@ impl Program {
         self.object.attach(&[self.on(function, 0)])
     }
 
-    /// Whether it could be attached to `function`: there is a site, an exit program's stack
-    /// arguments are known, and the verifier accepts it with this signature.
+    /// Whether it could be attached to `function`: there is a site, the verifier accepts it with
+    /// this signature, and the stack arguments are known where a frame has to pass them on.
     ///
     /// # Errors
     /// The reason why not.
@@ -358,10 +367,18 @@ impl Program {
             .site()
             .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
-        if self.kind() != ProgramKind::Fentry {
-            stack_words(function, signature)?;
+        let verified = self.verify(function, context(signature, self.kind()))?;
+        if flea_image::needs_frame(self.kind(), &verified, signature) {
+            stack_args(function, signature)?;
         }
-        let context = context(signature, self.kind());
+        if self.kind() == ProgramKind::FmodRet && verified.return_range() != (0..=0) {
+            self.check_skip(function)?;
+        }
+        Ok(verified)
+    }
+
+    /// The proof for a function with this context, made once.
+    fn verify(&self, function: &Function, context: Context) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
         let key = (self.index, context);
         if let Some(known) = lock(&loaded.verified).get(&key) {
@@ -378,6 +395,24 @@ impl Program {
         Ok(Arc::clone(cache.entry(key).or_insert(verified)))
     }
 
+    /// Whether `function` may be skipped: its caller goes on with a result that a program can
+    /// make up.
+    fn check_skip(&self, function: &Function) -> Result<(), AttachError> {
+        let refused = |reason: String| AttachError::Skip {
+            function: function.name(),
+            program: self.name().to_owned(),
+            reason,
+        };
+        if function.never_returns() {
+            return Err(refused(
+                "the function never returns: its caller need not have code behind the call".into(),
+            ));
+        }
+        flea_image::skip_result(function.signature())
+            .map(drop)
+            .map_err(|reason| refused(reason.to_string()))
+    }
+
     fn spec(&self) -> &flea_object::spec::Program {
         &self.object.inner.spec.programs[self.index]
     }
@@ -387,6 +422,11 @@ impl Prepared {
     /// The site's first byte in the target.
     pub(crate) fn site_address(&self) -> RemoteAddr {
         self.function.site_address(&self.site)
+    }
+
+    /// Where the value of a program goes that skips the function.
+    pub(crate) fn skip(&self) -> Option<SkipResult> {
+        flea_image::skip_result(&self.signature).ok()
     }
 
     /// Compiles the programs on this function, for a frame that starts at `frame_offset`.
@@ -416,12 +456,6 @@ impl Prepared {
 }
 
 impl Loaded {
-    /// Whether images of these have a frame while the original runs.
-    pub(crate) fn has_frames(&self, prepared: &[Prepared]) -> bool {
-        let mut programs = prepared.iter().flat_map(|p| &p.uses);
-        programs.any(|&(index, _)| self.spec.programs[index].kind != ProgramKind::Fentry)
-    }
-
     /// The address behind a relocation, with the runtime at `runtime`.
     pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
         match target {
@@ -452,25 +486,31 @@ fn context(signature: &Signature, kind: ProgramKind) -> Context {
     let n_args = u8::try_from(signature.arg_words().count()).unwrap_or(u8::MAX);
     Context::Tracing {
         n_args,
-        has_result: kind != ProgramKind::Fentry,
+        n_results: match kind {
+            ProgramKind::Fentry => 0,
+            _ => u8::try_from(signature.ret.words.len().max(1)).unwrap_or(u8::MAX),
+        },
         session: kind == ProgramKind::Fsession,
     }
 }
 
-/// Words that an exit program's image has to pass on.
-fn stack_words(function: &Function, signature: &Signature) -> Result<u32, AttachError> {
-    let refused = || AttachError::StackArguments { function: function.name() };
-    if signature.variadic {
-        return Err(refused());
-    }
-    let n_words = match signature.stack_words {
-        StackWords::Known(n) | StackWords::Proved(n) => n,
-        StackWords::Unknown => return Err(refused()),
+/// The stack arguments that an exit program's image has to pass on.
+fn stack_args(function: &Function, signature: &Signature) -> Result<StackArgs, AttachError> {
+    let (n_words, may_be_fewer) = match signature.stack_words {
+        // What its code cannot reach need not be there.
+        StackWords::Known(named) if signature.variadic => match function.stack_words_proof() {
+            StackWords::Proved(n) => (n, false),
+            _ => (named.saturating_add(VARIADIC_WORDS), true),
+        },
+        StackWords::Known(n) | StackWords::Proved(n) => (n, false),
+        StackWords::Unknown => {
+            return Err(AttachError::StackArguments { function: function.name() });
+        }
     };
     if function.uses_return_address() {
         return Err(AttachError::ReturnAddress { function: function.name() });
     }
-    Ok(n_words)
+    Ok(StackArgs { n_words, may_be_fewer, align_bytes: signature.stack_align_bytes })
 }
 
 fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {

@@ -17,7 +17,9 @@
 
 mod check;
 mod hex;
+mod saves;
 
+use flea_image::Save;
 use flea_process::{Memory, MemoryError};
 use flea_symbols::addr::RemoteAddr;
 use serde::{Deserialize, Serialize};
@@ -34,7 +36,7 @@ const HEADER_BYTES: u64 = 4096;
 /// Stores that may overtake one load. Each takes a seize, which takes longer.
 const MAX_LOADS: u32 = 64;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x04");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x05");
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,8 +122,11 @@ pub struct FunctionState {
     pub skeleton: Option<Placed>,
     /// Where a thread goes on that ran into the `int3` of a change.
     pub bypass: RemoteAddr,
-    /// Words of stack arguments to pass on, where an exit program is attached.
-    pub stack_words: u32,
+    /// Where the value goes with which an fmod_ret program skips it, where one is attached and
+    /// may.
+    pub skip: Option<Skip>,
+    /// The stack arguments to pass on, where an exit program is attached.
+    pub stack: StackArgs,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
     /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
@@ -133,6 +138,43 @@ pub struct FunctionState {
     pub calls: Vec<RemoteAddr>,
     /// Newest first.
     pub bodies: Vec<BodyState>,
+}
+
+/// Where the result of a skipped function goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Skip {
+    /// It has none.
+    Nowhere,
+    /// Into rax.
+    Rax,
+    /// Into xmm0.
+    Xmm0,
+}
+
+/// A function's stack arguments, as far as exit programs pass them on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StackArgs {
+    /// How many words.
+    pub n_words: u32,
+    /// There may be fewer (a variadic function): what is above them need not be mapped.
+    pub may_be_fewer: bool,
+    /// What the first one's address is a multiple of: 16, 32 or 64.
+    pub align_bytes: u32,
+}
+
+impl StackArgs {
+    /// No stack arguments.
+    pub const NONE: Self = Self { n_words: 0, may_be_fewer: false, align_bytes: 16 };
+
+    /// What does for both: two controllers may know different things of one function.
+    #[must_use]
+    pub fn join(self, other: Self) -> Self {
+        Self {
+            n_words: self.n_words.max(other.n_words),
+            may_be_fewer: self.may_be_fewer || other.may_be_fewer,
+            align_bytes: self.align_bytes.max(other.align_bytes),
+        }
+    }
 }
 
 /// Where a site's bytes came from.
@@ -170,6 +212,8 @@ pub struct BodyState {
     pub entry: Option<Placed>,
     /// Fsession programs, entry side.
     pub session: Option<Placed>,
+    /// Fmod_ret programs.
+    pub modify: Option<Placed>,
     /// Fexit programs, and fsession programs, exit side.
     pub exit: Option<Placed>,
     /// First word of its frame, below the skeleton's own words.
@@ -179,6 +223,9 @@ pub struct BodyState {
     /// Bit i: the exit side reads integer argument i; bit 8 + i: xmm argument i; bits 16 to
     /// 19: results rax, rdx, xmm0, xmm1.
     pub reads: u32,
+    /// What else the skeleton stores, into its frame's words.
+    #[serde(with = "saves")]
+    pub saves: Vec<Save>,
 }
 
 /// Memory that is to be given back as soon as nobody can be in it.
@@ -195,6 +242,13 @@ pub struct Retired {
     pub calls: Vec<RemoteAddr>,
     /// The data arenas that it works on and that must outlive it.
     pub arenas: Vec<RemoteAddr>,
+}
+
+impl BodyState {
+    /// Its code.
+    pub(crate) fn placed(&self) -> impl Iterator<Item = Placed> + use<> {
+        [self.entry, self.session, self.modify, self.exit].into_iter().flatten()
+    }
 }
 
 impl Registry {
@@ -351,6 +405,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use flea_image::{Saved, When};
 
     /// A registry's place in this very process, zeros at first.
     struct Place {
@@ -412,10 +467,12 @@ mod tests {
             programs: vec![("fexit".into(), "p".into())],
             entry: None,
             session: None,
+            modify: None,
             exit: Some(Placed { at: code.offset(0x80), len: 0x30 }),
             frame_offset: flea_image::BODY_FRAMES_OFFSET,
             frame_words: 1,
             reads: 1,
+            saves: vec![Save { when: When::Exit, what: Saved::Gpr(3), word: 0 }],
         };
         Registry {
             next_id: 4,
@@ -439,7 +496,8 @@ mod tests {
                 previous: [0x55, 0x48, 0x89, 0xe5, 0x90],
                 skeleton: Some(Placed { at: code.offset(0x100), len: 0x60 }),
                 bypass: code.offset(0x140),
-                stack_words: 0,
+                skip: None,
+                stack: StackArgs { may_be_fewer: true, ..StackArgs::NONE },
                 calls_original: true,
                 finds_frames: false,
                 returns_to: Some(code.offset(0x120)),
@@ -509,8 +567,9 @@ mod tests {
     #[test]
     fn what_others_rely_on_is_checked() {
         type Lie = fn(&mut Registry);
-        let lies: [(&str, Lie); 17] = [
+        let lies: [(&str, Lie); 20] = [
             ("rows", |r| r.code[0].rows = Some(Placed { at: RemoteAddr(8), len: 8 })),
+            ("no runtime to read the stack with", |r| r.runtime = None),
             ("few bytes", |r| r.functions[0].original.truncate(4)),
             ("no instructions", |r| r.functions[0].insn_lens.clear()),
             ("an empty instruction", |r| r.functions[0].insn_lens.extend([0])),
@@ -518,6 +577,8 @@ mod tests {
             ("a site at the end", |r| r.functions[0].site = RemoteAddr(u64::MAX - 2)),
             ("frame offset", |r| r.functions[0].bodies[0].frame_offset = u32::MAX - 7),
             ("frame words", |r| r.functions[0].bodies[0].frame_words = u32::MAX / 8),
+            ("a save outside the frame", |r| r.functions[0].bodies[0].saves[0].word = 1),
+            ("a save of no register", |r| r.functions[0].bodies[0].saves[0].what = Saved::Gpr(4)),
             ("result words for a frame", |r| r.functions[0].bodies[0].frame_offset = 8),
             ("body length", |r| r.functions[0].bodies[0].exit.as_mut().unwrap().len = u32::MAX),
             ("skeleton", |r| r.functions[0].skeleton.as_mut().unwrap().at = RemoteAddr(8)),

@@ -39,7 +39,8 @@ use crate::{
     own::{self, HelperError},
     reclaim,
     registry::{
-        BodyState, Controller, DataArena, FunctionState, Placed, Registry, SiteKind, Storage,
+        BodyState, Controller, DataArena, FunctionState, Placed, Registry, SiteKind, Skip,
+        StackArgs, Storage,
     },
     remote::{self, FileGoesTo, Ground},
     session::Inner,
@@ -126,7 +127,7 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
 pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>, AttachError> {
     let pid = object.session.pid();
     let mut ground = look(pid, prepared)?;
-    let has_frames = object.has_frames(prepared) || ground.has_frames;
+    let has_frames = prepared.iter().any(|p| p.has_frame) || ground.has_frames;
     let unwinders = if has_frames { unwinder::find(&object.session)? } else { Vec::new() };
     let author = Author::now();
     for _ in 0..MAX_ATTEMPTS {
@@ -412,7 +413,7 @@ fn read_bodies(
 ) -> Result<HashMap<RemoteAddr, Vec<u8>>, AttachError> {
     let mut known = HashMap::new();
     for body in registry.functions.iter().flat_map(|f| &f.bodies) {
-        for placed in [body.entry, body.session, body.exit].into_iter().flatten() {
+        for placed in body.placed() {
             let bytes =
                 memory.read_vec(placed.at, placed.len as usize).map_err(RemoteError::from)?;
             known.insert(placed.at, bytes);
@@ -460,7 +461,8 @@ fn add_body(
         let bytes = code.resolve(|target| object.resolve(runtime, target));
         change.place(function.site, bytes).map(Some)
     };
-    let (entry, session, exit) = (place(&body.entry)?, place(&body.session)?, place(&body.exit)?);
+    let (entry, session) = (place(&body.entry)?, place(&body.session)?);
+    let (modify, exit) = (place(&body.modify)?, place(&body.exit)?);
     let id = change.registry.next_id;
     change.registry.next_id += 1;
     let state = BodyState {
@@ -471,14 +473,19 @@ fn add_body(
         programs: p.uses.iter().map(|(index, _)| program_label(object, *index)).collect(),
         entry,
         session,
+        modify,
         exit,
         frame_offset: new.offset,
         frame_words: body.frame_words,
         reads: pack_reads(&body.reads),
+        saves: body.saves.clone(),
     };
     let arenas = arenas(function);
     function.bodies.insert(0, state);
-    function.stack_words = function.stack_words.max(p.stack_words);
+    if modify.is_some() {
+        function.skip = p.skip().map(Skip::from);
+    }
+    function.stack = function.stack.join(p.stack);
     change.relink(function, arenas)?;
     Ok(id)
 }
@@ -513,7 +520,8 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         previous: first,
         skeleton: None,
         bypass: function.site_address(site),
-        stack_words: 0,
+        skip: None,
+        stack: StackArgs::NONE,
         calls_original: false,
         finds_frames: false,
         returns_to: None,

@@ -5,26 +5,36 @@
 //!   side      register arguments            caller's stack words      results
 //!   entry     parameters of the body        [body_rbp + 24 + 8*i]     -
 //!   session   parameters of the body        [rbp + 16 + 8*i]          0
+//!   modify    parameters of the body        [rbp + 16 + 8*i]          0, for else it is skipped
 //!   exit      [rbp - 40 - 8*i] (integer)    [rbp + 16 + 8*i]          [rbp - 8 ...]
 //!             [rbp - 88 - 8*i] (xmm)
 //! ```
-//! where `rbp`, the skeleton's, is `[body_rbp + 0]`.
+//! where `rbp`, the skeleton's, is `[body_rbp + 0]`. Words of a register that has neither a
+//! parameter nor a place of its own are saved by the skeleton: [`super::saves`].
 
 use cranelift_codegen::ir::condcodes::IntCC;
-use cranelift_codegen::ir::{InstBuilder, MemFlagsData, Value, types};
+use cranelift_codegen::ir::{InstBuilder, MemFlagsData, Type, Value, types};
 use cranelift_frontend::FunctionBuilder;
-use flea_symbols::signature::{ArgWord, Param, RetWord, Signature, Type};
+use flea_symbols::signature::{self, ArgWord, Param, RetWord, Signature};
 
+use super::saves::widths;
 use super::{Translator, proved};
 use crate::clif::select;
+use crate::request::{Saved, When};
 
-/// Which of the three bodies.
+/// Where the first non-zero result of an fmod_ret program goes, from the skeleton's rbp: the
+/// word of the result rax, which is not there yet.
+const SKIP_VALUE_OFFSET: i32 = -8;
+
+/// Which of the four bodies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Side {
     /// fentry.
     Entry,
     /// fsession, at entry.
     Session,
+    /// fmod_ret.
+    Modify,
     /// fexit, and fsession at exit.
     Exit,
     /// No trampoline at all: plain memory in, r0 out.
@@ -47,61 +57,66 @@ pub(crate) struct Arguments {
     /// Body parameters by register number.
     gpr: Vec<Value>,
     xmm: Vec<Value>,
+    /// Words of each vector register that the signature speaks of, as argument and as result.
+    arg_widths: [u8; 8],
+    result_widths: [u8; 8],
     /// The body's rbp, and the skeleton's where there is one.
     body_rbp: Option<Value>,
     rbp: Option<Value>,
+    /// A plain function's context, where it has one: an array of words in memory.
+    array: Option<Value>,
 }
 
 impl Arguments {
-    /// For a body without a trampoline.
-    pub fn none() -> Self {
+    /// For a function without a trampoline, whose context is `n_words` words at `array`.
+    pub fn plain(array: Option<Value>, n_words: u32) -> Self {
+        let slots = (0..n_words).map(|i| Slot { word: ArgWord::Stack(i), n_bytes: 8 });
         Self {
             side: Side::Plain,
-            slots: vec![],
+            slots: slots.collect(),
             results: vec![],
             gpr: vec![],
             xmm: vec![],
+            arg_widths: [0; 8],
+            result_widths: [0; 8],
             body_rbp: None,
             rbp: None,
+            array,
         }
     }
 
-    /// How many integer and vector register parameters the body declares on `side`.
-    pub fn n_registers(side: Side, signature: &Signature) -> (usize, usize) {
-        let count = |wanted: fn(ArgWord) -> Option<u8>| {
-            signature.arg_words().filter_map(wanted).map(|i| usize::from(i) + 1).max().unwrap_or(0)
-        };
-        match side {
-            Side::Entry | Side::Session => (
-                count(|w| if let ArgWord::Gpr(i) = w { Some(i) } else { None }),
-                count(|w| if let ArgWord::Xmm(i) = w { Some(i) } else { None }),
-            ),
-            Side::Exit | Side::Plain => (0, 0),
-        }
-    }
-
-    /// Emits what every slot needs, in the body's first block. `params` are the integer
-    /// registers, then the vector registers.
+    /// Emits what every slot needs, in the body's first block. `gpr` and `xmm` are the body's
+    /// parameters, see [`Parameters`].
     pub fn new(
         b: &mut FunctionBuilder<'_>,
         side: Side,
         signature: &Signature,
-        params: &[Value],
+        (gpr, xmm): (&[Value], &[Value]),
     ) -> Self {
-        let n_gpr = Self::n_registers(side, signature).0;
         let body_rbp = b.ins().get_frame_pointer(types::I64);
         let rbp = match side {
-            Side::Session | Side::Exit => Some(b.ins().load(types::I64, fixed(), body_rbp, 0)),
+            Side::Session | Side::Modify | Side::Exit => {
+                Some(b.ins().load(types::I64, fixed(), body_rbp, 0))
+            }
             Side::Entry | Side::Plain => None,
         };
         Self {
             side,
             slots: signature.params.iter().flat_map(slots_of).collect(),
             results: signature.ret.words.clone(),
-            gpr: params[..n_gpr].to_vec(),
-            xmm: params[n_gpr..].to_vec(),
+            gpr: gpr.to_vec(),
+            xmm: xmm.to_vec(),
+            arg_widths: widths(signature.arg_words().filter_map(|word| match word {
+                ArgWord::XmmWord { reg, word } => Some((reg, word)),
+                _ => None,
+            })),
+            result_widths: widths(signature.ret.words.iter().filter_map(|word| match *word {
+                RetWord::XmmWord { reg, word } => Some((reg, word)),
+                _ => None,
+            })),
             body_rbp: Some(body_rbp),
             rbp,
+            array: None,
         }
     }
 
@@ -121,6 +136,51 @@ impl Arguments {
     }
 }
 
+/// The registers that a body has as parameters. What the program does not read costs nothing.
+pub(crate) struct Parameters {
+    n_gpr: usize,
+    xmm: Vec<Type>,
+}
+
+impl Parameters {
+    /// Those of a body on `side`: up to the last one that is an argument, as parameters are
+    /// handed out in order.
+    pub fn of(side: Side, signature: &Signature) -> Self {
+        let mut parameters = Self { n_gpr: 0, xmm: vec![] };
+        if !matches!(side, Side::Entry | Side::Session | Side::Modify) {
+            return parameters;
+        }
+        for word in signature.arg_words() {
+            let (reg, ty) = match word {
+                ArgWord::Gpr(i) => {
+                    parameters.n_gpr = parameters.n_gpr.max(usize::from(i) + 1);
+                    continue;
+                }
+                ArgWord::Xmm(reg) => (reg, types::F64),
+                ArgWord::XmmWord { reg, .. } => (reg, types::F64X2),
+                ArgWord::Stack(_) => continue,
+            };
+            let reg = usize::from(reg);
+            let n = parameters.xmm.len().max(reg + 1);
+            parameters.xmm.resize(n, types::F64);
+            if ty == types::F64X2 {
+                parameters.xmm[reg] = ty;
+            }
+        }
+        parameters
+    }
+
+    /// Their types: integer registers, then vector registers.
+    pub fn types(&self) -> impl Iterator<Item = Type> + '_ {
+        std::iter::repeat_n(types::I64, self.n_gpr).chain(self.xmm.iter().copied())
+    }
+
+    /// `params`, which have [`Self::types`], by kind.
+    pub fn split<'a>(&self, params: &'a [Value]) -> (&'a [Value], &'a [Value]) {
+        params.split_at(self.n_gpr)
+    }
+}
+
 /// Memory of the skeleton's frame or the caller's that nobody writes while a body runs: a load
 /// that nobody uses goes away, as all its parts may move.
 fn fixed() -> MemFlagsData {
@@ -129,10 +189,12 @@ fn fixed() -> MemFlagsData {
 
 fn slots_of(param: &Param) -> impl Iterator<Item = Slot> + '_ {
     let size_bytes = match param.ty {
-        Type::Int { size_bytes, .. }
-        | Type::Float { size_bytes, .. }
-        | Type::Aggregate { size_bytes, .. } => size_bytes,
-        Type::Void | Type::Pointer { .. } | Type::Unknown => u32::MAX,
+        signature::Type::Int { size_bytes, .. }
+        | signature::Type::Float { size_bytes, .. }
+        | signature::Type::Aggregate { size_bytes, .. } => size_bytes,
+        signature::Type::Void | signature::Type::Pointer { .. } | signature::Type::Unknown => {
+            u32::MAX
+        }
     };
     (0u32..)
         .zip(&param.words)
@@ -152,14 +214,18 @@ impl Translator<'_, '_> {
             ArgWord::Gpr(i) if exit => self.frame_word(-40 - 8 * i32::from(i))?,
             ArgWord::Xmm(i) if exit => self.frame_word(-88 - 8 * i32::from(i))?,
             ArgWord::Gpr(i) => *args.gpr.get(usize::from(i))?,
-            ArgWord::Xmm(i) => {
-                let value = *args.xmm.get(usize::from(i))?;
-                self.b.ins().bitcast(types::I64, MemFlagsData::new(), value)
+            ArgWord::Xmm(i) => self.lane(i, 0)?,
+            ArgWord::XmmWord { reg, word: 1 } if !exit => self.lane(reg, 1)?,
+            ArgWord::XmmWord { reg, word } => {
+                let n_words = *args.arg_widths.get(usize::from(reg))?;
+                self.saved(When::Entry, Saved::Vector { reg, n_words }, word)?
             }
-            ArgWord::XmmWord { .. } => return None,
             ArgWord::Stack(i) => {
                 let i = i32::try_from(i).ok()?.checked_mul(8)?;
                 let value = match args.rbp {
+                    _ if let Some(array) = args.array => {
+                        self.b.ins().load(types::I64, fixed(), array, i)
+                    }
                     Some(_) => self.frame_word(i.checked_add(16)?)?,
                     None => {
                         let at = i.checked_add(24)?;
@@ -176,27 +242,41 @@ impl Translator<'_, '_> {
         })
     }
 
-    /// The first word of the result; 0 where there is none to see.
+    /// Word `n` of the result; 0 where there is none to see.
     pub(super) fn result(&mut self, n: usize) -> Value {
         let args = &self.env.args;
         let word = match args.side {
             Side::Exit => args.results.get(n).copied(),
-            Side::Entry | Side::Session | Side::Plain => None,
+            Side::Entry | Side::Session | Side::Modify | Side::Plain => None,
         };
-        let offset = match word {
-            Some(RetWord::Rax) => -8,
-            Some(RetWord::Rdx) => -16,
-            Some(RetWord::Xmm0) => -24,
-            Some(RetWord::Xmm1) => -32,
-            Some(RetWord::XmmWord { .. } | RetWord::X87 { .. }) | None => return self.iconst(0),
+        let value = word.and_then(|word| self.result_word(word));
+        value.unwrap_or_else(|| self.iconst(0))
+    }
+
+    fn result_word(&mut self, word: RetWord) -> Option<Value> {
+        self.out.reads.add_result(word);
+        match word {
+            RetWord::Rax => self.frame_word(-8),
+            RetWord::Rdx => self.frame_word(-16),
+            RetWord::Xmm0 => self.frame_word(-24),
+            RetWord::Xmm1 => self.frame_word(-32),
+            RetWord::XmmWord { reg, word } => {
+                let n_words = *self.env.args.result_widths.get(usize::from(reg))?;
+                self.saved(When::Exit, Saved::Vector { reg, n_words }, word)
+            }
+            RetWord::X87 { reg, word } => self.saved(When::Exit, Saved::X87 { reg }, word),
+        }
+    }
+
+    /// Half of a vector register that is a parameter of the body.
+    fn lane(&mut self, reg: u8, lane: u8) -> Option<Value> {
+        let whole = *self.env.args.xmm.get(usize::from(reg))?;
+        let half = match self.type_of(whole) {
+            types::F64X2 => self.b.ins().extractlane(whole, lane),
+            _ if lane == 0 => whole,
+            _ => return None,
         };
-        if let Some(word) = word {
-            self.out.reads.add_result(word);
-        }
-        match self.frame_word(offset) {
-            Some(value) => value,
-            None => self.iconst(0),
-        }
+        Some(self.b.ins().bitcast(types::I64, MemFlagsData::new(), half))
     }
 
     /// The context's 8 bytes at `slot` (-1 and -2 as in Linux). `None` if out of bounds.
@@ -245,7 +325,7 @@ impl Translator<'_, '_> {
         Some(self.b.ins().iadd_imm_s(rbp, offset))
     }
 
-    fn frame_word(&mut self, offset: i32) -> Option<Value> {
+    pub(super) fn frame_word(&mut self, offset: i32) -> Option<Value> {
         let rbp = self.env.args.rbp?;
         Some(self.b.ins().load(types::I64, fixed(), rbp, offset))
     }
@@ -254,6 +334,13 @@ impl Translator<'_, '_> {
 /// Where word `k` of a body's frame is, from the skeleton's rbp.
 pub(crate) fn cookie_offset(frame_offset: u32, word: u32) -> i64 {
     -i64::from(frame_offset) - 8 * i64::from(word)
+}
+
+/// Makes `value` the result of the function, which is skipped.
+pub(crate) fn store_skip_value(b: &mut FunctionBuilder<'_>, args: &Arguments, value: Value) {
+    if let Some(rbp) = args.skeleton_rbp() {
+        b.ins().store(proved(), value, rbp, SKIP_VALUE_OFFSET);
+    }
 }
 
 /// Zeroes the session cookie in `word`.

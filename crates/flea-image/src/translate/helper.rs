@@ -48,7 +48,7 @@ impl Translator<'_, '_> {
         let not_here = CompileError::HelperNotHere { insn_idx: idx, helper };
         let [r1, r2, r3] = [1, 2, 3].map(|r| self.reg(scope, r));
         let side = self.env.args.side;
-        if side == Side::Plain {
+        if !self.env.has_runtime {
             return Err(not_here);
         }
         match helper {
@@ -205,7 +205,7 @@ impl Translator<'_, '_> {
     }
 
     fn get_func_ret(&mut self, scope: &Scope, idx: u32) -> Result<Value, CompileError> {
-        if self.env.args.side == Side::Entry {
+        if self.used.kind == Some(ProgramKind::Fentry) {
             return Ok(self.iconst(EOPNOTSUPP));
         }
         let value = self.result(0);

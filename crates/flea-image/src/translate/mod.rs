@@ -10,6 +10,7 @@ mod helper;
 mod jump;
 mod mem;
 pub(crate) mod op;
+mod saves;
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
@@ -29,8 +30,9 @@ use crate::code::RelocTarget;
 use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
 
-pub(crate) use context::{Arguments, Side, zero_cookie};
+pub(crate) use context::{Arguments, Parameters, Side, store_skip_value, zero_cookie};
 pub(crate) use helper::call_runtime;
+pub(crate) use saves::Saves;
 
 /// Instructions that one body may hold, calls inlined: Cranelift takes about a second for it.
 const MAX_INSNS: u32 = 100_000;
@@ -53,6 +55,8 @@ pub(crate) struct Env<'a> {
     pub function_address: u64,
     pub frame_offset: u32,
     pub args: Arguments,
+    /// Helpers may be called: false in a plain function without an arena.
+    pub has_runtime: bool,
     /// The thread's slot, where the body looked it up.
     pub slot: Option<Value>,
 }
@@ -68,8 +72,16 @@ impl Env<'_> {
 #[derive(Default)]
 pub(crate) struct Outcome {
     pub reads: Reads,
+    pub saves: Saves,
     pub calls_runtime: bool,
     n_insns: u32,
+}
+
+impl Outcome {
+    /// Nothing yet, but for frame words that other sides of the body use.
+    pub fn new(saves: Saves) -> Self {
+        Self { saves, ..Self::default() }
+    }
 }
 
 /// Translates one program into the current block of a CLIF function.

@@ -7,5 +7,7 @@ pub mod image_check;
 pub mod listing;
 pub mod personality;
 pub(crate) mod relocate;
+mod saves;
 pub mod skeleton;
 pub(crate) mod slim;
+pub mod stack_copy;

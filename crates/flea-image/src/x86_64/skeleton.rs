@@ -1,20 +1,29 @@
 //! The few instructions per function that run its bodies around the original.
 //!
 //! ```text
-//! entry-only                              with session or exit bodies
+//! entry-only                              with session, modify or exit bodies
 //!  [lea rsp, [rsp-8]]   per inline          entry bodies as on the left
 //!   ...entry body...    entry body          push rbp
 //!  [lea rsp, [rsp+8]]                       mov rbp, rsp
 //!   call body           per called one      lea rsp, [rsp-FRAME]
 //!   relocated instructions                  mov [rbp-40-8*i], rdi...    what exit bodies read
-//!   jmp site + patched                      push [rbp+16+8*i]           caller's stack words
+//!                                           mov [rbp-152-8*i], rbx...   saves, see `saves`
+//!   jmp site + patched                      push [rbp+16+8*i]           see `stack_copy`
 //!                                           session bodies
+//!                                           mov [rbp-8], 0              modify bodies, see `skip`
+//!                                           modify body, cmp, jne skipped
 //!                                           call original
 //!                                           mov [rsp-8], rbp            over the return address
+//!                                         returned:
 //!                                           mov [rbp-8], rax...         what exit bodies read
+//!                                           movups [rbp-152-8*i], xmm0  saves
 //!                                           exit bodies
 //!                                           leave
 //!                                           ret
+//!                                         skipped:
+//!                                           mov rax, [rbp-8]            or xmm0, or nothing
+//!                                           jmp returned
+//!                                           [slow path of the copy]
 //!                                           nop "flea"                  see `find_fde`
 //!                                         original:
 //!                                           relocated instructions
@@ -45,7 +54,12 @@ use super::find_fde::{self, FrameArena};
 use super::image_check::{ImageError, ImageUnderCheck, check_image};
 use super::listing;
 use super::relocate::{self, RelocateError};
-use crate::request::{BODY_FRAMES_OFFSET, Reads};
+use super::saves;
+use super::stack_copy::{self, MAX_STACK_WORDS, StackCopy};
+use crate::request::{BODY_FRAMES_OFFSET, Reads, Save, When};
+use crate::skip::SkipResult;
+
+mod skip;
 
 /// Bytes of `jmp rel32` and `call rel32`: what a site gives up at least.
 pub const PATCH_BYTES: usize = 5;
@@ -53,8 +67,6 @@ pub const PATCH_BYTES: usize = 5;
 const PUSH_RBP: u8 = 0x55;
 /// A jump reaches this far, less what may lie between its ends.
 const REACH: u64 = (1 << 31) - (1 << 16);
-/// Stack words that an exit skeleton copies at most: 4 KiB of the traced thread's stack.
-const MAX_STACK_WORDS: u32 = 512;
 /// Words of body frames at most.
 const MAX_FRAME_WORDS: u32 = 4096;
 
@@ -71,8 +83,13 @@ pub struct SkeletonRequest<'a> {
     pub image_address: RemoteAddr,
     /// Newest first.
     pub bodies: &'a [SkeletonBody<'a>],
-    /// Words of stack arguments that the original is to find above its return address.
-    pub stack_words: u32,
+    /// Where the value goes with which a modify body skips the original. `None` where no value
+    /// can be its result: then no body may skip it, and none is asked.
+    pub skip: Option<SkipResult>,
+    /// What the original is to find above its return address.
+    pub stack_copy: StackCopy,
+    /// What the address of its first stack argument is a multiple of: 16, 32 or 64.
+    pub stack_align_bytes: u32,
 }
 
 /// What a site's bytes are.
@@ -91,15 +108,27 @@ pub struct SkeletonBody<'a> {
     pub entry: Option<BodyRef<'a>>,
     /// Run before the original in the frame.
     pub session: Option<BodyRef<'a>>,
+    /// Run behind all session bodies; the first that leaves a value skips the original and the
+    /// other modify bodies.
+    pub modify: Option<BodyRef<'a>>,
     /// Run after the original in the frame.
     pub exit: Option<BodyRef<'a>>,
     /// What `exit` reads.
     pub reads: &'a Reads,
+    /// What is stored into these bodies' words.
+    pub saves: &'a [Save],
     /// Words of the frame that these bodies use.
     pub frame_words: u32,
     /// The offset that they were compiled for; checked. Bodies of several controllers need
     /// offsets that do not overlap; holes do no harm.
     pub frame_offset: u32,
+}
+
+impl SkeletonBody<'_> {
+    /// Whether the original has to be called from a frame of ours.
+    fn needs_frame(&self) -> bool {
+        self.session.is_some() || self.modify.is_some() || self.exit.is_some()
+    }
 }
 
 /// A body as the skeleton gets at it.
@@ -146,6 +175,12 @@ pub enum LinkError {
         /// The bound.
         max: u32,
     },
+    /// An alignment that no calling convention knows.
+    #[error("stack arguments aligned to {align_bytes} bytes, not to 16, 32 or 64")]
+    StackAlignment {
+        /// Wanted.
+        align_bytes: u32,
+    },
     /// Two bodies would use the same words of the frame, or one a word outside it.
     #[error("a body's frame words at offset {found} overlap others: free from {free_from} on")]
     FrameOffset {
@@ -161,6 +196,14 @@ pub enum LinkError {
         frame_words: u32,
         /// The bound.
         max: u32,
+    },
+    /// A save of no register, or to words that its body does not have.
+    #[error("cannot save {save:?} into the {frame_words} words of its body")]
+    NoSuchSave {
+        /// The save.
+        save: Save,
+        /// The body's words.
+        frame_words: u32,
     },
     /// An argument register outside 6 integer and 8 vector ones.
     #[error("no such argument register: {0:?}")]
@@ -264,7 +307,7 @@ pub fn link_unwinder_skeleton(
 ) -> Result<Skeleton, LinkError> {
     check_request(request)?;
     let mut emitter = Emitter { asm: Assembly::default(), request, rows: vec![], returns_to: None };
-    let has_frame = request.bodies.iter().any(|b| b.session.is_some() || b.exit.is_some());
+    let has_frame = request.bodies.iter().any(SkeletonBody::needs_frame);
     emitter.row(UnwindRule::Entry);
     emitter.entry_bodies()?;
     if has_frame {
@@ -288,18 +331,23 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
     if request.replaced.len() < PATCH_BYTES {
         return Err(LinkError::SiteTooSmall { site, n_bytes: request.replaced.len() });
     }
-    if request.stack_words > MAX_STACK_WORDS {
-        return Err(LinkError::TooManyStackWords {
-            stack_words: request.stack_words,
-            max: MAX_STACK_WORDS,
-        });
+    let stack_words = request.stack_copy.n_words();
+    if stack_words > MAX_STACK_WORDS {
+        return Err(LinkError::TooManyStackWords { stack_words, max: MAX_STACK_WORDS });
+    }
+    if !matches!(request.stack_align_bytes, 16 | 32 | 64) {
+        return Err(LinkError::StackAlignment { align_bytes: request.stack_align_bytes });
     }
     if site.0.abs_diff(request.image_address.0) > REACH {
         return Err(LinkError::OutOfReach { from: site, to: request.image_address });
     }
     check_frame_words(request.bodies)?;
     for body in request.bodies {
-        for side in [body.entry, body.session, body.exit].into_iter().flatten() {
+        let frame_words = body.frame_words;
+        if let Some(&save) = body.saves.iter().find(|save| !save.fits(frame_words)) {
+            return Err(LinkError::NoSuchSave { save, frame_words });
+        }
+        for side in [body.entry, body.session, body.modify, body.exit].into_iter().flatten() {
             if let BodyRef::Call(to) = side
                 && to.0.abs_diff(request.image_address.0) > REACH
             {
@@ -397,8 +445,7 @@ impl Emitter<'_> {
     fn framed(&mut self) -> Result<(), LinkError> {
         let request = self.request;
         let reads = all_reads(request.bodies);
-        let stack_words = request.stack_words;
-        let frame_bytes = frame_bytes(request.bodies, stack_words);
+        let frame_bytes = frame_bytes(request);
         self.code(|a| {
             a.push(rbp)?;
             a.mov(rbp, rsp)
@@ -408,20 +455,23 @@ impl Emitter<'_> {
         for word in &reads.args {
             self.save_argument(*word)?;
         }
-        for i in (0..stack_words).rev() {
-            self.code(|a| a.push(qword_ptr(rbp + (16 + 8 * i))))?;
-        }
+        self.saves(When::Entry)?;
+        let copied = stack_copy::emit(&mut self.asm, request.stack_copy);
+        let slow = copied.map_err(|e| self.failed(&e))?;
         for body in request.bodies {
             self.framed_body(body.session)?;
         }
+        let skips = self.modify_bodies()?;
         // `call original` with the original behind the end, whose place is known only then.
         let call_at = self.asm.here();
         self.branch(Code::Call_rel32_64, call_at.address())?;
         self.returns_to = Some(self.asm.here());
         self.code(|a| a.mov(qword_ptr(rsp - 8), rbp))?;
+        let returned = self.asm.here();
         for word in &reads.results {
             self.save_result(*word)?;
         }
+        self.saves(When::Exit)?;
         for body in request.bodies {
             self.framed_body(body.exit)?;
         }
@@ -429,6 +479,10 @@ impl Emitter<'_> {
             a.leave()?;
             a.ret()
         })?;
+        self.skipped(&skips, returned)?;
+        if let Some(slow) = slow {
+            stack_copy::emit_slow(&mut self.asm, &slow).map_err(|e| self.failed(&e))?;
+        }
         let marker = relocate::decode(&find_fde::MARKER, 0).map_err(LinkError::Inline)?;
         marker.into_iter().for_each(|insn| self.asm.push(insn));
         let original = self.asm.here().address();
@@ -444,6 +498,16 @@ impl Emitter<'_> {
             Some(BodyRef::Call(address)) => self.branch(Code::Call_rel32_64, address.0),
             None => Ok(()),
         }
+    }
+
+    /// What bodies asked for beyond argument and result words.
+    fn saves(&mut self, when: When) -> Result<(), LinkError> {
+        for body in self.request.bodies {
+            for &save in body.saves.iter().filter(|save| save.when == when) {
+                self.code(|a| saves::emit(a, save, body.frame_offset))?;
+            }
+        }
+        Ok(())
     }
 
     fn save_argument(&mut self, word: ArgWord) -> Result<(), LinkError> {
@@ -531,17 +595,20 @@ impl Emitter<'_> {
     }
 }
 
-/// Bytes below rbp before the copied stack words, such that `rsp` is a multiple of 16 once
-/// those are pushed.
-fn frame_bytes(bodies: &[SkeletonBody<'_>], stack_words: u32) -> u32 {
-    let used = bodies
+/// Bytes below rbp before the copied stack words, such that `rsp` is aligned as the caller's
+/// was once those are pushed: the canonical frame address, `rbp + 16`, is a multiple of
+/// `stack_align_bytes`.
+fn frame_bytes(request: &SkeletonRequest<'_>) -> u32 {
+    let used = request
+        .bodies
         .iter()
         .filter(|b| b.frame_words > 0)
         .map(|b| b.frame_offset + 8 * (b.frame_words - 1))
         .max()
         // The lowest argument word.
         .unwrap_or(BODY_FRAMES_OFFSET - 8);
-    (used + 8 * stack_words).next_multiple_of(16) - 8 * stack_words
+    let others = 16 + 8 * request.stack_copy.n_words();
+    (used + others).next_multiple_of(request.stack_align_bytes) - others
 }
 
 fn is_nop(insn: &iced_x86::Instruction) -> bool {

@@ -48,6 +48,7 @@ pub fn words(args: impl Iterator<Item = ArgWord>, ret: &[RetWord]) -> Signature 
         ret: Return { ty: int(8), words: ret.to_vec() },
         variadic: false,
         stack_words: StackWords::Known(0),
+        stack_align_bytes: 16,
         source: SignatureSource::Dwarf,
     }
 }

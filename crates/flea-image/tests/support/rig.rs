@@ -2,8 +2,8 @@
 //! of the runtime, and a harness that sets and reads every register.
 
 use flea_image::{
-    BODY_FRAMES_OFFSET, BodyRef, BodyRequest, ProgramUse, RelocTarget, SiteKind, SkeletonBody,
-    SkeletonRequest, call_patch, compile_body, link_skeleton,
+    BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, ProgramUse, RelocTarget, SiteKind,
+    SkeletonBody, SkeletonRequest, StackCopy, call_patch, compile_body, link_skeleton, skip_result,
 };
 use flea_layout::plan::ArenaPlan;
 use flea_layout::shared::{ArenaHeader, RuntimeFn, THREAD_TABLE_BYTES};
@@ -212,6 +212,21 @@ impl Rig {
         placing: Placing,
         stack_words: u32,
     ) {
+        let function = function(self.code.address(), kind);
+        self.attach_to(&function, signature, programs, kind, placing, stack_words);
+    }
+
+    /// As [`Rig::attach`], to a function of the test's own: its bytes, and how many of them are
+    /// replaced.
+    pub fn attach_to(
+        &self,
+        (function, n_replaced): &(Vec<u8>, usize),
+        signature: &Signature,
+        programs: &[(&Verified, ProgramKind)],
+        kind: SiteKind,
+        placing: Placing,
+        stack_words: u32,
+    ) -> Body {
         let programs: Vec<ProgramUse<'_>> = (0u32..)
             .zip(programs)
             .map(|(i, p)| ProgramUse { verified: p.0, kind: p.1, cookie: 7, state_index: i })
@@ -227,10 +242,10 @@ impl Rig {
             printk_map: None,
         })
         .unwrap();
-        let resolved = [&body.entry, &body.session, &body.exit]
+        let resolved = [&body.entry, &body.session, &body.modify, &body.exit]
             .map(|c| c.as_ref().map(|c| c.resolve(|t| self.address_of(t))));
         let at = |i: usize| RemoteAddr(self.code.address() + (BODIES + PAGE * i) as u64);
-        let mut refs = [None; 3];
+        let mut refs = [None; 4];
         for (i, bytes) in resolved.iter().enumerate() {
             let Some(bytes) = bytes else { continue };
             self.code.write(BODIES + PAGE * i, bytes);
@@ -239,24 +254,27 @@ impl Rig {
                 Placing::Called | Placing::Direct => BodyRef::Call(at(i)),
             });
         }
-        let (function, n_replaced) = function(site.0, kind);
         let skeleton = link_skeleton(&SkeletonRequest {
             site,
-            replaced: &function[..n_replaced],
+            replaced: &function[..*n_replaced],
             kind,
             image_address: RemoteAddr(self.code.address() + IMAGE as u64),
             bodies: &[SkeletonBody {
                 entry: refs[0],
                 session: refs[1],
-                exit: refs[2],
+                modify: refs[2],
+                exit: refs[3],
                 reads: &body.reads,
+                saves: &body.saves,
                 frame_words: body.frame_words,
                 frame_offset: BODY_FRAMES_OFFSET,
             }],
-            stack_words,
+            skip: skip_result(signature).ok(),
+            stack_copy: StackCopy::Exactly(stack_words),
+            stack_align_bytes: 16,
         })
         .unwrap();
-        self.code.write(FUNCTION, &function);
+        self.code.write(FUNCTION, function);
         self.code.write(IMAGE, &skeleton.bytes);
         let patch = match placing {
             Placing::Direct => call_patch(site, at(0)).unwrap(),
@@ -264,6 +282,7 @@ impl Rig {
         };
         self.code.write(FUNCTION, &patch);
         self.code.executable();
+        body
     }
 
     pub fn call(&self, input: &Registers) -> Registers {

@@ -116,6 +116,7 @@ impl<'a> Reader<'a> {
             ret,
             variadic,
             stack_words: StackWords::Known(places.stack_words()),
+            stack_align_bytes: places.stack_align_bytes(),
             source: SignatureSource::Dwarf,
         })
     }
@@ -156,6 +157,7 @@ impl<'a> Reader<'a> {
             ret: Return { ty, words },
             variadic,
             stack_words: StackWords::Known(places.stack_words()),
+            stack_align_bytes: places.stack_align_bytes(),
             source: SignatureSource::Dwarf,
         })
     }

@@ -24,6 +24,8 @@ pub(crate) struct Places {
     gprs: u8,
     xmms: u8,
     stack_words: u32,
+    /// The largest alignment among the arguments on the stack.
+    stack_align_bytes: u32,
 }
 
 /// A type whose place depends on how the program was compiled.
@@ -34,6 +36,11 @@ impl Places {
     /// Words of stack arguments so far.
     pub(crate) fn stack_words(&self) -> u32 {
         self.stack_words
+    }
+
+    /// What the caller aligns the first stack word to.
+    pub(crate) fn stack_align_bytes(&self) -> u32 {
+        self.stack_align_bytes.max(16)
     }
 
     /// The hidden pointer to the result.
@@ -83,12 +90,13 @@ impl Places {
     }
 
     fn on_stack(&mut self, shape: &Shape) -> Result<Vec<ArgWord>, Unclassified> {
-        match shape.align() {
-            0..=8 => {}
-            16 => self.stack_words = self.stack_words.next_multiple_of(2),
-            // The caller realigns its stack; where the words are cannot be said here.
+        let align_bytes = match shape.align() {
+            0..=8 => 8,
+            align @ (16 | 32 | 64) => u32::try_from(align).map_err(|_| Unclassified)?,
             _ => return Err(Unclassified),
-        }
+        };
+        self.stack_align_bytes = self.stack_align_bytes.max(align_bytes);
+        self.stack_words = self.stack_words.next_multiple_of(align_bytes / 8);
         let n = u32::try_from(shape.size().div_ceil(8)).map_err(|_| Unclassified)?;
         let first = self.stack_words;
         self.stack_words = first.checked_add(n).filter(|n| *n <= 1 << 20).ok_or(Unclassified)?;

@@ -3,6 +3,7 @@
 pub(crate) mod classify;
 pub(crate) mod jumps;
 pub(crate) mod nops;
+pub(crate) mod returns;
 pub(crate) mod site;
 pub(crate) mod stack_words;
 pub(crate) mod sweep;

@@ -26,7 +26,7 @@ use crate::unwind::{CfaRegister, CfaRow, cfa_rows};
 use crate::x86_64::{jumps, sweep::is_near_branch};
 
 /// A function that jumps to more others than this is not followed.
-const MAX_RANGES: usize = 32;
+pub(super) const MAX_RANGES: usize = 32;
 /// What Linux and Flea bound arguments to anyway; a larger result is a misreading.
 const MAX_WORDS: i64 = 4096;
 
@@ -120,7 +120,7 @@ fn touches_return_address(instruction: &Instruction, register: CfaRegister, offs
     at < 0 && at.wrapping_add(size) > -8
 }
 
-fn decode(module: &Module<'_>, start: u64, end: u64) -> Option<Vec<Instruction>> {
+pub(super) fn decode(module: &Module<'_>, start: u64, end: u64) -> Option<Vec<Instruction>> {
     let code = module.bytes_of(start..end)?;
     let mut decoder = Decoder::with_ip(64, code, start, DecoderOptions::NONE);
     let region: Vec<Instruction> = decoder.iter().collect();

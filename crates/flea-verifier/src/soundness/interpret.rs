@@ -44,6 +44,8 @@ pub(crate) struct Interpreter<'a> {
     frames: Vec<Frame>,
     next_base: u64,
     hash_values: Vec<u64>,
+    /// r0 of the function that returned last.
+    result: u64,
 }
 
 impl<'a> Interpreter<'a> {
@@ -55,6 +57,7 @@ impl<'a> Interpreter<'a> {
             frames: Vec::new(),
             next_base: 0x5000_0000_0000,
             hash_values: Vec::new(),
+            result: 0,
         };
         let ctx = this.allocate(Kind::Ctx, 32);
         for slot in 0..4 {
@@ -130,7 +133,7 @@ impl<'a> Interpreter<'a> {
         self.regs()[reg.index()] = x;
     }
 
-    pub(crate) fn run(&mut self, beliefs: &[Vec<State>], facts: &[Fact]) -> Result<(), String> {
+    pub(crate) fn run(&mut self, beliefs: &[Vec<State>], facts: &[Fact]) -> Result<u64, String> {
         let mut idx = 0;
         for _ in 0..MAX_STEPS {
             if !beliefs[idx].iter().any(|s| self.agrees(s)) {
@@ -140,7 +143,7 @@ impl<'a> Interpreter<'a> {
             }
             match self.step(idx, facts[idx]).map_err(|e| format!("insn {idx}: {e}"))? {
                 Some(next) => idx = next,
-                None => return Ok(()),
+                None => return Ok(self.result),
             }
         }
         Err("the program does not end".into())
@@ -225,6 +228,7 @@ impl<'a> Interpreter<'a> {
     fn leave(&mut self) -> Option<usize> {
         let frame = self.frames.pop()?;
         self.objects.remove(&frame.stack);
+        self.result = frame.regs[0];
         let to = frame.return_to?;
         let scramble = self.random.next();
         self.regs()[0] = frame.regs[0];

@@ -1,7 +1,8 @@
 //! The verifier against running programs: random programs that it accepts run in a checking
 //! interpreter. No access may leave its object, and before every instruction at least one of
 //! the states that the verifier had there must describe the machine: every register, every
-//! spilled register, every byte known to be zero, and the equality of numbers with one id.
+//! spilled register, every byte known to be zero, and the equality of numbers with one id. What
+//! the program returns is in the range that was said.
 
 #![allow(clippy::cast_possible_truncation, reason = "random numbers are cut to size on purpose")]
 
@@ -14,14 +15,14 @@ use proptest::prelude::*;
 use crate::Context;
 use crate::cfg::Cfg;
 use crate::explore::Explorer;
-use crate::liveness::Liveness;
+use crate::liveness::{Liveness, ProgramResult};
 use crate::machine::Machine;
 use crate::op::{Op, decode};
 use crate::state::State;
 use generate::Random;
 use interpret::Interpreter;
 
-pub(crate) const CONTEXT: Context = Context::Tracing { n_args: 3, has_result: true, session: true };
+pub(crate) const CONTEXT: Context = Context::Tracing { n_args: 3, n_results: 1, session: true };
 
 /// A direct array, a hash with 8-byte keys, a ring buffer, a read-only array.
 pub(crate) fn maps() -> Vec<MapSpec> {
@@ -60,7 +61,7 @@ fn beliefs(program: &Program) -> Option<(Vec<Op>, Vec<Vec<State>>)> {
     let maps = maps();
     let ops = decode(&program.insns).ok()?;
     let cfg = Cfg::new(&ops).ok()?;
-    let live = Liveness::new(&ops, &cfg);
+    let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
     let machine = Machine::new(&maps, CONTEXT, &ops, &cfg);
     let mut explorer = Explorer::new(machine, program, &cfg, &live);
     explorer.beliefs = Some(vec![Vec::new(); ops.len()]);
@@ -73,7 +74,9 @@ fn beliefs(program: &Program) -> Option<(Vec<Op>, Vec<Vec<State>>)> {
 /// Runs the program of `seed` if it is accepted; whether it was.
 fn check(seed: u64, style: generate::Style) -> bool {
     let insns = generate::program(&mut Random::new(seed), style);
-    let program = program(insns);
+    // The result of every other program is looked at.
+    let kind = if seed.is_multiple_of(2) { ProgramKind::FmodRet } else { ProgramKind::Fsession };
+    let program = Program { kind, ..program(insns) };
     let verdict = crate::verify(&program, &maps(), CONTEXT);
     let Some((ops, beliefs)) = beliefs(&program) else {
         assert!(verdict.is_err(), "seed {seed}: two verdicts");
@@ -82,13 +85,14 @@ fn check(seed: u64, style: generate::Style) -> bool {
     let Ok(verified) = verdict else { return false };
     for run in 0..6 {
         let mut interpreter = Interpreter::new(&ops, Random::new(seed ^ (run << 56) ^ 0x5eed));
-        if let Err(e) = interpreter.run(&beliefs, verified.facts()) {
-            let listing: Vec<String> = ops
-                .iter()
-                .enumerate()
-                .map(|(i, op)| format!("{i}: {}", crate::disasm::text(op)))
-                .collect();
-            panic!("seed {seed} run {run}: {e}\n{}", listing.join("\n"));
+        let outcome = interpreter.run(&beliefs, verified.facts()).and_then(|r0| {
+            let range = verified.return_range();
+            let inside = range.contains(&r0.cast_signed());
+            inside.then_some(()).ok_or_else(|| format!("returns {r0:#x}, not in {range:?}"))
+        });
+        if let Err(e) = outcome {
+            let listing = flea_object::disasm::listing(&program.insns);
+            panic!("seed {seed} run {run}: {e}\n{listing}");
         }
     }
     true

@@ -5,7 +5,7 @@ use flea_image::BODY_FRAMES_OFFSET;
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_symbols::addr::RemoteAddr;
 
-use super::{CodeArena, FunctionState, Placed, Registry};
+use super::{BodyState, CodeArena, FunctionState, Placed, Registry};
 
 /// User space ends far below.
 const END_OF_ADDRESSES: u64 = 1 << 57;
@@ -57,10 +57,10 @@ pub(super) fn check(registry: &Registry) -> Result<(), String> {
 
 /// All stretches of code that something is said to be in.
 fn placed(registry: &Registry) -> impl Iterator<Item = Placed> + '_ {
-    let functions = registry.functions.iter().flat_map(|f| {
-        let bodies = f.bodies.iter().flat_map(|b| [b.entry, b.session, b.exit]);
-        bodies.chain([f.skeleton]).flatten()
-    });
+    let functions = registry
+        .functions
+        .iter()
+        .flat_map(|f| f.bodies.iter().flat_map(BodyState::placed).chain(f.skeleton));
     let rows = registry.code.iter().filter_map(|arena| arena.rows);
     functions.chain(rows).chain(registry.retired.iter().map(|r| r.code))
 }
@@ -88,9 +88,12 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
     if !SITE_BYTES.contains(&n_bytes) || lens != n_bytes || f.insn_lens.contains(&0) {
         return Err(format!("site {} has {n_bytes} bytes of {:?}", f.site, f.insn_lens));
     }
+    if f.stack.may_be_fewer && registry.runtime.is_none() {
+        return Err(format!("no runtime to read the stack arguments of {} with", f.site));
+    }
     f.skeleton.map_or(Ok(()), |p| check_placed(registry, p))?;
     for body in &f.bodies {
-        for p in [body.entry, body.session, body.exit].into_iter().flatten() {
+        for p in body.placed() {
             check_placed(registry, p)?;
         }
         let (offset, n_words) = (body.frame_offset, body.frame_words);
@@ -98,6 +101,9 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
             || n_words > MAX_FRAME_BYTES / 8
         {
             return Err(format!("body {} has {n_words} words at {offset}", body.id));
+        }
+        if let Some(save) = body.saves.iter().find(|save| !save.fits(n_words)) {
+            return Err(format!("body {} has {n_words} words and saves {save:?}", body.id));
         }
     }
     Ok(())

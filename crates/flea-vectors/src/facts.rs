@@ -1,0 +1,84 @@
+//! What the compiler is told of a program that no verifier saw: every access goes to plain
+//! memory, every call is what it says. Only for code that runs in a process of its own.
+
+use flea_object::helper::Helper;
+use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_MAP};
+use flea_object::opcode as op;
+use flea_object::spec::MapIdx;
+use flea_object::validate::validate;
+use flea_verifier::Verified;
+use flea_verifier::facts::{Fact, Function, Region};
+
+/// The program with the weakest facts.
+///
+/// # Errors
+/// What is no instruction, and calls of helpers that are not there.
+pub(crate) fn unverified(insns: &[Insn]) -> Result<Verified, String> {
+    validate(insns).map_err(|e| e.to_string())?;
+    let starts = function_starts(insns);
+    let mut facts = Vec::with_capacity(insns.len());
+    let mut map_in_r1 = None;
+    for (i, insn) in insns.iter().enumerate() {
+        let second_half = i > 0 && insns[i - 1].is_lddw();
+        facts.push(match insn.class() {
+            _ if second_half => Fact::Unreachable,
+            op::LDX | op::ST | op::STX => Fact::Access(Region::Memory),
+            op::JMP if insn.opcode == op::CALL_OP => call(insns, i, &starts, map_in_r1)?,
+            _ => Fact::Plain,
+        });
+        match insn.class() {
+            op::LD if insn.is_lddw() && insn.src == PSEUDO_MAP && insn.dst == 1 => {
+                map_in_r1 = Some(MapIdx(insn.imm.cast_unsigned()));
+            }
+            op::JMP if insn.opcode == op::CALL_OP => map_in_r1 = None,
+            _ => {}
+        }
+    }
+    let ends = starts.iter().skip(1).copied().chain([index(insns.len())]);
+    let functions = starts
+        .iter()
+        .zip(ends)
+        .map(|(&start_insn_idx, end_insn_idx)| Function {
+            start_insn_idx,
+            end_insn_idx,
+            stack_bytes: op::STACK_BYTES,
+        })
+        .collect();
+    Ok(Verified::from_parts_unverified(insns.to_vec(), facts, functions))
+}
+
+/// A program longer than this was refused by `validate`.
+fn index(i: usize) -> u32 {
+    u32::try_from(i).unwrap_or(u32::MAX)
+}
+
+fn callee(i: usize, insn: Insn) -> u32 {
+    (index(i) + 1).wrapping_add_signed(insn.imm)
+}
+
+fn function_starts(insns: &[Insn]) -> Vec<u32> {
+    let calls = insns.iter().enumerate();
+    let calls = calls.filter(|(_, insn)| insn.opcode == op::CALL_OP && insn.src == PSEUDO_CALL);
+    let mut starts: Vec<u32> = calls.map(|(i, insn)| callee(i, *insn)).chain([0]).collect();
+    starts.sort_unstable();
+    starts.dedup();
+    starts
+}
+
+fn call(
+    insns: &[Insn],
+    i: usize,
+    starts: &[u32],
+    map_in_r1: Option<MapIdx>,
+) -> Result<Fact, String> {
+    let insn = insns[i];
+    if insn.src == PSEUDO_CALL {
+        let to = callee(i, insn);
+        let function = starts.iter().position(|start| *start == to).map(index);
+        let function = function.ok_or_else(|| format!("insn {i}: call of no function"))?;
+        return Ok(Fact::CallLocal { function });
+    }
+    let helper = Helper::from_id(insn.imm)
+        .ok_or_else(|| format!("insn {i}: helper {} is not there", insn.imm))?;
+    Ok(Fact::Call { helper, map: map_in_r1, constants: [None; 5] })
+}
