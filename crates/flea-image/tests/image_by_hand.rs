@@ -65,7 +65,11 @@ fn assemble(write: impl FnOnce(&mut CodeAssembler, &mut Labels) -> Result<(), Ic
 }
 
 fn image(hand: &Hand) -> ImageUnderCheck<'_> {
-    let call = |address, runs| KnownCall { address: RemoteAddr(address), runs, reads: vec![8] };
+    let call = |address, runs, reads: &[u32]| KnownCall {
+        address: RemoteAddr(address),
+        runs,
+        reads: reads.to_vec(),
+    };
     ImageUnderCheck {
         bytes: &hand.bytes,
         address: RemoteAddr(IMAGE),
@@ -77,7 +81,9 @@ fn image(hand: &Hand) -> ImageUnderCheck<'_> {
             goes_on: SITE.offset(5),
         },
         stack_words: 0,
-        calls: vec![call(MODIFY, Runs::InFrame), call(EXIT, Runs::AtExit)],
+        stack_align_bytes: 16,
+        probe_read_user: None,
+        calls: vec![call(MODIFY, Runs::Modifies, &[]), call(EXIT, Runs::AtExit, &[8])],
         frame: vec![FrameWord { below_rbp: 8, holds: Holds::Result(RAX) }],
         frame_bytes: 0x90,
         memory: Trusted::Ranges(&[]),
@@ -89,6 +95,7 @@ fn image(hand: &Hand) -> ImageUnderCheck<'_> {
             .collect(),
         skip: Some(vec![RAX]),
         asks_first: false,
+        replacement: None,
     }
 }
 
@@ -152,12 +159,17 @@ fn a_skipped_original() {
     let good = modifying(load_result, overwrite);
     check_image(&image(&good)).unwrap();
     assert_eq!(rule(&ImageUnderCheck { skip: None, ..image(&good) }), Rule::WrongTime);
-    let another = vec![Source::Vector { reg: 0, word: 0 }];
-    assert_eq!(rule(&ImageUnderCheck { skip: Some(another), ..image(&good) }), Rule::NotKept(RAX));
+    let xmm0_word = Source::Vector { reg: 0, word: 0 };
+    let in_xmm0 = ImageUnderCheck { skip: Some(vec![xmm0_word]), ..image(&good) };
+    assert_eq!(rule(&in_xmm0), Rule::NotKept(xmm0_word));
+    let nowhere = ImageUnderCheck { skip: Some(vec![]), ..image(&good) };
+    assert_eq!(rule(&nowhere), Rule::NotKept(RAX));
     let clobbers = modifying(|a| load_result(a).and_then(|()| a.xor(edx, edx)), overwrite);
     assert_eq!(rule(&image(&clobbers)), Rule::NotKept(Source::Gpr(2)));
-    let both = vec![RAX, Source::Gpr(2)];
-    check_image(&ImageUnderCheck { skip: Some(both), ..image(&clobbers) }).unwrap();
+    let forgets = modifying(|_| Ok(()), overwrite);
+    assert_eq!(rule(&image(&forgets)), Rule::NotKept(RAX));
+    let another = modifying(|a| a.mov(rax, qword_ptr(rbp)), overwrite);
+    assert_eq!(rule(&image(&another)), Rule::NotKept(RAX));
 }
 
 #[test]
@@ -231,27 +243,56 @@ fn saves_of_wide_registers() {
     assert_eq!(reading(&there_and_back, &[]), None);
 }
 
+/// What is found in the code in front of the moved instructions, of an unwinder or of a function
+/// that is replaced.
+fn in_front(
+    replacement: Option<RemoteAddr>,
+    write: fn(&mut CodeAssembler) -> Result<(), IcedError>,
+) -> Result<(), Rule> {
+    let mut a = CodeAssembler::new(64).unwrap();
+    write(&mut a).unwrap();
+    let moved = IMAGE + a.assemble(IMAGE).unwrap().len() as u64;
+    a.jmp(SITE.0 + 5).unwrap();
+    let bytes = a.assemble(IMAGE).unwrap();
+    let hand = Hand { bytes, original: IMAGE, moved, switch: None };
+    let asks_first = replacement.is_none();
+    let image =
+        ImageUnderCheck { calls: vec![], skip: None, asks_first, replacement, ..image(&hand) };
+    check_image(&image).map_err(|e| match e {
+        ImageError::Broken { rule, .. } => rule,
+        other => panic!("{other}"),
+    })
+}
+
 #[test]
 fn an_unwinder_s_questions() {
-    let asking = |write: fn(&mut CodeAssembler) -> Result<(), IcedError>| {
-        let mut a = CodeAssembler::new(64).unwrap();
-        write(&mut a).unwrap();
-        let moved = IMAGE + a.assemble(IMAGE).unwrap().len() as u64;
-        a.jmp(SITE.0 + 5).unwrap();
-        let bytes = a.assemble(IMAGE).unwrap();
-        let hand = Hand { bytes, original: IMAGE, moved, switch: None };
-        let image = ImageUnderCheck { calls: vec![], skip: None, asks_first: true, ..image(&hand) };
-        check_image(&image).map_err(|e| match e {
-            ImageError::Broken { rule, .. } => rule,
-            other => panic!("{other}"),
-        })
-    };
+    let asking = |write| in_front(None, write);
     assert_eq!(asking(|a| a.mov(qword_ptr(rsi + 16), rax)), Ok(()));
     assert_eq!(asking(|a| a.mov(r11, 5u64)), Ok(()));
     assert_eq!(asking(|a| a.mov(rcx, 5u64)), Err(Rule::NotKept(Source::Gpr(1))));
     assert_eq!(asking(|a| a.mov(qword_ptr(rsi + 24), rax)), Err(Rule::WritesAnywhere));
     assert_eq!(asking(|a| a.mov(qword_ptr(rdi), rax)), Err(Rule::WritesAnywhere));
     assert_eq!(asking(|a| a.push(rax)), Err(Rule::StackNotLevel(-8)));
+}
+
+#[test]
+fn a_replacement() {
+    let replaced = |write| in_front(Some(RemoteAddr(0x7000_1234)), write);
+    let by_r11 = |a: &mut CodeAssembler| {
+        a.mov(r11, 0x7000_1234u64)?;
+        a.jmp(r11)
+    };
+    assert_eq!(replaced(|a| a.jmp(0x7000_1234)), Ok(()));
+    assert_eq!(replaced(by_r11), Ok(()));
+    assert_eq!(replaced(|a| a.jmp(0x7000_1235)), Err(Rule::UnknownTarget));
+    assert_eq!(replaced(|a| a.jmp(r11)), Err(Rule::UnknownTarget));
+    assert_eq!(replaced(CodeAssembler::nop), Err(Rule::RunsOff));
+    assert_eq!(replaced(CodeAssembler::ret), Err(Rule::Skips));
+    let by_rax = |a: &mut CodeAssembler| {
+        a.mov(rax, 0x7000_1234u64)?;
+        a.jmp(rax)
+    };
+    assert_eq!(replaced(by_rax), Err(Rule::NotKept(RAX)));
 }
 
 /// What is unknown spreads by one word a round.

@@ -321,7 +321,7 @@ pub fn link_unwinder_skeleton(
     // Ten thousand of these are made in one attach, so a release build does without; the tests
     // show that what is made here is right whatever goes in.
     if cfg!(debug_assertions) {
-        check_image(&ImageUnderCheck::of(request, &skeleton)).map_err(LinkError::Check)?;
+        check_image(&ImageUnderCheck::of(request, arenas, &skeleton)).map_err(LinkError::Check)?;
     }
     Ok(skeleton)
 }

@@ -2,7 +2,8 @@
 
 use flea_image::{
     BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, FrameArena, ProgramUse, RelocTarget, SiteKind,
-    Skeleton, SkeletonBody, SkeletonRequest, compile_body, link_unwinder_skeleton,
+    Skeleton, SkeletonBody, SkeletonRequest, StackCopy, compile_body, link_unwinder_skeleton,
+    skip_result,
 };
 use flea_layout::shared::RuntimeFn;
 use flea_object::helper::Helper;
@@ -12,8 +13,8 @@ use flea_symbols::addr::RemoteAddr;
 use flea_symbols::signature::{ArgWord, RetWord, Signature};
 use flea_verifier::Verified;
 use flea_verifier::facts::Region;
-use iced_x86::IcedError;
 use iced_x86::code_asm::*;
+use iced_x86::{Decoder, DecoderOptions, FlowControl, IcedError, Instruction};
 use proptest::prelude::*;
 use proptest::sample::subsequence;
 
@@ -48,6 +49,17 @@ pub struct Controller {
     pub hole_words: u32,
 }
 
+impl Controller {
+    /// Where no value can be the function's result.
+    fn without_fmod_ret(&mut self) {
+        for (_, kind) in &mut self.programs {
+            if *kind == ProgramKind::FmodRet {
+                *kind = ProgramKind::Fsession;
+            }
+        }
+    }
+}
+
 /// Everything that goes into an image.
 #[derive(Clone, Debug)]
 pub struct Case {
@@ -55,8 +67,15 @@ pub struct Case {
     pub controllers: Vec<Controller>,
     pub replaced: Vec<u8>,
     pub kind: SiteKind,
-    pub stack_words: u32,
+    pub stack_copy: StackCopy,
+    pub stack_align_bytes: u32,
     pub is_unwinder: bool,
+}
+
+/// What a skeleton was linked from.
+pub struct Linked<'a> {
+    pub request: &'a SkeletonRequest<'a>,
+    pub arenas: &'a [FrameArena],
 }
 
 /// Where `target` is.
@@ -174,7 +193,7 @@ fn arithmetic(ops: &[Insn], n_args: i16) -> Verified {
 }
 
 /// Links `case` and shows `look` the outcome.
-pub fn with_image(case: &Case, look: impl FnOnce(&SkeletonRequest<'_>, &Skeleton)) {
+pub fn with_image(case: &Case, look: impl FnOnce(&Linked<'_>, &Skeleton)) {
     let n_args = i16::try_from(case.signature.arg_words().count()).unwrap();
     let mut offset = BODY_FRAMES_OFFSET;
     let mut made = Vec::new();
@@ -182,7 +201,7 @@ pub fn with_image(case: &Case, look: impl FnOnce(&SkeletonRequest<'_>, &Skeleton
         offset += 8 * controller.hole_words;
         let body = compile(&case.signature, controller, n_args, offset);
         offset += 8 * body.frame_words;
-        let sides = [&body.entry, &body.session, &body.exit];
+        let sides = [&body.entry, &body.session, &body.modify, &body.exit];
         let resolved = sides.map(|code| code.as_ref().map(|c| c.resolve(address_of)));
         made.push((offset - 8 * body.frame_words, body, resolved));
     }
@@ -198,8 +217,10 @@ pub fn with_image(case: &Case, look: impl FnOnce(&SkeletonRequest<'_>, &Skeleton
             SkeletonBody {
                 entry: refer(0),
                 session: refer(1),
-                exit: refer(2),
+                modify: refer(2),
+                exit: refer(3),
                 reads: &body.reads,
+                saves: &body.saves,
                 frame_words: body.frame_words,
                 frame_offset: *frame_offset,
             }
@@ -211,14 +232,16 @@ pub fn with_image(case: &Case, look: impl FnOnce(&SkeletonRequest<'_>, &Skeleton
         kind: case.kind,
         image_address: IMAGE,
         bodies: &bodies,
-        stack_words: case.stack_words,
+        skip: skip_result(&case.signature).ok(),
+        stack_copy: case.stack_copy,
+        stack_align_bytes: case.stack_align_bytes,
     };
     let at = |offset| RemoteAddr(IMAGE.0 + offset);
     let arena = FrameArena { start: at(0), end: at(0x20_0000), fde: at(0x1018) };
     let arenas = [arena];
     let asked = if case.is_unwinder { &arenas[..] } else { &[] };
     let skeleton = link_unwinder_skeleton(&request, asked).unwrap();
-    look(&request, &skeleton);
+    look(&Linked { request: &request, arenas: asked }, &skeleton);
 }
 
 fn compile(signature: &Signature, controller: &Controller, n_args: i16, frame_offset: u32) -> Body {
@@ -261,7 +284,8 @@ fn does() -> impl Strategy<Value = Does> {
 }
 
 fn controller() -> impl Strategy<Value = Controller> {
-    let kinds = [ProgramKind::Fentry, ProgramKind::Fsession, ProgramKind::Fexit];
+    let kinds =
+        [ProgramKind::Fentry, ProgramKind::Fsession, ProgramKind::FmodRet, ProgramKind::Fexit];
     let programs =
         proptest::collection::vec((does(), proptest::sample::select(kinds.to_vec())), 1..4);
     let mostly_no_hole = prop_oneof![4 => Just(0u32), 1 => 1u32..5];
@@ -281,7 +305,7 @@ fn signature() -> impl Strategy<Value = Signature> {
 }
 
 /// Instructions that functions begin with.
-const FIRST: [fn(&mut CodeAssembler) -> Result<(), IcedError>; 18] = [
+const FIRST: [fn(&mut CodeAssembler) -> Result<(), IcedError>; 21] = [
     CodeAssembler::endbr64,
     |a| a.push(rbp),
     |a| a.mov(rbp, rsp),
@@ -300,6 +324,9 @@ const FIRST: [fn(&mut CodeAssembler) -> Result<(), IcedError>; 18] = [
     |a| a.vxorps(ymm3, ymm3, ymm3),
     |a| a.mov(rax, qword_ptr(0x28).fs()),
     |a| a.mov(r9d, 0x1234_5678),
+    |a| a.call(SITE.0 + 0x5000),
+    |a| a.call(qword_ptr(SITE.0 + 0x6000)),
+    |a| a.call(qword_ptr(rsp + 0x18)),
 ];
 
 fn replaced() -> impl Strategy<Value = (SiteKind, Vec<u8>)> {
@@ -316,20 +343,49 @@ fn replaced() -> impl Strategy<Value = (SiteKind, Vec<u8>)> {
     });
     prop_oneof![
         1 => nops.prop_map(|bytes| (SiteKind::Nops, bytes)),
-        3 => moved.prop_map(|bytes| (SiteKind::Relocated, bytes)),
+        3 => moved.prop_filter("a call in the middle", |bytes| can_move(bytes))
+            .prop_map(|bytes| (SiteKind::Relocated, bytes)),
     ]
+}
+
+/// A call can be moved only if it is the last instruction.
+fn can_move(bytes: &[u8]) -> bool {
+    let insns: Vec<_> = Decoder::new(64, bytes, DecoderOptions::NONE).iter().collect();
+    let is_call = |insn: &Instruction| {
+        matches!(insn.flow_control(), FlowControl::Call | FlowControl::IndirectCall)
+    };
+    !insns[..insns.len() - 1].iter().any(is_call)
 }
 
 /// Any image.
 pub fn case() -> impl Strategy<Value = Case> {
-    let more_words = 0u32..4;
     let is_unwinder = prop_oneof![5 => Just(false), 1 => Just(true)];
     let controllers = proptest::collection::vec(controller(), 1..4);
-    (signature(), controllers, replaced(), more_words, is_unwinder).prop_map(
-        |(signature, controllers, (kind, replaced), more_words, is_unwinder)| {
+    let align = proptest::sample::select(vec![16, 16, 32, 64]);
+    let stack = (0u32..4, any::<bool>(), align);
+    (signature(), controllers, replaced(), stack, is_unwinder).prop_map(
+        |(signature, mut controllers, (kind, replaced), stack, is_unwinder)| {
+            if skip_result(&signature).is_err() {
+                controllers.iter_mut().for_each(Controller::without_fmod_ret);
+            }
+            let (more_words, is_exact, stack_align_bytes) = stack;
             let on_stack = signature.arg_words().filter(|w| matches!(w, ArgWord::Stack(_)));
-            let stack_words = u32::try_from(on_stack.count()).unwrap() + more_words;
-            Case { signature, controllers, replaced, kind, stack_words, is_unwinder }
+            let n_words = u32::try_from(on_stack.count()).unwrap() + more_words;
+            let probe_read_user =
+                RemoteAddr(address_of(RelocTarget::Runtime(RuntimeFn::ProbeReadUser)));
+            let stack_copy = match is_exact {
+                true => StackCopy::Exactly(n_words),
+                false => StackCopy::UpTo { n_words, probe_read_user },
+            };
+            Case {
+                signature,
+                controllers,
+                replaced,
+                kind,
+                stack_copy,
+                stack_align_bytes,
+                is_unwinder,
+            }
         },
     )
 }

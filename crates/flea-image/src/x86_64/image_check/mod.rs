@@ -24,8 +24,9 @@
 //!
 //! What it takes on trust: called bodies and the runtime keep all registers (but rax, the
 //! runtime's result) and the stack; a computed index into a body's own stack stays in it, as the
-//! verifier proved; what is read from shared memory may be a pointer to shared memory. What a
-//! program computes is not its subject: the tests that execute are.
+//! verifier proved; what is read from shared memory may be a pointer to shared memory; where the
+//! stack words are copied in two parts, that the parts' lengths add up. What a program computes
+//! is not its subject, nor what an unwinder is answered: the tests that execute are.
 
 mod linked;
 mod moved;
@@ -55,6 +56,10 @@ pub struct ImageUnderCheck<'a> {
     pub moved: Moved<'a>,
     /// Words of stack arguments that a called original is to find.
     pub stack_words: u32,
+    /// What the address of the first of them is a multiple of.
+    pub stack_align_bytes: u32,
+    /// The runtime's function that copies those of them that are not known to be mapped.
+    pub probe_read_user: Option<RemoteAddr>,
     /// Bodies that are called, in this order.
     pub calls: Vec<KnownCall>,
     /// What the words of the skeleton's frame hold.
@@ -67,11 +72,15 @@ pub struct ImageUnderCheck<'a> {
     pub runtime: Trusted<'a>,
     /// Branches that are written into the image later: from, to.
     pub switches: Vec<(RemoteAddr, RemoteAddr)>,
-    /// The image may return without having called the original, with these registers set.
+    /// The image may return without having called the original, if a modify body has left
+    /// something else than 0 in the word of the result rax: that is in these registers then.
     pub skip: Option<Vec<Source>>,
-    /// The image answers for the original (`_Unwind_Find_FDE`): behind [`Self::original`] stand
+    /// The image answers for the original (`_Unwind_Find_FDE`): at [`Self::original`] stand
     /// questions, which may change `rax` and `r11`, write through `rsi`, and return.
     pub asks_first: bool,
+    /// What runs instead of the moved instructions: at [`Self::original`], or behind the
+    /// questions, stands a jump to it, which may change `r11`.
+    pub replacement: Option<RemoteAddr>,
 }
 
 /// The instructions that the site gave up, and their copies.
@@ -105,6 +114,8 @@ pub enum Runs {
     AtEntry,
     /// Before the original, in the frame.
     InFrame,
+    /// The same, and it may decide that the original and the rest of these are not called.
+    Modifies,
     /// After the original, in the frame.
     AtExit,
 }
@@ -187,6 +198,9 @@ pub enum Rule {
     /// Whoever frees images looks for it.
     #[error("the used return address is left on the stack")]
     UsedReturn,
+    /// At the original, or at a modify body.
+    #[error("nobody has looked whether a modify body skips the original")]
+    Undecided,
     /// At `ret`.
     #[error("returns without having called the original")]
     Skips,

@@ -8,6 +8,9 @@ use super::value::{Source, Value};
 use super::{Holds, ImageUnderCheck, Rule, Trusted};
 
 pub(super) const RAX: usize = 0;
+pub(super) const RCX: usize = 1;
+pub(super) const RDX: usize = 2;
+pub(super) const RDI: usize = 7;
 pub(super) const RSP: usize = 4;
 pub(super) const RBP: usize = 5;
 pub(super) const RSI: u8 = 6;
@@ -16,14 +19,16 @@ pub(super) const RSI: u8 = 6;
 const RED_ZONE_BYTES: i64 = 128;
 /// The skeleton's `rbp`, from the entry's `rsp`.
 pub(super) const FRAME: i64 = -8;
+/// The word of the result rax, which is a modify body's before there is a result.
+pub(super) const DECISION: i64 = FRAME - 8;
 
 /// What does not change while an image is explored.
 pub(super) struct Surroundings<'a> {
     pub image: &'a ImageUnderCheck<'a>,
     /// The image's 64-bit immediates.
     pub immediates: HashSet<u64>,
-    /// The questions in front of an unwinder are explored: they may write through `rsi`.
-    pub asks: bool,
+    /// What stands in front of the moved instructions is explored, not the image's entry.
+    pub in_front: bool,
 }
 
 impl Surroundings<'_> {
@@ -84,6 +89,12 @@ pub(super) struct State {
     pub switched: bool,
     /// Where the original's return address still is.
     pub used_return: Option<i64>,
+    /// The flags say whether a modify body has left 0 in [`DECISION`].
+    pub tests_decision: bool,
+    /// It was not 0: the original is skipped.
+    pub skips: bool,
+    /// Where the first part of the caller's stack words was copied to.
+    pub half_copied: Option<i64>,
 }
 
 impl State {
@@ -101,6 +112,9 @@ impl State {
             n_calls: 0,
             switched: false,
             used_return: None,
+            tests_decision: false,
+            skips: false,
+            half_copied: None,
         }
     }
 
@@ -233,7 +247,10 @@ impl State {
             Address::Near(_) => Err(Rule::WritesCaller),
             Address::Shared => Ok(()),
             Address::Passed(Source::Gpr(RSI), at)
-                if about.asks && (0..24).contains(&at) && n_bytes == 8 =>
+                if about.in_front
+                    && about.image.asks_first
+                    && (0..24).contains(&at)
+                    && n_bytes == 8 =>
             {
                 Ok(())
             }
@@ -258,6 +275,36 @@ impl State {
             self.stack.insert(word, if whole { value } else { Value::Unknown });
         }
         Ok(())
+    }
+
+    /// `rep movsb` of the caller's stack words, or as many of them as are known to be mapped, to
+    /// the bottom of the frame.
+    pub fn copy_bytes(&mut self, about: &Surroundings<'_>) -> Result<(), Rule> {
+        let rsp = self.rsp()?;
+        let n_words = about.image.stack_words;
+        let room = FRAME - i64::from(about.image.frame_bytes) - rsp;
+        let fits = room >= 8 * i64::from(n_words);
+        if self.gpr[usize::from(RSI)] != Value::Stack(8)
+            || self.gpr[RDI] != Value::Stack(rsp)
+            || !fits
+        {
+            return Err(Rule::Forbidden("copies something else than the caller's stack words"));
+        }
+        self.forget(rsp, n_words);
+        self.half_copied = Some(rsp);
+        self.gpr[usize::from(RSI)] = Value::Near(8);
+        self.gpr[RDI] = Value::Near(rsp);
+        self.gpr[RCX] = Value::Number(0);
+        Ok(())
+    }
+
+    /// What is known where a modify body's decision is, and where it is not, 0.
+    pub fn decided(self) -> (Self, Self) {
+        let mut skips = Self { skips: true, ..self.clone() };
+        skips.stack.insert(DECISION, Value::Decision);
+        let mut calls = self;
+        calls.stack.insert(DECISION, Value::Number(0));
+        (calls, skips)
     }
 
     /// Forgets the words from `from` on, `n_words` of them.
@@ -287,6 +334,9 @@ impl State {
             n_calls: self.n_calls.min(other.n_calls),
             switched: self.switched,
             used_return: self.used_return.or(other.used_return),
+            tests_decision: self.tests_decision && other.tests_decision,
+            skips: self.skips && other.skips,
+            half_copied: self.half_copied.filter(|at| other.half_copied == Some(*at)),
         })
     }
 }

@@ -9,7 +9,7 @@ use iced_x86::{
 };
 
 use super::Rule;
-use super::state::{Address, Operand, RBP, RSP, State, Surroundings, gpr_index};
+use super::state::{Address, DECISION, Operand, RBP, RSP, State, Surroundings, gpr_index};
 use super::value::Value;
 use super::vector;
 
@@ -31,7 +31,13 @@ pub(super) fn step(
     info: &mut InstructionInfoFactory,
     about: &Surroundings<'_>,
 ) -> Result<(), Rule> {
+    if insn.code() == Code::Movsb_m8_m8 && insn.has_rep_prefix() && insn.op_count() == 2 {
+        return state.copy_bytes(about);
+    }
     harmless(insn)?;
+    if insn.rflags_modified() != 0 {
+        state.tests_decision = false;
+    }
     let is_vector = insn.cpuid_features().iter().any(|f| !BASELINE.contains(f));
     if is_vector {
         return vector::step(state, insn, about);
@@ -47,6 +53,7 @@ pub(super) fn step(
         Mnemonic::And if is_gpr64(insn, 0) && insn.op0_register() == Register::RSP => {
             align(state, insn)
         }
+        Mnemonic::Cmp if is_test_of_word(insn) => compare_with_zero(state, insn, about),
         Mnemonic::Xor if is_zeroing(insn) => {
             set(state, insn.op0_register().full_register(), Value::Number(0))
         }
@@ -194,6 +201,26 @@ fn add_or_sub(
     };
     let sum = state.gpr[insn.op0_register().number()].plus(other, |n| about.is_memory(n));
     set(state, insn.op0_register(), sum)
+}
+
+/// `cmp qword [..], 0`
+fn is_test_of_word(insn: &Instruction) -> bool {
+    insn.op0_kind() == OpKind::Memory
+        && insn.memory_size().size() == 8
+        && insn.op1_kind() == OpKind::Immediate8to64
+        && insn.immediate(1) == 0
+}
+
+fn compare_with_zero(
+    state: &mut State,
+    insn: &Instruction,
+    about: &Surroundings<'_>,
+) -> Result<(), Rule> {
+    fixed(insn)?;
+    let address = state.address(&Operand::of(insn)?, about);
+    state.read(address, 8, about)?;
+    state.tests_decision = about.image.skip.is_some() && address == Address::Stack(DECISION);
+    Ok(())
 }
 
 /// `and rsp, -16`: the entry's `rsp` is 8 more than a multiple of 16.

@@ -54,6 +54,8 @@ pub(super) enum Value {
     Caller(Source),
     /// What the original left there.
     Left(Source),
+    /// What a modify body left, with which the original is skipped.
+    Decision,
     /// The word at the entry's `rsp + 8 + 8 * this`.
     CallerWord(u32),
     /// The entry's `rsp` plus this.

@@ -3,12 +3,13 @@
 use std::collections::{HashMap, HashSet};
 
 use iced_x86::{
-    Code, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic,
-    OpKind,
+    Code, ConditionCode, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
+    Mnemonic, OpKind,
 };
 
 use super::state::{State, Surroundings};
 use super::step::step;
+use super::value::Value;
 use super::ways::Ways;
 use super::{ImageError, ImageUnderCheck, Rule};
 
@@ -64,13 +65,14 @@ impl Decoded {
     }
 }
 
-/// Proves all paths, from the entry and from where an unwinder is asked.
+/// Proves all paths: from the entry, and what stands in front of the moved instructions.
 pub(super) fn explore(image: &ImageUnderCheck<'_>, code: &Decoded) -> Result<(), ImageError> {
     let immediates = code.immediates();
     let mut steps_left = STEPS_PER_INSN * u32::try_from(code.insns.len()).unwrap_or(u32::MAX / 64);
+    let has_front = image.asks_first || image.replacement.is_some();
     let starts = [(image.address.0, false), (image.original.0, true)];
-    for (start, asks) in starts.into_iter().filter(|(_, asks)| !asks || image.asks_first) {
-        let about = Surroundings { image, immediates: immediates.clone(), asks };
+    for (start, in_front) in starts.into_iter().filter(|(_, in_front)| !in_front || has_front) {
+        let about = Surroundings { image, immediates: immediates.clone(), in_front };
         let mut walk = Walk {
             ways: Ways { image, about },
             code,
@@ -134,7 +136,9 @@ impl Walk<'_> {
                     Next::Either(to) => (Some(to), true),
                 };
                 if let Some(to) = jump {
-                    self.jump(at, to, state.clone())?;
+                    let (taken, not_taken) = self.branch(at, state);
+                    self.jump(at, to, taken)?;
+                    state = not_taken;
                 }
                 if !falls {
                     break;
@@ -149,6 +153,19 @@ impl Walk<'_> {
             }
         }
         Ok(())
+    }
+
+    /// What is known if the branch at `at` is taken, and if it is not.
+    fn branch(&self, at: usize, state: State) -> (State, State) {
+        let condition = self.code.insn(at).map(Instruction::condition_code);
+        match condition.filter(|_| state.tests_decision) {
+            Some(ConditionCode::ne) => {
+                let (calls, skips) = state.decided();
+                (skips, calls)
+            }
+            Some(ConditionCode::e) => state.decided(),
+            _ => (state.clone(), state),
+        }
     }
 
     fn stops_at(&self, index: usize) -> bool {
@@ -176,13 +193,12 @@ impl Walk<'_> {
 
     /// A path goes from the instruction `from` to the address `to`.
     fn jump(&mut self, from: usize, to: u64, state: State) -> Result<(), ImageError> {
-        if to == self.ways.image.original.0 && !self.ways.about.asks {
+        if self.ways.is_original(to) {
             return self.ways.enter(&state).map_err(|e| self.code.broken(from, e));
         }
-        let inside = self.code.index_of(to);
-        let rule =
-            if self.ways.bytes_at(to, 1).is_some() { Rule::BadTarget } else { Rule::UnknownTarget };
-        let index = inside.ok_or_else(|| self.code.broken(from, rule))?;
+        let is_inside = self.ways.bytes_at(to, 1).is_some();
+        let rule = if is_inside { Rule::BadTarget } else { Rule::UnknownTarget };
+        let index = self.code.index_of(to).ok_or_else(|| self.code.broken(from, rule))?;
         self.arrive(index, state, from)
     }
 
@@ -192,14 +208,11 @@ impl Walk<'_> {
             return Err(self.code.broken(from, Rule::RunsOff));
         };
         let ip = insn.ip();
-        let first_question = self.ways.about.asks && ip == self.ways.image.original.0;
-        if ip == self.ways.image.moved.at.0
-            && (self.ways.about.asks || ip == self.ways.image.original.0)
-            || ip == self.ways.image.original.0 && !self.ways.about.asks
-        {
+        if self.ways.is_original(ip) {
             return self.ways.enter(&state).map_err(|e| self.code.broken(from, e));
         }
-        if self.is_border(ip) && !first_question {
+        let is_start = self.ways.about.in_front && ip == self.ways.image.original.0;
+        if self.is_border(ip) && !is_start {
             return Err(self.code.broken(from, Rule::RunsOff));
         }
         let key = (index, state.called, state.switched);
@@ -246,6 +259,14 @@ impl Walk<'_> {
             }
             FlowControl::UnconditionalBranch if insn.is_jmp_short_or_near() => {
                 Ok(Next::Jump(insn.near_branch_target()))
+            }
+            FlowControl::IndirectBranch if insn.op0_kind() == OpKind::Register => {
+                match state.gpr.get(insn.op0_register().number()) {
+                    Some(Value::Number(to)) if insn.op0_register().is_gpr64() => {
+                        Ok(Next::Jump(*to))
+                    }
+                    _ => Err(Rule::UnknownTarget),
+                }
             }
             FlowControl::Call if insn.op0_kind() == OpKind::NearBranch64 => {
                 self.ways.call(insn, state)?;

@@ -2,7 +2,7 @@
 
 use iced_x86::{Instruction, Register};
 
-use super::state::{Address, FRAME, RAX, RBP, RSP, State, Surroundings, small};
+use super::state::{Address, DECISION, FRAME, RAX, RBP, RDI, RDX, RSP, State, Surroundings, small};
 use super::step::push_value;
 use super::value::{Source, Value};
 use super::walk::MARKER;
@@ -10,8 +10,9 @@ use super::{ImageUnderCheck, KnownCall, Rule, Runs};
 
 /// rbx, rbp, r12 to r15.
 const CALLEE_SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
-/// What the questions in front of an unwinder may change: rax, r11.
-const SCRATCH: [u8; 2] = [0, 11];
+const RAX_SOURCE: Source = Source::Gpr(0);
+const R11_SOURCE: Source = Source::Gpr(11);
+
 /// An image, and the part of it that is explored.
 pub(super) struct Ways<'a> {
     pub image: &'a ImageUnderCheck<'a>,
@@ -25,10 +26,32 @@ impl Ways<'_> {
         self.image.bytes.get(offset..offset.checked_add(n_bytes)?)
     }
 
+    /// Where a path ends well: at the original, or, if that is explored, at what follows it.
+    pub fn is_original(&self, ip: u64) -> bool {
+        let image = self.image;
+        let begins = match image.replacement {
+            _ if !self.about.in_front => image.original,
+            Some(replacement) => replacement,
+            None => image.moved.at,
+        };
+        ip == begins.0
+    }
+
+    /// What may have changed in front of the original.
+    fn is_scratch(&self, source: Source) -> bool {
+        let image = self.image;
+        match source {
+            _ if !self.about.in_front => false,
+            RAX_SOURCE => image.asks_first,
+            R11_SOURCE => image.asks_first || image.replacement.is_some(),
+            _ => false,
+        }
+    }
+
     /// `call` of the original or a body.
     pub fn call(&self, insn: &Instruction, state: &mut State) -> Result<(), Rule> {
         let target = insn.near_branch_target();
-        if self.about.asks {
+        if self.about.in_front {
             return Err(Rule::UnknownTarget);
         }
         if target == self.image.original.0 {
@@ -52,10 +75,10 @@ impl Ways<'_> {
 
     /// Bodies are left out behind a decision to skip the original, or once they are switched off.
     fn may_leave_out(&self, bodies: &[KnownCall], state: &State) -> Result<(), Rule> {
-        let skips = self.image.skip.is_some() && !state.called;
         let may = |body: &KnownCall| match body.runs {
             Runs::AtEntry => false,
-            Runs::InFrame => skips,
+            Runs::InFrame => false,
+            Runs::Modifies => state.skips && !state.called,
             Runs::AtExit => state.switched,
         };
         if bodies.iter().all(may) { Ok(()) } else { Err(Rule::LeavesOut) }
@@ -74,13 +97,16 @@ impl Ways<'_> {
             return Err(Rule::CallsTwice);
         }
         compare(state, Value::Caller, is_rbp)?;
-        self.in_frame(state)?;
+        self.in_frame(state, self.image.stack_align_bytes)?;
         self.ran_before(state)?;
         let marker = self.image.original.0.wrapping_sub(8);
         if self.bytes_at(marker, 8) != Some(&MARKER) {
             return Err(Rule::NoMarker);
         }
         let rsp = state.rsp()?;
+        if self.image.skip.is_some() && state.word(DECISION) != Value::Number(0) {
+            return Err(Rule::Undecided);
+        }
         for i in 0..self.image.stack_words {
             let at = rsp + 8 * i64::from(i);
             // Copies, not the words themselves: the original may write there.
@@ -117,28 +143,41 @@ impl Ways<'_> {
                 compare(state, Value::Caller, |_| false)?;
                 level(state)?;
             }
-            Runs::InFrame if state.called => return Err(Rule::WrongTime),
-            Runs::InFrame => {
+            Runs::InFrame | Runs::Modifies if state.called => return Err(Rule::WrongTime),
+            Runs::InFrame | Runs::Modifies => {
                 compare(state, Value::Caller, is_rbp)?;
-                self.in_frame(state)?;
+                self.in_frame(state, 16)?;
+                self.frame_words(body, state)?;
+                let is_undecided = state.word(DECISION) != Value::Number(0);
+                if body.runs == Runs::Modifies && self.image.skip.is_some() && is_undecided {
+                    return Err(Rule::Undecided);
+                }
             }
             Runs::AtExit => {
-                if !state.called && self.image.skip.is_none() {
+                if !state.called && !state.skips {
                     return Err(Rule::WrongTime);
                 }
-                self.in_frame(state)?;
-                for below_rbp in &body.reads {
-                    state.check_frame_word(FRAME - i64::from(*below_rbp), &self.about)?;
-                }
+                self.in_frame(state, 16)?;
+                self.frame_words(body, state)?;
             }
         }
         push_value(state, Value::Number(insn.next_ip()), &self.about)?;
-        state.set_rsp(Value::Stack(rsp))
+        state.set_rsp(Value::Stack(rsp))?;
+        state.tests_decision = false;
+        if body.runs == Runs::Modifies {
+            state.write(Address::Stack(DECISION), 8, Value::Unknown, &self.about)?;
+        }
+        Ok(())
+    }
+
+    fn frame_words(&self, body: &KnownCall, state: &State) -> Result<(), Rule> {
+        let mut words = body.reads.iter().map(|below_rbp| FRAME - i64::from(*below_rbp));
+        words.try_for_each(|at| state.check_frame_word(at, &self.about))
     }
 
     /// The frame is as its unwind row says, has room for all that it holds, and a call finds the
     /// stack aligned.
-    fn in_frame(&self, state: &State) -> Result<(), Rule> {
+    fn in_frame(&self, state: &State, align_bytes: u32) -> Result<(), Rule> {
         if state.gpr[RBP] != Value::Stack(FRAME)
             || state.word(FRAME) != Value::Caller(Source::Gpr(small(RBP)))
         {
@@ -149,8 +188,9 @@ impl Ways<'_> {
         if rsp > FRAME - held {
             return Err(Rule::SmallFrame);
         }
-        // The entry's rsp is 8 more than a multiple of 16.
-        if (rsp + 8).rem_euclid(16) == 0 { Ok(()) } else { Err(Rule::Misaligned) }
+        // The first stack argument, which is aligned, is 8 bytes above the entry's rsp.
+        let is_aligned = (rsp - 8).rem_euclid(i64::from(align_bytes)) == 0;
+        if is_aligned { Ok(()) } else { Err(Rule::Misaligned) }
     }
 
     /// The runtime aligns its stack itself, and keeps everything but its result.
@@ -158,12 +198,31 @@ impl Ways<'_> {
         let Value::Number(target) = state.gpr[register.number()] else {
             return Err(Rule::UnknownTarget);
         };
-        if self.about.asks || !self.about.is_runtime(target) {
+        let is_probe = self.image.probe_read_user.is_some_and(|probe| probe.0 == target);
+        if self.about.in_front || !(is_probe || self.about.is_runtime(target)) {
             return Err(Rule::UnknownTarget);
         }
         let rsp = state.rsp()?;
         state.write(Address::Stack(rsp - 8), 8, Value::Unknown, &self.about)?;
+        if is_probe {
+            self.copies_the_rest(state)?;
+        }
         state.gpr[RAX] = Value::Shared;
+        Ok(())
+    }
+
+    /// `flea_probe_read_user(to, size_bytes, from)` behind a `rep movsb` of what is mapped: if
+    /// both parts went from the caller's stack words to where the original looks, it finds them.
+    fn copies_the_rest(&self, state: &mut State) -> Result<(), Rule> {
+        let rsp = state.rsp()?;
+        let [from, to] = [state.gpr[RDX], state.gpr[RDI]];
+        if from == Value::Near(8) && to == Value::Near(rsp) && state.half_copied == Some(rsp) {
+            state.half_copied = None;
+            for i in 0..self.image.stack_words {
+                let at = Address::Stack(rsp + 8 * i64::from(i));
+                state.write(at, 8, Value::CallerWord(i), &self.about)?;
+            }
+        }
         Ok(())
     }
 
@@ -173,17 +232,20 @@ impl Ways<'_> {
             return Err(Rule::CallsTwice);
         }
         level(state)?;
-        if !self.about.asks {
+        if !self.about.in_front {
             self.ran_before(state)?;
         }
-        compare(state, Value::Caller, |source| self.about.asks && is_scratch(source))
+        compare(state, Value::Caller, |source| self.is_scratch(source))
     }
 
     /// `ret`
     pub fn leave(&self, state: &State) -> Result<(), Rule> {
         level(state)?;
-        if self.about.asks {
-            return compare(state, Value::Caller, is_scratch);
+        if self.about.in_front {
+            if !self.image.asks_first {
+                return Err(Rule::Skips);
+            }
+            return compare(state, Value::Caller, |source| self.is_scratch(source));
         }
         let expected = |source| match source {
             Source::Gpr(i) if CALLEE_SAVED.contains(&i) => Value::Caller(source),
@@ -191,10 +253,13 @@ impl Ways<'_> {
         };
         let set = match &self.image.skip {
             _ if state.called => &[][..],
-            Some(set) => set,
-            None => return Err(Rule::Skips),
+            Some(set) if state.skips => set,
+            _ => return Err(Rule::Skips),
         };
         self.may_leave_out(&self.image.calls[state.n_calls..], state)?;
+        if let Some(source) = set.iter().find(|source| !is_decided(state, **source)) {
+            return Err(Rule::NotKept(*source));
+        }
         compare(state, expected, |source| set.iter().any(|s| whole(*s) == whole(source)))
     }
 }
@@ -220,12 +285,18 @@ fn compare(
     if balanced { Ok(()) } else { Err(Rule::X87) }
 }
 
-fn is_scratch(source: Source) -> bool {
-    matches!(source, Source::Gpr(i) if SCRATCH.contains(&i))
-}
-
 fn is_rbp(source: Source) -> bool {
     source == Source::Gpr(small(RBP))
+}
+
+/// Does the register hold what a modify body decided?
+fn is_decided(state: &State, source: Source) -> bool {
+    let value = match source {
+        Source::Gpr(reg) => state.gpr.get(usize::from(reg)),
+        Source::Vector { reg, .. } => state.vector.get(usize::from(reg)).map(|words| &words[0]),
+        Source::X87 { .. } => None,
+    };
+    value == Some(&Value::Decision)
 }
 
 /// A register, whichever of its words is named.
