@@ -304,8 +304,10 @@ fn signature() -> impl Strategy<Value = Signature> {
         .prop_map(|(args, ret)| words(args.into_iter().take(20), &ret))
 }
 
+type Write = fn(&mut CodeAssembler) -> Result<(), IcedError>;
+
 /// Instructions that functions begin with.
-const FIRST: [fn(&mut CodeAssembler) -> Result<(), IcedError>; 21] = [
+const FIRST: [Write; 21] = [
     CodeAssembler::endbr64,
     |a| a.push(rbp),
     |a| a.mov(rbp, rsp),
