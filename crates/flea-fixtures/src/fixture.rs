@@ -29,6 +29,8 @@ pub enum Fixture {
     Disturb,
     /// `c/dies.c`: ends in the middle of calls.
     Dies,
+    /// `c/naps.c`: threads and a coroutine stay inside functions for as long as is wanted.
+    Naps,
     /// `c/spin.c`: calls one function for ever, also from storms of threads or children.
     Spin,
     /// `c/bench_loop.c`: functions to be timed side by side in one process.
@@ -168,6 +170,7 @@ impl Fixture {
             Self::Odd,
             Self::Disturb,
             Self::Dies,
+            Self::Naps,
             Self::Spin,
             Self::BenchLoop,
             Self::Many(100),
@@ -191,6 +194,7 @@ impl Fixture {
             Self::Odd => "odd".into(),
             Self::Disturb => "disturb".into(),
             Self::Dies => "dies".into(),
+            Self::Naps => "naps".into(),
             Self::Spin => "spin".into(),
             Self::BenchLoop => "bench_loop".into(),
             Self::Many(n) => format!("many-{n}"),

@@ -209,6 +209,7 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
         }
         Fixture::Disturb => (vec![source!("c", "disturb.c")], simple(&program, "disturb.c", "")),
         Fixture::Dies => (vec![source!("c", "dies.c")], simple(&program, "dies.c", "")),
+        Fixture::Naps => (vec![source!("c", "naps.c")], simple(&program, "naps.c", "")),
         Fixture::Spin => (vec![source!("c", "spin.c")], simple(&program, "spin.c", "")),
         Fixture::BenchLoop => {
             (vec![source!("c", "bench_loop.c")], simple(&program, "bench_loop.c", ""))

@@ -159,6 +159,8 @@ fn kind(text: &str) -> ProgramKind {
         "fexit" => ProgramKind::Fexit,
         "fsession" => ProgramKind::Fsession,
         "fmod_ret" => ProgramKind::FmodRet,
+        "uprobe" => ProgramKind::Uprobe,
+        "uretprobe" => ProgramKind::Uretprobe,
         other => panic!("program {other}"),
     }
 }
@@ -202,10 +204,14 @@ fn verified(lines: &[&str], kind: ProgramKind, case: &Case) -> Verified {
         Program { name: "p".into(), kind, insns: asm::assemble(lines), ..Program::default() };
     let sees_result = kind != ProgramKind::Fentry;
     let n_results = u8::try_from(case.signature.ret.words.len()).unwrap().max(1);
-    let context = Context::Tracing {
+    let tracing = Context::Tracing {
         n_args: u8::try_from(case.signature.arg_words().count()).unwrap(),
         n_results: if sees_result { n_results } else { 0 },
         session: kind == ProgramKind::Fsession,
+    };
+    let context = match kind {
+        ProgramKind::Uprobe | ProgramKind::Uretprobe => Context::PtRegs,
+        _ => tracing,
     };
     verify(&program, &case.maps, context).unwrap_or_else(|e| panic!("{}", e.log.join("\n")))
 }

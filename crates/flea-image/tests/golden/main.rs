@@ -8,7 +8,7 @@
 //! map percpu_array 4 8 1                kind, key bytes, value bytes, entries
 //! flags: stack_words=3 stack_align_bytes=16 unwinder
 //! controller inline                     or called, direct: its programs follow, newest first
-//! program fentry                        or fexit, fsession, fmod_ret
+//! program fentry                        or fexit, fsession, fmod_ret, uprobe, uretprobe
 //!   r0 = *(u64 *)(r1 + 0)               in the notation of flea-verifier's tests/asm
 //!   exit
 //! run: rdi=5 xmm0=0x10                  all other registers are the rig's pattern

@@ -145,4 +145,10 @@ fn skeleton_of(out: &mut String, skeleton: &Skeleton) {
     if let Some(at) = skeleton.returns_to {
         let _ = writeln!(out, "  the original returns to {:04x}", offset(at));
     }
+    for switch in &skeleton.switches {
+        let new = listing(&switch.new, RemoteAddr(switch.at.0));
+        let (_, jump) = new.trim_end().split_once("  ").unwrap_or_default();
+        let at = offset(switch.at);
+        let _ = writeln!(out, "  controller {} is switched off at {at:04x}: {jump}", switch.body);
+    }
 }

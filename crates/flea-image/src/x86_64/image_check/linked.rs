@@ -8,7 +8,7 @@ use super::{FrameWord, Holds, ImageUnderCheck, KnownCall, Moved, Runs, Trusted};
 use crate::request::{BODY_FRAMES_OFFSET, Reads, Saved, When};
 use crate::skip::SkipResult;
 use crate::x86_64::find_fde::FrameArena;
-use crate::x86_64::skeleton::{BodyRef, Skeleton, SkeletonBody, SkeletonRequest};
+use crate::x86_64::skeleton::{BodyRef, Skeleton, SkeletonBody, SkeletonRequest, Switch};
 use crate::x86_64::stack_copy::StackCopy;
 
 /// rdi, rsi, rdx, rcx, r8, r9 by hardware number.
@@ -46,7 +46,7 @@ impl<'a> ImageUnderCheck<'a> {
             frame_bytes: frame_bytes(request.bodies),
             memory: Trusted::Immediates,
             runtime: Trusted::Immediates,
-            switches: Vec::new(),
+            switches: skeleton.switches.iter().map(switch).collect(),
             skip: skip(request),
             asks_first: !arenas.is_empty(),
             replacement: None,
@@ -124,6 +124,13 @@ fn reads_at_exit(body: &SkeletonBody<'_>) -> Vec<u32> {
     let mut all = offsets(body.reads);
     all.extend(saved_at(body, When::Exit));
     all
+}
+
+/// From where to where a switch jumps.
+fn switch(switch: &Switch) -> (RemoteAddr, RemoteAddr) {
+    let [_, distance @ ..] = switch.new;
+    let behind = switch.at.offset(5);
+    (switch.at, behind.offset(i32::from_le_bytes(distance).into()))
 }
 
 /// What a modify body's decision may change.

@@ -234,8 +234,8 @@ pub enum Rule {
     /// A signal handler may have overwritten it.
     #[error("reads below rsp")]
     ReadsDead,
-    /// No program sees it.
-    #[error("reads the return address")]
+    /// Whole it may be read.
+    #[error("reads a part of the return address")]
     ReadsReturnAddress,
     /// 16-byte operands of an instruction that faults where the address is not aligned.
     #[error("might need an aligned address")]

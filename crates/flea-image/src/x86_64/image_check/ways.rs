@@ -2,14 +2,14 @@
 
 use iced_x86::{Instruction, Register};
 
-use super::state::{Address, DECISION, FRAME, RAX, RBP, RDI, RDX, RSP, State, Surroundings, small};
+use super::state::{
+    Address, CALLEE_SAVED, DECISION, FRAME, RAX, RBP, RDI, RDX, RSP, State, Surroundings, small,
+};
 use super::step::push_value;
 use super::value::{Source, Value};
 use super::walk::MARKER;
 use super::{ImageUnderCheck, KnownCall, Rule, Runs};
 
-/// rbx, rbp, r12 to r15.
-const CALLEE_SAVED: [u8; 6] = [3, 5, 12, 13, 14, 15];
 const RAX_SOURCE: Source = Source::Gpr(0);
 const R11_SOURCE: Source = Source::Gpr(11);
 
@@ -247,10 +247,6 @@ impl Ways<'_> {
             }
             return compare(state, Value::Caller, |source| self.is_scratch(source));
         }
-        let expected = |source| match source {
-            Source::Gpr(i) if CALLEE_SAVED.contains(&i) => Value::Caller(source),
-            source => state.left(source),
-        };
         let set = match &self.image.skip {
             _ if state.called => &[][..],
             Some(set) if state.skips => set,
@@ -260,7 +256,11 @@ impl Ways<'_> {
         if let Some(source) = set.iter().find(|source| !is_decided(state, **source)) {
             return Err(Rule::NotKept(*source));
         }
-        compare(state, expected, |source| set.iter().any(|s| whole(*s) == whole(source)))
+        compare(
+            state,
+            |source| state.left(source),
+            |source| set.iter().any(|s| whole(*s) == whole(source)),
+        )
     }
 }
 /// All registers but `rsp` and those that are free hold what is expected, and the x87 stack is
