@@ -16,6 +16,7 @@ mod body;
 mod clif;
 mod code;
 mod frame;
+pub mod frames_file;
 mod guard;
 mod plain;
 mod request;
@@ -34,7 +35,7 @@ pub use request::{
 pub use sides::needs_frame;
 pub use skip::{NoSkip, SkipResult, skip_result};
 pub use x86_64::check::{CheckError, check_body};
-pub use x86_64::find_fde::FrameArena;
+pub use x86_64::find_fde::{FrameArena, Question};
 pub use x86_64::image_check::{ImageError, ImageUnderCheck, check_image};
 pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;

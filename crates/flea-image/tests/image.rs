@@ -29,7 +29,7 @@ fn check(linked: &Linked<'_>, skeleton: &Skeleton) -> Result<(), ImageError> {
     check_image(&ImageUnderCheck {
         memory: Trusted::Ranges(from_ref(&memory)),
         runtime: Trusted::Ranges(from_ref(&runtime)),
-        ..ImageUnderCheck::of(linked.request, linked.arenas, skeleton)
+        ..ImageUnderCheck::of(linked.request, linked.asked, skeleton)
     })
 }
 
@@ -174,7 +174,7 @@ fn a_bit_of_everything() -> Case {
         kind: SiteKind::Relocated,
         stack_copy: StackCopy::Exactly(3),
         stack_align_bytes: 16,
-        is_unwinder: false,
+        asked: None,
     }
 }
 

@@ -94,7 +94,7 @@ fn image(hand: &Hand) -> ImageUnderCheck<'_> {
             .map(|(from, to)| (RemoteAddr(*from), RemoteAddr(*to)))
             .collect(),
         skip: Some(vec![RAX]),
-        asks_first: false,
+        answer_bytes: None,
         replacement: None,
     }
 }
@@ -255,9 +255,9 @@ fn in_front(
     a.jmp(SITE.0 + 5).unwrap();
     let bytes = a.assemble(IMAGE).unwrap();
     let hand = Hand { bytes, original: IMAGE, moved, switch: None };
-    let asks_first = replacement.is_none();
+    let answer_bytes = replacement.is_none().then_some(24);
     let image =
-        ImageUnderCheck { calls: vec![], skip: None, asks_first, replacement, ..image(&hand) };
+        ImageUnderCheck { calls: vec![], skip: None, answer_bytes, replacement, ..image(&hand) };
     check_image(&image).map_err(|e| match e {
         ImageError::Broken { rule, .. } => rule,
         other => panic!("{other}"),

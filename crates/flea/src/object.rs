@@ -567,7 +567,9 @@ fn stack_args(function: &Function, signature: &Signature) -> Result<StackArgs, A
     if function.uses_return_address() {
         return Err(AttachError::ReturnAddress { function: function.name() });
     }
-    Ok(StackArgs { n_words, may_be_fewer, align_bytes: signature.stack_align_bytes })
+    // What is not named may be aligned to as much as a vector.
+    let align_bytes = if may_be_fewer { 64 } else { signature.stack_align_bytes };
+    Ok(StackArgs { n_words, may_be_fewer, align_bytes })
 }
 
 fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {

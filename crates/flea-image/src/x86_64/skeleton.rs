@@ -54,7 +54,7 @@ use iced_x86::code_asm::{
 use iced_x86::{Code, IcedError};
 
 use super::assemble::{Assembly, Encoded, Place};
-use super::find_fde::{self, FrameArena};
+use super::find_fde::{self, FrameArena, Question};
 use super::image_check::{ImageError, ImageUnderCheck, check_image};
 use super::listing;
 use super::relocate::{self, RelocateError};
@@ -303,16 +303,17 @@ pub fn call_patch(site: RemoteAddr, body_address: RemoteAddr) -> Option<[u8; PAT
 /// # Errors
 /// [`LinkError`]
 pub fn link_skeleton(request: &SkeletonRequest<'_>) -> Result<Skeleton, LinkError> {
-    link_unwinder_skeleton(request, &[])
+    link_unwinder_skeleton(request, Question::Row, &[])
 }
 
-/// As [`link_skeleton`], for a `_Unwind_Find_FDE`: it answers for the exit skeletons in
-/// `arenas` before the original is asked. There need not be any bodies.
+/// As [`link_skeleton`], for a function that unwinders ask `question`: it answers for the exit
+/// skeletons in `arenas` before the original is asked. There need not be any bodies.
 ///
 /// # Errors
 /// [`LinkError`]
 pub fn link_unwinder_skeleton(
     request: &SkeletonRequest<'_>,
+    question: Question,
     arenas: &[FrameArena],
 ) -> Result<Skeleton, LinkError> {
     check_request(request)?;
@@ -331,13 +332,14 @@ pub fn link_unwinder_skeleton(
     }
     emitter.row(UnwindRule::Original);
     let original = emitter.asm.here();
-    find_fde::emit(&mut emitter.asm, arenas).map_err(|e| emitter.failed(&e))?;
+    find_fde::emit(&mut emitter.asm, question, arenas).map_err(|e| emitter.failed(&e))?;
     let moves = emitter.original()?;
     let skeleton = emitter.finish(original, &moves)?;
     // Ten thousand of these are made in one attach, so a release build does without; the tests
     // show that what is made here is right whatever goes in.
     if cfg!(debug_assertions) {
-        check_image(&ImageUnderCheck::of(request, arenas, &skeleton)).map_err(LinkError::Check)?;
+        let asked = (!arenas.is_empty()).then_some(question);
+        check_image(&ImageUnderCheck::of(request, asked, &skeleton)).map_err(LinkError::Check)?;
     }
     Ok(skeleton)
 }
@@ -563,7 +565,8 @@ impl Emitter<'_> {
             SiteKind::Nops => {
                 let insns = relocate::decode(replaced, site.0)
                     .map_err(|source| LinkError::Site { site, source })?;
-                if !insns.iter().all(is_nop) {
+                let behind = site.0 + replaced.len() as u64;
+                if !insns.iter().all(|insn| is_nop(insn) || is_jump_to(insn, behind)) {
                     return Err(LinkError::NotNops { site, found: replaced.to_vec() });
                 }
                 insns.iter().map(|insn| (insn.ip(), self.asm.here())).collect()
@@ -629,8 +632,14 @@ fn frame_bytes(request: &SkeletonRequest<'_>) -> u32 {
 }
 
 fn is_nop(insn: &iced_x86::Instruction) -> bool {
-    matches!(insn.mnemonic(), iced_x86::Mnemonic::Nop)
+    // `endbr64` stands between nops before and behind an entry; nothing jumps to its copy.
+    matches!(insn.mnemonic(), iced_x86::Mnemonic::Nop | iced_x86::Mnemonic::Endbr64)
         || (insn.mnemonic() == iced_x86::Mnemonic::Xchg && insn.len() == 1)
+}
+
+/// XRay's sled is a jump over a nop.
+fn is_jump_to(insn: &iced_x86::Instruction, target: u64) -> bool {
+    insn.code() == Code::Jmp_rel8_64 && insn.near_branch_target() == target
 }
 
 fn rel32(opcode: u8, from: RemoteAddr, to: RemoteAddr) -> Option<[u8; PATCH_BYTES]> {

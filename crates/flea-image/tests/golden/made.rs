@@ -1,8 +1,8 @@
 //! A case compiled and linked for given addresses.
 
 use flea_image::{
-    BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, Code, FrameArena, ProgramUse, RelocTarget,
-    Skeleton, SkeletonBody, SkeletonRequest, StackCopy, check_body, compile_body,
+    BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, Code, FrameArena, ProgramUse, Question,
+    RelocTarget, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, check_body, compile_body,
     link_unwinder_skeleton, skip_result,
 };
 use flea_symbols::addr::RemoteAddr;
@@ -134,7 +134,7 @@ fn link(case: &Case, places: &Places<'_>, bodies: &[SkeletonBody<'_>]) -> Skelet
         stack_align_bytes: case.stack_align_bytes,
     };
     let at = |offset| places.image.offset(offset);
-    let arena = [FrameArena { start: at(0), end: at(0x20_0000), fde: at(0x1018) }];
+    let arena = [FrameArena { start: at(0), end: at(0x20_0000), rows: at(0x1000) }];
     let arenas = if case.is_unwinder { &arena[..] } else { &[] };
-    link_unwinder_skeleton(&request, arenas).unwrap()
+    link_unwinder_skeleton(&request, Question::Row, arenas).unwrap()
 }

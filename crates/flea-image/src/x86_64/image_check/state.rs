@@ -252,13 +252,9 @@ impl State {
             Address::Near(at) if (self.rsp()?..0).contains(&at) => Ok(()),
             Address::Near(_) => Err(Rule::WritesCaller),
             Address::Shared => Ok(()),
-            Address::Passed(Source::Gpr(RSI), at)
-                if about.in_front
-                    && about.image.asks_first
-                    && (0..24).contains(&at)
-                    && n_bytes == 8 =>
-            {
-                Ok(())
+            Address::Passed(Source::Gpr(RSI), at) if about.in_front && n_bytes == 8 => {
+                let answer = 0..about.image.answer_bytes.unwrap_or(0);
+                if answer.contains(&at) { Ok(()) } else { Err(Rule::WritesAnywhere) }
             }
             Address::Passed(..) | Address::Unknown => Err(Rule::WritesAnywhere),
         }
