@@ -125,7 +125,8 @@ fn every_change_of_a_skeleton_is_refused() {
 
 /// Inline bodies are programs as well, whose numbers are none of the checker's business: a
 /// changed shift, condition or constant passes. What it has to refuse is a register that is not
-/// brought back. That half of all changes are refused is what was measured (47 to 51 of 100).
+/// brought back. The bound is loose: 67 of 100 changes of this sample were refused when it was
+/// set, 49 of another.
 #[test]
 fn changes_of_inline_bodies_are_refused_where_anyone_else_would_notice() {
     let (mut n_all, mut n_alive) = (0, 0);
