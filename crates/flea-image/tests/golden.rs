@@ -478,7 +478,7 @@ fn skeletons() {
         0019  pushq 0x20(%rbp)
         001c  pushq 0x18(%rbp)
         001f  pushq 0x10(%rbp)
-        0022  call 0x000000000060010C
+        0022  call 0x0000000000600113
         0027  mov %rbp,-8(%rsp)
         002c  mov %rax,-8(%rbp)
         0030  push %rbp
@@ -535,11 +535,14 @@ fn skeletons() {
         0100  jmp +0xbf
         0102  leave
         0103  ret
-        0104  nopl 0x61656C66(%rax,%rax)
-        010c  push %rbp
-        010d  mov %rsp,%rbp
-        0110  lea 0x40110B,%rax
-        0117  jmp 0x000000000040100B
+        0104  mov %rbp,-8(%rsp)
+        0109  leave
+        010a  ret
+        010b  nopl 0x61656C66(%rax,%rax)
+        0113  push %rbp
+        0114  mov %rsp,%rbp
+        0117  lea 0x40110B,%rax
+        011e  jmp 0x000000000040100B
     "#]]
     .assert_eq(&skeleton.listing());
     expect![[r#"
@@ -554,25 +557,25 @@ fn skeletons() {
                     rule: Frame,
                 },
                 UnwindRow {
-                    offset: 268,
+                    offset: 275,
                     rule: Original,
                 },
             ],
             [
                 (
                     0x401000,
-                    0x60010c,
+                    0x600113,
                 ),
                 (
                     0x401001,
-                    0x60010d,
+                    0x600114,
                 ),
                 (
                     0x401004,
-                    0x600110,
+                    0x600117,
                 ),
             ],
-            0x60010c,
+            0x600113,
         )
     "#]]
     .assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));

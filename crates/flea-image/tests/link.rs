@@ -69,6 +69,13 @@ fn what_cannot_be_linked_says_why() {
     let not_nops = SkeletonRequest { kind: SiteKind::Nops, ..request(&[0x55; 5], &[]) };
     assert!(matches!(link_skeleton(&not_nops), Err(LinkError::NotNops { .. })));
 
+    // XRay's sled jumps over its nop; a jump elsewhere does something.
+    let mut sled = [0xeb, 9, 0x66, 0x0f, 0x1f, 0x84, 0, 0, 2, 0, 0];
+    link_skeleton(&SkeletonRequest { kind: SiteKind::Nops, ..request(&sled, &[]) }).unwrap();
+    sled[1] = 10;
+    let other = SkeletonRequest { kind: SiteKind::Nops, ..request(&sled, &[]) };
+    assert!(matches!(link_skeleton(&other), Err(LinkError::NotNops { .. })));
+
     let far =
         SkeletonRequest { image_address: RemoteAddr(SITE.0 + (1 << 31)), ..request(&nop, &[]) };
     assert!(matches!(link_skeleton(&far), Err(LinkError::OutOfReach { .. })));
@@ -82,8 +89,80 @@ fn what_cannot_be_linked_says_why() {
     let many = SkeletonRequest { stack_copy: StackCopy::Exactly(100_000), ..request(&nop, &[]) };
     assert!(matches!(link_skeleton(&many), Err(LinkError::TooManyStackWords { .. })));
 
+    let odd = SkeletonRequest { stack_align_bytes: 48, ..request(&nop, &[]) };
+    assert_eq!(link_skeleton(&odd), Err(LinkError::StackAlignment { align_bytes: 48 }));
+
     assert_eq!(call_patch(SITE, RemoteAddr(SITE.0 + (1 << 32))), None);
     assert_eq!(call_patch(SITE, RemoteAddr(SITE.0 + 5)), Some([0xe8, 0, 0, 0, 0]));
+}
+
+#[test]
+fn words_that_may_not_be_there_are_read_with_care() {
+    let nop = [0x0f, 0x1f, 0x44, 0, 0];
+    let reads = Reads::default();
+    let bodies = [SkeletonBody {
+        entry: None,
+        session: None,
+        modify: None,
+        exit: Some(BodyRef::Call(NEAR)),
+        reads: &reads,
+        saves: &[],
+        frame_words: 0,
+        frame_offset: 0,
+    }];
+    let probe_read_user = RemoteAddr(0x7000_0000_0000);
+    let skeleton = link_skeleton(&SkeletonRequest {
+        kind: SiteKind::Nops,
+        stack_copy: StackCopy::UpTo { n_words: 2, probe_read_user },
+        stack_align_bytes: 64,
+        ..request(&nop, &bodies)
+    });
+    expect![[r#"
+        0000  push %rbp
+        0001  mov %rsp,%rbp
+        0004  lea -0xA0(%rsp),%rsp
+        000c  mov %rax,-8(%rbp)
+        0010  lea 8(%rbp),%rax
+        0014  and $0xFFF,%eax
+        0019  cmp $0xFE8,%eax
+        001e  mov -8(%rbp),%rax
+        0022  ja +0x42
+        0024  pushq 0x18(%rbp)
+        0027  pushq 0x10(%rbp)
+        002a  call 0x000000000060009E
+        002f  mov %rbp,-8(%rsp)
+        0034  call 0x0000000000600000
+        0039  leave
+        003a  ret
+        003b  mov %rbp,-8(%rsp)
+        0040  leave
+        0041  ret
+        0042  mov %rdi,-0x28(%rbp)
+        0046  mov %rsi,-0x30(%rbp)
+        004a  mov %rdx,-0x38(%rbp)
+        004e  mov %rcx,-0x40(%rbp)
+        0052  lea -0x10(%rsp),%rsp
+        0057  lea 0x10(%rbp),%rsi
+        005b  mov %rsp,%rdi
+        005e  mov %esi,%ecx
+        0060  neg %ecx
+        0062  and $0xFFF,%ecx
+        0068  mov $0x10,%edx
+        006d  sub %ecx,%edx
+        006f  rep movsb (%rsi),(%rdi)
+        0071  xchg %rdx,%rsi
+        0074  movabs $0x700000000000,%rax
+        007e  call *%rax
+        0080  mov -0x28(%rbp),%rdi
+        0084  mov -0x30(%rbp),%rsi
+        0088  mov -0x38(%rbp),%rdx
+        008c  mov -0x40(%rbp),%rcx
+        0090  mov -8(%rbp),%rax
+        0094  jmp +0x2a
+        0096  nopl 0x61656C66(%rax,%rax)
+        009e  jmp 0x0000000000401005
+    "#]]
+    .assert_eq(&skeleton.unwrap().listing());
 }
 
 #[test]
@@ -307,7 +386,7 @@ fn saves_go_into_the_words_of_their_body() {
         0013  mov %r15,-0xA0(%rbp)
         001a  movups %xmm1,-0xB0(%rbp)
         0021  call 0x0000000000600000
-        0026  call 0x0000000000600077
+        0026  call 0x000000000060007E
         002b  mov %rbp,-8(%rsp)
         0030  vmovups %ymm2,-0xD0(%rbp)
         0038  vmovups %zmm7,-0x110(%rbp)
@@ -320,9 +399,12 @@ fn saves_go_into_the_words_of_their_body() {
         0068  call 0x0000000000600000
         006d  leave
         006e  ret
-        006f  nopl 0x61656C66(%rax,%rax)
-        0077  nopl (%rax,%rax)
-        007c  jmp 0x0000000000401005
+        006f  mov %rbp,-8(%rsp)
+        0074  leave
+        0075  ret
+        0076  nopl 0x61656C66(%rax,%rax)
+        007e  nopl (%rax,%rax)
+        0083  jmp 0x0000000000401005
     "#]]
     .assert_eq(&with(&saves, 20).unwrap().listing());
     for what in [

@@ -208,6 +208,115 @@ fn a_call_in_the_prologue_is_refused_with_what_would_do() {
     }
 }
 
+/// `-pg -mfentry` puts a call at the entry, by the GOT where code is position independent.
+#[test]
+fn a_profilers_call_at_the_entry_would_do() {
+    for (flags, call) in [
+        (["-O2", "-pg", "-mfentry", "-fno-pic"].as_slice(), [0xe8].as_slice()),
+        (&["-O2", "-pg", "-mfentry"], &[0xff, 0x15]),
+        (&["-O2", "-pg", "-mfentry", "-fcf-protection=full"], &[0xff, 0x15]),
+    ] {
+        let is_static = flags.contains(&"-fno-pic");
+        let source = format!("{ADD}int main(void) {{ return 0; }}");
+        let flags = [flags, if is_static { &["-no-pie"] } else { &[] }].concat();
+        let bytes = gcc(&format!("fentry{}", flags.len()), &source, &flags);
+        let module = Module::parse(&bytes, None).unwrap();
+        let add = function(&module, "add");
+        let Err(Refusal::CallInPrologue { at, if_pushed: Some(site) }) = module.site(add) else {
+            panic!("{flags:?}: {:?}", module.site(add));
+        };
+        assert_eq!((at, site.boundaries.as_slice()), (site.address, [0].as_slice()));
+        assert!(site.original.starts_with(call), "{flags:?}: {:02x?}", site.original);
+        let behind = if flags.len() == 4 && !is_static { 4 } else { 0 };
+        assert_eq!(site.address, add.address.offset(behind));
+    }
+}
+
+/// Every function that `-fpatchable-function-entry=N,M` can make has a site, and the nops are
+/// what is replaced where there are enough.
+#[test]
+fn any_number_of_nops_before_and_behind_the_entry() {
+    let mut source = String::new();
+    let splits = || (0..=16).flat_map(|behind| (0..=16).map(move |before| (behind, before)));
+    for (behind, before) in splits() {
+        source += &format!(
+            "__attribute__((patchable_function_entry({}, {before}))) \
+             int f_{behind}_{before}(int a, int b) {{ return a * 31 + b; }}\n",
+            behind + before
+        );
+    }
+    for compiler in ["gcc", "clang"] {
+        for cet in ["-fcf-protection=none", "-fcf-protection=full"] {
+            for level in ["-Os", "-O2"] {
+                let name = format!("split-{compiler}{cet}{level}");
+                let Some(bytes) = compile(&name, compiler, &source, &[level, cet]) else {
+                    continue;
+                };
+                let module = Module::parse(&bytes, None).unwrap();
+                for (behind, before) in splits() {
+                    let f = function(&module, &format!("f_{behind}_{before}"));
+                    let site = module.site(f);
+                    let site = site.unwrap_or_else(|e| panic!("{name} {behind} {before}: {e}"));
+                    let kind = if behind >= 5 { SiteKind::Nop5 } else { SiteKind::Relocated };
+                    assert_eq!(site.kind, kind, "{name} {behind} {before}");
+                    let endbr = if cet.ends_with("full") { 4 } else { 0 };
+                    assert_eq!(site.address, f.address.offset(endbr), "{name} {behind} {before}");
+                }
+            }
+        }
+    }
+}
+
+/// Where the bytes behind the entry do not do, nops before it and two behind it do.
+#[test]
+fn nops_before_the_entry_make_room() {
+    let f = |before: &str, at: &str| {
+        let entries = ".section __patchable_function_entries,\"awo\",@progbits,.text\n";
+        format!(
+            "{before}.globl f\n.type f,@function\nf: {at}\n.size f,.-f\n\
+             {entries}.p2align 3\n.quad .Larea\n.text\n\
+             .globl g\n.type g,@function\ng: lea 1(%rdi),%rax\nret\n.size g,.-g\n"
+        )
+    };
+    let short = "nop\nnop\nxchg %edi,%eax\nret\n";
+    let site = |name: &str, body: &str| {
+        let bytes = asm(name, body);
+        let module = Module::parse(&bytes, None).unwrap();
+        module.site(function(&module, "f"))
+    };
+    let area = |n: u32| format!(".byte 0xc3\n.p2align 4\n.Larea: .fill {n},1,0x90\n");
+
+    let found = site("door5", &f(&area(5), short)).unwrap();
+    assert_eq!((found.kind, found.original.as_slice()), (SiteKind::Nop5, [0x90; 7].as_slice()));
+    assert_eq!((found.door, found.address.offset(5)), (Some(found.function), found.function));
+    assert_eq!(found.boundaries, [0, 1, 2, 3, 4, 5, 6]);
+
+    let found = site("door9", &f(&area(9), &format!("endbr64\n{short}"))).unwrap();
+    assert_eq!((found.door, found.len_bytes()), (Some(found.function.offset(4)), 11));
+    assert_eq!(found.boundaries, [0, 1, 2, 3, 4, 5, 9, 10]);
+    assert_eq!(found.resume(), found.function.offset(6));
+
+    // Room behind the entry is taken first.
+    let found = site("doorless", &f(&area(5), "nop\nnop\nlea 1(%rdi),%rax\nret\n")).unwrap();
+    assert_eq!((found.door, found.address), (None, found.function));
+
+    let too_short = |name, body: &str| {
+        let found = site(name, body);
+        assert!(matches!(found, Err(Refusal::TooShort { .. })), "{name}: {found:?}");
+    };
+    too_short("door4", &f(&area(4), short));
+    too_short("one nop", &f(&area(5), "nop\nxchg %edi,%eax\nret\n"));
+    too_short("no nops", &f(".byte 0xc3\n.p2align 4\n.Larea: .fill 5,1,0xcc\n", short));
+    let taken =
+        area(5).replace(".Larea: .fill 5,1,0x90", ".Larea: .fill 2,1,0x90\n.Lin: .fill 3,1,0x90");
+    let pointer = ".section .data.rel.ro,\"aw\"\n.p2align 3\n.quad .Lin\n.text\n";
+    too_short("led into", &(f(&taken, short) + pointer));
+    let unnamed = f(&area(5), short).replace(".quad .Larea", ".quad f");
+    too_short("nobody's nops", &unnamed);
+    let looping = site("door loop", &f(&area(5), "nop\nnop\ndec %edi\njnz f\nret\n"));
+    assert!(matches!(looping, Err(Refusal::LoopsToEntry { .. })), "{looping:?}");
+}
+
 #[test]
 fn short_functions_take_their_padding() {
     let body = asm_function("f", "ret\n.fill 15,1,0xcc") // the padding is outside its size below
