@@ -258,6 +258,9 @@ fn arguments(signature: &Signature, bytes: &[u8]) -> Vec<(String, Word)> {
     let mut slot = 0;
     let mut args = Vec::with_capacity(signature.params.len());
     for (i, param) in signature.params.iter().enumerate() {
+        if param.absent.is_some() {
+            continue; // it has no value that could be shown
+        }
         let words: Vec<u64> = (slot..slot + param.words.len()).map(word).collect();
         slot += words.len();
         let value = if is_string(param) {
