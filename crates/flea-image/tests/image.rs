@@ -29,7 +29,7 @@ fn check(linked: &Linked<'_>, skeleton: &Skeleton) -> Result<(), ImageError> {
     check_image(&ImageUnderCheck {
         memory: Trusted::Ranges(from_ref(&memory)),
         runtime: Trusted::Ranges(from_ref(&runtime)),
-        ..ImageUnderCheck::of(linked.request, linked.arenas, skeleton)
+        ..ImageUnderCheck::of(linked.request, linked.asked, skeleton)
     })
 }
 
@@ -125,7 +125,8 @@ fn every_change_of_a_skeleton_is_refused() {
 
 /// Inline bodies are programs as well, whose numbers are none of the checker's business: a
 /// changed shift, condition or constant passes. What it has to refuse is a register that is not
-/// brought back. That half of all changes are refused is what was measured (47 to 51 of 100).
+/// brought back. The bound is loose: 67 of 100 changes of this sample were refused when it was
+/// set, 49 of another.
 #[test]
 fn changes_of_inline_bodies_are_refused_where_anyone_else_would_notice() {
     let (mut n_all, mut n_alive) = (0, 0);
@@ -174,7 +175,7 @@ fn a_bit_of_everything() -> Case {
         kind: SiteKind::Relocated,
         stack_copy: StackCopy::Exactly(3),
         stack_align_bytes: 16,
-        is_unwinder: false,
+        asked: None,
     }
 }
 
@@ -223,7 +224,7 @@ impl fmt::Display for Spoilt {
 }
 
 /// The rule that the spoilt image is refused by.
-fn refused(what: &str, mut spoil: impl FnMut(&mut Spoilt)) -> Rule {
+fn refused(what: &str, spoil: impl FnOnce(&mut Spoilt)) -> Rule {
     let mut rule = None;
     with_image(&a_bit_of_everything(), |linked, skeleton| {
         check(linked, skeleton).unwrap();

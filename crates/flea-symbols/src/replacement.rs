@@ -6,7 +6,7 @@ use crate::signature::{Signature, Type};
 /// Why one function cannot stand in for another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Mismatch {
-    /// One of the two has no debug information.
+    /// One of the two has no debug information, or not enough.
     Unknown,
     /// They are called in different ways.
     Different,
@@ -20,7 +20,7 @@ impl Signature {
     /// # Errors
     /// [`Mismatch`]
     pub fn check_replacement(&self, other: &Self) -> Result<(), Mismatch> {
-        if !self.is_known() || !other.is_known() {
+        if !self.is_wholly_known() || !other.is_wholly_known() {
             return Err(Mismatch::Unknown);
         }
         let params = self.params.len() == other.params.len()
@@ -35,6 +35,16 @@ impl Signature {
         } else {
             Err(Mismatch::Different)
         }
+    }
+}
+
+impl Signature {
+    /// Whether the place of every word is known, and none was optimized away.
+    #[must_use]
+    pub fn is_wholly_known(&self) -> bool {
+        self.is_known()
+            && self.ret.absent.is_none()
+            && self.params.iter().all(|param| param.absent.is_none())
     }
 }
 
@@ -54,7 +64,7 @@ fn is_alike(a: &Type, b: &Type) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::signature::{ArgWord, Param, RetWord, Return, SignatureSource, StackWords};
+    use crate::signature::{Absent, ArgWord, Param, RetWord, Return, SignatureSource, StackWords};
 
     fn int(size_bytes: u32, signed: bool) -> Type {
         Type::Int { name: "int".into(), size_bytes, signed }
@@ -66,14 +76,16 @@ mod tests {
             name: None,
             ty: ty.clone(),
             words: vec![ArgWord::Gpr(i)],
+            absent: None,
         };
         Signature {
             params: (0..).zip(params).map(param).collect(),
-            ret: Return { ty: ret, words },
+            ret: Return { ty: ret, words, absent: None },
             variadic: false,
             stack_words: StackWords::Known(0),
             stack_align_bytes: 16,
             source: SignatureSource::Dwarf,
+            doubt: None,
         }
     }
 
@@ -94,6 +106,9 @@ mod tests {
         ] {
             assert_eq!(check(&other), Err(Mismatch::Different), "{}", other.declaration("f"));
         }
+        let mut partly = original.clone();
+        partly.params[1] = Param { absent: Some(Absent::OptimizedOut), ..partly.params[1].clone() };
+        assert_eq!(partly.check_replacement(&original), Err(Mismatch::Unknown));
         let guessed = Signature::guessed(StackWords::Unknown);
         assert_eq!(check(&guessed), Err(Mismatch::Unknown));
         assert_eq!(guessed.check_replacement(&original), Err(Mismatch::Unknown));

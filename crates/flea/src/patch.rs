@@ -282,8 +282,8 @@ impl Patch {
                 function: function.name(),
                 symbol: symbol.to_owned(),
                 path: self.path.clone(),
-                original_known: original.is_known(),
-                replacement_known: replacement.is_known(),
+                original_known: original.is_wholly_known(),
+                replacement_known: replacement.is_wholly_known(),
             }),
             Err(Mismatch::Different) => Err(PatchError::Signature {
                 function: function.name(),

@@ -349,7 +349,8 @@ pub fn link_unwinder_skeleton(
     // Ten thousand of these are made in one attach, so a release build does without; the tests
     // show that what is made here is right whatever goes in.
     if cfg!(debug_assertions) {
-        check_image(&ImageUnderCheck::of(request, arenas, &skeleton)).map_err(LinkError::Check)?;
+        let asked = (!arenas.is_empty()).then_some(question);
+        check_image(&ImageUnderCheck::of(request, asked, &skeleton)).map_err(LinkError::Check)?;
     }
     Ok(skeleton)
 }

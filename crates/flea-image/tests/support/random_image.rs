@@ -2,7 +2,7 @@
 
 use flea_image::{
     BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, FrameArena, ProgramUse, Question, RelocTarget,
-    SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, compile_body,
+    SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, compile_body, link_skeleton,
     link_unwinder_skeleton, skip_result,
 };
 use flea_layout::shared::RuntimeFn;
@@ -69,13 +69,13 @@ pub struct Case {
     pub kind: SiteKind,
     pub stack_copy: StackCopy,
     pub stack_align_bytes: u32,
-    pub is_unwinder: bool,
+    pub asked: Option<Question>,
 }
 
 /// What a skeleton was linked from.
 pub struct Linked<'a> {
     pub request: &'a SkeletonRequest<'a>,
-    pub arenas: &'a [FrameArena],
+    pub asked: Option<Question>,
 }
 
 /// Where `target` is.
@@ -193,7 +193,7 @@ fn arithmetic(ops: &[Insn], n_args: i16) -> Verified {
 }
 
 /// Links `case` and shows `look` the outcome.
-pub fn with_image(case: &Case, mut look: impl FnMut(&Linked<'_>, &Skeleton)) {
+pub fn with_image(case: &Case, look: impl FnOnce(&Linked<'_>, &Skeleton)) {
     let n_args = i16::try_from(case.signature.arg_words().count()).unwrap();
     let mut offset = BODY_FRAMES_OFFSET;
     let mut made = Vec::new();
@@ -239,13 +239,11 @@ pub fn with_image(case: &Case, mut look: impl FnMut(&Linked<'_>, &Skeleton)) {
     };
     let at = |offset| RemoteAddr(IMAGE.0 + offset);
     let arena = FrameArena { start: at(0), end: at(0x20_0000), rows: at(0x1000) };
-    let arenas = [arena];
-    let asked = if case.is_unwinder { &arenas[..] } else { &[] };
-    let questions = [Question::Row, Question::Object];
-    for question in &questions[..if case.is_unwinder { 2 } else { 1 }] {
-        let skeleton = link_unwinder_skeleton(&request, *question, asked).unwrap();
-        look(&Linked { request: &request, arenas: asked }, &skeleton);
-    }
+    let skeleton = match case.asked {
+        Some(question) => link_unwinder_skeleton(&request, question, &[arena]).unwrap(),
+        None => link_skeleton(&request).unwrap(),
+    };
+    look(&Linked { request: &request, asked: case.asked }, &skeleton);
 }
 
 fn compile(signature: &Signature, controller: &Controller, n_args: i16, frame_offset: u32) -> Body {
@@ -365,12 +363,16 @@ fn can_move(bytes: &[u8]) -> bool {
 
 /// Any image.
 pub fn case() -> impl Strategy<Value = Case> {
-    let is_unwinder = prop_oneof![5 => Just(false), 1 => Just(true)];
+    let asked = prop_oneof![
+        6 => Just(None),
+        1 => Just(Some(Question::Row)),
+        1 => Just(Some(Question::Object)),
+    ];
     let controllers = proptest::collection::vec(controller(), 1..4);
     let align = proptest::sample::select(vec![16, 16, 32, 64]);
     let stack = (0u32..4, any::<bool>(), align);
-    (signature(), controllers, replaced(), stack, is_unwinder).prop_map(
-        |(signature, mut controllers, (kind, replaced), stack, is_unwinder)| {
+    (signature(), controllers, replaced(), stack, asked).prop_map(
+        |(signature, mut controllers, (kind, replaced), stack, asked)| {
             if skip_result(&signature).is_err() {
                 controllers.iter_mut().for_each(Controller::without_fmod_ret);
             }
@@ -383,15 +385,7 @@ pub fn case() -> impl Strategy<Value = Case> {
                 true => StackCopy::Exactly(n_words),
                 false => StackCopy::UpTo { n_words, probe_read_user },
             };
-            Case {
-                signature,
-                controllers,
-                replaced,
-                kind,
-                stack_copy,
-                stack_align_bytes,
-                is_unwinder,
-            }
+            Case { signature, controllers, replaced, kind, stack_copy, stack_align_bytes, asked }
         },
     )
 }

@@ -5,6 +5,7 @@ pub(crate) mod classify;
 pub(crate) mod door;
 pub(crate) mod jumps;
 mod kept;
+pub(crate) mod live_in;
 pub(crate) mod nops;
 pub(crate) mod returns;
 pub(crate) mod site;

@@ -7,7 +7,7 @@ use super::value::Source;
 use super::{FrameWord, Holds, ImageUnderCheck, KnownCall, Moved, Runs, Trusted};
 use crate::request::{BODY_FRAMES_OFFSET, Reads, Saved, When};
 use crate::skip::SkipResult;
-use crate::x86_64::find_fde::FrameArena;
+use crate::x86_64::find_fde::Question;
 use crate::x86_64::skeleton::{BodyRef, Skeleton, SkeletonBody, SkeletonRequest, Switch};
 use crate::x86_64::stack_copy::StackCopy;
 
@@ -16,12 +16,13 @@ const ARGUMENTS: [u8; 6] = [7, 6, 2, 1, 8, 9];
 const N_VECTOR_ARGUMENTS: u8 = 8;
 
 impl<'a> ImageUnderCheck<'a> {
-    /// `skeleton` as `request` wanted it, answering for `arenas`. Whatever 64-bit constants are in its bodies count as
+    /// `skeleton` as `request` wanted it, answering what it is `asked` for our
+    /// frames. Whatever 64-bit constants are in its bodies count as
     /// memory and runtime; whoever knows better puts ranges in their place.
     #[must_use]
     pub fn of(
         request: &SkeletonRequest<'a>,
-        arenas: &[FrameArena],
+        asked: Option<Question>,
         skeleton: &'a Skeleton,
     ) -> Self {
         let first_moved = skeleton.moves.first().map(|(_, to)| *to);
@@ -48,7 +49,11 @@ impl<'a> ImageUnderCheck<'a> {
             runtime: Trusted::Immediates,
             switches: skeleton.switches.iter().map(switch).collect(),
             skip: skip(request),
-            asks_first: !arenas.is_empty(),
+            answer_bytes: asked.map(|question| match question {
+                // struct dwarf_eh_bases; struct dl_find_object without its reserved words.
+                Question::Row => 24,
+                Question::Object => 40,
+            }),
             replacement: request.replacement,
         }
     }

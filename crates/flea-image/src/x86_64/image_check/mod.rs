@@ -75,9 +75,9 @@ pub struct ImageUnderCheck<'a> {
     /// The image may return without having called the original, if a modify body has left
     /// something else than 0 in the word of the result rax: that is in these registers then.
     pub skip: Option<Vec<Source>>,
-    /// The image answers for the original (`_Unwind_Find_FDE`, `_dl_find_object`): at [`Self::original`] stand
-    /// questions, which may change `rax` and `r11`, write through `rsi`, and return.
-    pub asks_first: bool,
+    /// The image answers for the original (`_Unwind_Find_FDE`): at [`Self::original`] stand
+    /// questions, which may change `rax` and `r11`, return, and write so many bytes from `rsi` on.
+    pub answer_bytes: Option<i64>,
     /// What runs instead of the moved instructions: at [`Self::original`], or behind the
     /// questions, stands a jump to it, which may change `r11`.
     pub replacement: Option<RemoteAddr>,

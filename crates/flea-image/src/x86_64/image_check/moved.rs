@@ -11,7 +11,7 @@ use super::{ImageError, ImageUnderCheck, Rule};
 pub(super) fn check(image: &ImageUnderCheck<'_>, code: &Decoded) -> Result<(), ImageError> {
     let moved = &image.moved;
     let old = decode(moved.replaced, moved.site.0);
-    let only_nops = old.iter().all(is_nop);
+    let only_nops = old.iter().all(|insn| is_nop(insn) || is_jump_to(insn, moved.goes_on.0));
     let mut at = code.index_of(moved.at.0).ok_or_else(|| breach(image, moved.at.0, None))?;
     while only_nops && code.insn(at).is_some_and(is_nop) {
         at += 1;
@@ -59,8 +59,13 @@ fn decode(bytes: &[u8], ip: u64) -> Vec<Instruction> {
     Decoder::with_ip(64, bytes, ip, DecoderOptions::NONE).iter().collect()
 }
 
+/// A landing pad among nops is one: its place at the function's entry stays what it was.
 fn is_nop(insn: &Instruction) -> bool {
-    insn.mnemonic() == Mnemonic::Nop
+    matches!(insn.mnemonic(), Mnemonic::Nop | Mnemonic::Endbr64)
+}
+
+fn is_jump_to(insn: &Instruction, target: u64) -> bool {
+    insn.is_jmp_short() && insn.near_branch_target() == target
 }
 
 fn is_branch(insn: &Instruction) -> bool {

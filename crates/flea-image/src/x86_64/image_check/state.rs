@@ -7,10 +7,6 @@ use iced_x86::{Instruction, Register};
 use super::value::{Source, Value};
 use super::{Holds, ImageUnderCheck, Rule, Trusted};
 
-/// What an answer to an unwinder takes at most: `struct dl_find_object` as far as it is filled
-/// in; `struct dwarf_eh_bases` is 24 bytes.
-const ANSWER_BYTES: i64 = 40;
-
 pub(super) const RAX: usize = 0;
 pub(super) const RCX: usize = 1;
 pub(super) const RDX: usize = 2;
@@ -256,13 +252,9 @@ impl State {
             Address::Near(at) if (self.rsp()?..0).contains(&at) => Ok(()),
             Address::Near(_) => Err(Rule::WritesCaller),
             Address::Shared => Ok(()),
-            Address::Passed(Source::Gpr(RSI), at)
-                if about.in_front
-                    && about.image.asks_first
-                    && (0..ANSWER_BYTES).contains(&at)
-                    && n_bytes == 8 =>
-            {
-                Ok(())
+            Address::Passed(Source::Gpr(RSI), at) if about.in_front && n_bytes == 8 => {
+                let answer = 0..about.image.answer_bytes.unwrap_or(0);
+                if answer.contains(&at) { Ok(()) } else { Err(Rule::WritesAnywhere) }
             }
             Address::Passed(..) | Address::Unknown => Err(Rule::WritesAnywhere),
         }

@@ -69,7 +69,7 @@ impl Decoded {
 pub(super) fn explore(image: &ImageUnderCheck<'_>, code: &Decoded) -> Result<(), ImageError> {
     let immediates = code.immediates();
     let mut steps_left = STEPS_PER_INSN * u32::try_from(code.insns.len()).unwrap_or(u32::MAX / 64);
-    let has_front = image.asks_first || image.replacement.is_some();
+    let has_front = image.answer_bytes.is_some() || image.replacement.is_some();
     let starts = [(image.address.0, false), (image.original.0, true)];
     for (start, in_front) in starts.into_iter().filter(|(_, in_front)| !in_front || has_front) {
         let about = Surroundings { image, immediates: immediates.clone(), in_front };

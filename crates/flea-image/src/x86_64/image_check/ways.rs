@@ -42,8 +42,8 @@ impl Ways<'_> {
         let image = self.image;
         match source {
             _ if !self.about.in_front => false,
-            RAX_SOURCE => image.asks_first,
-            R11_SOURCE => image.asks_first || image.replacement.is_some(),
+            RAX_SOURCE => image.answer_bytes.is_some(),
+            R11_SOURCE => image.answer_bytes.is_some() || image.replacement.is_some(),
             _ => false,
         }
     }
@@ -242,7 +242,7 @@ impl Ways<'_> {
     pub fn leave(&self, state: &State) -> Result<(), Rule> {
         level(state)?;
         if self.about.in_front {
-            if !self.image.asks_first {
+            if self.image.answer_bytes.is_none() {
                 return Err(Rule::Skips);
             }
             return compare(state, Value::Caller, |source| self.is_scratch(source));
