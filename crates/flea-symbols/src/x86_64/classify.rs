@@ -394,6 +394,11 @@ fn merge_record(
             if is_large_array && compiler != Compiler::Gcc {
                 continue;
             }
+            // gcc looks at scalars alone, clang at what they are in, bit-fields included.
+            let is_aligned = at.is_multiple_of(inner.align);
+            if !is_aligned && inner.size.is_multiple_of(inner.align) && compiler != Compiler::Gcc {
+                return Ok(false);
+            }
             if !merge_record(classes, at, inner, compiler)? {
                 return Ok(false);
             }
