@@ -20,6 +20,7 @@ mod remote;
 mod seize;
 mod spawn;
 mod survey;
+mod thread;
 mod tracer;
 mod traps;
 mod watch;
