@@ -21,11 +21,11 @@ use flea_symbols::addr::RemoteAddr;
 use crate::x86_64::personality;
 
 /// DWARF's numbers of the registers.
-const RBP: u8 = 6;
-const RETURN_ADDRESS: u8 = 16;
+pub(crate) const RBP: u8 = 6;
+pub(crate) const RETURN_ADDRESS: u8 = 16;
 
-const DW_CFA_DEF_CFA: u8 = 0x0c;
-const DW_CFA_OFFSET: u8 = 0x80;
+pub(crate) const DW_CFA_DEF_CFA: u8 = 0x0c;
+pub(crate) const DW_CFA_OFFSET: u8 = 0x80;
 const DW_EH_PE_ABSPTR: u8 = 0x00;
 
 /// Offset of the FDE in what [`frame_arena_rows`] returns: what `_Unwind_Find_FDE` points at.
@@ -34,10 +34,10 @@ pub const FDE_OFFSET: usize = 40;
 /// Offset of the header in what [`frame_arena_rows`] returns: what `_dl_find_object` points at.
 pub const HEADER_OFFSET: usize = 76;
 
-const DW_EH_PE_UDATA4: u8 = 0x03;
-const DW_EH_PE_SDATA4: u8 = 0x0b;
-const DW_EH_PE_PCREL: u8 = 0x10;
-const DW_EH_PE_DATAREL: u8 = 0x30;
+pub(crate) const DW_EH_PE_UDATA4: u8 = 0x03;
+pub(crate) const DW_EH_PE_SDATA4: u8 = 0x0b;
+pub(crate) const DW_EH_PE_PCREL: u8 = 0x10;
+pub(crate) const DW_EH_PE_DATAREL: u8 = 0x30;
 const HEADER_BYTES: usize = 20;
 
 /// What an unwinder has to have for an arena: `.eh_frame` bytes, that is a CIE, an FDE at
@@ -101,7 +101,7 @@ fn rows(start: RemoteAddr, len_bytes: u64, personality: RemoteAddr) -> Vec<u8> {
 }
 
 /// Appends an entry's length and body, padded with `DW_CFA_nop` (0) to a multiple of 8.
-fn push_entry(out: &mut Vec<u8>, mut body: Vec<u8>) {
+pub(crate) fn push_entry(out: &mut Vec<u8>, mut body: Vec<u8>) {
     let padded = (body.len() + 4).next_multiple_of(8) - 4;
     body.resize(padded, 0);
     let length = u32::try_from(padded).expect("entries are small");

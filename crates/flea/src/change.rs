@@ -153,7 +153,13 @@ impl Change {
         if !was_original {
             moves.clear();
         }
+        // In this order, so that an open door always leads to a jump, also if we die in between:
+        // opened behind it, closed before it.
+        let door = door_poke(f, was_original, trap_to, &moves);
+        let (closed, opened) = if was_original { (None, door) } else { (door, None) };
+        self.pokes.extend(closed);
         self.pokes.push(Poke { site: f.site, expected, new: f.patched, trap_to, moves });
+        self.pokes.extend(opened);
         Ok(())
     }
 
@@ -164,6 +170,7 @@ impl Change {
         let mut ends = inner_boundaries(f);
         let five = f.site.offset(5);
         if f.finds_frames.is_some()
+            || f.door.is_some()
             || f.kind != SiteKind::Nop
             || body.session.or(body.modify).or(body.exit).is_some()
             || !(f.original.len() == 5 || ends.any(|end| end == five))
@@ -250,6 +257,30 @@ impl Change {
         let arenas = self.registry.code.iter().filter(|arena| arena.reaches(site));
         arenas.map(|arena| arena.next).min_by_key(|next| next.0.abs_diff(site.0))
     }
+}
+
+/// What opens or closes the door of `f`, where it has one and that is to change.
+fn door_poke(
+    f: &FunctionState,
+    was_original: bool,
+    trap_to: RemoteAddr,
+    moves: &[(RemoteAddr, RemoteAddr)],
+) -> Option<Poke> {
+    let (site, closed, open) = f.door()?;
+    let is_original = f.patched[..] == f.original[..5];
+    let (expected, new) = match (was_original, is_original) {
+        (true, false) => (closed, open),
+        (false, true) => (open, closed),
+        _ => return None,
+    };
+    let inside = |from: RemoteAddr| from > site && from < site.offset(2);
+    Some(Poke {
+        site,
+        expected: expected.to_vec(),
+        new: [new[0], new[1], 0, 0, 0],
+        trap_to,
+        moves: moves.iter().copied().filter(|(from, _)| inside(*from)).collect(),
+    })
 }
 
 fn skeleton_body<'a>(
@@ -403,6 +434,7 @@ mod tests {
             name: "f".into(),
             address: SITE,
             site: SITE,
+            door: None,
             kind,
             original: original.to_vec(),
             insn_lens: insn_lens.to_vec(),
@@ -624,6 +656,35 @@ mod tests {
         // The site; three, two and one in the skeletons of three, two and one.
         assert_eq!(change.pokes.len(), 1 + 3 + 2 + 1);
         assert_eq!(flea_patch::Plan { pokes: change.pokes.clone() }.check(), Ok(()));
+    }
+
+    /// Five nops before the entry, `endbr64` and two more: the door is opened with the first
+    /// body and closed with the last one; in between only the jump before it changes.
+    #[test]
+    fn a_door_is_opened_once_and_closed_once() {
+        let bytes = [[0x90; 5].as_slice(), &[0xf3, 0x0f, 0x1e, 0xfa], &[0x90; 2]].concat();
+        let mut f = function(SiteKind::Nop, &bytes, &[1, 1, 1, 1, 1, 4, 1, 1]);
+        let door = SITE.offset(9);
+        f.door = Some(door);
+        let mut known = HashMap::new();
+        let one = add(registry(f), &mut known, When::Entry);
+        let [area, opened] = one.pokes.as_slice() else { panic!("{:?}", one.pokes) };
+        assert_eq!((area.site, area.new[0], area.expected.len()), (SITE, 0xe9, 11));
+        assert_eq!((opened.site, &opened.expected[..]), (door, &[0x90; 2][..]));
+        assert_eq!(opened.new[..2], [0xeb, 0x100u16.wrapping_sub(11).to_le_bytes()[0]]);
+        let from: Vec<_> = opened.moves.iter().map(|(from, _)| *from).collect();
+        assert_eq!(from, [door.offset(1)], "a thread may stand between the nops");
+        assert_eq!(flea_patch::Plan { pokes: one.pokes.clone() }.check(), Ok(()));
+
+        let two = add(done(one), &mut known, When::Exit);
+        assert_eq!(two.pokes.len(), 1);
+        let (one, _) = remove(done(two), &known, 0);
+        assert_eq!(one.pokes.len(), 1);
+        let (none, _) = remove(done(one), &known, 1);
+        let [closed, area, ..] = none.pokes.as_slice() else { panic!("{:?}", none.pokes) };
+        assert_eq!((area.new, closed.site), ([0x90; 5], door));
+        assert_eq!((closed.expected[0], &closed.new[..2]), (0xeb, &[0x90; 2][..]));
+        assert!(closed.moves.is_empty());
     }
 
     #[test]

@@ -414,6 +414,7 @@ fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
                 f.patched = now;
                 unfinished.push(f.site);
             }
+            _ if close_up(ground, &mut f)? => unfinished.push(f.site),
             _ => {}
         }
         registry.functions.push(f);
@@ -441,6 +442,20 @@ fn forget_thrown(registry: &mut Registry, memory: &Memory) -> bool {
         });
     }
     to_throw
+}
+
+/// A controller that died between the two writes that open or close a function's door left
+/// bytes behind it that nobody gets to: they are put back. Whether that was so.
+fn close_up(ground: &Ground<'_>, f: &mut FunctionState) -> Result<bool, AttachError> {
+    let Some((door, closed, _)) = f.door() else { return Ok(false) };
+    let mut now = [0; 2];
+    ground.memory().read(door, &mut now).map_err(RemoteError::from)?;
+    if now == closed && f.patched[..] != f.original[..5] {
+        ground.memory().write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
+        f.patched.copy_from_slice(&f.original[..5]);
+        return Ok(true);
+    }
+    Ok(false)
 }
 
 /// The bytes of all bodies: a new skeleton may hold copies of them.
@@ -547,6 +562,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         name: function.name(),
         address: function.address(),
         site: function.site_address(site),
+        door: site.door.map(|door| function.remote(door)),
         kind: match site.kind {
             SymbolSiteKind::Nop5 => SiteKind::Nop,
             SymbolSiteKind::Relocated => SiteKind::Relocated,

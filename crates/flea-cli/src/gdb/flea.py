@@ -58,8 +58,7 @@ class FleaUnwinder(Unwinder):
         target = called_original(pc)
         if target is None:
             return None
-        word = pending.read_register("rsp").type
-        rbp = int(pending.read_register("rbp").cast(gdb.lookup_type("unsigned long")))
+        rbp = int(pending.read_register("rbp")) & (1 << 64) - 1
         saved = read(rbp, 16)
         if len(saved) != 16:
             return None
