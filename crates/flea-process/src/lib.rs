@@ -21,6 +21,7 @@ mod remote;
 mod seize;
 mod spawn;
 mod survey;
+mod thread;
 mod tracer;
 mod traps;
 mod watch;

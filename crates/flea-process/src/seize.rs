@@ -5,9 +5,8 @@
 //! tracer is also the lock between controllers: a process has one tracer at a time, and a dead
 //! owner does not keep it.
 
+use std::ffi::CString;
 use std::io;
-use std::panic::resume_unwind;
-use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -16,6 +15,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, Tid};
 use crate::ptrace;
+use crate::thread::on_own_thread;
 use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer, hurry};
 
 /// Name of the tracer thread: by it, another flea knows to wait instead of giving up.
@@ -142,24 +142,23 @@ pub fn seize<R: Send>(
         return Err(SeizeError::Itself { pid });
     }
     proc::check_traceable(pid)?;
-    let (tracer_tid, outcome) = thread::scope(|scope| {
-        let tracer = thread::Builder::new().name(TRACER_THREAD_NAME.to_owned());
-        let tracer = tracer.spawn_scoped(scope, || {
-            // Ctrl-C and the like are for the other threads: their handlers must not run in
-            // the middle of a patch.
-            let blocked = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
-            debug_assert!(blocked.is_ok(), "the arguments are valid");
-            hurry();
-            let seized = attach(pid).map(|mut tracer| {
-                let result = work(&mut tracer);
-                tracer.leave();
-                result
-            });
-            (nix::unistd::gettid().as_raw(), seized)
+    let (tracer_tid, outcome) = on_own_thread(|| {
+        let name = CString::new(TRACER_THREAD_NAME).expect("it has no NUL");
+        let named = nix::sys::prctl::set_name(&name);
+        debug_assert!(named.is_ok(), "the name is readable");
+        // Ctrl-C and the like are for the other threads: their handlers must not run in the
+        // middle of a patch.
+        let blocked = pthread_sigmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None);
+        debug_assert!(blocked.is_ok(), "the arguments are valid");
+        hurry();
+        let seized = attach(pid).map(|mut tracer| {
+            let result = work(&mut tracer);
+            tracer.leave();
+            result
         });
-        let tracer = tracer.map_err(|reason| SeizeError::Thread { reason })?;
-        Ok::<_, SeizeError>(tracer.join().unwrap_or_else(|panic| resume_unwind(panic)))
-    })?;
+        (nix::unistd::gettid().as_raw(), seized)
+    })
+    .map_err(|reason| SeizeError::Thread { reason })?;
     wait_until_released(pid, tracer_tid);
     outcome
 }
@@ -258,7 +257,7 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
             // the process's parent.
             let refused_since = refused_since.get_or_insert_with(Instant::now);
             if refused_since.elapsed() < REFUSAL_PATIENCE {
-                thread::sleep(Duration::from_millis(1));
+                std::thread::sleep(Duration::from_millis(1));
                 continue;
             }
             return Err(match tracer_tid {
@@ -271,7 +270,7 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
             let waited_ms = u64::try_from(LOCK_PATIENCE.as_millis()).unwrap_or(u64::MAX);
             return Err(SeizeError::Locked { pid, tracer_tid, waited_ms });
         }
-        thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(Duration::from_millis(2));
     }
 }
 

@@ -133,6 +133,32 @@ fn busy_threads_run_on_while_sites_come_and_go() {
     });
 }
 
+/// The helper is a copy of this process at a moment at which other threads may be starting or
+/// ending; whatever lock one of them held then is held in the copy for ever.
+#[test]
+fn threads_come_and_go_while_sites_do() {
+    let _turn = turn();
+    let session = session();
+    let add = function(session, "own_add");
+    let stop = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _stop = StopOnDrop(&stop);
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    thread::spawn(|| ()).join().unwrap();
+                }
+            });
+        }
+        for _ in 0..40 {
+            let mut count = Count::start(session, std::slice::from_ref(&add)).unwrap();
+            call(1);
+            count.detach().unwrap();
+            assert_eq!(count.read(), [4]);
+        }
+    });
+}
+
 /// Who attached is the program, not the child that did the work and has ended since; else
 /// the next controller would take its memory away.
 #[test]
