@@ -128,8 +128,7 @@ pub fn commit<T: Target>(target: &mut T, plan: &Plan) -> Result<Report, CommitEr
     if plan.pokes.is_empty() {
         return Ok(Report::default());
     }
-    let traps: Vec<Trap> =
-        plan.pokes.iter().map(|poke| Trap { site: poke.site, goes_to: poke.trap_to }).collect();
+    let traps: Vec<Trap> = plan.pokes.iter().map(trap).collect();
     target.arm(&traps).map_err(|source| CommitError::Failed { step: "arming", source })?;
     let mut commit = Commit { target, plan, opened: Instant::now(), n_evacuations: 0 };
     let outcome = commit.forward();
@@ -153,6 +152,12 @@ pub fn commit<T: Target>(target: &mut T, plan: &Plan) -> Result<Report, CommitEr
     read_back(target, plan)?;
     let n_sites = plan.pokes.len();
     Ok(Report { n_sites, n_evacuations, window, elapsed: started.elapsed() })
+}
+
+fn trap(poke: &Poke) -> Trap {
+    let behind = poke.site.offset(1);
+    let starts_behind = poke.inner_moves().any(|(from, _)| from == behind);
+    Trap { site: poke.site, goes_to: poke.trap_to, starts_behind }
 }
 
 enum Setback<E> {

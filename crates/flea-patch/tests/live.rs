@@ -89,6 +89,12 @@ fn reverse(plan: &Plan) -> Plan {
     Plan { pokes: plan.pokes.iter().map(back).collect() }
 }
 
+/// Whether SIGTRAP is ignored, and whether it has a handler.
+fn sigtrap_disposition(pid: i32) -> (bool, bool) {
+    let status = flea_process::status(pid).unwrap();
+    (status.ignored.contains(libc::SIGTRAP), status.caught.contains(libc::SIGTRAP))
+}
+
 /// Patches on and off `n_times` in one seizure after another, `per_seizure` in each.
 /// FLEA_TEST_ROUNDS=20 does it twenty times as often.
 fn exercise(threads: &str, letters: &str, n_times: usize, per_seizure: usize) -> String {
@@ -99,6 +105,7 @@ fn exercise(threads: &str, letters: &str, n_times: usize, per_seizure: usize) ->
     let pid = target.pid();
     let hot = seize(pid, |tracer| Hot::new(tracer, &line)).unwrap();
     let plan = seize(pid, |tracer| hot.on(tracer)).unwrap();
+    let disposition = sigtrap_disposition(pid);
     let mut in_commit = Duration::ZERO;
     let mut longest = Duration::ZERO;
     let mut seizing = Duration::ZERO;
@@ -112,7 +119,9 @@ fn exercise(threads: &str, letters: &str, n_times: usize, per_seizure: usize) ->
             for _ in 0..per_seizure {
                 for plan in [&plan, &reverse(&plan)] {
                     loop {
-                        match commit(tracer, plan) {
+                        let outcome = commit(tracer, plan);
+                        assert_eq!(sigtrap_disposition(pid), disposition, "after a commit");
+                        match outcome {
                             Ok(report) => {
                                 in_commit += report.elapsed;
                                 longest = longest.max(report.window);
@@ -170,12 +179,24 @@ fn a_sigtrap_handler_beside_blocked_threads() {
 fn sigtrap_ignored() {
     exercise("3", "i", 10, 5);
     exercise("3", "bi", 10, 5);
+    exercise("2", "fi", 10, 5);
 }
 
 #[test]
 fn a_sigtrap_of_its_own_is_pending() {
     exercise("3", "bp", 10, 5);
     exercise("3", "bph", 10, 5);
+}
+
+#[test]
+fn sigtraps_of_its_own_everywhere() {
+    let text = exercise("3", "th", 20, 10);
+    assert!(number(&text, "handled") > 0);
+    exercise("3", "ti", 20, 10);
+    // Breakpoints reset the disposition in threads that block SIGTRAP, while others that do not
+    // are about to act on one.
+    exercise("4", "tho", 20, 10);
+    exercise("4", "tio", 20, 10);
 }
 
 #[test]

@@ -19,6 +19,7 @@ mod proc;
 mod ptrace;
 mod remote;
 mod seize;
+mod sigtrap;
 mod spawn;
 mod survey;
 mod thread;

@@ -119,6 +119,16 @@ struct Loan {
     seccomp_suspended: bool,
 }
 
+/// Whom to borrow.
+#[derive(Clone, Copy, Debug)]
+enum Lender {
+    /// Any thread that runs in the target's memory.
+    Any,
+    /// A thread of the process itself: not a vfork child, which has dispositions of its own.
+    OwnThread,
+    This(Tid),
+}
+
 enum Taken {
     Loan(Box<Loan>),
     Unsuitable,
@@ -138,7 +148,17 @@ impl Tracer {
         calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
     ) -> Result<R, RemoteError> {
         self.find_syscall_insn()?;
-        let loan = self.borrow(None)?;
+        let loan = self.borrow(Lender::Any)?;
+        self.lend(loan, calls)
+    }
+
+    /// As [`Tracer::with_thread`], in a thread of the process itself.
+    pub(crate) fn with_own_thread<R>(
+        &mut self,
+        calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
+    ) -> Result<R, RemoteError> {
+        self.find_syscall_insn()?;
+        let loan = self.borrow(Lender::OwnThread)?;
         self.lend(loan, calls)
     }
 
@@ -149,7 +169,7 @@ impl Tracer {
         calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
     ) -> Result<R, RemoteError> {
         self.find_syscall_insn()?;
-        let loan = self.borrow(Some(tid))?;
+        let loan = self.borrow(Lender::This(tid))?;
         self.lend(loan, calls)
     }
 
@@ -202,7 +222,7 @@ impl Tracer {
         unreachable!("the loop ends by returning")
     }
 
-    fn find_syscall_insn(&mut self) -> Result<RemoteAddr, RemoteError> {
+    pub(crate) fn find_syscall_insn(&mut self) -> Result<RemoteAddr, RemoteError> {
         if let Some(found) = self.syscall_insn {
             return Ok(found);
         }
@@ -224,13 +244,13 @@ impl Tracer {
     }
 
     /// Takes the thread that is disturbed least, or the one named.
-    fn borrow(&mut self, named: Option<Tid>) -> Result<Loan, RemoteError> {
+    fn borrow(&mut self, lender: Lender) -> Result<Loan, RemoteError> {
         let until = Instant::now() + SEARCH_PATIENCE;
         let mut pace = Pace::default();
         let mut filtered = false;
         while Instant::now() < until {
             self.pump()?;
-            for tid in named.map_or_else(|| self.candidates(), |tid| vec![tid]) {
+            for tid in self.candidates(lender) {
                 match self.take(tid)? {
                     Taken::Loan(loan) => return Ok(*loan),
                     Taken::Unsuitable => {}
@@ -247,12 +267,20 @@ impl Tracer {
 
     /// Threads in the order of preference. The search ends at the first very good one: with
     /// thousands of threads, asking them all takes longer than the call.
-    fn candidates(&self) -> Vec<Tid> {
+    fn candidates(&self, lender: Lender) -> Vec<Tid> {
+        if let Lender::This(tid) = lender {
+            return vec![tid];
+        }
         let mut ranked = Vec::new();
         for tid in self.threads() {
-            let parked = self.tasks.get(&tid).is_some_and(|task| task.parked.is_some());
+            let task = self.tasks.get(&tid).copied().unwrap_or_default();
+            if task.foreign && matches!(lender, Lender::OwnThread) {
+                continue;
+            }
             let rank = match self.whereabouts(tid) {
-                _ if parked => 0,
+                // Taken last: its signal, sent anew, would lose whom it came from.
+                _ if task.parked.is_some_and(|parked| parked.has_own) => 8,
+                _ if task.parked.is_some() => 0,
                 Whereabouts::Syscall { number, .. } => 2 * disturbance(number),
                 Whereabouts::Running => 1,
                 Whereabouts::Elsewhere { .. } => 3,

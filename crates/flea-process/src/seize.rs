@@ -194,7 +194,7 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
             }
             match &mut tracer {
                 Some(tracer) => {
-                    tracer.tasks.entry(tid).or_insert_with(Task::default);
+                    tracer.tasks.entry(tid).or_insert_with(Task::found);
                 }
                 None => ending.push(tid),
             }
@@ -203,7 +203,7 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
             return Err(SeizeError::Gone { pid });
         };
         for tid in ending.drain(..) {
-            tracer_now.tasks.entry(tid).or_insert_with(Task::default);
+            tracer_now.tasks.entry(tid).or_insert_with(Task::found);
         }
         if tracer_now.pump().is_err() {
             return Err(SeizeError::Gone { pid });

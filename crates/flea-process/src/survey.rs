@@ -115,10 +115,14 @@ impl Tracer {
         let mut moves = moves.to_vec();
         moves.sort_unstable();
         let ranges: Vec<_> = moves.iter().map(|&(from, _)| from..from.offset(1)).collect();
-        self.survey(&Wanted::new(&ranges, false), &mut |_, registers| {
+        let left = self.survey(&Wanted::new(&ranges, false), &mut |_, registers| {
             let at = moves.binary_search_by_key(&registers.pc(), |&(from, _)| from).ok()?;
             Some(moves[at].1)
-        })
+        })?;
+        if left.is_empty() {
+            self.traps.note_evacuated();
+        }
+        Ok(left)
     }
 
     fn survey(

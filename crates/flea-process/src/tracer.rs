@@ -27,8 +27,9 @@ use nix::errno::Errno;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, SignalSet, Tid};
 use crate::ptrace::{self, Stop, Whose};
+use crate::sigtrap::SigtrapAction;
 use crate::traps::TrapTable;
-use crate::window::{Parked, SigtrapAction, SyncMethod};
+use crate::window::{Parked, SyncMethod};
 use crate::x86_64::Registers;
 
 /// What every thread is seized with. No PTRACE_O_EXITKILL: if we die, the target lives.
@@ -113,6 +114,16 @@ pub(crate) struct Task {
     pub(crate) parked: Option<Parked>,
     /// Runs in the target's memory but is a process of its own (a vfork child).
     pub(crate) foreign: bool,
+    /// It was let go with a SIGTRAP to act on, and has not been seen to stop since.
+    pub(crate) given_sigtrap: bool,
+}
+
+impl Task {
+    /// One that lived before we came. Who traced it before us may have let it go with a signal
+    /// a moment ago.
+    pub(crate) fn found() -> Self {
+        Self { given_sigtrap: true, ..Self::default() }
+    }
 }
 
 /// A process whose every thread is seized by the present thread. Obtained from
@@ -278,6 +289,7 @@ impl Tracer {
         if let Some(task) = self.tasks.get_mut(&tid) {
             // "Any trap clears pending STOP trap" (ptrace_stop): also one of another kind.
             task.interrupted = false;
+            task.given_sigtrap = false;
         } else if !self.held.contains(&tid) && !self.welcome(tid)? {
             return Ok(());
         }
@@ -302,6 +314,9 @@ impl Tracer {
     fn welcome(&mut self, tid: Tid) -> Result<bool, TraceError> {
         self.expected.remove(&tid);
         let sibling = std::fs::exists(format!("/proc/{}/task/{tid}", self.pid)).unwrap_or(false);
+        if !sibling {
+            self.restore_sigtrap_at_birth(tid)?;
+        }
         if sibling || shares_memory(self.pid, tid) {
             let mask = self.still_there(tid, "reading the mask", ptrace::signal_mask(tid))?;
             let mask = mask.unwrap_or_default();
@@ -352,14 +367,12 @@ impl Tracer {
         if signal == libc::SIGTRAP && self.answer_trap(tid)? {
             return Ok(());
         }
-        if signal == libc::SIGTRAP && self.sigtrap.is_ignored {
-            return self.resume(tid, 0);
-        }
         self.counts.signals += 1;
         let Some(regs) = self.still_there(tid, "reading registers", ptrace::registers(tid))? else {
             return Ok(());
         };
-        let ignored = self.is_ignored(signal)?;
+        let is_trap = signal == libc::SIGTRAP;
+        let ignored = is_trap && self.sigtrap_is_ignored() || self.is_ignored(signal)?;
         let rewound = self.tasks.get(&tid).and_then(|task| task.rewound);
         if ignored && regs.would_show_eintr() {
             self.rewind(tid, &regs)?;
@@ -368,6 +381,12 @@ impl Tracer {
             let before = rewound.unwrap_or(regs);
             self.still_there(tid, "setting registers", ptrace::set_registers(tid, &before))?;
             self.note_rewound(tid, None);
+        }
+        if is_trap && ignored {
+            return self.resume(tid, 0);
+        }
+        if is_trap && self.hold_sigtrap(tid) {
+            return Ok(());
         }
         self.resume(tid, signal)
     }
@@ -419,6 +438,11 @@ impl Tracer {
     }
 
     pub(crate) fn resume(&mut self, tid: Tid, signal: i32) -> Result<(), TraceError> {
+        if signal == libc::SIGTRAP
+            && let Some(task) = self.tasks.get_mut(&tid)
+        {
+            task.given_sigtrap = true;
+        }
         let resumed = ptrace::resume(tid, signal);
         self.still_there(tid, "resuming", resumed).map(drop)
     }
@@ -448,6 +472,7 @@ impl Tracer {
                 Some((who, stop @ (Stop::Interrupted | Stop::Group(_)))) if who == tid => {
                     if let Some(task) = self.tasks.get_mut(&tid) {
                         task.interrupted = false;
+                        task.given_sigtrap = false;
                     }
                     return Ok(Some(stop));
                 }

@@ -14,13 +14,17 @@
 //!    just SIGTRAP is one made by sigfillset (glibc does so around clone, Go around fork).
 //!    What remains: a thread that, between the note and the trap (about a millisecond), adds
 //!    SIGTRAP and *not* everything else to its mask will find SIGTRAP unblocked.
-//! 2. The disposition, kept where it is not SIG_DFL to begin with; see `Tracer::arm`. The
-//!    trapped thread itself puts it back before it goes on. Until then, some microseconds,
-//!    another thread that asks for it sees SIG_DFL: that cannot be helped.
+//! 2. The disposition, kept where it is not SIG_DFL to begin with: see `sigtrap`. A handler is
+//!    put back by the trapped thread itself, before it goes on; SIG_IGN when the window closes.
+//!    Until then another thread that asks for it sees SIG_DFL: that cannot be helped.
 //!
-//! A SIGTRAP that was pending already (and blocked) swallows ours: the kernel queues each
-//! classic signal once. That shows as a stop behind one of our breakpoints with another
-//! `si_code`; the signal is queued again once the mask is back.
+//! A SIGTRAP that was pending already swallows ours: the kernel queues each classic signal once.
+//! That shows as a stop behind one of our breakpoints with another `si_code`. The thread goes on
+//! as from a trap; the signal is queued again once the mask is back, or, where it is not blocked
+//! (sent in the microsecond before the thread ran into the breakpoint), delivered. What remains:
+//! where an instruction starts right behind the breakpoint, such a thread cannot be told from one
+//! that stood there when its own signal came, until threads have been moved out; the latter is
+//! assumed.
 
 use std::collections::BTreeMap;
 
@@ -35,17 +39,23 @@ pub struct Trap {
     pub site: RemoteAddr,
     /// Code that does what the replaced instructions did, or what replaces them.
     pub goes_to: RemoteAddr,
+    /// The byte behind it starts an instruction: a thread may stand there that has not run into
+    /// the breakpoint, until threads have been moved out.
+    pub starts_behind: bool,
 }
 
 /// The breakpoints of one window.
 #[derive(Debug, Default)]
 pub(crate) struct TrapTable {
-    by_site: BTreeMap<RemoteAddr, RemoteAddr>,
+    by_site: BTreeMap<RemoteAddr, Trap>,
+    /// Nobody stands inside replaced bytes any more, or comes there but by a breakpoint.
+    evacuated: bool,
 }
 
 impl TrapTable {
     pub(crate) fn add(&mut self, traps: &[Trap]) {
-        self.by_site.extend(traps.iter().map(|trap| (trap.site, trap.goes_to)));
+        self.evacuated = false;
+        self.by_site.extend(traps.iter().map(|&trap| (trap.site, trap)));
     }
 
     pub(crate) fn clear(&mut self) {
@@ -58,7 +68,17 @@ impl TrapTable {
 
     /// Where a thread goes on whose instruction pointer is right behind a breakpoint.
     pub(crate) fn target_behind(&self, pc: RemoteAddr) -> Option<RemoteAddr> {
-        self.by_site.get(&pc.offset(-1)).copied()
+        self.by_site.get(&pc.offset(-1)).map(|trap| trap.goes_to)
+    }
+
+    pub(crate) fn note_evacuated(&mut self) {
+        self.evacuated = true;
+    }
+
+    /// Whether a thread right behind a breakpoint has certainly run into it.
+    pub(crate) fn leads_behind(&self, pc: RemoteAddr) -> bool {
+        let trap = self.by_site.get(&pc.offset(-1));
+        trap.is_some_and(|trap| self.evacuated || !trap.starts_behind)
     }
 }
 
@@ -94,9 +114,17 @@ mod tests {
     #[test]
     fn only_right_behind() {
         let mut table = TrapTable::default();
-        table.add(&[Trap { site: RemoteAddr(16), goes_to: RemoteAddr(99) }]);
+        let trap = Trap { site: RemoteAddr(16), goes_to: RemoteAddr(99), starts_behind: true };
+        table.add(&[trap]);
         assert_eq!(table.target_behind(RemoteAddr(17)), Some(RemoteAddr(99)));
         assert_eq!(table.target_behind(RemoteAddr(16)), None);
+        assert!(!table.leads_behind(RemoteAddr(17)), "perhaps it was there before");
+        table.note_evacuated();
+        assert!(table.leads_behind(RemoteAddr(17)), "only the breakpoint leads there now");
+        assert!(!table.leads_behind(RemoteAddr(16)));
+        table.add(&[Trap { site: RemoteAddr(32), starts_behind: false, ..trap }]);
+        assert!(!table.leads_behind(RemoteAddr(17)), "a wider window needs another evacuation");
+        assert!(table.leads_behind(RemoteAddr(33)), "in the middle of an instruction");
         table.clear();
         assert!(table.is_empty());
     }

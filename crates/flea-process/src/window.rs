@@ -53,7 +53,7 @@ use crate::ptrace::{self, Stop};
 use crate::remote::RemoteError;
 use crate::tracer::{Pace, TraceError, Tracer};
 use crate::traps::{Trap, was_blocked};
-use crate::x86_64::{Registers, is_fork};
+use crate::x86_64::{is_fork, never_falls_behind_itself};
 
 /// `si_code` of a signal that the kernel itself raised.
 const SI_KERNEL: i32 = 0x80;
@@ -67,29 +67,18 @@ const WRITES_PER_PUMP: usize = 16;
 const PARKED_AT_MOST: Duration = Duration::from_millis(2);
 const MEMBARRIER_SYNC_CORE: u64 = 32;
 const MEMBARRIER_REGISTER_SYNC_CORE: u64 = 64;
-/// Bytes of the kernel's signal set.
-const SIGSET_BYTES: u64 = 8;
 
-/// SIGTRAP's disposition where it is not the default one, kept in a page of the target so that
-/// a trapped thread can put it back by itself.
-#[derive(Debug, Default)]
-pub(crate) struct SigtrapAction {
-    /// The page; its first bytes are the `struct sigaction`.
-    saved_at: Option<RemoteAddr>,
-    /// It is SIG_IGN. Setting that discards every pending SIGTRAP of the process (POSIX), and
-    /// among them might be traps on their way to us: so it is put back after `drain` only, and
-    /// SIGTRAPs of others are dropped here meanwhile, as the process wants.
-    pub(crate) is_ignored: bool,
-}
-
-/// A thread that waits at a breakpoint.
+/// A thread that waits for the window to close.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Parked {
-    since: Instant,
-    /// A SIGTRAP of its own, blocked, was swallowed by ours and has to be queued again.
-    requeue: bool,
+    pub(crate) since: Instant,
+    /// A SIGTRAP of its own, which it stopped for, is still to be delivered: one that it blocks
+    /// and that was swallowed by ours, or one that is held (`has_own`).
+    pub(crate) requeue: bool,
     /// It has made a system call for us: it is not at its signal's stop any more.
     pub(crate) has_left_its_stop: bool,
+    /// Held for a SIGTRAP of its own, until the window has closed: see `sigtrap`.
+    pub(crate) has_own: bool,
 }
 
 /// How CPUs are made to refetch instructions.
@@ -114,33 +103,25 @@ impl Tracer {
             self.note_masks();
             self.keep_sigtrap_action()?;
         }
+        // From here on SIGTRAPs are held, so that those let go before are the last ones.
         self.traps.add(traps);
+        if let Err(error) = self.finish_sigtraps() {
+            self.disarm()?;
+            return Err(error);
+        }
         Ok(())
     }
 
     /// Closes the window. To be called after [`Tracer::drain`].
     pub fn disarm(&mut self) -> Result<(), TraceError> {
         self.unpark_all()?;
+        self.put_back_ignored()?;
         self.traps.clear();
         self.release_held()?;
         self.text_log.clear();
-        let action = std::mem::take(&mut self.sigtrap);
-        let Some(page) = action.saved_at else {
-            return Ok(());
-        };
-        let put_back = action.is_ignored && self.sigtrap_was_reset();
-        self.counts.dispositions_restored += u64::from(put_back);
-        let closed = self.with_thread(|thread| {
-            if put_back {
-                thread.syscall(libc::SYS_rt_sigaction, set_sigtrap_args(page))?;
-            }
-            thread.syscall(libc::SYS_munmap, [page.0, 4096, 0, 0, 0, 0])
-        });
-        match closed {
-            Err(RemoteError::Trace(error)) => Err(error),
-            // A page that cannot be given back is a page lost, no more.
-            Ok(_) | Err(_) => Ok(()),
-        }
+        self.drop_sigtrap_action()?;
+        // With the disposition back for good, those that were held as well.
+        self.unpark_all()
     }
 
     /// Writes to the target's text, and answers stops now and then: a batch of ten thousand
@@ -195,6 +176,12 @@ impl Tracer {
         }
         self.pump()?;
         self.unpark_all()?;
+        self.await_births()?;
+        self.release_held()
+    }
+
+    /// Waits for children that were announced.
+    pub(crate) fn await_births(&mut self) -> Result<(), TraceError> {
         let until = Instant::now() + HALT_PATIENCE;
         let mut pace = Pace::default();
         while !self.expected.is_empty() && Instant::now() < until {
@@ -202,7 +189,7 @@ impl Tracer {
             self.pump()?;
             self.reap_ended();
         }
-        self.release_held()
+        Ok(())
     }
 
     fn drain_thread(&mut self, tid: Tid) -> Result<(), TraceError> {
@@ -273,6 +260,10 @@ impl Tracer {
             else {
                 return Ok(None);
             };
+            if stop == Stop::Parked {
+                // What is pending for it is its own.
+                return Ok(Some(stop));
+            }
             let pending = self.traps.target_behind(regs.pc()).is_some()
                 && proc::thread_status(self.process_of(tid), tid)
                     .is_ok_and(|status| status.deliverable().contains(libc::SIGTRAP));
@@ -311,33 +302,7 @@ impl Tracer {
         }
     }
 
-    fn keep_sigtrap_action(&mut self) -> Result<(), TraceError> {
-        let Some(&any) = self.tasks.keys().next() else {
-            return self.check_alive();
-        };
-        let status = proc::thread_status(self.process_of(any), any)?;
-        self.sigtrap.is_ignored = status.ignored.contains(libc::SIGTRAP);
-        if !status.caught.contains(libc::SIGTRAP) && !self.sigtrap.is_ignored {
-            return Ok(());
-        }
-        let kept = self.with_thread(|thread| {
-            let page = thread.map_anonymous(4096)?;
-            let signal = libc::SIGTRAP.cast_unsigned().into();
-            let args = [signal, 0, page.0, SIGSET_BYTES, 0, 0];
-            thread.syscall(libc::SYS_rt_sigaction, args)?;
-            Ok(page)
-        });
-        match kept {
-            Ok(page) => self.sigtrap.saved_at = Some(page),
-            Err(RemoteError::Trace(error)) => return Err(error),
-            // Nothing can be run in it (seccomp). Threads that block SIGTRAP and run into a
-            // breakpoint will leave the disposition at its default.
-            Err(_) => {}
-        }
-        Ok(())
-    }
-
-    /// Answers a SIGTRAP stop, if it is for one of our breakpoints.
+    /// Answers a SIGTRAP stop, if it is for one of our breakpoints and for nothing else.
     pub(crate) fn answer_trap(&mut self, tid: Tid) -> Result<bool, TraceError> {
         let Some(regs) = self.still_there(tid, "reading registers", ptrace::registers(tid))? else {
             return Ok(true);
@@ -356,6 +321,11 @@ impl Tracer {
         let blocked = was_blocked(noted, now);
         let swallowed_another = code != SI_KERNEL;
         if swallowed_another && !blocked {
+            if self.has_certainly_trapped(regs.pc()) {
+                self.counts.traps += 1;
+                let set = ptrace::set_registers(tid, &regs.with_pc(goes_to));
+                self.still_there(tid, "setting registers", set)?;
+            }
             return Ok(false);
         }
         let mask = if blocked { now.with(libc::SIGTRAP) } else { now };
@@ -371,11 +341,21 @@ impl Tracer {
             self.still_there(tid, "setting the mask", ptrace::set_signal_mask(tid, mask))?;
         }
         let since = Instant::now();
-        let parked = Parked { since, requeue: swallowed_another, has_left_its_stop };
+        let parked =
+            Parked { since, requeue: swallowed_another, has_left_its_stop, has_own: false };
         if let Some(task) = self.tasks.get_mut(&tid) {
             task.parked = Some(parked);
         }
         Ok(true)
+    }
+
+    /// Whether a thread right behind a breakpoint has run into it, and cannot have come there
+    /// otherwise: by what stands at the site now or by what stood there before.
+    fn has_certainly_trapped(&self, pc: RemoteAddr) -> bool {
+        let mut at_site = [0];
+        self.traps.leads_behind(pc)
+            && self.memory.read(pc.offset(-1), &mut at_site).is_ok()
+            && never_falls_behind_itself(at_site[0])
     }
 
     /// Resumes a parked thread.
@@ -393,44 +373,22 @@ impl Tracer {
     }
 
     fn unpark_all(&mut self) -> Result<(), TraceError> {
-        self.threads().into_iter().try_for_each(|tid| self.unpark(tid))
+        let closed = self.traps.is_empty();
+        let due = |parked: Parked| closed || !parked.has_own;
+        self.unpark_where(due)
     }
 
     pub(crate) fn unpark_overdue(&mut self) -> Result<(), TraceError> {
         if self.traps.is_empty() {
             return Ok(());
         }
-        let overdue = |parked: Parked| parked.since.elapsed() > PARKED_AT_MOST;
-        let overdue: Vec<Tid> = self
-            .tasks
-            .iter()
-            .filter(|(_, task)| task.parked.is_some_and(overdue))
-            .map(|(&tid, _)| tid)
-            .collect();
-        overdue.into_iter().try_for_each(|tid| self.unpark(tid))
+        self.unpark_where(|parked| !parked.has_own && parked.since.elapsed() > PARKED_AT_MOST)
     }
 
-    /// Puts SIGTRAP's disposition back if the kernel has reset it, by a system call in the
-    /// stopped thread, which is left with `regs` and its mask. Whether it has made one.
-    fn restore_sigtrap(&mut self, tid: Tid, regs: &Registers) -> Result<bool, TraceError> {
-        let Some(page) = self.sigtrap.saved_at else {
-            return Ok(false);
-        };
-        if self.sigtrap.is_ignored || !self.sigtrap_was_reset() {
-            return Ok(false);
-        }
-        self.counts.dispositions_restored += 1;
-        self.syscall_in_stopped(tid, regs, libc::SYS_rt_sigaction, set_sigtrap_args(page))?;
-        Ok(true)
-    }
-
-    fn sigtrap_was_reset(&self) -> bool {
-        let Some(&any) = self.tasks.keys().next() else {
-            return false;
-        };
-        proc::thread_status(self.process_of(any), any).is_ok_and(|status| {
-            !status.caught.contains(libc::SIGTRAP) && !status.ignored.contains(libc::SIGTRAP)
-        })
+    fn unpark_where(&mut self, due: impl Fn(Parked) -> bool) -> Result<(), TraceError> {
+        let parked = self.tasks.iter().filter(|(_, task)| task.parked.is_some_and(&due));
+        let due: Vec<Tid> = parked.map(|(&tid, _)| tid).collect();
+        due.into_iter().try_for_each(|tid| self.unpark(tid))
     }
 
     /// Gives a forked child the text that its parent has now.
@@ -454,9 +412,4 @@ impl Tracer {
         }
         Ok(())
     }
-}
-
-/// Arguments of rt_sigaction that set SIGTRAP's disposition from the page.
-fn set_sigtrap_args(page: RemoteAddr) -> [u64; 6] {
-    [libc::SIGTRAP.cast_unsigned().into(), page.0, 0, SIGSET_BYTES, 0, 0]
 }

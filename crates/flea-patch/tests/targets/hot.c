@@ -5,7 +5,8 @@
      i  SIGTRAP is ignored                  p  workers have a SIGTRAP pending (with b)
      u  a storm of SIGUSR1 with a handler   c  threads are born and end all the time
      f  children are forked all the time    v  children are started by posix_spawn
-     a  the handler runs on an alternate stack */
+     a  the handler runs on an alternate stack
+     t  a storm of SIGTRAP (with h or i)    o  every other worker blocks every signal */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -25,7 +26,7 @@ asm(".text\n.p2align 4\nnops5: nop; nop; nop; nop; nop; lea 1(%rdi,%rdi,2),%rax;
     " lea 1(%rbx,%rbx,2),%rax; add $24,%rsp; pop %rbx; pop %rbp; ret\n");
 long counter;
 static volatile int stop;
-static atomic_long calls, handled, births, forks;
+static atomic_long calls, handled, births, forks, n_workers;
 static const char *letters = "";
 static int has(char c) { return strchr(letters, c) != 0; }
 
@@ -50,16 +51,18 @@ static void check(const sigset_t *mask) {
     if (memcmp(&now, mask, 8)) fail(sigismember(mask, SIGTRAP) ? "mask has lost a signal" : "mask has got a signal");
     sigaction(SIGTRAP, 0, &action);
     void (*expected)(int) = has('h') ? on_trap : has('i') ? SIG_IGN : SIG_DFL;
-    /* The kernel resets it when a thread that blocks SIGTRAP traps; the tracer puts it back.
-       In between, some microseconds, other threads may see it. */
+    /* The kernel resets it when a thread traps that blocks or ignores SIGTRAP; the tracer puts
+       it back, SIG_IGN only when its window closes, and how long that takes is a matter of how
+       busy the machine is. That it is back when a commit returns, live.rs checks. This bound
+       only ends a test that hangs. */
     for (int i = 0; action.sa_handler != expected; i++) {
-        if (i == 100) fail("SIGTRAP's handler");
+        if (i == 15000) fail("SIGTRAP's handler");
         usleep(1000);
         sigaction(SIGTRAP, 0, &action);
     }
     if (has('h') && !sigismember(&action.sa_mask, SIGUSR2)) fail("SIGTRAP's mask");
     sigpending(&pending);
-    if (has('p') != sigismember(&pending, SIGTRAP)) fail("pending SIGTRAP");
+    if (!has('o') && has('p') != sigismember(&pending, SIGTRAP)) fail("pending SIGTRAP");
     if (sigismember(&pending, SIGSTOP)) fail("pending SIGSTOP");
 }
 
@@ -71,7 +74,7 @@ static void *worker(void *once) {
         stack_t s = {.ss_sp = alternate, .ss_size = 65536};
         sigaltstack(&s, 0);
     }
-    if (has('b')) { sigfillset(&mask); pthread_sigmask(SIG_SETMASK, &mask, 0); }
+    if (has('b') || (has('o') && atomic_fetch_add(&n_workers, 1) % 2)) { sigfillset(&mask); pthread_sigmask(SIG_SETMASK, &mask, 0); }
     if (has('p')) pthread_kill(pthread_self(), SIGTRAP);
     pthread_sigmask(SIG_SETMASK, 0, &mask);
     do {
@@ -86,7 +89,7 @@ static void *worker(void *once) {
 static void *storm(void *arg) {
     pthread_t *threads = arg;
     int n = atoi((char *)threads[63]);
-    for (int i = 0; !stop; i++) { pthread_kill(threads[i % n], SIGUSR1); usleep(20); }
+    for (int i = 0; !stop; i++) { pthread_kill(threads[i % n], has('t') ? SIGTRAP : SIGUSR1); usleep(has('t') ? 300 : 20); }
     return 0;
 }
 
@@ -108,6 +111,9 @@ static void *fork_churn(void *arg) {
         if (has('v')) {
             if (posix_spawn(&child, "/bin/true", 0, 0, argv, 0)) fail("posix_spawn");
         } else if ((child = fork()) == 0) {
+            struct sigaction action;
+            sigaction(SIGTRAP, 0, &action);
+            if (has('i') && action.sa_handler != SIG_IGN) _exit(9);
             call_all(300);
             _exit(0);
         }
@@ -131,7 +137,7 @@ int main(int argc, char **argv) {
     if (has('i')) signal(SIGTRAP, SIG_IGN);
     for (int i = 0; i < n; i++) pthread_create(&threads[i], 0, worker, 0);
     threads[63] = (pthread_t)argv[1];
-    if (has('u')) pthread_create(&more[n_more++], 0, storm, threads);
+    if (has('u') || has('t')) pthread_create(&more[n_more++], 0, storm, threads);
     if (has('c')) pthread_create(&more[n_more++], 0, churn, 0);
     if (has('f') || has('v')) pthread_create(&more[n_more++], 0, fork_churn, 0);
     printf("%lx %lx %lx %lx\n", (long)nops5, (long)nop5, (long)prologue, (long)&counter);

@@ -127,3 +127,12 @@ impl Registers {
         ]
     }
 }
+
+/// Whether no thread gets to the byte behind `first` by executing the instruction that starts
+/// with it: a breakpoint of ours, or a jump or call of five bytes.
+pub(crate) fn never_falls_behind_itself(first: u8) -> bool {
+    const INT3: u8 = 0xcc;
+    const CALL_REL32: u8 = 0xe8;
+    const JMP_REL32: u8 = 0xe9;
+    matches!(first, INT3 | CALL_REL32 | JMP_REL32)
+}
