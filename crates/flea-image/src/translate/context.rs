@@ -189,12 +189,14 @@ fn fixed() -> MemFlagsData {
 
 fn slots_of(param: &Param) -> impl Iterator<Item = Slot> + '_ {
     let size_bytes = match param.ty {
-        signature::Type::Int { size_bytes, .. }
-        | signature::Type::Float { size_bytes, .. }
-        | signature::Type::Aggregate { size_bytes, .. } => size_bytes,
-        signature::Type::Void | signature::Type::Pointer { .. } | signature::Type::Unknown => {
-            u32::MAX
+        signature::Type::Int { size_bytes, .. } | signature::Type::Float { size_bytes, .. } => {
+            size_bytes
         }
+        // The word may be the address of one: a class with a destructor is passed so.
+        signature::Type::Aggregate { .. }
+        | signature::Type::Void
+        | signature::Type::Pointer { .. }
+        | signature::Type::Unknown => u32::MAX,
     };
     (0u32..)
         .zip(&param.words)
