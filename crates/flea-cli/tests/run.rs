@@ -3,30 +3,12 @@
 
 mod support;
 
-use std::{collections::BTreeMap, path::Path, process::Command};
+use std::{collections::BTreeMap, process::Command};
 
 use anyhow::{Context as _, Result, ensure};
 use flea_fixtures::{CBuild, Fixture, Report, Tool, build, require, spawn_waiting};
 use serde_json::Value;
-use support::{Records, TempFile, Tracing, ask, assert_clean, flea};
-
-/// `None` where there is no clang or no libbpf, which was printed.
-fn compile(isa: &str) -> Result<Option<TempFile>> {
-    let (Some(clang), Some(_)) = (require(Tool::Clang), require(Tool::LibbpfHeaders)) else {
-        return Ok(None);
-    };
-    let object = TempFile::new("everything.bpf.o");
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bpf/everything.bpf.c");
-    let output = Command::new(clang)
-        .args(["-target", "bpf", "-O2", "-g", "-Wall", &format!("-mcpu={isa}")])
-        .args(["-D__TARGET_ARCH_x86", "-I", "/usr/include/x86_64-linux-gnu", "-c"])
-        .arg(source)
-        .arg("-o")
-        .arg(&object.0)
-        .output()?;
-    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    Ok(Some(object))
-}
+use support::{Records, TempFile, Tracing, ask, assert_clean, compile_bpf, flea};
 
 /// The elements of a map, added up over threads.
 fn elements(records: &Records, map: &str) -> BTreeMap<u64, u64> {
@@ -98,7 +80,7 @@ fn an_object_on_a_running_program() -> Result<()> {
     for (isa, variant) in
         [("v3", CBuild::O2), ("v2", CBuild::NopMcount), ("v3", CBuild::Static), ("v3", CBuild::O0)]
     {
-        let Some(object) = compile(isa)? else { return Ok(()) };
+        let Some(object) = compile_bpf("everything.bpf.c", isa)? else { return Ok(()) };
         let fixture = Fixture::CountsC(variant);
         let Some(mut target) = spawn_waiting(fixture, 4, 240)? else { return Ok(()) };
         let file = object.0.to_str().context("a path")?;

@@ -29,8 +29,16 @@ pub enum Fixture {
     Disturb,
     /// `c/dies.c`: ends in the middle of calls.
     Dies,
+    /// `c/naps.c`: threads and a coroutine stay inside functions for as long as is wanted.
+    Naps,
     /// `c/spin.c`: calls one function for ever, also from storms of threads or children.
     Spin,
+    /// `c/variadic.c`: variadic functions, called in every way.
+    Variadic(CBuild),
+    /// A generated program with functions of every `-fpatchable-function-entry=N,M`.
+    Entries(CBuild),
+    /// The same functions with XRay's sleds at their entries, without XRay's runtime (clang).
+    Sleds,
     /// `c/bench_loop.c`: functions to be timed side by side in one process.
     BenchLoop,
     /// A generated program with this many functions `many_0`, `many_1`, ..., each with a
@@ -64,12 +72,16 @@ pub enum CBuild {
     OnlyDynsym,
     /// gcc -O2 -pg -mfentry -mnop-mcount: one 5-byte nop at entry.
     NopMcount,
+    /// gcc -O2 -pg -mfentry: a call of `__fentry__` at entry.
+    FentryCall,
     /// gcc -O2 -fpatchable-function-entry=5: five 1-byte nops at entry.
     Patchable5,
     /// gcc -O2 -fpatchable-function-entry=16,5: five nops before the entry, eleven behind.
     Patchable16Before5,
     /// clang -O2 -fpatchable-function-entry=5: one 5-byte nop at entry.
     ClangPatchable5,
+    /// clang -O0.
+    ClangO0,
     /// clang -O2.
     Clang,
     /// gcc -O2 -fcf-protection=full: endbr64 at entry.
@@ -92,9 +104,11 @@ impl CBuild {
         Self::MuslStatic,
         Self::OnlyDynsym,
         Self::NopMcount,
+        Self::FentryCall,
         Self::Patchable5,
         Self::Patchable16Before5,
         Self::ClangPatchable5,
+        Self::ClangO0,
         Self::Clang,
         Self::CfProtection,
         Self::CfProtectionPatchable5,
@@ -119,9 +133,11 @@ impl CBuild {
             Self::MuslStatic => "musl-static",
             Self::OnlyDynsym => "only-dynsym",
             Self::NopMcount => "nop-mcount",
+            Self::FentryCall => "fentry-call",
             Self::Patchable5 => "patchable5",
             Self::Patchable16Before5 => "patchable16-5",
             Self::ClangPatchable5 => "clang-patchable5",
+            Self::ClangO0 => "clang-O0",
             Self::Clang => "clang",
             Self::CfProtection => "cf-protection",
             Self::CfProtectionPatchable5 => "cf-protection-patchable5",
@@ -168,7 +184,17 @@ impl Fixture {
             Self::Odd,
             Self::Disturb,
             Self::Dies,
+            Self::Naps,
             Self::Spin,
+            Self::Variadic(CBuild::O0),
+            Self::Variadic(CBuild::O2),
+            Self::Variadic(CBuild::ClangO0),
+            Self::Variadic(CBuild::Clang),
+            Self::Entries(CBuild::O1),
+            Self::Entries(CBuild::O2),
+            Self::Entries(CBuild::CfProtection),
+            Self::Entries(CBuild::Clang),
+            Self::Sleds,
             Self::BenchLoop,
             Self::Many(100),
             Self::Many(10_000),
@@ -191,7 +217,11 @@ impl Fixture {
             Self::Odd => "odd".into(),
             Self::Disturb => "disturb".into(),
             Self::Dies => "dies".into(),
+            Self::Naps => "naps".into(),
             Self::Spin => "spin".into(),
+            Self::Variadic(build) => format!("variadic-{}", build.slug()),
+            Self::Entries(build) => format!("entries-{}", build.slug()),
+            Self::Sleds => "sleds".into(),
             Self::BenchLoop => "bench_loop".into(),
             Self::Many(n) => format!("many-{n}"),
         }

@@ -24,11 +24,13 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+mod entries;
 mod fixture;
 mod recipe;
 mod report;
 mod require;
 mod running;
+mod variadic;
 
 pub use cache::{build, try_build};
 pub use fixture::{CBuild, Fixture, RustBuild};

@@ -3,7 +3,8 @@
 
 use std::fmt::Write as _;
 
-use crate::{CBuild, Fixture, RustBuild, Tool};
+use crate::entries::{self, Entry};
+use crate::{CBuild, Fixture, RustBuild, Tool, variadic};
 
 /// A source file, by its name in the build directory.
 #[derive(Debug, Clone)]
@@ -55,9 +56,11 @@ fn c_flags(build: CBuild) -> Flags {
         // gcc has no -mnop-mcount for position independent code. -pg is left out of the
         // link: it would bring a profiler along.
         CBuild::NopMcount => (Tool::Gcc, "-O2 -fno-pie -pg -mfentry -mnop-mcount", "-no-pie"),
+        CBuild::FentryCall => (Tool::Gcc, "-O2 -pg -mfentry", ""),
         CBuild::Patchable5 => (Tool::Gcc, "-O2 -fpatchable-function-entry=5", ""),
         CBuild::Patchable16Before5 => (Tool::Gcc, "-O2 -fpatchable-function-entry=16,5", ""),
         CBuild::ClangPatchable5 => (Tool::Clang, "-O2 -fPIE -fpatchable-function-entry=5", "-pie"),
+        CBuild::ClangO0 => (Tool::Clang, "-O0 -fPIE", "-pie"),
         CBuild::Clang => (Tool::Clang, "-O2 -fPIE", "-pie"),
         CBuild::CfProtection => (Tool::Gcc, "-O2 -fcf-protection=full", ""),
         CBuild::CfProtectionPatchable5 => {
@@ -209,7 +212,24 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
         }
         Fixture::Disturb => (vec![source!("c", "disturb.c")], simple(&program, "disturb.c", "")),
         Fixture::Dies => (vec![source!("c", "dies.c")], simple(&program, "dies.c", "")),
+        Fixture::Naps => (vec![source!("c", "naps.c")], simple(&program, "naps.c", "")),
         Fixture::Spin => (vec![source!("c", "spin.c")], simple(&program, "spin.c", "")),
+        Fixture::Variadic(build) => {
+            let calls = Source { name: "variadic_calls.h", text: variadic::calls() };
+            let sources = vec![source!("c", "variadic.c"), calls];
+            (sources, c_steps(&c_flags(build), "variadic.c", "", &program))
+        }
+        Fixture::Entries(build) => {
+            let sources = vec![Source { name: "entries.c", text: entries::source(Entry::Nops) }];
+            (sources, c_steps(&c_flags(build), "entries.c", "", &program))
+        }
+        Fixture::Sleds => {
+            // The flag is for the compiler alone: the linker would add XRay's runtime.
+            let compile = "-O2 -fPIE -fxray-instrument -fxray-instruction-threshold=1";
+            let flags = Flags { tool: Tool::Clang, compile, link: "-pie" };
+            let text = entries::source(Entry::AsFlagsSay);
+            (vec![Source { name: "sleds.c", text }], c_steps(&flags, "sleds.c", "", &program))
+        }
         Fixture::BenchLoop => {
             (vec![source!("c", "bench_loop.c")], simple(&program, "bench_loop.c", ""))
         }

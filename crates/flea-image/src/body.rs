@@ -35,8 +35,8 @@ use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads};
 use crate::sides::{rank, runs_on};
 use crate::skip::skip_result;
 use crate::translate::{
-    Arguments, Env, Outcome, Parameters, Saves, Side, Translator, Use, call_runtime, op, proved,
-    store_skip_value, zero_cookie,
+    Arguments, Env, Outcome, Parameters, Probes, Saves, Side, Translator, Use, call_runtime, op,
+    proved, store_skip_value, zero_cookie,
 };
 use crate::x86_64::check::check_body;
 use crate::x86_64::slim::slim;
@@ -148,7 +148,11 @@ fn build(
     chosen: &[Chosen<'_>],
     saves: &Saves,
 ) -> Result<(Code, Outcome), CompileError> {
-    let parameters = Parameters::of(side, request.signature);
+    let probes = match chosen.iter().any(|c| c.program.kind == ProgramKind::Uprobe) {
+        true => Probes::Some,
+        false => Probes::None,
+    };
+    let parameters = Parameters::of(side, request.signature, probes);
     let mut signature = Signature::new(CallConv::PreserveAll);
     signature.params = parameters.types().map(AbiParam::new).collect();
     let mut func = Function::with_name_signature(UserFuncName::user(0, 0), signature);

@@ -37,7 +37,7 @@ pub use x86_64::find_fde::FrameArena;
 pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;
 pub use x86_64::skeleton::{
-    BodyRef, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, UnwindRow,
-    UnwindRule, call_patch, link_skeleton, link_unwinder_skeleton,
+    BodyRef, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, Switch,
+    UnwindRow, UnwindRule, call_patch, link_skeleton, link_unwinder_skeleton,
 };
 pub use x86_64::stack_copy::StackCopy;

@@ -7,7 +7,7 @@ use flea_verifier::Verified;
 use flea_verifier::facts::{Fact, Region};
 
 use crate::request::ProgramUse;
-use crate::translate::Side;
+use crate::translate::{Side, is_saved_at_entry};
 
 /// Whether `verified`, attached as `kind` to a function with this signature, needs the skeleton's
 /// frame: every kind that runs at exit, and those entry programs that read what no parameter of
@@ -16,8 +16,19 @@ use crate::translate::Side;
 pub fn needs_frame(kind: ProgramKind, verified: &Verified, signature: &Signature) -> bool {
     match kind {
         ProgramKind::Fentry => reads_wide_words(verified, signature),
-        _ => true,
+        ProgramKind::Uprobe => reads_saved_registers(verified),
+        ProgramKind::Fexit
+        | ProgramKind::Fsession
+        | ProgramKind::FmodRet
+        | ProgramKind::Uretprobe => true,
     }
+}
+
+fn reads_saved_registers(verified: &Verified) -> bool {
+    verified.facts().iter().any(|fact| match *fact {
+        Fact::Access(Region::Ctx { offset_bytes }) => is_saved_at_entry(offset_bytes),
+        _ => false,
+    })
 }
 
 /// Does it read a third or later word of a vector register? A 16-byte parameter is the widest
@@ -46,14 +57,13 @@ fn reads_wide_words(verified: &Verified, signature: &Signature) -> bool {
 /// Whether a program is part of the body on `side`.
 pub(crate) fn runs_on(side: Side, program: &ProgramUse<'_>, signature: &Signature) -> bool {
     match program.kind {
-        ProgramKind::Fentry => {
+        ProgramKind::Fentry | ProgramKind::Uprobe => {
             let framed = needs_frame(program.kind, program.verified, signature);
             side == if framed { Side::Session } else { Side::Entry }
         }
-        ProgramKind::Fexit => side == Side::Exit,
+        ProgramKind::Fexit | ProgramKind::Uretprobe => side == Side::Exit,
         ProgramKind::Fsession => matches!(side, Side::Session | Side::Exit),
         ProgramKind::FmodRet => side == Side::Modify,
-        ProgramKind::Uprobe | ProgramKind::Uretprobe => false,
     }
 }
 

@@ -475,7 +475,7 @@ fn skeletons() {
         0019  pushq 0x20(%rbp)
         001c  pushq 0x18(%rbp)
         001f  pushq 0x10(%rbp)
-        0022  call 0x000000000060010D
+        0022  call 0x0000000000600114
         0027  mov %rbp,-8(%rsp)
         002c  mov %rax,-8(%rbp)
         0030  push %rbp
@@ -531,11 +531,14 @@ fn skeletons() {
         0101  jmp +0xc0
         0103  leave
         0104  ret
-        0105  nopl 0x61656C66(%rax,%rax)
-        010d  push %rbp
-        010e  mov %rsp,%rbp
-        0111  lea 0x40110B,%rax
-        0118  jmp 0x000000000040100B
+        0105  mov %rbp,-8(%rsp)
+        010a  leave
+        010b  ret
+        010c  nopl 0x61656C66(%rax,%rax)
+        0114  push %rbp
+        0115  mov %rsp,%rbp
+        0118  lea 0x40110B,%rax
+        011f  jmp 0x000000000040100B
     "#]]
     .assert_eq(&skeleton.listing());
     expect![[r#"
@@ -550,25 +553,25 @@ fn skeletons() {
                     rule: Frame,
                 },
                 UnwindRow {
-                    offset: 269,
+                    offset: 276,
                     rule: Original,
                 },
             ],
             [
                 (
                     0x401000,
-                    0x60010d,
+                    0x600114,
                 ),
                 (
                     0x401001,
-                    0x60010e,
+                    0x600115,
                 ),
                 (
                     0x401004,
-                    0x600111,
+                    0x600118,
                 ),
             ],
-            0x60010d,
+            0x600114,
         )
     "#]]
     .assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));

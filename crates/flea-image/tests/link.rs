@@ -69,6 +69,13 @@ fn what_cannot_be_linked_says_why() {
     let not_nops = SkeletonRequest { kind: SiteKind::Nops, ..request(&[0x55; 5], &[]) };
     assert!(matches!(link_skeleton(&not_nops), Err(LinkError::NotNops { .. })));
 
+    // XRay's sled jumps over its nop; a jump elsewhere does something.
+    let mut sled = [0xeb, 9, 0x66, 0x0f, 0x1f, 0x84, 0, 0, 2, 0, 0];
+    link_skeleton(&SkeletonRequest { kind: SiteKind::Nops, ..request(&sled, &[]) }).unwrap();
+    sled[1] = 10;
+    let other = SkeletonRequest { kind: SiteKind::Nops, ..request(&sled, &[]) };
+    assert!(matches!(link_skeleton(&other), Err(LinkError::NotNops { .. })));
+
     let far =
         SkeletonRequest { image_address: RemoteAddr(SITE.0 + (1 << 31)), ..request(&nop, &[]) };
     assert!(matches!(link_skeleton(&far), Err(LinkError::OutOfReach { .. })));
@@ -82,8 +89,75 @@ fn what_cannot_be_linked_says_why() {
     let many = SkeletonRequest { stack_copy: StackCopy::Exactly(100_000), ..request(&nop, &[]) };
     assert!(matches!(link_skeleton(&many), Err(LinkError::TooManyStackWords { .. })));
 
+    let odd = SkeletonRequest { stack_align_bytes: 48, ..request(&nop, &[]) };
+    assert_eq!(link_skeleton(&odd), Err(LinkError::StackAlignment { align_bytes: 48 }));
+
     assert_eq!(call_patch(SITE, RemoteAddr(SITE.0 + (1 << 32))), None);
     assert_eq!(call_patch(SITE, RemoteAddr(SITE.0 + 5)), Some([0xe8, 0, 0, 0, 0]));
+}
+
+#[test]
+fn words_that_may_not_be_there_are_read_with_care() {
+    let nop = [0x0f, 0x1f, 0x44, 0, 0];
+    let reads = Reads::default();
+    let bodies = [SkeletonBody {
+        entry: None,
+        session: None,
+        exit: Some(BodyRef::Call(NEAR)),
+        reads: &reads,
+        frame_words: 0,
+        frame_offset: 0,
+    }];
+    let probe_read_user = RemoteAddr(0x7000_0000_0000);
+    let skeleton = link_skeleton(&SkeletonRequest {
+        kind: SiteKind::Nops,
+        stack_copy: StackCopy::UpTo { n_words: 2, probe_read_user },
+        stack_align_bytes: 64,
+        ..request(&nop, &bodies)
+    });
+    expect![[r#"
+        0000  push %rbp
+        0001  mov %rsp,%rbp
+        0004  lea -0xA0(%rsp),%rsp
+        000c  mov %rax,-8(%rbp)
+        0010  lea 8(%rbp),%rax
+        0014  and $0xFFF,%eax
+        0019  cmp $0xFE8,%eax
+        001e  mov -8(%rbp),%rax
+        0022  ja +0x3b
+        0024  pushq 0x18(%rbp)
+        0027  pushq 0x10(%rbp)
+        002a  call 0x0000000000600097
+        002f  mov %rbp,-8(%rsp)
+        0034  call 0x0000000000600000
+        0039  leave
+        003a  ret
+        003b  mov %rdi,-0x28(%rbp)
+        003f  mov %rsi,-0x30(%rbp)
+        0043  mov %rdx,-0x38(%rbp)
+        0047  mov %rcx,-0x40(%rbp)
+        004b  lea -0x10(%rsp),%rsp
+        0050  lea 0x10(%rbp),%rsi
+        0054  mov %rsp,%rdi
+        0057  mov %esi,%ecx
+        0059  neg %ecx
+        005b  and $0xFFF,%ecx
+        0061  mov $0x10,%edx
+        0066  sub %ecx,%edx
+        0068  rep movsb (%rsi),(%rdi)
+        006a  xchg %rdx,%rsi
+        006d  movabs $0x700000000000,%rax
+        0077  call *%rax
+        0079  mov -0x28(%rbp),%rdi
+        007d  mov -0x30(%rbp),%rsi
+        0081  mov -0x38(%rbp),%rdx
+        0085  mov -0x40(%rbp),%rcx
+        0089  mov -8(%rbp),%rax
+        008d  jmp +0x2a
+        008f  nopl 0x61656C66(%rax,%rax)
+        0097  jmp 0x0000000000401005
+    "#]]
+    .assert_eq(&skeleton.unwrap().listing());
 }
 
 #[test]

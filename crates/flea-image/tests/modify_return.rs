@@ -304,98 +304,106 @@ fn the_skeleton_asks_each_controller() {
     check(
         &link(Some(SkipResult::Rax)),
         &expect![[r#"
-        0000  push %rbp
-        0001  mov %rsp,%rbp
-        0004  lea -0x90(%rsp),%rsp
-        000c  movq $0,-8(%rbp)
-        0014  call 0x0000000000500000
-        0019  cmpq $0,-8(%rbp)
-        001e  jne +0x46
-        0020  call 0x0000000000500100
-        0025  cmpq $0,-8(%rbp)
-        002a  jne +0x46
-        002c  call 0x0000000000600054
-        0031  mov %rbp,-8(%rsp)
-        0036  mov %rax,-8(%rbp)
-        003a  call 0x0000000000501000
-        003f  call 0x0000000000501100
-        0044  leave
-        0045  ret
-        0046  mov -8(%rbp),%rax
-        004a  jmp +0x36
-        004c  nopl 0x61656C66(%rax,%rax)
-        0054  jmp 0x0000000000401005
-    "#]],
+            0000  push %rbp
+            0001  mov %rsp,%rbp
+            0004  lea -0x90(%rsp),%rsp
+            000c  movq $0,-8(%rbp)
+            0014  call 0x0000000000500000
+            0019  cmpq $0,-8(%rbp)
+            001e  jne +0x50
+            0020  call 0x0000000000500100
+            0025  cmpq $0,-8(%rbp)
+            002a  jne +0x50
+            002c  call 0x000000000060005E
+            0031  mov %rbp,-8(%rsp)
+            0036  mov %rax,-8(%rbp)
+            003a  nopl (%rax,%rax)
+            003f  call 0x0000000000501000
+            0044  nopl (%rax,%rax)
+            0049  call 0x0000000000501100
+            004e  leave
+            004f  ret
+            0050  mov -8(%rbp),%rax
+            0054  jmp +0x36
+            0056  nopl 0x61656C66(%rax,%rax)
+            005e  jmp 0x0000000000401005
+        "#]],
     );
     check(
         &link(Some(SkipResult::Xmm0)),
         &expect![[r#"
-        0000  push %rbp
-        0001  mov %rsp,%rbp
-        0004  lea -0x90(%rsp),%rsp
-        000c  movq $0,-8(%rbp)
-        0014  call 0x0000000000500000
-        0019  cmpq $0,-8(%rbp)
-        001e  jne +0x46
-        0020  call 0x0000000000500100
-        0025  cmpq $0,-8(%rbp)
-        002a  jne +0x46
-        002c  call 0x0000000000600055
-        0031  mov %rbp,-8(%rsp)
-        0036  mov %rax,-8(%rbp)
-        003a  call 0x0000000000501000
-        003f  call 0x0000000000501100
-        0044  leave
-        0045  ret
-        0046  movq -8(%rbp),%xmm0
-        004b  jmp +0x36
-        004d  nopl 0x61656C66(%rax,%rax)
-        0055  jmp 0x0000000000401005
-    "#]],
+            0000  push %rbp
+            0001  mov %rsp,%rbp
+            0004  lea -0x90(%rsp),%rsp
+            000c  movq $0,-8(%rbp)
+            0014  call 0x0000000000500000
+            0019  cmpq $0,-8(%rbp)
+            001e  jne +0x50
+            0020  call 0x0000000000500100
+            0025  cmpq $0,-8(%rbp)
+            002a  jne +0x50
+            002c  call 0x000000000060005F
+            0031  mov %rbp,-8(%rsp)
+            0036  mov %rax,-8(%rbp)
+            003a  nopl (%rax,%rax)
+            003f  call 0x0000000000501000
+            0044  nopl (%rax,%rax)
+            0049  call 0x0000000000501100
+            004e  leave
+            004f  ret
+            0050  movq -8(%rbp),%xmm0
+            0055  jmp +0x36
+            0057  nopl 0x61656C66(%rax,%rax)
+            005f  jmp 0x0000000000401005
+        "#]],
     );
     check(
         &link(Some(SkipResult::Nowhere)),
         &expect![[r#"
-        0000  push %rbp
-        0001  mov %rsp,%rbp
-        0004  lea -0x90(%rsp),%rsp
-        000c  movq $0,-8(%rbp)
-        0014  call 0x0000000000500000
-        0019  cmpq $0,-8(%rbp)
-        001e  jne +0x46
-        0020  call 0x0000000000500100
-        0025  cmpq $0,-8(%rbp)
-        002a  jne +0x46
-        002c  call 0x0000000000600050
-        0031  mov %rbp,-8(%rsp)
-        0036  mov %rax,-8(%rbp)
-        003a  call 0x0000000000501000
-        003f  call 0x0000000000501100
-        0044  leave
-        0045  ret
-        0046  jmp +0x36
-        0048  nopl 0x61656C66(%rax,%rax)
-        0050  jmp 0x0000000000401005
-    "#]],
+            0000  push %rbp
+            0001  mov %rsp,%rbp
+            0004  lea -0x90(%rsp),%rsp
+            000c  movq $0,-8(%rbp)
+            0014  call 0x0000000000500000
+            0019  cmpq $0,-8(%rbp)
+            001e  jne +0x50
+            0020  call 0x0000000000500100
+            0025  cmpq $0,-8(%rbp)
+            002a  jne +0x50
+            002c  call 0x000000000060005A
+            0031  mov %rbp,-8(%rsp)
+            0036  mov %rax,-8(%rbp)
+            003a  nopl (%rax,%rax)
+            003f  call 0x0000000000501000
+            0044  nopl (%rax,%rax)
+            0049  call 0x0000000000501100
+            004e  leave
+            004f  ret
+            0050  jmp +0x36
+            0052  nopl 0x61656C66(%rax,%rax)
+            005a  jmp 0x0000000000401005
+        "#]],
     );
     check(
         &link(None),
         &expect![[r#"
-        0000  push %rbp
-        0001  mov %rsp,%rbp
-        0004  lea -0x90(%rsp),%rsp
-        000c  movq $0,-8(%rbp)
-        0014  call 0x0000000000500000
-        0019  call 0x0000000000500100
-        001e  call 0x0000000000600040
-        0023  mov %rbp,-8(%rsp)
-        0028  mov %rax,-8(%rbp)
-        002c  call 0x0000000000501000
-        0031  call 0x0000000000501100
-        0036  leave
-        0037  ret
-        0038  nopl 0x61656C66(%rax,%rax)
-        0040  jmp 0x0000000000401005
-    "#]],
+            0000  push %rbp
+            0001  mov %rsp,%rbp
+            0004  lea -0x90(%rsp),%rsp
+            000c  movq $0,-8(%rbp)
+            0014  call 0x0000000000500000
+            0019  call 0x0000000000500100
+            001e  call 0x000000000060004A
+            0023  mov %rbp,-8(%rsp)
+            0028  mov %rax,-8(%rbp)
+            002c  nopl (%rax,%rax)
+            0031  call 0x0000000000501000
+            0036  nopl (%rax,%rax)
+            003b  call 0x0000000000501100
+            0040  leave
+            0041  ret
+            0042  nopl 0x61656C66(%rax,%rax)
+            004a  jmp 0x0000000000401005
+        "#]],
     );
 }

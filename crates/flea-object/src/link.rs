@@ -155,6 +155,7 @@ impl<'a> Linker<'a> {
             name: program.to_owned(),
             section: section.to_owned(),
             kind: name.kind,
+            multi: name.multi,
             target: name.target,
             autoload: name.autoload,
             lines: self.lines_of(&linking.placed),

@@ -26,16 +26,48 @@ pub enum SectionFault {
         /// The section.
         section: String,
     },
+    /// A place inside a function.
+    #[error(
+        "section '{section}': programs are attached to a function's entry, not {offset} bytes \
+         behind it; name the function alone"
+    )]
+    Offset {
+        /// The section.
+        section: String,
+        /// What follows the function's name.
+        offset: i64,
+    },
 }
 
 const SUPPORTED: &str = "supported are SEC(\"fentry/FUNC\"), SEC(\"fexit/FUNC\"), \
-                         SEC(\"fmod_ret/FUNC\") and SEC(\"fsession/FUNC\"), where FUNC may be \
-                         MODULE:FUNC";
+                         SEC(\"fmod_ret/FUNC\"), SEC(\"fsession/FUNC\"), \
+                         SEC(\"uprobe/FUNC\") and SEC(\"uretprobe/FUNC\"), where FUNC may be \
+                         MODULE:FUNC, and all but fmod_ret with .multi, as \
+                         SEC(\"fentry.multi/GLOB\")";
+/// Kinds that there are.
+const KINDS: &[ProgramKind] = &[
+    ProgramKind::Fentry,
+    ProgramKind::Fexit,
+    ProgramKind::Fsession,
+    ProgramKind::FmodRet,
+    ProgramKind::Uprobe,
+    ProgramKind::Uretprobe,
+];
+/// Those that Linux has a `.multi` form of.
+const MULTI_KINDS: &[ProgramKind] = &[
+    ProgramKind::Fentry,
+    ProgramKind::Fexit,
+    ProgramKind::Fsession,
+    ProgramKind::Uprobe,
+    ProgramKind::Uretprobe,
+];
 
 /// What a section name says.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SectionName {
     pub kind: ProgramKind,
+    /// `.multi`
+    pub multi: bool,
     pub target: Option<String>,
     pub autoload: bool,
 }
@@ -98,21 +130,54 @@ pub(crate) fn parse_name(section: &str) -> Result<SectionName, SectionFault> {
         Some((kind, target)) => (kind, Some(target)),
         None => (name, None),
     };
-    let supported =
-        [ProgramKind::Fentry, ProgramKind::Fexit, ProgramKind::FmodRet, ProgramKind::Fsession];
-    let Some(program) = supported.into_iter().find(|p| p.name() == kind) else {
+    let (base, suffix) = match kind.split_once('.') {
+        Some((base, suffix)) => (base, Some(suffix)),
+        None => (kind, None),
+    };
+    let of = |kinds: &[ProgramKind]| kinds.iter().copied().find(|p| p.name() == base);
+    let program = match suffix {
+        None => of(KINDS),
+        Some("multi") => of(MULTI_KINDS),
+        Some(_) => None,
+    };
+    let Some(program) = program else {
         let section = section.to_owned();
-        let base = kind.split_once('.').map_or(kind, |(base, _suffix)| base);
         return Err(if LIBBPF_KINDS.contains(&base) {
             SectionFault::Unsupported { section, kind: kind.to_owned() }
         } else {
             SectionFault::Unknown { section }
         });
     };
-    if target.is_some_and(|t| t.is_empty() || t.starts_with(':') || t.ends_with(':')) {
+    let is_probe = matches!(program, ProgramKind::Uprobe | ProgramKind::Uretprobe);
+    let target = match target {
+        Some(target) if is_probe => Some(without_offset(section, target)?),
+        other => other,
+    };
+    let no_function = |t: &str| {
+        let path_alone = is_probe && t.starts_with('/') && !t.contains(':');
+        path_alone || t.is_empty() || t.starts_with(':') || t.ends_with(':')
+    };
+    if target.is_some_and(no_function) {
         return Err(SectionFault::NoFunction { section: section.to_owned() });
     }
-    Ok(SectionName { kind: program, target: target.map(str::to_owned), autoload })
+    let target = target.map(str::to_owned);
+    Ok(SectionName { kind: program, multi: suffix.is_some(), target, autoload })
+}
+
+/// `FUNC` of `FUNC+0`; any other number is refused. As in libbpf a number is what `strtol`
+/// takes, and anything else belongs to the name (`operator+`).
+fn without_offset<'a>(section: &str, target: &'a str) -> Result<&'a str, SectionFault> {
+    let Some((function, text)) = target.rsplit_once('+') else { return Ok(target) };
+    let offset = match text.strip_prefix("0x") {
+        Some(hex) => i64::from_str_radix(hex, 16),
+        None if text.starts_with('0') => i64::from_str_radix(text, 8),
+        None => text.parse(),
+    };
+    match offset {
+        Ok(0) => Ok(function),
+        Ok(offset) => Err(SectionFault::Offset { section: section.to_owned(), offset }),
+        Err(_) => Ok(target),
+    }
 }
 
 #[cfg(test)]
@@ -121,7 +186,13 @@ mod tests {
 
     fn check(section: &str, kind: ProgramKind, target: Option<&str>, autoload: bool) {
         let target = target.map(str::to_owned);
-        assert_eq!(parse_name(section), Ok(SectionName { kind, target, autoload }));
+        assert_eq!(parse_name(section), Ok(SectionName { kind, multi: false, target, autoload }));
+    }
+
+    fn check_multi(section: &str, kind: ProgramKind, target: &str) {
+        let target = Some(target.to_owned());
+        let autoload = !section.starts_with('?');
+        assert_eq!(parse_name(section), Ok(SectionName { kind, multi: true, target, autoload }));
     }
 
     fn check_error(section: &str, expect: &str) {
@@ -140,15 +211,47 @@ mod tests {
     }
 
     #[test]
+    fn names_of_probes() {
+        let (uprobe, uretprobe) = (ProgramKind::Uprobe, ProgramKind::Uretprobe);
+        check("uprobe", uprobe, None, true);
+        check("?uretprobe", uretprobe, None, false);
+        check("uprobe/malloc", uprobe, Some("malloc"), true);
+        check("uretprobe/libc.so.6:malloc", uretprobe, Some("libc.so.6:malloc"), true);
+        check("uprobe//usr/bin/x:main", uprobe, Some("/usr/bin/x:main"), true);
+        check("uprobe//proc/self/exe:a::b", uprobe, Some("/proc/self/exe:a::b"), true);
+        check("uprobe/x:main+0", uprobe, Some("x:main"), true);
+        check("uprobe/x:main+0x0", uprobe, Some("x:main"), true);
+        check("uprobe/x:operator+", uprobe, Some("x:operator+"), true);
+        check("uprobe/x:operator+(int)", uprobe, Some("x:operator+(int)"), true);
+        for (section, offset) in
+            [("uprobe/f+1", 1), ("uretprobe//bin/x:f+0x10", 16), ("uprobe/x:f+010", 8)]
+        {
+            let section = section.to_owned();
+            assert_eq!(parse_name(&section), Err(SectionFault::Offset { section, offset }));
+        }
+        // Only probes have offsets.
+        check("fentry/f+1", ProgramKind::Fentry, Some("f+1"), true);
+    }
+
+    #[test]
+    fn names_of_programs_on_many_functions() {
+        check_multi("fentry.multi/mall*", ProgramKind::Fentry, "mall*");
+        check_multi("fexit.multi/libc.so.6:?alloc", ProgramKind::Fexit, "libc.so.6:?alloc");
+        check_multi("?fsession.multi/f", ProgramKind::Fsession, "f");
+        check_multi("uprobe.multi//bin/x:a*", ProgramKind::Uprobe, "/bin/x:a*");
+        check_multi("uretprobe.multi/x:*", ProgramKind::Uretprobe, "x:*");
+    }
+
+    #[test]
     fn names_that_libbpf_knows() {
         for kind in [
             "kprobe",
             "kprobe.multi",
             "kprobe.session",
-            "uprobe",
             "uprobe.s",
-            "uretprobe",
-            "uretprobe.multi",
+            "uprobe.session",
+            "uprobe.multi.s",
+            "uretprobe.s",
             "usdt",
             "fmod_ret.s",
             "freplace",
@@ -157,7 +260,7 @@ mod tests {
             "raw_tp.w",
             "lsm",
             "fentry.s",
-            "fexit.multi",
+            "fmod_ret.multi",
             "fsession.s",
             "struct_ops",
             "iter",
@@ -175,7 +278,7 @@ mod tests {
         for section in ["foo/bar", "fentryx/y", "", "?", "/x", ".s/x"] {
             check_error(section, " names nothing Flea knows");
         }
-        for section in ["fentry/", "fexit/libc:", "fexit/:f"] {
+        for section in ["fentry/", "fexit/libc:", "fexit/:f", "uprobe//bin/x", "uprobe/x:+0"] {
             check_error(section, " names no function");
         }
     }

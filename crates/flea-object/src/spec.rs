@@ -69,7 +69,10 @@ pub struct Program {
     pub section: String,
     /// When it runs.
     pub kind: ProgramKind,
-    /// What follows the slash: `FUNC` or `MODULE:FUNC`, with globs in `.multi` forms.
+    /// A `.multi` form: functions that its target matches and that it cannot be attached to are
+    /// left out.
+    pub multi: bool,
+    /// What follows the slash: `FUNC` or `MODULE:FUNC`, perhaps with wildcards.
     pub target: Option<String>,
     /// The main function first, then the functions it reaches, linked: every call is
     /// [`crate::insn::PSEUDO_CALL`] with a resolved `imm`, every map reference a
@@ -90,6 +93,7 @@ impl Default for Program {
             name: String::new(),
             section: String::new(),
             kind: ProgramKind::default(),
+            multi: false,
             target: None,
             insns: Vec::new(),
             lines: Vec::new(),

@@ -17,8 +17,9 @@ const CASES: &[(&str, &str)] = &[
         "program 'prog': section 'kprobe/do_unlinkat': kprobe programs are not supported; supported are SEC(\"fentry/FUNC\")",
     ),
     (
-        "uprobe_multi",
-        "program 'prog': section 'uprobe.multi/libc:mal*': uprobe.multi programs are not supported",
+        "uprobe_offset",
+        "program 'prog': section 'uprobe/libc:malloc+4': programs are attached to a function's \
+         entry, not 4 bytes behind it",
     ),
     (
         "unknown_section",

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use flea_process::Trap;
 use flea_symbols::addr::RemoteAddr;
 
-use crate::plan::{PATCH_BYTES, Plan, PlanError, Poke};
+use crate::plan::{Plan, PlanError, Poke};
 use crate::target::Target;
 
 const INT3: u8 = 0xcc;
@@ -114,7 +114,7 @@ pub enum CommitError<E: std::error::Error + 'static> {
         /// The site.
         site: RemoteAddr,
         /// Bytes written.
-        written: [u8; PATCH_BYTES],
+        written: Vec<u8>,
         /// Bytes there.
         found: Vec<u8>,
     },
@@ -174,7 +174,7 @@ impl<T: Target> Commit<'_, T> {
         self.write(|_| INT3.into()).map_err(at("setting breakpoints"))?;
         self.target.sync_core().map_err(at("synchronising after the breakpoints"))?;
         self.evacuate()?;
-        self.write(|poke| Part { skip: 1, bytes: poke.new[1..].to_vec() })
+        self.write(|poke| Part { skip: 1, bytes: poke.new_bytes()[1..].to_vec() })
             .map_err(at("writing tails"))?;
         self.target.sync_core().map_err(at("synchronising after the tails"))?;
         self.write(|poke| poke.new[0].into()).map_err(at("writing first bytes"))?;
@@ -226,7 +226,8 @@ impl<T: Target> Commit<'_, T> {
     }
 
     fn site_around(&self, addr: RemoteAddr) -> RemoteAddr {
-        let inside = |poke: &&Poke| addr >= poke.site && addr.0 - poke.site.0 < PATCH_BYTES as u64;
+        let inside =
+            |poke: &&Poke| addr >= poke.site && addr.0 - poke.site.0 < poke.n_bytes() as u64;
         self.plan.pokes.iter().find(inside).map_or(addr, |poke| poke.site)
     }
 }
@@ -259,10 +260,11 @@ fn compare<T: Target>(target: &mut T, plan: &Plan) -> Result<(), CommitError<T::
 
 fn read_back<T: Target>(target: &mut T, plan: &Plan) -> Result<(), CommitError<T::Error>> {
     for poke in &plan.pokes {
-        let mut found = vec![0; PATCH_BYTES];
+        let mut found = vec![0; poke.n_bytes()];
         // Unmapped by now: the library has been closed, and its bytes do not matter.
-        if target.read(poke.site, &mut found).is_ok() && found != poke.new {
-            return Err(CommitError::ReadBack { site: poke.site, written: poke.new, found });
+        if target.read(poke.site, &mut found).is_ok() && found != poke.new_bytes() {
+            let written = poke.new_bytes().to_vec();
+            return Err(CommitError::ReadBack { site: poke.site, written, found });
         }
     }
     Ok(())

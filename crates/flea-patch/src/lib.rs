@@ -13,5 +13,5 @@ mod plan;
 mod target;
 
 pub use commit::{CommitError, Report, commit};
-pub use plan::{PATCH_BYTES, Plan, PlanError, Poke};
+pub use plan::{PATCH_BYTES, Plan, PlanError, Poke, SHORT_PATCH_BYTES};
 pub use target::Target;

@@ -1,18 +1,20 @@
 //! What is to be changed, as plain data.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 
 use flea_symbols::addr::RemoteAddr;
 use serde::{Deserialize, Serialize};
 
 /// Bytes replaced at a site: the length of `jmp rel32`, `call rel32` and the long nop.
 pub const PATCH_BYTES: usize = 5;
+/// Bytes replaced where there is no room for those: the length of `jmp rel8`.
+pub const SHORT_PATCH_BYTES: usize = 2;
 
 /// Changes that are made together, or not at all. Taking them off again is a plan as well,
 /// with `expected` and `new` exchanged.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// In any order; no two overlap.
+    /// First bytes are written in this order; no two overlap.
     pub pokes: Vec<Poke>,
 }
 
@@ -22,9 +24,9 @@ pub struct Poke {
     /// First byte that changes.
     pub site: RemoteAddr,
     /// What must be there, at least the five bytes that change. Longer where the replaced
-    /// instructions are longer: all of it is compared.
+    /// instructions are longer: all of it is compared. Or the two bytes of a short change.
     pub expected: Vec<u8>,
-    /// What will be there.
+    /// What will be there; of a short change, the first two bytes.
     pub new: [u8; PATCH_BYTES],
     /// Where a thread goes on that arrives at the site while it is being changed: code that
     /// does what the old bytes did, or what the new ones will do. It may be reached until
@@ -39,7 +41,10 @@ pub struct Poke {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PlanError {
     /// Too few bytes to compare.
-    #[error("the change at {site} expects {n_expected} bytes only; {PATCH_BYTES} will change")]
+    #[error(
+        "the change at {site} expects {n_expected} bytes: {SHORT_PATCH_BYTES}, or {PATCH_BYTES} and \
+         more are changed"
+    )]
     TooShort {
         /// The site.
         site: RemoteAddr,
@@ -101,15 +106,31 @@ impl<'de> Deserialize<'de> for Plan {
 }
 
 impl Poke {
-    /// The five bytes that change, as they are expected to be.
-    pub(crate) fn old(&self) -> &[u8] {
-        &self.expected[..PATCH_BYTES]
+    /// How many bytes change.
+    #[must_use]
+    pub fn n_bytes(&self) -> usize {
+        self.expected.len().min(PATCH_BYTES)
     }
 
-    /// Moves that matter: threads behind the five bytes stay where they are.
+    /// The bytes that change, as they are expected to be.
+    pub(crate) fn old(&self) -> &[u8] {
+        &self.expected[..self.n_bytes()]
+    }
+
+    /// What will be there.
+    pub(crate) fn new_bytes(&self) -> &[u8] {
+        &self.new[..self.n_bytes()]
+    }
+
+    /// One past the bytes that change.
+    fn end(&self) -> u64 {
+        self.site.0.saturating_add(self.n_bytes() as u64)
+    }
+
+    /// Moves that matter: threads behind the bytes that change stay where they are.
     pub(crate) fn inner_moves(&self) -> impl Iterator<Item = (RemoteAddr, RemoteAddr)> {
-        let site = self.site.0;
-        let inside = move |from: RemoteAddr| from.0 > site && from.0 < site + PATCH_BYTES as u64;
+        let (site, end) = (self.site.0, self.end());
+        let inside = move |from: RemoteAddr| from.0 > site && from.0 < end;
         self.moves.iter().copied().filter(move |&(from, _)| inside(from))
     }
 }
@@ -117,13 +138,14 @@ impl Poke {
 impl Plan {
     /// Whether the plan makes sense in itself.
     pub fn check(&self) -> Result<(), PlanError> {
-        let mut sites = BTreeSet::new();
+        // Each with the end of what changes there.
+        let mut sites = BTreeMap::new();
         for poke in &self.pokes {
             let site = poke.site;
-            if poke.expected.len() < PATCH_BYTES {
+            if !matches!(poke.expected.len(), SHORT_PATCH_BYTES | PATCH_BYTES..) {
                 return Err(PlanError::TooShort { site, n_expected: poke.expected.len() });
             }
-            if !sites.insert(site) {
+            if sites.insert(site, poke.end()).is_some() {
                 return Err(PlanError::Overlap { first: site, second: site });
             }
             let end = site.0.saturating_add(poke.expected.len() as u64);
@@ -133,15 +155,13 @@ impl Plan {
                 }
             }
         }
-        let patch = PATCH_BYTES as u64;
-        for (&first, &second) in sites.iter().zip(sites.iter().skip(1)) {
-            if second.0 - first.0 < patch {
+        for ((&first, &end), &second) in sites.iter().zip(sites.keys().skip(1)) {
+            if second.0 < end {
                 return Err(PlanError::Overlap { first, second });
             }
         }
-        let changes = |to: RemoteAddr| {
-            sites.range(..=to).next_back().is_some_and(|site| to.0 - site.0 < patch)
-        };
+        let changes =
+            |to: RemoteAddr| sites.range(..=to).next_back().is_some_and(|(_, &end)| to.0 < end);
         for poke in &self.pokes {
             let inner = poke.inner_moves();
             for (site, to) in inner.chain([(poke.site, poke.trap_to)]) {
@@ -173,6 +193,10 @@ mod tests {
         let mut short = poke(16);
         short.expected.truncate(4);
         assert!(matches!(check(&[short]), Err(PlanError::TooShort { n_expected: 4, .. })));
+        let mut door = poke(16);
+        door.expected.truncate(2);
+        assert_eq!(check(&[door.clone(), poke(18)]), Ok(()));
+        assert!(matches!(check(&[door, poke(17)]), Err(PlanError::Overlap { .. })));
         let mut outside = poke(16);
         outside.moves.push((RemoteAddr(22), RemoteAddr(0x9000)));
         assert!(matches!(check(&[outside]), Err(PlanError::MoveOutside { .. })));

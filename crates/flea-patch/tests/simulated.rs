@@ -14,8 +14,9 @@ use flea_process::Trap;
 use flea_symbols::addr::RemoteAddr;
 use proptest::prelude::*;
 
-/// Instruction lengths that a site may have: all sum up to at least five bytes.
-const LAYOUTS: [&[usize]; 6] = [&[5], &[1, 1, 1, 1, 1], &[1, 3, 4], &[4, 3], &[2, 2, 2], &[7]];
+/// Instruction lengths that a site may have: all sum up to at least five bytes, or to two.
+const LAYOUTS: [&[usize]; 8] =
+    [&[5], &[1, 1, 1, 1, 1], &[1, 3, 4], &[4, 3], &[2, 2, 2], &[7], &[2], &[1, 1]];
 const STRIDE: u64 = 0x100;
 const COPIES: u64 = 0x10_0000;
 
@@ -44,6 +45,11 @@ struct Site {
 }
 
 impl Site {
+    /// Bytes that change.
+    fn n_bytes(&self) -> usize {
+        self.old.len().min(PATCH_BYTES)
+    }
+
     /// Offsets of its instructions, and of the end.
     fn starts(&self) -> Vec<usize> {
         let mut at = 0;
@@ -107,7 +113,7 @@ impl World {
         let mut bytes = BTreeMap::new();
         let sites: Vec<Site> = (0..n_sites)
             .map(|i| {
-                let layout = LAYOUTS[usize::try_from(dice.below(6)).unwrap()];
+                let layout = LAYOUTS[usize::try_from(dice.below(LAYOUTS.len() as u64)).unwrap()];
                 let size = layout.iter().sum::<usize>();
                 let old: Vec<u8> = (0..size).map(|k| u8::try_from(0x10 + k).unwrap()).collect();
                 let at = 0x1000 + i * STRIDE;
@@ -231,7 +237,7 @@ impl World {
             return next;
         }
         let (from, to) = (starts[insn], starts[insn + 1]);
-        let seen: Vec<u8> = (from..to.max(PATCH_BYTES))
+        let seen: Vec<u8> = (from..to.max(here.n_bytes()))
             .map(|k| here.at + k as u64)
             .map(|at| *self.threads[i].stale.get(&at).unwrap_or(&self.bytes[&at]))
             .collect();
@@ -241,7 +247,7 @@ impl World {
         if seen[..to - from] == here.old[from..to] {
             return next;
         }
-        if insn == 0 && seen[..PATCH_BYTES] == new_bytes() {
+        if insn == 0 && seen[..here.n_bytes()] == new_bytes()[..here.n_bytes()] {
             return Place::NewCode { site };
         }
         self.torn = Some(format!("thread {i} at site {site}, instruction {insn}: {seen:02x?}"));
@@ -337,7 +343,7 @@ impl Target for World {
 
 fn check_committed(world: &World) {
     for site in &world.sites {
-        for (k, byte) in new_bytes().into_iter().enumerate() {
+        for (k, byte) in new_bytes().into_iter().take(site.n_bytes()).enumerate() {
             assert_eq!(world.bytes[&(site.at + k as u64)], byte);
         }
     }
@@ -353,12 +359,11 @@ fn check_untouched(world: &World) {
 
 /// The plan that takes `plan` off again.
 fn reverse(plan: &Plan) -> Plan {
-    let back = |poke: &Poke| Poke {
-        site: poke.site,
-        expected: poke.new.to_vec(),
-        new: poke.expected[..PATCH_BYTES].try_into().unwrap(),
-        trap_to: poke.trap_to,
-        moves: Vec::new(),
+    let back = |poke: &Poke| {
+        let mut new = [0; PATCH_BYTES];
+        new[..poke.n_bytes()].copy_from_slice(&poke.expected[..poke.n_bytes()]);
+        let (site, trap_to, moves) = (poke.site, poke.trap_to, Vec::new());
+        Poke { site, expected: poke.new[..poke.n_bytes()].to_vec(), new, trap_to, moves }
     };
     Plan { pokes: plan.pokes.iter().map(back).collect() }
 }

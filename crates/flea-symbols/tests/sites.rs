@@ -208,6 +208,65 @@ fn a_call_in_the_prologue_is_refused_with_what_would_do() {
     }
 }
 
+/// `-pg -mfentry` puts a call at the entry, by the GOT where code is position independent.
+#[test]
+fn a_profilers_call_at_the_entry_would_do() {
+    for (flags, call) in [
+        (["-O2", "-pg", "-mfentry", "-fno-pic"].as_slice(), [0xe8].as_slice()),
+        (&["-O2", "-pg", "-mfentry"], &[0xff, 0x15]),
+        (&["-O2", "-pg", "-mfentry", "-fcf-protection=full"], &[0xff, 0x15]),
+    ] {
+        let is_static = flags.contains(&"-fno-pic");
+        let source = format!("{ADD}int main(void) {{ return 0; }}");
+        let flags = [flags, if is_static { &["-no-pie"] } else { &[] }].concat();
+        let bytes = gcc(&format!("fentry{}", flags.len()), &source, &flags);
+        let module = Module::parse(&bytes, None).unwrap();
+        let add = function(&module, "add");
+        let Err(Refusal::CallInPrologue { at, if_pushed: Some(site) }) = module.site(add) else {
+            panic!("{flags:?}: {:?}", module.site(add));
+        };
+        assert_eq!((at, site.boundaries.as_slice()), (site.address, [0].as_slice()));
+        assert!(site.original.starts_with(call), "{flags:?}: {:02x?}", site.original);
+        let behind = if flags.len() == 4 && !is_static { 4 } else { 0 };
+        assert_eq!(site.address, add.address.offset(behind));
+    }
+}
+
+/// Every function that `-fpatchable-function-entry=N,M` can make has a site, and the nops are
+/// what is replaced where there are enough.
+#[test]
+fn any_number_of_nops_before_and_behind_the_entry() {
+    let mut source = String::new();
+    let splits = || (0..=16).flat_map(|behind| (0..=16).map(move |before| (behind, before)));
+    for (behind, before) in splits() {
+        source += &format!(
+            "__attribute__((patchable_function_entry({}, {before}))) \
+             int f_{behind}_{before}(int a, int b) {{ return a * 31 + b; }}\n",
+            behind + before
+        );
+    }
+    for compiler in ["gcc", "clang"] {
+        for cet in ["-fcf-protection=none", "-fcf-protection=full"] {
+            for level in ["-Os", "-O2"] {
+                let name = format!("split-{compiler}{cet}{level}");
+                let Some(bytes) = compile(&name, compiler, &source, &[level, cet]) else {
+                    continue;
+                };
+                let module = Module::parse(&bytes, None).unwrap();
+                for (behind, before) in splits() {
+                    let f = function(&module, &format!("f_{behind}_{before}"));
+                    let site = module.site(f);
+                    let site = site.unwrap_or_else(|e| panic!("{name} {behind} {before}: {e}"));
+                    let kind = if behind >= 5 { SiteKind::Nop5 } else { SiteKind::Relocated };
+                    assert_eq!(site.kind, kind, "{name} {behind} {before}");
+                    let endbr = if cet.ends_with("full") { 4 } else { 0 };
+                    assert_eq!(site.address, f.address.offset(endbr), "{name} {behind} {before}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn short_functions_take_their_padding() {
     let body = asm_function("f", "ret\n.fill 15,1,0xcc") // the padding is outside its size below

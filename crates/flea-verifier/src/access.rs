@@ -2,6 +2,7 @@
 
 use flea_object::spec::MapSpec;
 
+use crate::Context;
 use crate::facts::Region;
 use crate::number::scalar::{AluOp, Scalar, Width};
 use crate::op::Reg;
@@ -12,6 +13,9 @@ use crate::value::{Pointer, PointerKind, Value};
 /// How far a pointer may be moved from its object, either way (Linux: BPF_MAX_VAR_OFF).
 /// Sums of two such numbers cannot overflow.
 pub(crate) const MAX_OFFSET: i64 = 1 << 29;
+
+/// Size of `struct pt_regs` on x86-64 (arch/x86/include/uapi/asm/ptrace.h): 21 registers.
+pub const PT_REGS_BYTES: u32 = 168;
 
 /// What is done to the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,12 +61,12 @@ pub(crate) fn followable(reg: Reg, value: &Value) -> Result<&Pointer, Fault> {
     }
 }
 
-/// Checks `request` through `p`, where the context has `ctx_slots` readable slots.
+/// Checks `request` through `p`, in a program that was given `context`.
 pub(crate) fn check(
     request: Request,
     p: &Pointer,
     maps: &[MapSpec],
-    ctx_slots: u32,
+    context: Context,
 ) -> Result<Target, Fault> {
     let bad = || {
         let r = request.reg.index();
@@ -72,7 +76,7 @@ pub(crate) fn check(
         PointerKind::Stack { frame } => {
             stack_span(request, p).map(|span| Target::Stack { frame, span })
         }
-        PointerKind::Ctx => check_ctx(request, p, ctx_slots),
+        PointerKind::Ctx => check_ctx(request, p, context),
         PointerKind::Map(_) => Err(bad()),
         PointerKind::MapValue(map) => {
             let spec = maps.get(map.0 as usize).ok_or_else(bad)?;
@@ -142,7 +146,7 @@ fn check_aligned(var: &Scalar, off: i64, size_bytes: u32) -> Result<(), Fault> {
     Ok(())
 }
 
-fn check_ctx(request: Request, p: &Pointer, ctx_slots: u32) -> Result<Target, Fault> {
+fn check_ctx(request: Request, p: &Pointer, context: Context) -> Result<Target, Fault> {
     let Request { reg, off, size_bytes, access } = request;
     // Pointer arithmetic keeps the context's offset constant; see `crate::pointer`.
     let at = p.off.wide.smin + off;
@@ -150,18 +154,35 @@ fn check_ctx(request: Request, p: &Pointer, ctx_slots: u32) -> Result<Target, Fa
         let text = format!("BPF_ATOMIC stores into R{} ctx is not allowed", reg.index());
         return Err(Fault::new(text));
     }
-    let readable = p.off.as_const().is_some()
+    let size = i64::from(size_bytes);
+    let (n_bytes, fits) = match context {
+        Context::Tracing { n_args, n_results, .. } => {
+            (8 * (u32::from(n_args) + u32::from(n_results)), size == 8 && at % 8 == 0)
+        }
+        // As kprobe_prog_is_valid_access: a naturally aligned part of any register.
+        Context::PtRegs => (PT_REGS_BYTES, at % size.max(1) == 0),
+        Context::Memory { .. } => (0, false),
+    };
+    let readable = fits
+        && p.off.as_const().is_some()
         && access == Access::Read
-        && size_bytes == 8
-        && at % 8 == 0
-        && (0..i64::from(ctx_slots) * 8).contains(&at);
+        && at >= 0
+        && at + size <= i64::from(n_bytes);
     let Some(offset_bytes) = i32::try_from(at).ok().filter(|_| readable) else {
         let text = format!("invalid bpf_context access off={at} size={size_bytes}");
-        return Err(Fault::new(text).hint(format!(
-            "the context is {ctx_slots} words of 8 bytes here, to be read whole and not written"
-        )));
+        return Err(Fault::new(text).hint(ctx_hint(context, n_bytes)));
     };
     Ok(Target::Other(Region::Ctx { offset_bytes }))
+}
+
+fn ctx_hint(context: Context, n_bytes: u32) -> String {
+    if context == Context::PtRegs {
+        return format!(
+            "the context is struct pt_regs here, {n_bytes} bytes to be read aligned and not written"
+        );
+    }
+    let n_slots = n_bytes / 8;
+    format!("the context is {n_slots} words of 8 bytes here, to be read whole and not written")
 }
 
 /// The bytes of the stack that a load, store or atomic covers.

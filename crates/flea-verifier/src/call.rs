@@ -70,6 +70,13 @@ impl Machine<'_> {
             return Err(Fault::new(format!("program of this type cannot use helper {name}"))
                 .hint("only programs in SEC(\"fsession/...\") run at both ends of a call"));
         }
+        let words =
+            matches!(helper, Helper::GetFuncArg | Helper::GetFuncRet | Helper::GetFuncArgCnt);
+        if words && self.context == Context::PtRegs {
+            let name = helper.name();
+            return Err(Fault::new(format!("program of this type cannot use helper {name}"))
+                .hint("probes have registers: PT_REGS_PARM1(ctx), PT_REGS_RC(ctx); or use SEC(\"fentry/...\")"));
+        }
         Ok(())
     }
 
@@ -234,7 +241,7 @@ impl Machine<'_> {
                 .check_written(span)
                 .map_err(|e| Fault { message: indirect(&e.message, reg), ..e });
         }
-        match access::check(request, p, self.maps, self.ctx_slots())? {
+        match access::check(request, p, self.maps, self.context)? {
             Target::Stack { .. } | Target::Other(_) => Ok(()),
         }
     }

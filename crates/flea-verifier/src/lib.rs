@@ -45,6 +45,7 @@ use op::Op;
 use report::Fault;
 use stack::STACK_BYTES;
 
+pub use access::PT_REGS_BYTES;
 pub use facts::Verified;
 
 /// What a program is given in `r1`.
@@ -62,6 +63,8 @@ pub enum Context {
         /// `bpf_session_is_return` and `bpf_session_cookie` may be called.
         session: bool,
     },
+    /// `struct pt_regs` of x86-64 (uprobe, uretprobe), to be read alone.
+    PtRegs,
     /// Writable bytes: `r1` their address, `r2` their number. For tests and vectors.
     Memory {
         /// How many.

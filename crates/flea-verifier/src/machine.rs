@@ -63,7 +63,7 @@ impl<'a> Machine<'a> {
     pub(crate) fn entry_state(&self) -> State {
         let mut state = State::new();
         match self.context {
-            Context::Tracing { .. } => {
+            Context::Tracing { .. } | Context::PtRegs => {
                 state.set_reg(Reg::arg(0), Value::pointer(PointerKind::Ctx));
             }
             Context::Memory { size_bytes } => {
@@ -79,14 +79,6 @@ impl<'a> Machine<'a> {
         // Starts at 1, and the budget allows far fewer than 2^32.
         self.last_id = self.last_id.saturating_add(1);
         Id::MIN.saturating_add(self.last_id - 1)
-    }
-
-    /// Words of the context that can be read.
-    pub(crate) fn ctx_slots(&self) -> u32 {
-        match self.context {
-            Context::Tracing { n_args, n_results, .. } => u32::from(n_args) + u32::from(n_results),
-            Context::Memory { .. } => 0,
-        }
     }
 
     pub(crate) fn map(&self, map: MapIdx) -> Result<&'a MapSpec, Fault> {
@@ -265,7 +257,7 @@ impl<'a> Machine<'a> {
             access,
         };
         let p = followable(place.base, state.reg(place.base))?;
-        let target = access::check(request, p, self.maps, self.ctx_slots())?;
+        let target = access::check(request, p, self.maps, self.context)?;
         match target {
             Target::Stack { frame, span } => {
                 self.touch(state, frame, span);

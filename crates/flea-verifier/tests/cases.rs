@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! == name
-//! ctx 2 result session      (a "result" per result word; or: mem 16; default: ctx 2)
+//! ctx 2 result session      (a "result" per result word; or: regs; or: mem 16;
+//!                            default: ctx 2)
 //! map array 4 8 1 ro        (kind, key bytes, value bytes, entries)
 //! ...instructions, see asm/mod.rs...
 //! => ok                     or: => @3 R1 invalid mem access 'scalar'
@@ -50,6 +51,8 @@ fn parse(file: &str, text: &str) -> Vec<Case> {
             let n_results = u8::try_from(rest.matches("result").count()).unwrap();
             let session = rest.contains("session");
             case.context = Context::Tracing { n_args, n_results, session };
+        } else if line == "regs" {
+            case.context = Context::PtRegs;
         } else if let Some(rest) = line.strip_prefix("mem ") {
             case.context = Context::Memory { size_bytes: rest.parse().unwrap() };
         } else if let Some(rest) = line.strip_prefix("map ") {

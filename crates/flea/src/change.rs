@@ -15,7 +15,9 @@ use flea_symbols::{
 
 use crate::{
     error::AttachError,
-    registry::{BodyState, FunctionState, Placed, Registry, Retired, SiteKind, Skip, StackArgs},
+    registry::{
+        BodyState, FunctionState, Placed, Registry, Retired, SiteKind, Skip, StackArgs, Switch,
+    },
 };
 
 /// First body frame, in bytes below the skeleton's rbp: behind result and argument words.
@@ -66,7 +68,6 @@ impl Change {
         let mut functions = std::mem::take(&mut self.registry.functions);
         for f in &mut functions {
             let arenas = arenas(f);
-            let calls_original = f.calls_original;
             let (out, stay): (Vec<_>, Vec<_>) = f.bodies.drain(..).partition(&gone);
             f.bodies = stay;
             if out.is_empty() {
@@ -74,20 +75,32 @@ impl Change {
             }
             for body in out {
                 removed.push(body.id);
-                // A thread inside the original will still call the exit body.
-                self.retired.extend(body.placed().map(|code| Retired {
-                    code,
-                    calls_original,
-                    returns_to: None,
-                    calls: Vec::new(),
-                    arenas: vec![body.arena],
-                }));
+                let plain = |code| Retired::plain(code, vec![body.arena]);
+                self.retired.extend(body.placed().map(plain));
             }
             self.relink(f, arenas)?;
         }
-        functions.retain(|f| !f.bodies.is_empty() || f.finds_frames);
         self.registry.functions = functions;
         Ok(removed)
+    }
+
+    /// Makes skeletons that nobody enters any more jump over exit bodies that are attached no
+    /// longer. In those that are entered there are none: each change makes them anew.
+    ///
+    /// Nothing is switched off by attaching: what those that are inside the original were
+    /// promised at their entry still holds when they leave it.
+    pub(crate) fn switch_off(&mut self) {
+        let attached = self.registry.body_ids();
+        let retired = self.registry.retired.iter().chain(&self.retired);
+        let switches = retired.flat_map(|retired| &retired.switches);
+        let pokes = switches.filter(|switch| !attached.contains(&switch.body)).map(|s| Poke {
+            site: s.at,
+            expected: s.expected.to_vec(),
+            new: s.new,
+            trap_to: s.trap_to,
+            moves: Vec::new(),
+        });
+        self.pokes.extend(pokes);
     }
 
     /// Makes the site of `f` enter exactly `f.bodies`. Once per change: a site has one poke.
@@ -107,6 +120,7 @@ impl Change {
                 returns_to: f.returns_to.take(),
                 calls: std::mem::take(&mut f.calls),
                 arenas,
+                switches: std::mem::take(&mut f.switches),
             });
         }
         let old_entry = f.skeleton.map(|s| s.at);
@@ -121,12 +135,11 @@ impl Change {
             f.patched = patch;
             f.skeleton = None;
             f.calls_original = false;
-            f.bypass = behind;
             moves = inner_boundaries(f).map(|at| (at, behind)).collect();
         } else {
             let skeleton = self.place_skeleton(f)?;
             f.patched = skeleton.site_patch;
-            f.bypass = skeleton.original_entry;
+            f.switches = switches(f, &skeleton);
             f.returns_to = skeleton.returns_to;
             f.calls_original = skeleton.returns_to.is_some();
             moves.extend(skeleton.moves.into_iter().filter(|(old, _)| *old != f.site));
@@ -259,6 +272,17 @@ fn skeleton_body<'a>(
     }
 }
 
+/// The skeleton's switches, each with whose it is.
+fn switches(f: &FunctionState, skeleton: &Skeleton) -> Vec<Switch> {
+    let switch = |s: &flea_image::Switch| {
+        let body = &f.bodies[s.body];
+        let calls = body.exit.map(|exit| exit.at).filter(|at| f.calls.contains(at));
+        let flea_image::Switch { at, expected, new, trap_to, .. } = *s;
+        Switch { body: body.id, arena: body.arena, calls, at, expected, new, trap_to }
+    };
+    skeleton.switches.iter().map(switch).collect()
+}
+
 /// The bodies that are not copied.
 fn called(body: &SkeletonBody<'_>) -> Vec<RemoteAddr> {
     let at = |side| match side {
@@ -325,16 +349,12 @@ pub(crate) fn retire_all(f: FunctionState) -> Vec<Retired> {
         returns_to: f.returns_to,
         calls: f.calls,
         arenas,
+        switches: f.switches,
     });
-    let bodies = f.bodies.into_iter().flat_map(|b| {
-        b.placed().map(move |code| Retired {
-            code,
-            calls_original,
-            returns_to: None,
-            calls: Vec::new(),
-            arenas: vec![b.arena],
-        })
-    });
+    let bodies = f
+        .bodies
+        .into_iter()
+        .flat_map(|b| b.placed().map(move |code| Retired::plain(code, vec![b.arena])));
     skeleton.into_iter().chain(bodies).collect()
 }
 
@@ -385,13 +405,13 @@ mod tests {
             patched: first,
             previous: first,
             skeleton: None,
-            bypass: SITE,
             skip: None,
             stack: StackArgs::NONE,
             calls_original: false,
             finds_frames: false,
             returns_to: None,
             calls: vec![],
+            switches: vec![],
             bodies: vec![],
         }
     }
@@ -414,6 +434,7 @@ mod tests {
     fn done(change: Change) -> Registry {
         let mut registry = change.registry;
         registry.retired.extend(change.retired);
+        registry.committed();
         registry
     }
 
@@ -444,6 +465,7 @@ mod tests {
         f.bodies.insert(0, body);
         change.relink(&mut f, before).unwrap();
         change.registry.functions.push(f);
+        change.switch_off();
         change
     }
 
@@ -454,6 +476,7 @@ mod tests {
     ) -> (Change, Vec<u32>) {
         let mut change = Change::new(registry, known.clone());
         let removed = change.remove_bodies(|b| b.id == id).unwrap();
+        change.switch_off();
         (change, removed)
     }
 
@@ -471,9 +494,10 @@ mod tests {
         let (change, removed) = remove(done(change), &known, 0);
         assert_eq!(removed, [0]);
         assert_eq!((change.pokes[0].new, change.pokes[0].trap_to), (NOP5, SITE.offset(5)));
-        assert_eq!(change.registry.functions, []);
+        assert_eq!(change.registry.functions.len(), 1, "until the site is swapped");
         let code: Vec<_> = change.retired.iter().map(|r| (r.code.at, r.calls_original)).collect();
         assert_eq!(code, [(CODE, false)]);
+        assert_eq!(done(change).functions, []);
     }
 
     #[test]
@@ -516,9 +540,86 @@ mod tests {
 
         let (change, _) = remove(done(change), &known, 0);
         assert_eq!(change.pokes[0].new, f.original[..5]);
-        assert!(change.retired.iter().all(|r| r.calls_original), "{:?}", change.retired);
-        assert!(change.retired.iter().any(|r| r.returns_to == Some(back)));
+        let retired = change.retired.iter().find(|r| r.returns_to == Some(back)).unwrap();
+        assert!(retired.calls_original && retired.code == skeleton);
         assert_eq!(change.pokes[0].moves, [], "only first bytes are swapped");
+        // Who comes back finds a jump over it, and the overwriting of the return address there.
+        let switch = &change.pokes[1];
+        let overwrite = [0x48, 0x89, 0x6c, 0x24, 0xf8];
+        assert_eq!(
+            (switch.site, &switch.expected[..], switch.new[0]),
+            (back, &overwrite[..], 0xe9)
+        );
+        let (_, bytes) = change_writes(&f, &known);
+        let drained = usize::try_from(switch.trap_to.0 - skeleton.at.0).unwrap();
+        assert_eq!(bytes[drained..][..7], [0x48, 0x89, 0x6c, 0x24, 0xf8, 0xc9, 0xc3]);
+        assert_eq!(jump_target(back, switch.new), switch.trap_to);
+        assert_eq!(change.pokes.len(), 2);
+        assert!(done(change).retired.iter().all(|r| r.switches.is_empty()), "it has been thrown");
+    }
+
+    /// The code of the skeleton that `f` has, made once more.
+    fn change_writes(
+        f: &FunctionState,
+        known: &HashMap<RemoteAddr, Vec<u8>>,
+    ) -> (RemoteAddr, Vec<u8>) {
+        let mut again = Change::new(registry(f.clone()), known.clone());
+        again.registry.code[0].next = f.skeleton.unwrap().at;
+        again.place_skeleton(&mut f.clone()).unwrap();
+        again.writes.pop().unwrap()
+    }
+
+    fn jump_target(at: RemoteAddr, jump: [u8; 5]) -> RemoteAddr {
+        let distance = i32::from_le_bytes(jump[1..].try_into().unwrap());
+        at.offset(5 + i64::from(distance))
+    }
+
+    /// Two controllers at exit, and calls inside that were entered when there was one.
+    #[test]
+    fn only_those_that_go_are_switched_off() {
+        let mut known = HashMap::new();
+        let one = done(add(registry(prologue()), &mut known, When::Exit));
+        let alone = one.functions[0].switches[0].clone();
+        assert_eq!((alone.body, alone.at), (0, one.functions[0].returns_to.unwrap()));
+        let change = add(one, &mut known, When::Exit);
+        assert_eq!(change.pokes.len(), 1, "who is inside meets what was there at its entry");
+        let two = done(change);
+        assert_eq!(two.retired[0].switches, [alone.clone()]);
+        let both = two.functions[0].switches.clone();
+        assert_eq!(both.iter().map(|s| s.body).collect::<Vec<_>>(), [1, 0], "newest first");
+        assert!(both.iter().all(|s| s.expected == NOP5 && s.trap_to == s.at.offset(5)));
+        assert_eq!(jump_target(both[0].at, both[0].new), both[1].at, "the other one's turn");
+
+        let (change, _) = remove(two, &known, 0);
+        let at: Vec<_> = change.pokes[1..].iter().map(|p| (p.site, p.new)).collect();
+        assert_eq!(at, [(alone.at, alone.new), (both[1].at, both[1].new)]);
+        assert_eq!(flea_patch::Plan { pokes: change.pokes.clone() }.check(), Ok(()));
+        let now = done(change);
+        let left: Vec<_> = now.retired.iter().flat_map(|r| &r.switches).collect();
+        assert_eq!(left, [&both[0]], "controller 1 is still to be run by those inside");
+
+        // Once nobody runs in them, only what is not switched off needs its memory.
+        let mut retired = now.retired.clone();
+        retired.iter_mut().for_each(Retired::is_only_returned_to);
+        let arenas: Vec<_> = retired.iter().flat_map(|r| &r.arenas).collect();
+        assert_eq!(arenas, [&both[0].arena]);
+    }
+
+    /// All that go at once, where threads that arrive meanwhile must not be sent into bytes that
+    /// change as well.
+    #[test]
+    fn several_go_at_once() {
+        let mut known = HashMap::new();
+        let mut now = registry(prologue());
+        for _ in 0..3 {
+            now = done(add(now, &mut known, When::Exit));
+        }
+        let mut change = Change::new(now, known);
+        change.remove_bodies(|_| true).unwrap();
+        change.switch_off();
+        // The site; three, two and one in the skeletons of three, two and one.
+        assert_eq!(change.pokes.len(), 1 + 3 + 2 + 1);
+        assert_eq!(flea_patch::Plan { pokes: change.pokes.clone() }.check(), Ok(()));
     }
 
     #[test]

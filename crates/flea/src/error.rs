@@ -9,6 +9,11 @@ use flea_verifier::Rejection;
 
 use crate::{modules::OpenError, own::HelperError, registry::RegistryError};
 
+/// The programs that run in a frame of ours between a function and its caller.
+const FRAMED: &str = "an exit program (or an entry program that reads more than arguments)";
+/// Those that do not.
+const UNFRAMED: &str = "an entry program (fentry, `flea count`) can be attached";
+
 /// A target that cannot be worked with.
 #[derive(Debug, thiserror::Error)]
 pub enum SessionError {
@@ -138,11 +143,12 @@ pub enum AttachError {
         /// Why.
         refusal: Refusal,
     },
-    /// An exit program needs to know the stack arguments.
+    /// A program with a frame needs to know the stack arguments.
     #[error(
-        "{function}: an exit program needs to know how many stack arguments it takes, and \
-         neither debug information nor its code tell; an entry program (fentry, `flea count`) \
-         can be attached"
+        "{function}: {} needs to know how many stack arguments it takes, and neither debug \
+         information nor its code tell; {}",
+        FRAMED,
+        UNFRAMED
     )]
     StackArguments {
         /// The function.
@@ -160,11 +166,12 @@ pub enum AttachError {
         /// What stands in the way.
         reason: String,
     },
-    /// The function would notice an exit program.
+    /// The function would notice a program's frame.
     #[error(
-        "{function}: an exit program needs a frame between the function and its caller, and \
-         this one uses its return address (as vfork, setjmp and dlsym do); an entry program \
-         (fentry, `flea count`) can be attached"
+        "{function}: {} needs a frame between the function and its caller, and this one uses its \
+         return address (as vfork, setjmp and dlsym do); {}",
+        FRAMED,
+        UNFRAMED
     )]
     ReturnAddress {
         /// The function.
@@ -232,6 +239,20 @@ pub enum AttachError {
         /// The program.
         program: String,
     },
+    /// The same in one list.
+    #[error("{function}: program {program} is to be attached to it twice; nothing was attached")]
+    NamedTwice {
+        /// The function.
+        function: String,
+        /// The program.
+        program: String,
+    },
+    /// An empty list.
+    #[error("program {program}: no function to attach it to was given")]
+    NoFunctions {
+        /// The program.
+        program: String,
+    },
     /// The target could not be seized.
     #[error(transparent)]
     Seize(#[from] SeizeError),
@@ -247,6 +268,31 @@ pub enum AttachError {
     /// A program's target in its section name.
     #[error(transparent)]
     Find(#[from] FindError),
+}
+
+impl AttachError {
+    /// A few words for the kind of reason, for counts.
+    #[must_use]
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Refused { refusal, .. } => refusal.reason(),
+            Self::StackArguments { .. } => "stack arguments not known",
+            Self::ReturnAddress { .. } => "uses its return address",
+            Self::Unwinder { .. } => "unwinder cannot be told",
+            Self::Skip { .. } => "cannot be skipped",
+            Self::Rejected { .. } => "program not accepted for its signature",
+            Self::Compile { .. } => "program cannot be compiled",
+            Self::Link { .. } => "image cannot be made",
+            Self::NoRoom { .. } => "no room for code",
+            Self::Twice { .. } | Self::NamedTwice { .. } => "attached already",
+            Self::Find(_) | Self::NoFunctions { .. } => "no such function",
+            Self::Contended { .. }
+            | Self::Seize(_)
+            | Self::Helper(_)
+            | Self::Remote(_)
+            | Self::Commit(_) => "the process cannot be changed",
+        }
+    }
 }
 
 impl From<RegistryError> for AttachError {

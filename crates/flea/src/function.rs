@@ -1,7 +1,11 @@
 //! A function of the target: found by pattern, asked where and how it can be attached to.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    fs::Metadata,
+    sync::{Arc, OnceLock},
+};
 
+use flea_process::Pid;
 use flea_symbols::{
     Pattern, Refusal, Site,
     addr::RemoteAddr,
@@ -140,11 +144,19 @@ pub(crate) fn at(
 
 /// The functions that `pattern` names. Without a module it means the main executable, and
 /// every other module where nothing there matches.
-pub(crate) fn find(modules: &[Arc<Module>], pattern: &str) -> Result<Vec<Function>, FindError> {
+pub(crate) fn find(
+    pid: Pid,
+    modules: &[Arc<Module>],
+    pattern: &str,
+) -> Result<Vec<Function>, FindError> {
     let parsed = Pattern::parse(pattern)
         .map_err(|source| FindError::Pattern { pattern: pattern.to_owned(), source })?;
     let explicit = parsed.module.is_some();
-    let candidates: Vec<_> = modules.iter().filter(|m| parsed.matches_module(m.path())).collect();
+    let file = parsed.module.as_deref().and_then(|path| named_file(pid, path));
+    let is_named = |m: &Module| {
+        parsed.matches_module(m.path()) || file.as_ref().is_some_and(|file| m.is_file(file))
+    };
+    let candidates: Vec<_> = modules.iter().filter(|m| is_named(m)).collect();
     if candidates.is_empty() {
         return Err(FindError::NoSuchModule {
             pattern: pattern.to_owned(),
@@ -178,6 +190,17 @@ pub(crate) fn find(modules: &[Arc<Module>], pattern: &str) -> Result<Vec<Functio
     nearest.dedup();
     nearest.truncate(5);
     Err(FindError::NoSuchFunction { pattern: pattern.to_owned(), nearest })
+}
+
+/// The file behind a module's path, which need not be the path that it was mapped by: the
+/// target's directories have symbolic links. `/proc/self/exe` is the target's own program.
+fn named_file(pid: Pid, path: &str) -> Option<Metadata> {
+    let seen = match path {
+        "/proc/self/exe" => format!("/proc/{pid}/exe"),
+        _ if path.starts_with('/') => format!("/proc/{pid}/root{path}"),
+        _ => return None,
+    };
+    std::fs::metadata(seen).ok()
 }
 
 fn find_in(module: &Arc<Module>, pattern: &Pattern) -> Result<Vec<Function>, Arc<OpenError>> {

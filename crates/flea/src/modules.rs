@@ -3,7 +3,7 @@
 //! still are the ones that it mapped.
 
 use std::{
-    fs::File,
+    fs::{File, Metadata},
     io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -138,6 +138,12 @@ impl Module {
     #[must_use]
     pub fn path(&self) -> &str {
         &self.path
+    }
+
+    /// Whether it is the very file with this metadata.
+    pub(crate) fn is_file(&self, file: &Metadata) -> bool {
+        let same = |own: Metadata| (own.dev(), own.ino()) == (file.dev(), file.ino());
+        std::fs::metadata(&self.open_path).is_ok_and(same)
     }
 
     /// Last component of its path.

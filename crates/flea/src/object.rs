@@ -269,11 +269,15 @@ impl Object {
         let mut attached = lock(&self.inner.attached);
         let mut new = HashSet::with_capacity(keys.len());
         for (key, attachment) in keys.iter().zip(attachments) {
-            if attached.contains(key) || !new.insert(*key) {
-                return Err(AttachError::Twice {
-                    function: attachment.function.name(),
-                    program: self.inner.spec.programs[key.0].name.clone(),
-                });
+            let names =
+                || (attachment.function.name(), self.inner.spec.programs[key.0].name.clone());
+            if attached.contains(key) {
+                let (function, program) = names();
+                return Err(AttachError::Twice { function, program });
+            }
+            if !new.insert(*key) {
+                let (function, program) = names();
+                return Err(AttachError::NamedTwice { function, program });
             }
         }
         attached.extend(new);
@@ -337,6 +341,13 @@ impl Program {
         self.spec().target.as_deref()
     }
 
+    /// Whether its section has a `.multi` form: of the functions that its pattern names, those
+    /// that it cannot be attached to are left out.
+    #[must_use]
+    pub fn multi(&self) -> bool {
+        self.spec().multi
+    }
+
     /// Whether it is attached without being asked for (`SEC("?...")` is not).
     #[must_use]
     pub fn autoload(&self) -> bool {
@@ -355,6 +366,49 @@ impl Program {
     /// [`AttachError`]; the target runs as before.
     pub fn attach(&self, function: &Function) -> Result<Link, AttachError> {
         self.object.attach(&[self.on(function, 0)])
+    }
+
+    /// Attaches it to all of `functions`, each with the cookie that `bpf_get_attach_cookie`
+    /// returns there, or to none.
+    ///
+    /// ```
+    /// # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
+    /// # use parts::{counter, total};
+    /// # #[unsafe(no_mangle)]
+    /// # #[inline(never)]
+    /// # extern "C" fn multi_example_1(x: u64) -> u64 {
+    /// #     x + 1
+    /// # }
+    /// # #[unsafe(no_mangle)]
+    /// # #[inline(never)]
+    /// # extern "C" fn multi_example_2(x: u64) -> u64 {
+    /// #     x + 2
+    /// # }
+    /// let session = flea::Session::this_process()?;
+    /// let object = session.load(counter())?;
+    /// let functions = session.find("multi_example_?")?;
+    /// let link = object.program("count").unwrap().attach_multi(functions.iter().zip(100..))?;
+    /// assert_eq!(link.n_functions(), 2);
+    /// multi_example_1(1);
+    /// multi_example_2(1);
+    /// assert_eq!(total(&object), 2);
+    /// # drop((link, object));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`AttachError`] for the first that cannot be, also where it is named twice or there is
+    /// none at all; the target runs as before.
+    pub fn attach_multi<'a>(
+        &self,
+        functions: impl IntoIterator<Item = (&'a Function, u64)>,
+    ) -> Result<Link, AttachError> {
+        let attachments: Vec<_> =
+            functions.into_iter().map(|(function, cookie)| self.on(function, cookie)).collect();
+        if attachments.is_empty() {
+            return Err(AttachError::NoFunctions { program: self.name().to_owned() });
+        }
+        self.object.attach(&attachments)
     }
 
     /// Whether it could be attached to `function`: there is a site, the verifier accepts it with
@@ -483,6 +537,9 @@ fn map_idx(index: usize) -> MapIdx {
 }
 
 fn context(signature: &Signature, kind: ProgramKind) -> Context {
+    if matches!(kind, ProgramKind::Uprobe | ProgramKind::Uretprobe) {
+        return Context::PtRegs;
+    }
     let n_args = u8::try_from(signature.arg_words().count()).unwrap_or(u8::MAX);
     Context::Tracing {
         n_args,
@@ -510,7 +567,9 @@ fn stack_args(function: &Function, signature: &Signature) -> Result<StackArgs, A
     if function.uses_return_address() {
         return Err(AttachError::ReturnAddress { function: function.name() });
     }
-    Ok(StackArgs { n_words, may_be_fewer, align_bytes: signature.stack_align_bytes })
+    // What is not named may be aligned to as much as a vector.
+    let align_bytes = if may_be_fewer { 64 } else { signature.stack_align_bytes };
+    Ok(StackArgs { n_words, may_be_fewer, align_bytes })
 }
 
 fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {

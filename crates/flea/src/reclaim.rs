@@ -13,7 +13,10 @@
 //!    when it was used, and for signal frames inside the code, whose handler may have switched
 //!    stacks. Nobody enters the code any more, so a word that is not there can only come from
 //!    one that is.
-//! 3. A body that the code calls when the original has returned is needed for as long.
+//! 3. Bodies that the code calls, and the memory that they work on, are needed for as long as a
+//!    thread runs in the code. Of those that are inside the original, nothing but the exit bodies
+//!    that have not been switched off ([`crate::registry::Switch`]): programs that were taken
+//!    off go at once, also where a thread sleeps in the traced function for hours.
 //! 4. What shows up in 1 or 2, by accident or truly, stays retired until the next time. (By
 //!    accident: a call that an exception has left, on the dead stack of an ended thread.)
 
@@ -44,10 +47,15 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
     let mut retired = std::mem::take(&mut ground.registry.retired);
     retired.sort_unstable_by_key(|r| r.code.at);
     let ranges: Vec<_> = retired.iter().map(code_range).collect();
-    let mut in_use = vec![false; ranges.len()];
-    search_threads(ground, &ranges, &mut in_use, &retired)?;
-    if retired.iter().zip(&in_use).any(|(r, used)| r.calls_original && !used) {
-        scan_memory(ground, &ranges, &mut in_use, &retired)?;
+    let n = ranges.len();
+    let mut uses = Uses { ranges: &ranges, in_use: vec![false; n], executed: vec![false; n] };
+    search_threads(ground, &mut uses, &retired)?;
+    if retired.iter().zip(&uses.in_use).any(|(r, used)| r.calls_original && !used) {
+        scan_memory(ground, &mut uses, &retired)?;
+    }
+    let Uses { mut in_use, executed, .. } = uses;
+    for (one, _) in retired.iter_mut().zip(executed).filter(|(_, executed)| !executed) {
+        one.is_only_returned_to();
     }
     keep_called(&retired, &mut in_use);
     for (one, used) in retired.into_iter().zip(in_use) {
@@ -65,6 +73,24 @@ fn code_range(retired: &Retired) -> Range<RemoteAddr> {
     retired.code.at..end
 }
 
+/// What was found out about each stretch of retired code.
+struct Uses<'a> {
+    /// Where they are.
+    ranges: &'a [Range<RemoteAddr>],
+    /// It must stay.
+    in_use: Vec<bool>,
+    /// A thread runs in it, or will go on inside, elsewhere than where originals return to.
+    executed: Vec<bool>,
+}
+
+impl Uses<'_> {
+    /// Somebody runs at `value`, or returns to it.
+    fn executes(&mut self, value: RemoteAddr) {
+        mark(self.ranges, &mut self.in_use, value);
+        mark(self.ranges, &mut self.executed, value);
+    }
+}
+
 /// Marks the ranges that `value` points into. They are sorted and do not overlap.
 fn mark(ranges: &[Range<RemoteAddr>], in_use: &mut [bool], value: RemoteAddr) {
     let after = ranges.partition_point(|range| range.start <= value);
@@ -78,8 +104,7 @@ fn mark(ranges: &[Range<RemoteAddr>], in_use: &mut [bool], value: RemoteAddr) {
 /// Step 1.
 fn search_threads(
     ground: &mut Ground<'_>,
-    ranges: &[Range<RemoteAddr>],
-    in_use: &mut [bool],
+    uses: &mut Uses<'_>,
     retired: &[Retired],
 ) -> Result<(), RemoteError> {
     let maps = flea_process::maps(ground.tracer.pid())?;
@@ -91,8 +116,10 @@ fn search_threads(
     let inside: HashSet<_> = executes.map(|word| word.tid).collect();
     let returns: HashSet<RemoteAddr> = retired.iter().filter_map(|r| r.returns_to).collect();
     for word in words {
-        if inside.contains(&word.tid) || returns.contains(&word.value) {
-            mark(ranges, in_use, word.value);
+        if returns.contains(&word.value) {
+            mark(uses.ranges, &mut uses.in_use, word.value);
+        } else if inside.contains(&word.tid) {
+            uses.executes(word.value);
         }
     }
     Ok(())
@@ -110,15 +137,10 @@ fn keep_called(retired: &[Retired], in_use: &mut [bool]) {
 /// Step 2: marks everything that the original returns to, or that a signal interrupted.
 fn scan_memory(
     ground: &Ground<'_>,
-    ranges: &[Range<RemoteAddr>],
-    in_use: &mut [bool],
+    uses: &mut Uses<'_>,
     retired: &[Retired],
 ) -> Result<(), RemoteError> {
-    let keep_all = |in_use: &mut [bool]| {
-        for (used, r) in in_use.iter_mut().zip(retired) {
-            *used |= r.calls_original;
-        }
-    };
+    let ranges = uses.ranges;
     let returns: HashMap<u64, usize> =
         retired.iter().enumerate().filter_map(|(i, r)| Some((r.returns_to?.0, i))).collect();
     let lowest = ranges.iter().map(|r| r.start).min().unwrap_or_default().0;
@@ -139,12 +161,12 @@ fn scan_memory(
                 if (lowest..=highest).contains(&word)
                     && let Some(&i) = returns.get(&word)
                 {
-                    in_use[i] = true;
+                    uses.in_use[i] = true;
                 }
                 let [rip, eflags] = before;
                 if word == flea_process::SIGNAL_FRAME_SEGMENTS && (lowest..=highest).contains(&rip)
                 {
-                    mark(ranges, in_use, RemoteAddr(rip));
+                    uses.executes(RemoteAddr(rip));
                 }
                 before = [eflags, word];
             }
@@ -153,7 +175,9 @@ fn scan_memory(
             n_scanned += want as u64;
         }
         if n_scanned > MAX_SCAN_BYTES {
-            keep_all(in_use);
+            for (used, r) in uses.in_use.iter_mut().zip(retired) {
+                *used |= r.calls_original;
+            }
             return Ok(());
         }
     }
@@ -176,11 +200,8 @@ mod tests {
     #[test]
     fn bodies_stay_with_the_skeleton_that_calls_them() {
         let retired = |at, calls: &[u64]| Retired {
-            code: Placed { at: RemoteAddr(at), len: 16 },
-            calls_original: true,
-            returns_to: None,
             calls: calls.iter().copied().map(RemoteAddr).collect(),
-            arenas: Vec::new(),
+            ..Retired::plain(Placed { at: RemoteAddr(at), len: 16 }, Vec::new())
         };
         let retired = [retired(16, &[]), retired(32, &[16]), retired(48, &[]), retired(64, &[48])];
         let mut in_use = [false, true, false, false];

@@ -19,6 +19,8 @@ mod check;
 mod hex;
 mod saves;
 
+use std::collections::HashSet;
+
 use flea_image::Save;
 use flea_process::{Memory, MemoryError};
 use flea_symbols::addr::RemoteAddr;
@@ -36,7 +38,7 @@ const HEADER_BYTES: u64 = 4096;
 /// Stores that may overtake one load. Each takes a seize, which takes longer.
 const MAX_LOADS: u32 = 64;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x05");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x06");
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,8 +122,6 @@ pub struct FunctionState {
     pub previous: [u8; 5],
     /// The skeleton, unless the site calls a body directly.
     pub skeleton: Option<Placed>,
-    /// Where a thread goes on that ran into the `int3` of a change.
-    pub bypass: RemoteAddr,
     /// Where the value goes with which an fmod_ret program skips it, where one is attached and
     /// may.
     pub skip: Option<Skip>,
@@ -136,6 +136,8 @@ pub struct FunctionState {
     pub returns_to: Option<RemoteAddr>,
     /// The bodies that the skeleton calls, as opposed to holding copies of them.
     pub calls: Vec<RemoteAddr>,
+    /// How the skeleton is made to jump over the exit bodies of those that go.
+    pub switches: Vec<Switch>,
     /// Newest first.
     pub bodies: Vec<BodyState>,
 }
@@ -228,6 +230,28 @@ pub struct BodyState {
     pub saves: Vec<Save>,
 }
 
+/// What makes a skeleton jump over one exit body, from then on. Calls that are inside the
+/// original need neither the body nor its memory any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Switch {
+    /// Whose exit body: [`BodyState::id`].
+    pub body: u32,
+    /// The memory that body works on.
+    pub arena: RemoteAddr,
+    /// The body, where the skeleton calls it.
+    pub calls: Option<RemoteAddr>,
+    /// Where the jump goes.
+    pub at: RemoteAddr,
+    /// What is there.
+    #[serde(with = "hex")]
+    pub expected: [u8; 5],
+    /// The jump.
+    #[serde(with = "hex")]
+    pub new: [u8; 5],
+    /// Where a thread goes on that arrives meanwhile.
+    pub trap_to: RemoteAddr,
+}
+
 /// Memory that is to be given back as soon as nobody can be in it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Retired {
@@ -238,10 +262,29 @@ pub struct Retired {
     pub calls_original: bool,
     /// Where the original returns to, for a skeleton that calls it.
     pub returns_to: Option<RemoteAddr>,
-    /// The bodies that a skeleton calls: needed for as long as it is.
+    /// The bodies that threads in it may yet call.
     pub calls: Vec<RemoteAddr>,
-    /// The data arenas that it works on and that must outlive it.
+    /// The data arenas that threads in it may yet work on.
     pub arenas: Vec<RemoteAddr>,
+    /// Exit bodies that it still runs when the original returns.
+    pub switches: Vec<Switch>,
+}
+
+impl Retired {
+    /// Code that calls no original.
+    pub(crate) fn plain(code: Placed, arenas: Vec<RemoteAddr>) -> Self {
+        let (calls_original, returns_to) = (false, None);
+        Self { code, calls_original, returns_to, calls: vec![], arenas, switches: vec![] }
+    }
+
+    /// Nobody runs in it: what those will run that return from the original is what has not
+    /// been switched off.
+    pub(crate) fn is_only_returned_to(&mut self) {
+        self.calls = self.switches.iter().filter_map(|switch| switch.calls).collect();
+        self.arenas = self.switches.iter().map(|switch| switch.arena).collect();
+        self.arenas.sort_unstable();
+        self.arenas.dedup();
+    }
 }
 
 impl BodyState {
@@ -252,6 +295,21 @@ impl BodyState {
 }
 
 impl Registry {
+    /// The numbers of all bodies.
+    pub(crate) fn body_ids(&self) -> HashSet<u32> {
+        self.functions.iter().flat_map(|f| &f.bodies).map(|b| b.id).collect()
+    }
+
+    /// The sites have been swapped and the switches thrown: what is only there for one who
+    /// would have had to do it again can go.
+    pub(crate) fn committed(&mut self) {
+        self.functions.retain(|f| !f.bodies.is_empty() || f.finds_frames);
+        let attached = self.body_ids();
+        for retired in &mut self.retired {
+            retired.switches.retain(|switch| attached.contains(&switch.body));
+        }
+    }
+
     /// Whether a frame of ours may be on a stack, now or as soon as a function is called.
     pub(crate) fn has_frames(&self) -> bool {
         self.functions.iter().any(|f| f.calls_original)
@@ -495,22 +553,24 @@ mod tests {
                 patched: [0xe9, 1, 2, 3, 4],
                 previous: [0x55, 0x48, 0x89, 0xe5, 0x90],
                 skeleton: Some(Placed { at: code.offset(0x100), len: 0x60 }),
-                bypass: code.offset(0x140),
                 skip: None,
                 stack: StackArgs { may_be_fewer: true, ..StackArgs::NONE },
                 calls_original: true,
                 finds_frames: false,
                 returns_to: Some(code.offset(0x120)),
                 calls: vec![],
+                switches: vec![Switch {
+                    body: 3,
+                    arena: RemoteAddr(0x50_0000),
+                    calls: None,
+                    at: code.offset(0x120),
+                    expected: [0x48, 0x89, 0x6c, 0x24, 0xf8],
+                    new: [0xe9, 1, 0, 0, 0],
+                    trap_to: code.offset(0x126),
+                }],
                 bodies: vec![body],
             }],
-            retired: vec![Retired {
-                code: Placed { at: code.offset(0x180), len: 0x20 },
-                calls_original: false,
-                returns_to: None,
-                calls: vec![],
-                arenas: vec![],
-            }],
+            retired: vec![Retired::plain(Placed { at: code.offset(0x180), len: 0x20 }, vec![])],
         }
     }
 
@@ -567,7 +627,8 @@ mod tests {
     #[test]
     fn what_others_rely_on_is_checked() {
         type Lie = fn(&mut Registry);
-        let lies: [(&str, Lie); 20] = [
+        let lies: [(&str, Lie); 21] = [
+            ("switch", |r| r.functions[0].switches[0].at = RemoteAddr(8)),
             ("rows", |r| r.code[0].rows = Some(Placed { at: RemoteAddr(8), len: 8 })),
             ("no runtime to read the stack with", |r| r.runtime = None),
             ("few bytes", |r| r.functions[0].original.truncate(4)),

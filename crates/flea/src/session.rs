@@ -182,13 +182,14 @@ impl Session {
 
     /// The functions that `pattern` (`[MODULE:]FUNCTION`, with `*` and `?`) names. Without a
     /// module it means the main executable, and any loaded module where nothing there
-    /// matches.
+    /// matches. A module is named by its path as the target sees it, or by its file's name,
+    /// with or without what follows `.so`.
     ///
     /// # Errors
     /// Nothing matches: the error offers the nearest names.
     pub fn find(&self, pattern: &str) -> Result<Vec<Function>, FindError> {
         let modules = lock(&self.inner.modules).clone();
-        function::find(&modules, pattern)
+        function::find(self.inner.pid, &modules, pattern)
     }
 
     /// Loads an object: its maps come to life in memory that this process and the target

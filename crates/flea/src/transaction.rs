@@ -4,10 +4,12 @@
 //! By: `PTRACE_SEIZE`, which one controller holds at a time, and this order:
 //! 1. load the registry;
 //! 2. place bodies and skeletons in memory that nothing enters yet;
-//! 3. store the new registry, in which each changed function also has its previous bytes: a
-//!    reader who finds those at the site knows that step 4 was not reached;
-//! 4. swap all sites ([`flea_patch::commit`]), which does all of them or none;
-//! 5. retire the code that was replaced; free what no thread can be in; store again. When no
+//! 3. store the new registry, in which each changed function also has its previous bytes, and
+//!    the code that is replaced is retired already: a reader who finds those bytes at the site
+//!    knows that step 4 was not reached, and does it again before anything else ([`settle`]);
+//! 4. swap all sites, and switch off the exit bodies that calls in flight would come back to
+//!    ([`flea_patch::commit`]), which does all of that or nothing;
+//! 5. store again; free what no thread can be in. When no
 //!    frame of ours can be on a stack any more, unwinders get their own code back
 //!    (`unwinder`).
 //!
@@ -117,6 +119,7 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
         if let Some(own) = own {
             own.released = true;
         }
+        settle(&mut ground)?;
         tidy(&mut ground)?;
         ground.unmap_released()?;
         Ok(ground.close()?)
@@ -353,6 +356,7 @@ fn change_once<R>(
     let known_code = read_bodies(&ground.registry, ground.memory())?;
     let mut change = Change::new(ground.registry.clone(), known_code);
     let result = edit(&mut change)?;
+    change.switch_off();
     carry_out(ground, change)?;
     Ok(result)
 }
@@ -363,8 +367,10 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
         ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
     }
     let before = ground.registry.clone();
-    // Until the sites are swapped, what is to be retired is still entered.
-    ground.registry = registry.clone();
+    // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
+    // whoever comes after our death finds the sites' previous bytes first (`settle`).
+    registry.retired.extend(retired);
+    ground.registry = registry;
     ground.store()?;
     if let Err(error) = flea_patch::commit(ground.tracer, &Plan { pokes }) {
         ground.registry = before;
@@ -373,23 +379,21 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
         let _ = ground.store();
         return Err(error.into());
     }
-    if !retired.is_empty() {
-        registry.retired.extend(retired);
-        ground.registry = registry;
-        ground.store()?;
-    }
-    Ok(())
+    ground.registry.committed();
+    Ok(ground.store()?)
 }
 
 /// Makes the registry say what is there.
 ///
 /// - A controller that died between storing the registry and swapping the sites left functions
-///   whose bytes are the previous ones.
+///   whose bytes are the previous ones, and switches that were not thrown: its code that is said
+///   to be retired is still entered. What it wanted is done now.
 /// - Of a library that was closed nothing is left to swap; else nothing attached together with
 ///   a function of it could ever be taken off again. (Where another file has been mapped
 ///   meanwhile, its bytes differ, and nothing is changed.)
 fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
     let mut registry = std::mem::take(&mut ground.registry);
+    let mut unfinished = Vec::new();
     for mut f in std::mem::take(&mut registry.functions) {
         let mut now = [0; 5];
         match ground.memory().read(f.site, &mut now) {
@@ -397,13 +401,37 @@ fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
-            Ok(()) if now == f.previous => f.patched = now,
+            Ok(()) if now == f.previous && now != f.patched => {
+                f.patched = now;
+                unfinished.push(f.site);
+            }
             _ => {}
         }
         registry.functions.push(f);
     }
+    let to_throw = forget_thrown(&mut registry, ground.memory());
     ground.registry = registry;
-    Ok(())
+    if unfinished.is_empty() && !to_throw {
+        ground.registry.committed();
+        return Ok(());
+    }
+    change(ground, &[], |change| unfinished.iter().try_for_each(|site| change.relink_site(*site)))
+}
+
+/// Drops the switches that were thrown; whether there are others that should have been.
+fn forget_thrown(registry: &mut Registry, memory: &Memory) -> bool {
+    let attached = registry.body_ids();
+    let mut to_throw = false;
+    for retired in &mut registry.retired {
+        retired.switches.retain(|switch| {
+            let mut now = [0; 5];
+            let gone = !attached.contains(&switch.body);
+            let thrown = gone && memory.read(switch.at, &mut now).is_ok() && now == switch.new;
+            to_throw |= gone && !thrown;
+            !thrown
+        });
+    }
+    to_throw
 }
 
 /// The bytes of all bodies: a new skeleton may hold copies of them.
@@ -519,13 +547,13 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         patched: first,
         previous: first,
         skeleton: None,
-        bypass: function.site_address(site),
         skip: None,
         stack: StackArgs::NONE,
         calls_original: false,
         finds_frames: false,
         returns_to: None,
         calls: Vec::new(),
+        switches: Vec::new(),
         bodies: Vec::new(),
     }
 }

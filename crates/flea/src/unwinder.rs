@@ -135,21 +135,15 @@ impl Change {
         for site in sites {
             self.relink_site(site)?;
         }
-        self.registry.functions.retain(|f| !f.bodies.is_empty());
         for rows in self.registry.code.iter_mut().filter_map(|arena| arena.rows.take()) {
             // An unwinder may be reading them.
-            self.retired.push(Retired {
-                code: rows,
-                calls_original: false,
-                returns_to: None,
-                calls: Vec::new(),
-                arenas: Vec::new(),
-            });
+            self.retired.push(Retired::plain(rows, Vec::new()));
         }
         Ok(())
     }
 
-    fn relink_site(&mut self, site: RemoteAddr) -> Result<(), AttachError> {
+    /// Makes the site enter exactly what is attached there.
+    pub(crate) fn relink_site(&mut self, site: RemoteAddr) -> Result<(), AttachError> {
         let functions = &mut self.registry.functions;
         let Some(at) = functions.iter().position(|f| f.site == site) else { return Ok(()) };
         let mut function = functions.swap_remove(at);

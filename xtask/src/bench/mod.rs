@@ -3,11 +3,12 @@
 //! machine hits all of them. Then what attaching and detaching costs, and the target's
 //! longest pause. A row that cannot be measured prints why and does not stop the others.
 //!
-//! `rows.rs` says what is measured, `harness.rs` talks to `bench_loop.c`, `controller.rs`
+//! `rows.rs` says what is measured, `goals.rs` what is wanted of it, `harness.rs` talks to `bench_loop.c`, `controller.rs`
 //! runs the command `flea` beside it, `programs.rs` attaches what no command does, `steps.rs` counts instructions, `table.rs` prints.
 
 mod attach;
 mod controller;
+mod goals;
 mod harness;
 mod programs;
 mod rows;
@@ -53,7 +54,7 @@ fn parse(args: &[&str]) -> Result<Options> {
 pub fn run(args: &[&str]) -> Result<ExitCode> {
     let options = parse(args)?;
     let flea = find_flea(options.flea);
-    let hits = rows::measure(flea.as_ref().ok(), options.n_rounds)?;
+    let rows::Measured { hits, goals } = rows::measure(flea.as_ref().ok(), options.n_rounds)?;
     let attaches = attach::measure(flea.as_ref().ok());
     let pause = attach::pause(flea.as_ref().ok());
     if options.json {
@@ -61,6 +62,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
             "{}",
             json!({
                 "hits": hits.iter().map(table::hit_json).collect::<Vec<_>>(),
+                "goals": goals.iter().map(table::goal_json).collect::<Vec<_>>(),
                 "attach": attaches.iter().map(table::attach_json).collect::<Vec<_>>(),
                 "pause": table::pause_json(&pause),
             })
@@ -71,6 +73,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
         println!("flea: {e:#}\n");
     }
     println!("{}", table::hits(&hits, options.n_rounds));
+    println!("{}", table::goals(&goals));
     println!("{}", table::attaches(&attaches));
     println!("{}", table::pause(&pause));
     Ok(ExitCode::SUCCESS)

@@ -20,8 +20,8 @@ pub enum Work {
 /// Some programs of one object on one function.
 #[derive(Clone, Copy, Debug)]
 pub struct Programs {
-    /// When they run.
-    pub kind: ProgramKind,
+    /// When they run: the first in the first way, and so on in turns.
+    pub kinds: &'static [ProgramKind],
     /// What they do.
     pub work: Work,
     /// How many.
@@ -53,7 +53,7 @@ impl Programs {
             Ok(ProgramSpec {
                 name: format!("p{i}"),
                 section: "bench".into(),
-                kind: self.kind,
+                kind: self.kind(i),
                 insns: self.program(i)?,
                 ..ProgramSpec::default()
             })
@@ -72,6 +72,11 @@ impl Programs {
             programs: programs.collect::<Result<_>>()?,
             ..ObjectSpec::default()
         })
+    }
+
+    fn kind(self, index: u32) -> ProgramKind {
+        let kinds = self.kinds.iter().copied().cycle();
+        kinds.take(index as usize + 1).last().unwrap_or(ProgramKind::Fentry)
     }
 
     fn program(self, index: u32) -> Result<Vec<flea::Insn>> {
@@ -104,9 +109,10 @@ impl AttachedPrograms {
         let Some(Map::PerCpuArray(calls)) = self.object.map(MAP_NAME) else {
             anyhow::bail!("the object has no map of counters");
         };
-        // An fsession program runs at entry and at exit.
-        let per_call = if self.programs.kind == ProgramKind::Fsession { 2 } else { 1 };
         for index in 0..self.programs.n {
+            // An fsession program runs at entry and at exit.
+            let is_session = self.programs.kind(index) == ProgramKind::Fsession;
+            let per_call = if is_session { 2 } else { 1 };
             let cells = calls.get(index)?;
             let words = cells.iter().filter_map(|v| Some(u64::from_le_bytes(*v.first_chunk()?)));
             if words.sum::<u64>() != per_call * n_called {

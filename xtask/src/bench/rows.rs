@@ -7,6 +7,7 @@ use flea::ProgramKind::{self, Fentry, Fexit, Fsession};
 use flea::Session;
 
 use super::controller::{Attached, Flea, mentions};
+use super::goals::{self, Goal, N_MIXED};
 use super::harness::Harness;
 use super::programs::{AttachedPrograms, Programs, Work};
 use super::site::{Text, ensure_restored};
@@ -63,13 +64,21 @@ pub struct Times {
 
 /// The row of the hand-written counter: what the ratios are relative to.
 const HAND: &str = "hand";
+// Functions of rows that `goals.rs` sets against each other.
+pub(super) const BARE: &str = "f0";
+pub(super) const CLOCK: &str = "hand_clock";
+pub(super) const WALK: &str = "hand_walk";
+pub(super) const SESSION: &str = "f2";
+pub(super) const ENTRY: &str = "f10";
+pub(super) const EXIT: &str = "f12";
+pub(super) const MIXED: &str = "f19";
 
 const fn row(label: &'static str, function: &'static str, bare: &'static str, probe: Probe) -> Row {
     Row { label, function, bare, probe }
 }
 
-const fn programs(kind: ProgramKind, work: Work, n: u32) -> Probe {
-    Probe::Library(Programs { kind, work, n })
+const fn programs(kinds: &'static [ProgramKind], work: Work, n: u32) -> Probe {
+    Probe::Library(Programs { kinds, work, n })
 }
 
 /// Calls in each of eight threads, to see that none is lost between them.
@@ -78,6 +87,9 @@ const N_CALLS_PER_THREAD: u64 = 100_000;
 const COUNT: &[&str] = &["count", "FN"];
 const LATENCY: &[&str] = &["latency", "FN"];
 const HIST: &[&str] = &["hist", "FN", "arg0"];
+
+/// What is mixed in one row.
+const ALL_KINDS: &[ProgramKind] = &[Fentry, Fexit, Fsession];
 
 /// Every function is used once, so that all of it is attached at the same time.
 #[rustfmt::skip] // a table
@@ -88,26 +100,29 @@ const PLAN: &[Row] = &[
     row("by hand: call, inc, ret (the limit)", HAND, "f0", Probe::Nothing),
     row("by hand: per thread (fs:)",           "hand_thread", "f0", Probe::Nothing),
     row("by hand: lock inc",                   "hand_lock", "f0", Probe::Nothing),
+    row("by hand: two time reads",             CLOCK, "f0", Probe::Nothing),
+    row("by hand: list of 100, hash look-ups", WALK, "f0", Probe::Nothing),
     row("flea count, nop",                     "f1", "f0", Probe::Flea(COUNT, 1)),
     row("flea count, prologue",                "p1", "p0", Probe::Flea(COUNT, 1)),
-    row("flea latency, nop",                   "f2", "f0", Probe::Flea(LATENCY, 1)),
+    row("flea latency, nop",                   SESSION, "f0", Probe::Flea(LATENCY, 1)),
     row("flea latency, prologue",              "p2", "p0", Probe::Flea(LATENCY, 1)),
     row("flea hist arg0, nop",                 "f3", "f0", Probe::Flea(HIST, 1)),
     row("2 x flea count, nop",                 "f4", "f0", Probe::Flea(COUNT, 2)),
     row("8 x flea count, nop",                 "f5", "f0", Probe::Flea(COUNT, 8)),
     row("32 x flea count, nop",                "f6", "f0", Probe::Flea(COUNT, 32)),
-    row("fentry empty, nop",                   "f9", "f0", programs(Fentry, Work::Nothing, 1)),
-    row("fentry counter, nop",                 "f10", "f0", programs(Fentry, Work::Count, 1)),
-    row("fentry counter, prologue",            "p10", "p0", programs(Fentry, Work::Count, 1)),
-    row("fexit empty, nop",                    "f11", "f0", programs(Fexit, Work::Nothing, 1)),
-    row("fexit counter, nop",                  "f12", "f0", programs(Fexit, Work::Count, 1)),
-    row("fexit counter, prologue",             "p12", "p0", programs(Fexit, Work::Count, 1)),
-    row("fsession empty, nop",                 "f13", "f0", programs(Fsession, Work::Nothing, 1)),
-    row("fsession counter on both sides, nop", "f14", "f0", programs(Fsession, Work::Count, 1)),
-    row("2 fentry counters in one object",     "f15", "f0", programs(Fentry, Work::Count, 2)),
-    row("8 fentry counters in one object",     "f16", "f0", programs(Fentry, Work::Count, 8)),
-    row("32 fentry counters in one object",    "f17", "f0", programs(Fentry, Work::Count, 32)),
-    row("8 fexit counters in one object",      "f18", "f0", programs(Fexit, Work::Count, 8)),
+    row("fentry empty, nop",                   "f9", "f0", programs(&[Fentry], Work::Nothing, 1)),
+    row("fentry counter, nop",                 ENTRY, "f0", programs(&[Fentry], Work::Count, 1)),
+    row("fentry counter, prologue",            "p10", "p0", programs(&[Fentry], Work::Count, 1)),
+    row("fexit empty, nop",                    "f11", "f0", programs(&[Fexit], Work::Nothing, 1)),
+    row("fexit counter, nop",                  EXIT, "f0", programs(&[Fexit], Work::Count, 1)),
+    row("fexit counter, prologue",             "p12", "p0", programs(&[Fexit], Work::Count, 1)),
+    row("fsession empty, nop",                 "f13", "f0", programs(&[Fsession], Work::Nothing, 1)),
+    row("fsession counter on both sides, nop", "f14", "f0", programs(&[Fsession], Work::Count, 1)),
+    row("2 fentry counters in one object",     "f15", "f0", programs(&[Fentry], Work::Count, 2)),
+    row("8 fentry counters in one object",     "f16", "f0", programs(&[Fentry], Work::Count, 8)),
+    row("32 fentry counters in one object",    "f17", "f0", programs(&[Fentry], Work::Count, 32)),
+    row("8 fexit counters in one object",      "f18", "f0", programs(&[Fexit], Work::Count, 8)),
+    row("100 empty programs of mixed kinds",   MIXED, "f0", programs(ALL_KINDS, Work::Nothing, N_MIXED)),
     row("kernel uprobe, nop",                  "f7", "f0", Probe::Kernel("uprobe")),
     row("kernel uprobe, prologue",             "p7", "p0", Probe::Kernel("uprobe")),
     row("kernel uretprobe, nop",               "f8", "f0", Probe::Kernel("uretprobe")),
@@ -235,8 +250,19 @@ fn sorted(values: &[f64]) -> Vec<f64> {
     sorted
 }
 
+/// Nanoseconds per call, by function.
+pub type Summary = HashMap<&'static str, f64>;
+
+/// All rows, and what two of them say together.
+pub struct Measured {
+    /// In the plan's order.
+    pub hits: Vec<Hit>,
+    /// What is wanted.
+    pub goals: Vec<Goal>,
+}
+
 /// Measures every row of the plan over `n_rounds` interleaved rounds.
-pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Vec<Hit>> {
+pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Measured> {
     let mut harness = Harness::start()?;
     let session = Session::attach(harness.pid().cast_signed())?;
     let mut rows: Vec<Active> =
@@ -251,17 +277,18 @@ pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Vec<Hit>> {
     for active in &mut rows {
         active.count_instructions(&mut harness);
     }
-    let summary = |of: fn(&[f64]) -> Option<f64>| -> HashMap<&str, f64> {
+    let summary = |of: fn(&[f64]) -> Option<f64>| -> Summary {
         let all = rows.iter().map(|active| (active.row.function, of(&active.rounds)));
         all.filter_map(|(function, ns)| Some((function, ns?))).collect()
     };
     let (quartiles, medians) = (summary(quartile), summary(median));
-    let ratio = |ns: &HashMap<&str, f64>, row: &Row| {
+    let goals = goals::of(&quartiles, &medians);
+    let ratio = |ns: &Summary, row: &Row| {
         let of =
             |function: &str| ns.get(function).with_context(|| format!("no rounds of {function}"));
         Ok::<_, Error>((of(row.function)? - of(row.bare)?) / (of(HAND)? - of("f0")?))
     };
-    Ok(rows
+    let hits = rows
         .into_iter()
         .map(|mut active| {
             let exact = active.end(&mut harness);
@@ -278,7 +305,8 @@ pub fn measure(flea: Option<&Flea>, n_rounds: usize) -> Result<Vec<Hit>> {
             };
             Hit { row: active.row, outcome: times }
         })
-        .collect())
+        .collect();
+    Ok(Measured { hits, goals })
 }
 
 #[cfg(test)]
@@ -307,7 +335,7 @@ mod tests {
         if flea_fixtures::build(flea_fixtures::Fixture::BenchLoop).is_none() {
             return;
         }
-        let hits = measure(None, 3).unwrap();
+        let Measured { hits, goals } = measure(None, 3).unwrap();
         let n_insns = |function: &str| {
             let hit = hits.iter().find(|hit| hit.row.function == function).unwrap();
             let times = hit.outcome.as_ref().unwrap_or_else(|e| panic!("{function}: {e:#}"));
@@ -316,6 +344,9 @@ mod tests {
         assert_eq!(n_insns("f0"), Some(3)); // nop, lea, ret
         assert_eq!(n_insns("p0"), Some(6));
         assert_eq!(n_insns(HAND), Some(5)); // call, inc, ret, lea, ret
+        // Without a command there is no latency, so nothing is said of it.
+        let is_known: Vec<bool> = goals.iter().map(|goal| goal.value.is_some()).collect();
+        assert_eq!(is_known, [true, true, true, false]);
         for hit in &hits {
             match (&hit.row.probe, &hit.outcome) {
                 (Probe::Nothing, outcome) => assert!(outcome.is_ok(), "{}", hit.row.label),

@@ -6,6 +6,7 @@ use anyhow::{Error, Result};
 use serde_json::{Value, json};
 
 use super::attach::{Bulk, Pause};
+use super::goals::Goal;
 use super::rows::{Hit, Times};
 
 /// The chain of an error in one line.
@@ -40,6 +41,22 @@ pub fn hits(hits: &[Hit], n_rounds: usize) -> String {
         };
         // Writing to a String cannot fail.
         let _ = writeln!(text, "{:36} {line}", hit.row.label);
+    }
+    text
+}
+
+/// What is wanted of the costs, a line per goal.
+pub fn goals(goals: &[Goal]) -> String {
+    let mut text = format!(
+        "from the same rounds\n{:36} {:>9} {:>9} {:>9}\n",
+        "", "quartile", "median", "wanted"
+    );
+    let number = |n: Option<f64>| n.map_or_else(|| "-".to_owned(), |n| format!("{n:.2}"));
+    for goal in goals {
+        let Goal { label, value, median, wanted } = *goal;
+        let (value, median) = (number(value), number(median));
+        let wanted = wanted.map_or_else(String::new, |wanted| format!("<= {wanted}"));
+        let _ = writeln!(text, "{label:36} {value:>9} {median:>9} {wanted:>9}");
     }
     text
 }
@@ -91,6 +108,16 @@ pub fn hit_json(hit: &Hit) -> Value {
         }),
         Err(e) => json!({ "label": hit.row.label, "error": reason(e) }),
     }
+}
+
+/// One goal as JSON.
+pub fn goal_json(goal: &Goal) -> Value {
+    json!({
+        "label": goal.label,
+        "value": goal.value,
+        "median": goal.median,
+        "wanted": goal.wanted,
+    })
 }
 
 /// One size as JSON.

@@ -1,8 +1,10 @@
 //! `flea run FILE.bpf.o`: attaches every program of an object to the functions its section
 //! names, prints what it writes with `bpf_printk`, and its maps at the end.
 
-use anyhow::{Context as _, Result, bail};
-use flea::{Attachment, Map, MapSpec, Object};
+use std::collections::BTreeMap;
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use flea::{AttachError, Attachment, Function, Map, MapSpec, Object, Program};
 use serde_json::{Value, json};
 
 use crate::{
@@ -21,7 +23,7 @@ pub fn run(args: &Run) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
     let object = target.session.load(spec)?;
-    let attachments = attachments(&target, &object)?;
+    let Chosen { attachments, n_left_out } = choose(&target, &object)?;
     if attachments.is_empty() {
         bail!("{path}: no program to attach (all sections begin with `?`)");
     }
@@ -37,40 +39,88 @@ pub fn run(args: &Run) -> Result<u8> {
     for map in object.maps() {
         print_map(&object, map, &mut output)?;
     }
-    summary(&mut output, n_functions, 0, object.missed(), object.lost())?;
+    summary(&mut output, n_functions, n_left_out, object.missed(), object.lost())?;
     drop(object);
     target.finish()
 }
 
-fn attachments(target: &Target, object: &Object) -> Result<Vec<Attachment>> {
-    let mut attachments = Vec::new();
-    for program in object.programs().filter(flea::Program::autoload) {
+/// What is to be attached.
+#[derive(Default)]
+struct Chosen {
+    attachments: Vec<Attachment>,
+    /// Functions that a `.multi` program's pattern names and that it cannot be attached to.
+    n_left_out: usize,
+}
+
+fn choose(target: &Target, object: &Object) -> Result<Chosen> {
+    let mut chosen = Chosen::default();
+    for program in object.programs().filter(Program::autoload) {
         let Some(pattern) = program.target() else {
             bail!(
-                "program `{}`: its section names no function; write SEC(\"fentry/FUNCTION\")",
-                program.name()
+                "program `{}`: its section names no function; write SEC(\"{}/FUNCTION\")",
+                program.name(),
+                program.kind().name()
             );
         };
         let functions = target
             .session
             .find(pattern)
             .with_context(|| format!("program `{}`", program.name()))?;
+        if program.multi() {
+            choose_possible(&program, &functions, &mut chosen)?;
+            continue;
+        }
         for function in &functions {
-            if let Err(error) = program.check(function) {
-                if let flea::AttachError::Rejected { rejection, .. } = &error {
-                    for line in &rejection.log {
-                        eprintln!("{line}");
-                    }
-                    if let Some(hint) = &rejection.hint {
-                        eprintln!("hint: {hint}");
-                    }
-                }
-                bail!("{error}; nothing was changed");
-            }
-            attachments.push(program.on(function, 0));
+            program.check(function).map_err(|error| explain(&error))?;
+            chosen.attachments.push(program.on(function, 0));
         }
     }
-    Ok(attachments)
+    Ok(chosen)
+}
+
+/// Those of `functions` that `program` can be attached to; says what is left out and why.
+fn choose_possible(program: &Program, functions: &[Function], chosen: &mut Chosen) -> Result<()> {
+    let mut left_out: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut first_error = None;
+    let n_before = chosen.attachments.len();
+    for function in functions {
+        match program.check(function) {
+            Ok(_) => chosen.attachments.push(program.on(function, 0)),
+            Err(error) => {
+                *left_out.entry(error.reason()).or_default() += 1;
+                first_error.get_or_insert(error);
+            }
+        }
+    }
+    if let (Some(error), true) = (first_error, chosen.attachments.len() == n_before) {
+        return Err(explain(&error));
+    }
+    let n: usize = left_out.values().sum();
+    if n > 0 {
+        let reasons: Vec<String> =
+            left_out.iter().map(|(reason, n)| format!("{reason}: {n}")).collect();
+        eprintln!(
+            "flea: program `{}`: {n} of {} functions are left out ({}); `flea list` says more",
+            program.name(),
+            functions.len(),
+            reasons.join(", ")
+        );
+    }
+    chosen.n_left_out += n;
+    Ok(())
+}
+
+/// What to tell of a program that cannot be attached; a rejection's way there goes before it.
+fn explain(error: &AttachError) -> anyhow::Error {
+    if let AttachError::Rejected { rejection, .. } = error {
+        for line in &rejection.log {
+            eprintln!("{line}");
+        }
+        if let Some(hint) = &rejection.hint {
+            eprintln!("hint: {hint}");
+        }
+    }
+    anyhow!("{error}; nothing was changed")
 }
 
 fn print_lines(object: &Object, output: &mut Output) -> Result<()> {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use flea_fixtures::Running;
+use flea_fixtures::{Running, Tool, require};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -43,6 +43,23 @@ impl Drop for TempFile {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.0);
     }
+}
+
+/// Compiles `tests/bpf/SOURCE`. `None` where there is no clang or no libbpf, which was printed.
+pub fn compile_bpf(source: &str, isa: &str) -> Result<Option<TempFile>> {
+    let (Some(clang), Some(_)) = (require(Tool::Clang), require(Tool::LibbpfHeaders)) else {
+        return Ok(None);
+    };
+    let object = TempFile::new(&source.replace(".c", ".o"));
+    let output = Command::new(clang)
+        .args(["-target", "bpf", "-O2", "-g", "-Wall", &format!("-mcpu={isa}")])
+        .args(["-D__TARGET_ARCH_x86", "-I", "/usr/include/x86_64-linux-gnu", "-c"])
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bpf").join(source))
+        .arg("-o")
+        .arg(&object.0)
+        .output()?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    Ok(Some(object))
 }
 
 /// A `flea` that traces a running process and writes JSON to a file.

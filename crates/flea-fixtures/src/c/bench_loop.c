@@ -6,6 +6,9 @@
  *   hand_thread  the same with a counter per thread (fs:)
  *   hand_lock    the same with `lock inc`
  *   hand_empty   the same with a stub that only returns
+ *   hand_clock   the same with a stub that reads the time twice
+ *   hand_walk    the same with one that walks a list of 100 empty programs and looks up for
+ *                each, in a hash table, whether it is for this function
  *
  * Every one is `long NAME(long x)`, does x + 1 and is called through the same loop. The
  * bodies are naked so that their bytes do not depend on the compiler or its flags; their
@@ -24,6 +27,7 @@
  *                     untraced process             "once"
  *   quit, end of input */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <errno.h>
 #include <link.h>
 #include <linux/perf_event.h>
@@ -75,6 +79,8 @@ HAND_FUNCTION(hand, inc)
 HAND_FUNCTION(hand_thread, thread)
 HAND_FUNCTION(hand_lock, lock)
 HAND_FUNCTION(hand_empty, empty)
+HAND_FUNCTION(hand_clock, clock)
+HAND_FUNCTION(hand_walk, walk)
 
 NAKED static void inc_stub(void)
 {
@@ -93,6 +99,85 @@ NAKED static void empty_stub(void)
     __asm__("ret");
 }
 
+/* The kernel's own clock_gettime, without libc around it. */
+static int (*vdso_clock)(clockid_t, struct timespec *) = clock_gettime;
+
+__attribute__((constructor)) static void find_clock(void)
+{
+    void *vdso = dlopen("linux-vdso.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    void *found = vdso ? dlsym(vdso, "__vdso_clock_gettime") : NULL;
+    if (found)
+        memcpy(&vdso_clock, &found, sizeof found);
+}
+
+__attribute__((used)) static void read_clock(void)
+{
+    struct timespec t;
+    vdso_clock(CLOCK_MONOTONIC, &t);
+}
+
+/* A program as a tracer without images of its own has it (Linux: struct ftrace_ops, and
+ * ftrace_ops_list_func): it says by a hash table which functions it is for. */
+enum { N_PROGRAMS = 100, N_BUCKETS = 16 };
+
+struct traced {
+    struct traced *next;
+    uintptr_t function;
+};
+
+struct program {
+    struct program *next;
+    struct traced *buckets[N_BUCKETS];
+    struct traced traced;
+    void (*run)(uintptr_t function);
+};
+
+static struct program programs[N_PROGRAMS], *first_program;
+
+static size_t bucket_of(uintptr_t function)
+{
+    return (function * 0x61c8864680b583ebul) >> 60;
+}
+
+__attribute__((noinline)) static void run_nothing(uintptr_t function)
+{
+    __asm__ volatile("" : : "r"(function));
+}
+
+__attribute__((constructor)) static void make_programs(void)
+{
+    for (int i = 0; i < N_PROGRAMS; i++) {
+        struct program *p = &programs[i];
+        p->traced.function = (uintptr_t)hand_walk;
+        p->buckets[bucket_of(p->traced.function)] = &p->traced;
+        p->run = run_nothing;
+        p->next = first_program;
+        first_program = p;
+    }
+}
+
+__attribute__((used)) static void walk(uintptr_t function)
+{
+    for (struct program *p = first_program; p; p = p->next)
+        for (struct traced *t = p->buckets[bucket_of(function)]; t; t = t->next)
+            if (t->function == function) {
+                p->run(function);
+                break;
+            }
+}
+
+#define SAVE_ARGUMENTS "push %rdi\n push %rsi\n push %rdx\n push %rcx\n push %r8\n push %r9\n"
+#define RESTORE_ARGUMENTS "pop %r9\n pop %r8\n pop %rcx\n pop %rdx\n pop %rsi\n pop %rdi\n ret"
+
+NAKED static void clock_stub(void)
+{
+    __asm__(SAVE_ARGUMENTS "call read_clock\n call read_clock\n" RESTORE_ARGUMENTS);
+}
+NAKED static void walk_stub(void)
+{
+    __asm__(SAVE_ARGUMENTS "lea hand_walk(%rip), %rdi\n call walk\n" RESTORE_ARGUMENTS);
+}
+
 #define NOP_ENTRY(n) {"f" #n, f##n, -1, 0},
 #define PROLOGUE_ENTRY(n) {"p" #n, p##n, -1, 0},
 static struct entry {
@@ -105,6 +190,8 @@ static struct entry {
     {"hand_thread", hand_thread, -1, 0},
     {"hand_lock", hand_lock, -1, 0},
     {"hand_empty", hand_empty, -1, 0},
+    {"hand_clock", hand_clock, -1, 0},
+    {"hand_walk", hand_walk, -1, 0},
 };
 
 static struct entry *find(const char *name)

@@ -125,6 +125,16 @@ impl Arguments {
         self.rbp
     }
 
+    /// The body's own.
+    pub fn body_rbp(&self) -> Option<Value> {
+        self.body_rbp
+    }
+
+    /// Integer argument register `i`, where the body has it as a parameter.
+    pub fn gpr_parameter(&self, i: usize) -> Option<Value> {
+        self.gpr.get(i).copied()
+    }
+
     /// `ctx` slots before the result.
     pub fn n_args(&self) -> usize {
         self.slots.len()
@@ -142,13 +152,21 @@ pub(crate) struct Parameters {
     xmm: Vec<Type>,
 }
 
+/// Whether a body has uprobe programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Probes {
+    None,
+    Some,
+}
+
 impl Parameters {
     /// Those of a body on `side`: up to the last one that is an argument, as parameters are
-    /// handed out in order.
-    pub fn of(side: Side, signature: &Signature) -> Self {
-        let mut parameters = Self { n_gpr: 0, xmm: vec![] };
+    /// handed out in order. Probes see all six integer ones whatever the signature says.
+    pub fn of(side: Side, signature: &Signature, probes: Probes) -> Self {
+        let n_gpr = if probes == Probes::Some { 6 } else { 0 };
+        let mut parameters = Self { n_gpr, xmm: vec![] };
         if !matches!(side, Side::Entry | Side::Session | Side::Modify) {
-            return parameters;
+            return Self { n_gpr: 0, ..parameters };
         }
         for word in signature.arg_words() {
             let (reg, ty) = match word {
@@ -231,7 +249,7 @@ impl Translator<'_, '_> {
                     Some(_) => self.frame_word(i.checked_add(16)?)?,
                     None => {
                         let at = i.checked_add(24)?;
-                        self.b.ins().load(types::I64, fixed(), args.body_rbp?, at)
+                        self.fixed_word(args.body_rbp?, at)
                     }
                 };
                 // As Linux: the caller leaves the upper bytes of a small word undefined.
@@ -255,7 +273,7 @@ impl Translator<'_, '_> {
         value.unwrap_or_else(|| self.iconst(0))
     }
 
-    fn result_word(&mut self, word: RetWord) -> Option<Value> {
+    pub(super) fn result_word(&mut self, word: RetWord) -> Option<Value> {
         self.out.reads.add_result(word);
         match word {
             RetWord::Rax => self.frame_word(-8),
@@ -329,7 +347,11 @@ impl Translator<'_, '_> {
 
     pub(super) fn frame_word(&mut self, offset: i32) -> Option<Value> {
         let rbp = self.env.args.rbp?;
-        Some(self.b.ins().load(types::I64, fixed(), rbp, offset))
+        Some(self.fixed_word(rbp, offset))
+    }
+
+    pub(super) fn fixed_word(&mut self, base: Value, offset: i32) -> Value {
+        self.b.ins().load(types::I64, fixed(), base, offset)
     }
 }
 

@@ -48,7 +48,10 @@ impl Translator<'_, '_> {
         let not_here = CompileError::HelperNotHere { insn_idx: idx, helper };
         let [r1, r2, r3] = [1, 2, 3].map(|r| self.reg(scope, r));
         let side = self.env.args.side;
-        if !self.env.has_runtime {
+        let probe = matches!(self.used.kind, Some(ProgramKind::Uprobe | ProgramKind::Uretprobe));
+        let words =
+            matches!(helper, Helper::GetFuncArg | Helper::GetFuncArgCnt | Helper::GetFuncRet);
+        if !self.env.has_runtime || (probe && words) {
             return Err(not_here);
         }
         match helper {

@@ -2,7 +2,7 @@
 
 use cranelift_codegen::ir::{AtomicRmwOp, InstBuilder, Type, Value, types};
 use flea_object::insn::Insn;
-use flea_object::spec::MapKind;
+use flea_object::spec::{MapKind, ProgramKind};
 use flea_verifier::facts::{Fact, Region};
 
 use super::{Scope, Translator, op, proved};
@@ -57,7 +57,12 @@ impl Translator<'_, '_> {
         if byte.cast_unsigned() + ty.bytes() > 8 {
             return Err(out);
         }
-        let word = self.context_slot(offset.div_euclid(8)).ok_or(out)?;
+        let word = offset.div_euclid(8);
+        let word = match self.used.kind {
+            Some(ProgramKind::Uprobe | ProgramKind::Uretprobe) => self.register_word(word),
+            _ => self.context_slot(word),
+        };
+        let word = word.ok_or(out)?;
         let word =
             if byte == 0 { word } else { self.b.ins().ushr_imm_s(word, i64::from(8 * byte)) };
         Ok(self.narrow(word, ty))

@@ -2,7 +2,7 @@
 //!
 //! BPF registers are Cranelift variables, so SSA construction and register allocation are
 //! Cranelift's. Start with [`Translator::function`]; arithmetic is in [`alu`], loads and stores
-//! in [`mem`], helpers in [`helper`], what the context shows in [`context`].
+//! in [`mem`], helpers in [`helper`], what the context shows in [`context`] and [`registers`].
 
 mod alu;
 mod context;
@@ -10,6 +10,7 @@ mod helper;
 mod jump;
 mod mem;
 pub(crate) mod op;
+mod registers;
 mod saves;
 
 use std::collections::{BTreeMap, HashSet};
@@ -30,8 +31,9 @@ use crate::code::RelocTarget;
 use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
 
-pub(crate) use context::{Arguments, Parameters, Side, store_skip_value, zero_cookie};
+pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, zero_cookie};
 pub(crate) use helper::call_runtime;
+pub(crate) use registers::is_saved_at_entry;
 pub(crate) use saves::Saves;
 
 /// Instructions that one body may hold, calls inlined: Cranelift takes about a second for it.

@@ -13,8 +13,8 @@
 //!                                           mov [rbp-8], 0              modify bodies, see `skip`
 //!                                           modify body, cmp, jne skipped
 //!                                           call original
-//!                                           mov [rsp-8], rbp            over the return address
-//!                                         returned:
+//!                                           mov [rsp-8], rbp            over the return address;
+//!                                         returned:                     see `switch`
 //!                                           mov [rbp-8], rax...         what exit bodies read
 //!                                           movups [rbp-152-8*i], xmm0  saves
 //!                                           exit bodies
@@ -23,6 +23,10 @@
 //!                                         skipped:
 //!                                           mov rax, [rbp-8]            or xmm0, or nothing
 //!                                           jmp returned
+//!                                         drained:
+//!                                           mov [rsp-8], rbp
+//!                                           leave
+//!                                           ret
 //!                                           [slow path of the copy]
 //!                                           nop "flea"                  see `find_fde`
 //!                                         original:
@@ -59,6 +63,10 @@ use crate::request::{BODY_FRAMES_OFFSET, Reads, Save, When};
 use crate::skip::SkipResult;
 
 mod skip;
+mod switch;
+
+pub use switch::Switch;
+use switch::SwitchPlaces;
 
 /// Bytes of `jmp rel32` and `call rel32`: what a site gives up at least.
 pub const PATCH_BYTES: usize = 5;
@@ -261,6 +269,8 @@ pub struct Skeleton {
     /// Where the original returns to, if bodies run around it. While a call is inside the
     /// original, and only then, this word is on its stack.
     pub returns_to: Option<RemoteAddr>,
+    /// How exit bodies are jumped over once they are taken off: one for each that does anything.
+    pub switches: Vec<Switch>,
     /// Each replaced instruction's address, and where a thread standing there goes on.
     pub moves: Vec<(RemoteAddr, RemoteAddr)>,
     /// Rows by ascending offset.
@@ -302,7 +312,13 @@ pub fn link_unwinder_skeleton(
     arenas: &[FrameArena],
 ) -> Result<Skeleton, LinkError> {
     check_request(request)?;
-    let mut emitter = Emitter { asm: Assembly::default(), request, rows: vec![], returns_to: None };
+    let mut emitter = Emitter {
+        asm: Assembly::default(),
+        request,
+        rows: vec![],
+        returns_to: None,
+        switches: vec![],
+    };
     let has_frame = request.bodies.iter().any(SkeletonBody::needs_frame);
     emitter.row(UnwindRule::Entry);
     emitter.entry_bodies()?;
@@ -378,6 +394,7 @@ struct Emitter<'a> {
     request: &'a SkeletonRequest<'a>,
     rows: Vec<(Place, UnwindRule)>,
     returns_to: Option<Place>,
+    switches: Vec<SwitchPlaces>,
 }
 
 /// Which kinds of words exit bodies read, over all controllers.
@@ -462,14 +479,13 @@ impl Emitter<'_> {
             self.save_result(*word)?;
         }
         self.saves(When::Exit)?;
-        for body in request.bodies {
-            self.framed_body(body.exit)?;
-        }
+        let drained = self.exit_bodies()?;
         self.code(|a| {
             a.leave()?;
             a.ret()
         })?;
         self.skipped(&skips, returned)?;
+        self.drained(drained)?;
         if let Some(slow) = slow {
             stack_copy::emit_slow(&mut self.asm, &slow).map_err(|e| self.failed(&e))?;
         }
@@ -537,7 +553,8 @@ impl Emitter<'_> {
             SiteKind::Nops => {
                 let insns = relocate::decode(replaced, site.0)
                     .map_err(|source| LinkError::Site { site, source })?;
-                if !insns.iter().all(is_nop) {
+                let behind = site.0 + replaced.len() as u64;
+                if !insns.iter().all(|insn| is_nop(insn) || is_jump_to(insn, behind)) {
                     return Err(LinkError::NotNops { site, found: replaced.to_vec() });
                 }
                 insns.iter().map(|insn| (insn.ip(), self.asm.here())).collect()
@@ -563,6 +580,7 @@ impl Emitter<'_> {
             site_patch,
             original_entry: at(original)?,
             returns_to: self.returns_to.map(at).transpose()?,
+            switches: self.switches(&encoded)?,
             moves: moves
                 .iter()
                 .map(|(old, place)| Ok((RemoteAddr(*old), at(*place)?)))
@@ -604,6 +622,11 @@ fn frame_bytes(request: &SkeletonRequest<'_>) -> u32 {
 fn is_nop(insn: &iced_x86::Instruction) -> bool {
     matches!(insn.mnemonic(), iced_x86::Mnemonic::Nop)
         || (insn.mnemonic() == iced_x86::Mnemonic::Xchg && insn.len() == 1)
+}
+
+/// XRay's sled is a jump over a nop.
+fn is_jump_to(insn: &iced_x86::Instruction, target: u64) -> bool {
+    insn.code() == Code::Jmp_rel8_64 && insn.near_branch_target() == target
 }
 
 fn rel32(opcode: u8, from: RemoteAddr, to: RemoteAddr) -> Option<[u8; PATCH_BYTES]> {

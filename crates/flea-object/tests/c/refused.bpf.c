@@ -6,8 +6,8 @@
 
 #if defined(CASE_kprobe)
 PROGRAM("kprobe/do_unlinkat")
-#elif defined(CASE_uprobe_multi)
-PROGRAM("uprobe.multi/libc:mal*")
+#elif defined(CASE_uprobe_offset)
+PROGRAM("uprobe/libc:malloc+4")
 #elif defined(CASE_unknown_section)
 PROGRAM("foo/bar")
 #elif defined(CASE_no_function)

@@ -5,7 +5,7 @@ use flea_image::BODY_FRAMES_OFFSET;
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_symbols::addr::RemoteAddr;
 
-use super::{BodyState, CodeArena, FunctionState, Placed, Registry};
+use super::{BodyState, CodeArena, FunctionState, Placed, Registry, Switch};
 
 /// User space ends far below.
 const END_OF_ADDRESSES: u64 = 1 << 57;
@@ -46,6 +46,7 @@ pub(super) fn check(registry: &Registry) -> Result<(), String> {
     }
     for retired in &registry.retired {
         check_placed(registry, retired.code)?;
+        check_switches(registry, &retired.switches)?;
     }
     // Each stretch is in some arena, but a thousand may be the same one.
     let placed_bytes = placed(registry).fold(0u64, |sum, p| sum.saturating_add(p.len.into()));
@@ -92,6 +93,7 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
         return Err(format!("no runtime to read the stack arguments of {} with", f.site));
     }
     f.skeleton.map_or(Ok(()), |p| check_placed(registry, p))?;
+    check_switches(registry, &f.switches)?;
     for body in &f.bodies {
         for p in body.placed() {
             check_placed(registry, p)?;
@@ -105,6 +107,15 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
         if let Some(save) = body.saves.iter().find(|save| !save.fits(n_words)) {
             return Err(format!("body {} has {n_words} words and saves {save:?}", body.id));
         }
+    }
+    Ok(())
+}
+
+fn check_switches(registry: &Registry, switches: &[Switch]) -> Result<(), String> {
+    for switch in switches {
+        let len = u32::try_from(switch.new.len()).unwrap_or(u32::MAX);
+        check_placed(registry, Placed { at: switch.at, len })?;
+        check_placed(registry, Placed { at: switch.trap_to, len: 1 })?;
     }
     Ok(())
 }
