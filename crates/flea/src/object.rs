@@ -567,8 +567,9 @@ fn stack_args(function: &Function, signature: &Signature) -> Result<StackArgs, A
     if function.uses_return_address() {
         return Err(AttachError::ReturnAddress { function: function.name() });
     }
+    let are_named = matches!(signature.stack_words, StackWords::Known(_)) && !signature.variadic;
     // What is not named may be aligned to as much as a vector.
-    let align_bytes = if may_be_fewer { 64 } else { signature.stack_align_bytes };
+    let align_bytes = if are_named { signature.stack_align_bytes } else { 64 };
     Ok(StackArgs { n_words, may_be_fewer, align_bytes })
 }
 
