@@ -44,6 +44,18 @@ pub enum Command {
     Ps(Ps),
     /// Take it off
     Detach(Detach),
+    /// Print a script that lets gdb walk through functions traced at their exit
+    GdbScript,
+    /// Make the file by which `perf record --call-graph dwarf` walks through them
+    FramesFile(FramesFile),
+}
+
+/// `flea frames-file`.
+#[derive(Debug, Args)]
+pub struct FramesFile {
+    /// Where; if not there, set FLEA_FRAMES_FILE to it when tracing
+    #[arg(value_name = "PATH", default_value = flea::frames_file::DEFAULT_PATH)]
+    pub path: PathBuf,
 }
 
 /// Which process.

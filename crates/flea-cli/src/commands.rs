@@ -4,6 +4,7 @@ mod attached;
 mod functions;
 mod run;
 mod tracing;
+mod walkers;
 
 use anyhow::Result;
 
@@ -20,5 +21,7 @@ pub fn run(command: Command) -> Result<u8> {
         Command::Run(args) => run::run(&args),
         Command::Ps(args) => attached::ps(&args),
         Command::Detach(args) => attached::detach(&args),
+        Command::GdbScript => walkers::gdb_script(),
+        Command::FramesFile(args) => walkers::frames_file(&args),
     }
 }

@@ -74,7 +74,7 @@ impl Command {
             Self::List(a) | Self::Count(a) | Self::Latency(a) | Self::Trace(a) => Some(&a.target),
             Self::Hist(a) => Some(&a.target),
             Self::Run(a) => Some(&a.target),
-            Self::Ps(_) | Self::Detach(_) => None,
+            Self::Ps(_) | Self::Detach(_) | Self::GdbScript | Self::FramesFile(_) => None,
         }
     }
 }

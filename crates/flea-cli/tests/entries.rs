@@ -11,6 +11,9 @@ use support::{TempFile, Tracing, ask, assert_clean, flea, number};
 
 /// 17 numbers of nops behind the entry, 17 before it.
 const N_FUNCTIONS: usize = 17 * 17;
+/// Those that have room before the entry only.
+const HARD: [&str; 6] =
+    ["hard_ret", "hard_next", "hard_endbr", "hard_wide", "hard_loop", "hard_call"];
 const N_CALLS: u64 = 50;
 
 /// Counts and times all functions of a fixture that waits.
@@ -26,8 +29,12 @@ fn check(fixture: Fixture) -> Result<()> {
         let is_nops = matches!(fixture, Fixture::Sleds) || n_nops >= 5;
         assert_eq!(record["site"], if is_nops { "nop5" } else { "relocated" }, "{record}");
     }
-    let count = Tracing::attach(&["count", "nops_*"], pid)?;
-    let latency = Tracing::attach(&["latency", "nops_*"], pid)?;
+    let hard = ask(&[&["list", "-p", &pid.to_string()], &HARD[..]].concat())?;
+    for name in HARD {
+        assert_eq!(hard.one("function", name)?["site"], "nop5", "{name}");
+    }
+    let count = Tracing::attach(&[&["count", "nops_*"], &HARD[..]].concat(), pid)?;
+    let latency = Tracing::attach(&[&["latency", "nops_*"], &HARD[..]].concat(), pid)?;
     target.send("go")?;
     let report: Report = serde_json::from_str(&target.line()?)?;
     target.expect_line("done")?;
@@ -37,7 +44,7 @@ fn check(fixture: Fixture) -> Result<()> {
     assert_eq!(target.wait()?.code(), Some(7));
     assert_eq!(report.errors, 0, "{fixture:?}");
     for (records, kind) in [(count, "count"), (latency, "histogram")] {
-        assert_eq!(records.of(kind).count(), N_FUNCTIONS, "{fixture:?} {kind}");
+        assert_eq!(records.of(kind).count(), N_FUNCTIONS + HARD.len(), "{fixture:?} {kind}");
         for record in records.of(kind) {
             assert_eq!(number(&record["count"])?, N_CALLS, "{fixture:?} {record}");
         }
@@ -51,6 +58,30 @@ fn nops_before_and_behind_the_entry() -> Result<()> {
     for build in [CBuild::O1, CBuild::O2, CBuild::CfProtection, CBuild::Clang] {
         check(Fixture::Entries(build))?;
     }
+    Ok(())
+}
+
+/// Attached and taken off again and again while the functions are called all the time.
+#[test]
+fn entries_that_change_while_they_are_called() -> Result<()> {
+    let Some(program) = build(Fixture::Entries(CBuild::O2)) else { return Ok(()) };
+    let mut target = Running::start(Command::new(program).args(["4000000", "wait"]))?;
+    target.expect_line("ready")?;
+    let pid = target.pid();
+    target.send("go")?;
+    for round in 0..3 {
+        let command = if round % 2 == 0 { "count" } else { "latency" };
+        let words = [&[command, "nops_0_*"], &HARD[..]].concat();
+        let first = Tracing::attach(&words, pid)?;
+        let second = Tracing::attach(&words, pid)?;
+        first.stop()?.assert_complete()?;
+        second.stop()?.assert_complete()?;
+        assert_clean(pid)?;
+    }
+    let report: Report = serde_json::from_str(&target.line()?)?;
+    target.expect_line("done")?;
+    target.send("end")?;
+    assert_eq!((target.wait()?.code(), report.errors), (Some(7), 0));
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use flea::builtin::{Expr, Histograms};
 use flea::{Function, Session, attached};
 use flea_fixtures::{Fixture, Running, build};
-use support::{Tracing, assert_clean};
+use support::{Tracing, assert_clean, compile_bpf};
 
 const THREADS: u64 = 8;
 
@@ -99,6 +99,25 @@ fn one_controller_goes() -> Result<()> {
         }
         target.tidied()?;
     }
+    target.finish()
+}
+
+/// Programs that run before the function alone have nobody to come back to.
+#[test]
+fn programs_without_an_exit_go() -> Result<()> {
+    let Some(file) = compile_bpf("modify_return.bpf.c", "v3")? else { return Ok(()) };
+    let Some(mut target) = Target::start()? else { return Ok(()) };
+    let object = target.session.load(flea::parse_object(&std::fs::read(&file.0)?)?)?;
+    let program = object.program("only_count").context("it is in the object")?;
+    let link = program.attach(&target.function("nap")?)?;
+    let stays = target.results("nap")?;
+    target.tell("in", "asleep")?;
+    link.detach()?;
+    drop((program, object));
+    assert_eq!(target.n_arenas()?, 1);
+    target.tell("out", "0 wrong")?;
+    assert_eq!(count(&stays), THREADS);
+    drop(stays);
     target.finish()
 }
 

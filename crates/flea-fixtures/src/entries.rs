@@ -6,6 +6,31 @@ use std::fmt::Write as _;
 /// Nops behind the entry, and before it: 0 to this many of each.
 pub const MAX_ENTRY_NOPS: u32 = 16;
 
+/// Functions that have room in front of their entries only: by hand, for no compiler is made to
+/// leave them this short. Each is entered once per call of `hard_calls`.
+const HARD: &str = r#"
+#define HARD(name, endbr, nops, body)                                                      \
+    __asm__(".text\n.byte 0x90,0x90,0x90,0x90,0x90\n.globl " #name "\n.type " #name ",@function\n" \
+            #name ":\n.cfi_startproc\n" endbr nops body ".cfi_endproc\n.size " #name ",.-" #name "\n" \
+            ".section __patchable_function_entries,\"awo\",@progbits,.text\n.p2align 3\n"      \
+            ".quad " #name "-5\n.text\n");                                                   \
+    long name(long x);
+__asm__(".text\n.p2align 4\n");
+HARD(hard_ret, "", "nop\nnop\n", "xchg %edi,%eax\nret\n")
+HARD(hard_next, "", "xchg %ax,%ax\n", "xchg %edi,%eax\nret\n")
+HARD(hard_endbr, "endbr64\n", "nop\nnop\n", "xchg %edi,%eax\nret\n")
+HARD(hard_wide, "", "nopl (%rax)\n", "1: sub $3,%rdi\njns 1b\nlea 3(%rdi),%rax\nret\n")
+HARD(hard_loop, "", "nop\nnop\n", "1: sub $3,%rdi\njns 1b\nlea 3(%rdi),%rax\nret\n")
+HARD(hard_call, "", "nop\nnop\n", "call *%rsi\nmov %rdi,%rax\nret\n")
+static void nothing(void) {}
+static long hard_calls(long c)
+{
+    long (*call)(long, void (*)(void)) = (long (*)(long, void (*)(void)))hard_call;
+    return (hard_ret(c) != c) + (hard_next(c) != c) + (hard_endbr(c) != c) + (hard_wide(c & 15) != (c & 15) % 3)
+        + (hard_loop(c & 15) != (c & 15) % 3) + (call(c, nothing) != c);
+}
+"#;
+
 /// What the compiler is to put at entries.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Entry {
@@ -35,6 +60,7 @@ pub(crate) fn source(entry: Entry) -> String {
             behind + 3,
         );
     }
+    text.push_str(HARD);
     text.push_str("static long (*const all[])(long) = {\n");
     for (behind, before) in splits() {
         let _ = writeln!(text, "nops_{behind}_{before},");
@@ -50,7 +76,7 @@ pub(crate) fn source(entry: Entry) -> String {
          \x20   long calls = argc > 1 ? atol(argv[1]) : 1, errors = 0;\n\
          \x20   int waits = argc > 2 && !strcmp(argv[2], \"wait\");\n\
          \x20   if (waits) {{ say(\"ready\"); wait_line(); }}\n\
-         \x20   for (long c = 0; c < calls; c++)\n\
+         \x20   for (long c = 0; c < calls; errors += hard_calls(c), c++)\n\
          \x20       for (long i = 0; i < N; i++)\n\
          \x20           errors += all[i](c) != c * (i / {n_columns} + 3) + i % {n_columns};\n\
          \x20   printf(\"{{\\\"threads\\\":1,\\\"calls\\\":%ld,\\\"errors\\\":%ld,\\\"functions\\\":\"\n\

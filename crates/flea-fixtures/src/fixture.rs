@@ -17,6 +17,14 @@ pub enum Fixture {
     ThrowsHidden,
     /// `rust/panics.rs`: panics through functions that may be traced.
     Panics(RustBuild),
+    /// `c/ways.c`: jumps, ends of threads, tail calls, recursion, signals.
+    WaysC(CBuild),
+    /// `c/stacks.c`: coroutines and backtraces; not for musl.
+    StacksC(CBuild),
+    /// `cpp/ways.cpp`: exceptions, ends of threads, coroutines.
+    WaysCpp(CBuild),
+    /// `rust/ways.rs`: panics, also through C++ functions, and C++ exceptions through it.
+    WaysRust(RustBuild),
     /// `c/plt.c`: an executable that calls `libcounted.so` through its PLT.
     Plt,
     /// The same with `-fno-plt -z now`: calls through the GOT.
@@ -178,6 +186,10 @@ impl Fixture {
             Self::Throws(CBuild::Static),
             Self::ThrowsHidden,
             Self::Panics(RustBuild::Debug),
+            Self::WaysC(CBuild::O2),
+            Self::StacksC(CBuild::O2),
+            Self::WaysCpp(CBuild::O2),
+            Self::WaysRust(RustBuild::Release),
             Self::Plt,
             Self::NoPlt,
             Self::Dlopen,
@@ -211,6 +223,10 @@ impl Fixture {
             Self::Throws(build) => format!("throws-{}", build.slug()),
             Self::ThrowsHidden => "throws-hidden".into(),
             Self::Panics(build) => format!("panics-{}", build.slug()),
+            Self::WaysC(build) => format!("ways-c-{}", build.slug()),
+            Self::StacksC(build) => format!("stacks-{}", build.slug()),
+            Self::WaysCpp(build) => format!("ways-cpp-{}", build.slug()),
+            Self::WaysRust(build) => format!("ways-rust-{}", build.slug()),
             Self::Plt => "plt".into(),
             Self::NoPlt => "no-plt".into(),
             Self::Dlopen => "dlopen".into(),

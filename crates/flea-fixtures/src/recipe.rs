@@ -195,6 +195,28 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
         Fixture::Panics(build) => {
             (vec![source!("rust", "panics.rs")], rust_steps(build, "panics", &program))
         }
+        Fixture::WaysC(build) => {
+            let sources = vec![source!("c", "ways.h"), source!("c", "ways.c")];
+            (sources, c_steps(&c_flags(build), "ways.c", "", &program))
+        }
+        Fixture::StacksC(build) => {
+            let sources = vec![source!("c", "ways.h"), source!("c", "stacks.c")];
+            (sources, c_steps(&c_flags(build), "stacks.c", "", &program))
+        }
+        Fixture::WaysCpp(build) => {
+            let sources = vec![source!("c", "ways.h"), source!("cpp", "ways.cpp")];
+            let mut steps = cpp_steps(c_flags(build), "ways.cpp", &program);
+            steps[0].args.push("-std=c++20".into());
+            (sources, steps)
+        }
+        Fixture::WaysRust(build) => {
+            let sources = vec![source!("rust", "ways.rs"), source!("cpp", "foreign.cpp")];
+            let args = words("-g -O2 -c foreign.cpp -o foreign.o").collect();
+            let mut steps = rust_steps(build, "ways", &program);
+            steps[0].args.extend(words("-C link-arg=foreign.o -C link-arg=-lstdc++"));
+            steps.insert(0, Step { tool: Tool::Gxx, args });
+            (sources, steps)
+        }
         Fixture::Plt => {
             let link = "-L. -lcounted -Wl,-z,lazy -Wl,-rpath,$ORIGIN";
             (library(), library_steps("-O2", link, &program))

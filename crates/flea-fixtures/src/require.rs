@@ -53,6 +53,8 @@ pub enum Tool {
     Gdb,
     /// valgrind.
     Valgrind,
+    /// perf of the kernel's tools.
+    Perf,
 }
 
 impl Tool {
@@ -77,6 +79,7 @@ impl Tool {
             Self::Initdb => (&["initdb"], Some("postgresql")),
             Self::Gdb => (&["gdb"], Some("gdb")),
             Self::Valgrind => (&["valgrind"], Some("valgrind")),
+            Self::Perf => (&["perf"], Some("linux-perf")),
         }
     }
 

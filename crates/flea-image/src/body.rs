@@ -5,13 +5,14 @@
 //!            entry = arena - 64 KiB + ((tp >> 8) & 0xfff0)
 //!            if entry.thread_pointer == tp: slot = entry.slot
 //!            else (cold): slot = flea_thread_slot(arena); if 0: arena.no_slot += 1, return
-//!   program: if state.active != 0: state.misses += 1     only if guarded, see `guard`
-//!            else: state.active = 1; ... ; state.active = 0
+//!   program: if state.active > rsp: state.misses += 1    only if guarded, see `guard`
+//!            else: state.active = rsp; ... ; state.active = 0
 //!   fmod_ret: if r0 != 0: the function's result = r0, return       the rest is skipped as well
 //! ```
 
 use std::mem::offset_of;
 
+use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{
     AbiParam, Block, Function, InstBuilder, Signature, UserFuncName, Value, types,
 };
@@ -241,7 +242,7 @@ pub(crate) fn find_slot(b: &mut FunctionBuilder<'_>, outcome: &mut Outcome, end:
     let home = b.ins().load(types::I64, proved(), entry, slot_at);
     // Right before its only use, so that it becomes the comparison's memory operand.
     let owner = b.ins().load(types::I64, proved(), entry, owner_at);
-    let hit = b.ins().icmp(cranelift_codegen::ir::condcodes::IntCC::Equal, owner, tp);
+    let hit = b.ins().icmp(IntCC::Equal, owner, tp);
     let own = b.create_block();
     b.ins().brif(hit, own, &[], cold, &[]);
 
@@ -287,7 +288,7 @@ fn emit_program(
     let r0 = Translator::new(b, env, &used, outcome).program(ctx, ctx)?;
     if let Some(state) = state {
         let zero = b.ins().iconst(types::I64, 0);
-        // Without this barrier (no machine code) Cranelift might find `active = 1` dead.
+        // Without this barrier (no machine code) Cranelift might find `active = rsp` dead.
         b.ins().sequence_point();
         b.ins().store(proved(), zero, state, field(offset_of!(ProgramState, active)));
     }
@@ -316,14 +317,20 @@ fn skip_unless_zero(
     b.ins().jump(end, &[]);
 }
 
-/// `if state.active != 0 { state.misses += 1; goto after }; state.active = 1`
+/// `if state.active > rsp { state.misses += 1; goto after }; state.active = rsp`
+///
+/// A run that this one has interrupted is further up the stack. One that is not was left
+/// half done by a signal handler that jumped away (siglongjmp), or is on another stack; if it
+/// counted, the program would never run again on this thread.
 fn enter(b: &mut FunctionBuilder<'_>, state: Value, after: Block) {
     let (busy, free) = (b.create_block(), b.create_block());
     b.set_cold_block(busy);
     let active_at = field(offset_of!(ProgramState, active));
     let misses_at = field(offset_of!(ProgramState, misses));
     let active = b.ins().load(types::I64, proved(), state, active_at);
-    b.ins().brif(active, busy, &[], free, &[]);
+    let here = b.ins().get_stack_pointer(types::I64);
+    let is_above = b.ins().icmp(IntCC::UnsignedGreaterThan, active, here);
+    b.ins().brif(is_above, busy, &[], free, &[]);
 
     b.switch_to_block(busy);
     let misses = b.ins().load(types::I64, proved(), state, misses_at);
@@ -332,8 +339,7 @@ fn enter(b: &mut FunctionBuilder<'_>, state: Value, after: Block) {
     b.ins().jump(after, &[]);
 
     b.switch_to_block(free);
-    let one = b.ins().iconst(types::I64, 1);
-    b.ins().store(proved(), one, state, active_at);
+    b.ins().store(proved(), here, state, active_at);
     b.ins().sequence_point();
 }
 

@@ -15,6 +15,7 @@ mod body;
 mod clif;
 mod code;
 mod frame;
+pub mod frames_file;
 mod guard;
 mod plain;
 mod request;
@@ -33,7 +34,7 @@ pub use request::{
 pub use sides::needs_frame;
 pub use skip::{NoSkip, SkipResult, skip_result};
 pub use x86_64::check::{CheckError, check_body};
-pub use x86_64::find_fde::FrameArena;
+pub use x86_64::find_fde::{FrameArena, Question};
 pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;
 pub use x86_64::skeleton::{

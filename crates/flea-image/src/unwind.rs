@@ -21,26 +21,54 @@ use flea_symbols::addr::RemoteAddr;
 use crate::x86_64::personality;
 
 /// DWARF's numbers of the registers.
-const RBP: u8 = 6;
-const RETURN_ADDRESS: u8 = 16;
+pub(crate) const RBP: u8 = 6;
+pub(crate) const RETURN_ADDRESS: u8 = 16;
 
-const DW_CFA_DEF_CFA: u8 = 0x0c;
-const DW_CFA_OFFSET: u8 = 0x80;
+pub(crate) const DW_CFA_DEF_CFA: u8 = 0x0c;
+pub(crate) const DW_CFA_OFFSET: u8 = 0x80;
 const DW_EH_PE_ABSPTR: u8 = 0x00;
 
 /// Offset of the FDE in what [`frame_arena_rows`] returns: what `_Unwind_Find_FDE` points at.
 pub const FDE_OFFSET: usize = 40;
 
+/// Offset of the header in what [`frame_arena_rows`] returns: what `_dl_find_object` points at.
+pub const HEADER_OFFSET: usize = 76;
+
+pub(crate) const DW_EH_PE_UDATA4: u8 = 0x03;
+pub(crate) const DW_EH_PE_SDATA4: u8 = 0x0b;
+pub(crate) const DW_EH_PE_PCREL: u8 = 0x10;
+pub(crate) const DW_EH_PE_DATAREL: u8 = 0x30;
+const HEADER_BYTES: usize = 20;
+
 /// What an unwinder has to have for an arena: `.eh_frame` bytes, that is a CIE, an FDE at
 /// [`FDE_OFFSET`] for the `len_bytes` from `start` on, and a terminating zero word (as
-/// `__register_frame` wants it); behind them the personality. To be placed at `at`, which is
-/// a multiple of 8, in executable memory; the length does not depend on the addresses.
+/// `__register_frame` wants it); behind them, at [`HEADER_OFFSET`], what linkers make of these
+/// as `.eh_frame_hdr`, and the personality. To be placed at `at`, which is a multiple of 8, in
+/// executable memory less than 2 GiB from `start`; the length does not depend on the addresses.
 #[must_use]
 pub fn frame_arena_rows(at: RemoteAddr, start: RemoteAddr, len_bytes: u64) -> Vec<u8> {
-    let no_code = rows(start, len_bytes, RemoteAddr(0));
-    let mut out =
-        rows(start, len_bytes, at.offset(i64::try_from(no_code.len()).expect("it is small")));
+    let personality = at.0 + (HEADER_OFFSET + HEADER_BYTES) as u64;
+    let mut out = rows(start, len_bytes, RemoteAddr(personality));
+    debug_assert_eq!(out.len(), HEADER_OFFSET);
+    out.extend(header(at, start));
     out.extend(personality::code(start, RemoteAddr(start.0.saturating_add(len_bytes))));
+    out
+}
+
+/// The table of one FDE, for a binary search.
+fn header(rows: RemoteAddr, start: RemoteAddr) -> Vec<u8> {
+    let offset = |offset: usize| i32::try_from(offset).expect("rows are a few bytes");
+    let table_base = rows.0 + HEADER_OFFSET as u64;
+    let to_start = start.0.wrapping_sub(table_base).cast_signed();
+    let mut out = vec![1]; // version
+    out.push(DW_EH_PE_PCREL | DW_EH_PE_SDATA4); // of the address of the rows
+    out.push(DW_EH_PE_UDATA4); // of the number of FDEs
+    out.push(DW_EH_PE_DATAREL | DW_EH_PE_SDATA4); // of the table
+    out.extend((-offset(HEADER_OFFSET + out.len())).to_le_bytes());
+    out.extend(1u32.to_le_bytes());
+    out.extend(i32::try_from(to_start).expect("rows are placed near their code").to_le_bytes());
+    out.extend((offset(FDE_OFFSET) - offset(HEADER_OFFSET)).to_le_bytes());
+    debug_assert_eq!(out.len(), HEADER_BYTES);
     out
 }
 
@@ -73,7 +101,7 @@ fn rows(start: RemoteAddr, len_bytes: u64, personality: RemoteAddr) -> Vec<u8> {
 }
 
 /// Appends an entry's length and body, padded with `DW_CFA_nop` (0) to a multiple of 8.
-fn push_entry(out: &mut Vec<u8>, mut body: Vec<u8>) {
+pub(crate) fn push_entry(out: &mut Vec<u8>, mut body: Vec<u8>) {
     let padded = (body.len() + 4).next_multiple_of(8) - 4;
     body.resize(padded, 0);
     let length = u32::try_from(padded).expect("entries are small");

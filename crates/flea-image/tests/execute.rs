@@ -174,11 +174,16 @@ fn a_running_program_is_skipped_and_counted() {
     let programs = [(&record, ProgramKind::Fentry), (&record, ProgramKind::Fentry)];
     let state = rig.plan.program_state_offset(0);
     let at = THREAD_TABLE_BYTES + (rig.plan.slots_offset + state) as usize;
-    rig.data.write(at, &1u64.to_le_bytes());
+    rig.data.write(at, &u64::MAX.to_le_bytes());
     rig.attach(&signature(), &programs[..1], SiteKind::Nops, Placing::Inline, 0);
     let input = Registers::pattern();
     assert!(rig.call(&input) == untraced(SiteKind::Nops, &input));
     assert_eq!((rig.array(0, 0), rig.slot_word(state + 8)), (0, 1), "skipped");
+    // One that was left half done is not above this one on the stack.
+    rig.data.write(at, &1u64.to_le_bytes());
+    rig.call(&input);
+    assert_eq!((rig.array(0, 0), rig.slot_word(state + 8)), (input.gpr[7], 1), "run");
+    assert_eq!(rig.slot_word(state), 0, "free again");
     rig.data.write(at, &0u64.to_le_bytes());
     rig.call(&input);
     assert_eq!((rig.array(0, 0), rig.slot_word(state + 8)), (input.gpr[7], 1), "run");

@@ -221,41 +221,42 @@ fn exit_saves_only_what_is_read() {
             003d  mov 8(%rcx,%rsi),%rax
             0042  mov (%rcx,%rsi),%rcx
             0046  cmp %rdx,%rcx
-            0049  jne +0xac
+            0049  jne +0xab
             004b  test %rax,%rax
-            004e  je +0xac
-            0050  mov 0x40(%rax),%rcx
-            0054  test %rcx,%rcx
-            0057  jne +0xcb
-            0059  movq $1,0x40(%rax)
-            0061  mov %rbp,%rcx
-            0064  mov (%rcx),%rcx
-            0067  mov -0x28(%rcx),%rsi
-            006b  movabs $0,%rdx    # arena + 0x21000
-            0075  mov %rsi,(%rdx)
-            0078  mov -0x30(%rcx),%rsi
-            007c  mov %rsi,8(%rdx)
-            0080  mov -8(%rcx),%rcx
-            0084  mov %rcx,0x10(%rdx)
-            0088  movq $0,0x40(%rax)
-            0090  mov (%rsp),%rax
-            0094  mov 8(%rsp),%rcx
-            0099  mov 0x10(%rsp),%rdx
-            009e  mov 0x18(%rsp),%rsi
-            00a3  add $0x30,%rsp
-            00a7  mov %rbp,%rsp
-            00aa  pop %rbp
-            00ab  ret
-            00ac  push %rdi
-            00ad  movabs $0,%rdi    # arena + 0x0
-            00b7  movabs $0,%rax    # flea_thread_slot
-            00c1  call *%rax
-            00c3  pop %rdi
-            00c4  test %rax,%rax
-            00c7  jne +0x50
-            00c9  jmp +0x90
-            00cb  addq $1,0x48(%rax)
-            00d0  jmp +0x90
+            004e  je +0xab
+            0050  mov 0x40(%rax),%rdx
+            0054  mov %rsp,%rcx
+            0057  cmp %rcx,%rdx
+            005a  ja +0xca
+            005c  mov %rcx,0x40(%rax)
+            0060  mov %rbp,%rcx
+            0063  mov (%rcx),%rcx
+            0066  mov -0x28(%rcx),%rsi
+            006a  movabs $0,%rdx    # arena + 0x21000
+            0074  mov %rsi,(%rdx)
+            0077  mov -0x30(%rcx),%rsi
+            007b  mov %rsi,8(%rdx)
+            007f  mov -8(%rcx),%rcx
+            0083  mov %rcx,0x10(%rdx)
+            0087  movq $0,0x40(%rax)
+            008f  mov (%rsp),%rax
+            0093  mov 8(%rsp),%rcx
+            0098  mov 0x10(%rsp),%rdx
+            009d  mov 0x18(%rsp),%rsi
+            00a2  add $0x30,%rsp
+            00a6  mov %rbp,%rsp
+            00a9  pop %rbp
+            00aa  ret
+            00ab  push %rdi
+            00ac  movabs $0,%rdi    # arena + 0x0
+            00b6  movabs $0,%rax    # flea_thread_slot
+            00c0  call *%rax
+            00c2  pop %rdi
+            00c3  test %rax,%rax
+            00c6  jne +0x50
+            00c8  jmp +0x8f
+            00ca  addq $1,0x48(%rax)
+            00cf  jmp +0x8f
         "#]],
     );
     expect![[r#"
@@ -331,38 +332,39 @@ fn session_carries_a_cookie() {
             0053  mov 8(%rdx,%rdi),%rax
             0058  mov (%rdx,%rdi),%rdx
             005c  cmp %rsi,%rdx
-            005f  jne +0xd4
+            005f  jne +0xd3
             0065  test %rax,%rax
-            0068  je +0xd4
-            006e  mov 0x40(%rax),%rdx
-            0072  test %rdx,%rdx
-            0075  jne +0xf8
-            007b  mov $1,%esi
-            0080  movq $1,0x40(%rax)
-            0088  mov %rax,%rdx
-            008b  movabs $0,%rdi    # VdsoClockGettime
-            0095  movabs $0,%rax    # flea_clock_ns
-            009f  call *%rax
-            00a1  mov %rax,-0x98(%rcx)
-            00a8  mov %rdx,%rax
-            00ab  movq $0,0x40(%rax)
-            00b3  mov (%rsp),%rax
-            00b7  mov 8(%rsp),%rcx
-            00bc  mov 0x10(%rsp),%rdx
-            00c1  mov 0x18(%rsp),%rsi
-            00c6  mov 0x20(%rsp),%rdi
-            00cb  add $0x30,%rsp
-            00cf  mov %rbp,%rsp
-            00d2  pop %rbp
-            00d3  ret
-            00d4  movabs $0,%rdi    # arena + 0x0
-            00de  movabs $0,%rax    # flea_thread_slot
-            00e8  call *%rax
-            00ea  test %rax,%rax
-            00ed  jne +0x6e
-            00f3  jmp +0xb3
-            00f8  addq $1,0x48(%rax)
-            00fd  jmp +0xb3
+            0068  je +0xd3
+            006e  mov 0x40(%rax),%rsi
+            0072  mov %rsp,%rdx
+            0075  cmp %rdx,%rsi
+            0078  ja +0xf7
+            007e  mov %rdx,0x40(%rax)
+            0082  mov %rax,%rdx
+            0085  movabs $0,%rdi    # VdsoClockGettime
+            008f  mov $1,%esi
+            0094  movabs $0,%rax    # flea_clock_ns
+            009e  call *%rax
+            00a0  mov %rax,-0x98(%rcx)
+            00a7  mov %rdx,%rax
+            00aa  movq $0,0x40(%rax)
+            00b2  mov (%rsp),%rax
+            00b6  mov 8(%rsp),%rcx
+            00bb  mov 0x10(%rsp),%rdx
+            00c0  mov 0x18(%rsp),%rsi
+            00c5  mov 0x20(%rsp),%rdi
+            00ca  add $0x30,%rsp
+            00ce  mov %rbp,%rsp
+            00d1  pop %rbp
+            00d2  ret
+            00d3  movabs $0,%rdi    # arena + 0x0
+            00dd  movabs $0,%rax    # flea_thread_slot
+            00e7  call *%rax
+            00e9  test %rax,%rax
+            00ec  jne +0x6e
+            00f2  jmp +0xb2
+            00f7  addq $1,0x48(%rax)
+            00fc  jmp +0xb2
         "#]],
     );
     check(
@@ -385,43 +387,44 @@ fn session_carries_a_cookie() {
             0047  mov 8(%rcx,%rsi),%rax
             004c  mov (%rcx,%rsi),%rcx
             0050  cmp %rdx,%rcx
-            0053  jne +0xe1
+            0053  jne +0xe0
             0059  test %rax,%rax
-            005c  je +0xe1
-            0062  mov 0x40(%rax),%rcx
-            0066  test %rcx,%rcx
-            0069  jne +0x105
-            006f  mov $1,%esi
-            0074  movq $1,0x40(%rax)
-            007c  mov %rax,%r8
-            007f  movabs $0,%rdi    # VdsoClockGettime
-            0089  movabs $0,%rax    # flea_clock_ns
-            0093  call *%rax
-            0095  mov %rbp,%rcx
-            0098  mov (%rcx),%rcx
-            009b  movabs $0,%rdx    # arena + 0x21000
-            00a5  sub -0x98(%rcx),%rax
-            00ac  lock add %rax,(%rdx)
-            00b0  mov %r8,%rax
-            00b3  movq $0,0x40(%rax)
-            00bb  mov (%rsp),%rax
-            00bf  mov 8(%rsp),%rcx
-            00c4  mov 0x10(%rsp),%rdx
-            00c9  mov 0x18(%rsp),%rsi
-            00ce  mov 0x20(%rsp),%rdi
-            00d3  mov 0x28(%rsp),%r8
-            00d8  add $0x30,%rsp
-            00dc  mov %rbp,%rsp
-            00df  pop %rbp
-            00e0  ret
-            00e1  movabs $0,%rdi    # arena + 0x0
-            00eb  movabs $0,%rax    # flea_thread_slot
-            00f5  call *%rax
-            00f7  test %rax,%rax
-            00fa  jne +0x62
-            0100  jmp +0xbb
-            0105  addq $1,0x48(%rax)
-            010a  jmp +0xbb
+            005c  je +0xe0
+            0062  mov 0x40(%rax),%rdx
+            0066  mov %rsp,%rcx
+            0069  cmp %rcx,%rdx
+            006c  ja +0x104
+            0072  mov %rcx,0x40(%rax)
+            0076  mov %rax,%r8
+            0079  movabs $0,%rdi    # VdsoClockGettime
+            0083  mov $1,%esi
+            0088  movabs $0,%rax    # flea_clock_ns
+            0092  call *%rax
+            0094  mov %rbp,%rcx
+            0097  mov (%rcx),%rcx
+            009a  movabs $0,%rdx    # arena + 0x21000
+            00a4  sub -0x98(%rcx),%rax
+            00ab  lock add %rax,(%rdx)
+            00af  mov %r8,%rax
+            00b2  movq $0,0x40(%rax)
+            00ba  mov (%rsp),%rax
+            00be  mov 8(%rsp),%rcx
+            00c3  mov 0x10(%rsp),%rdx
+            00c8  mov 0x18(%rsp),%rsi
+            00cd  mov 0x20(%rsp),%rdi
+            00d2  mov 0x28(%rsp),%r8
+            00d7  add $0x30,%rsp
+            00db  mov %rbp,%rsp
+            00de  pop %rbp
+            00df  ret
+            00e0  movabs $0,%rdi    # arena + 0x0
+            00ea  movabs $0,%rax    # flea_thread_slot
+            00f4  call *%rax
+            00f6  test %rax,%rax
+            00f9  jne +0x62
+            00ff  jmp +0xba
+            0104  addq $1,0x48(%rax)
+            0109  jmp +0xba
         "#]],
     );
 }
@@ -475,7 +478,7 @@ fn skeletons() {
         0019  pushq 0x20(%rbp)
         001c  pushq 0x18(%rbp)
         001f  pushq 0x10(%rbp)
-        0022  call 0x0000000000600114
+        0022  call 0x0000000000600113
         0027  mov %rbp,-8(%rsp)
         002c  mov %rax,-8(%rbp)
         0030  push %rbp
@@ -494,51 +497,52 @@ fn skeletons() {
         006d  mov 8(%rcx,%rsi),%rax
         0072  mov (%rcx,%rsi),%rcx
         0076  cmp %rdx,%rcx
-        0079  jne +0xdd
+        0079  jne +0xdc
         007b  test %rax,%rax
-        007e  je +0xdd
-        0080  mov 0x50(%rax),%rcx
-        0084  test %rcx,%rcx
-        0087  jne +0xfc
-        0089  movq $1,0x50(%rax)
-        0091  mov %rbp,%rcx
-        0094  mov (%rcx),%rcx
-        0097  mov -0x28(%rcx),%rsi
-        009b  movabs $0x700000000000,%rdx
-        00a5  mov %rsi,(%rdx)
-        00a8  mov -0x30(%rcx),%rsi
-        00ac  mov %rsi,8(%rdx)
-        00b0  mov -8(%rcx),%rcx
-        00b4  mov %rcx,0x10(%rdx)
-        00b8  movq $0,0x50(%rax)
-        00c0  mov (%rsp),%rax
-        00c4  mov 8(%rsp),%rcx
-        00c9  mov 0x10(%rsp),%rdx
-        00ce  mov 0x18(%rsp),%rsi
-        00d3  add $0x30,%rsp
-        00d7  mov %rbp,%rsp
-        00da  pop %rbp
-        00db  jmp +0x103
-        00dd  push %rdi
-        00de  movabs $0x700000000000,%rdi
-        00e8  movabs $0x700000000000,%rax
-        00f2  call *%rax
-        00f4  pop %rdi
-        00f5  test %rax,%rax
-        00f8  jne +0x80
-        00fa  jmp +0xc0
-        00fc  addq $1,0x58(%rax)
-        0101  jmp +0xc0
-        0103  leave
-        0104  ret
-        0105  mov %rbp,-8(%rsp)
-        010a  leave
-        010b  ret
-        010c  nopl 0x61656C66(%rax,%rax)
-        0114  push %rbp
-        0115  mov %rsp,%rbp
-        0118  lea 0x40110B,%rax
-        011f  jmp 0x000000000040100B
+        007e  je +0xdc
+        0080  mov 0x50(%rax),%rdx
+        0084  mov %rsp,%rcx
+        0087  cmp %rcx,%rdx
+        008a  ja +0xfb
+        008c  mov %rcx,0x50(%rax)
+        0090  mov %rbp,%rcx
+        0093  mov (%rcx),%rcx
+        0096  mov -0x28(%rcx),%rsi
+        009a  movabs $0x700000000000,%rdx
+        00a4  mov %rsi,(%rdx)
+        00a7  mov -0x30(%rcx),%rsi
+        00ab  mov %rsi,8(%rdx)
+        00af  mov -8(%rcx),%rcx
+        00b3  mov %rcx,0x10(%rdx)
+        00b7  movq $0,0x50(%rax)
+        00bf  mov (%rsp),%rax
+        00c3  mov 8(%rsp),%rcx
+        00c8  mov 0x10(%rsp),%rdx
+        00cd  mov 0x18(%rsp),%rsi
+        00d2  add $0x30,%rsp
+        00d6  mov %rbp,%rsp
+        00d9  pop %rbp
+        00da  jmp +0x102
+        00dc  push %rdi
+        00dd  movabs $0x700000000000,%rdi
+        00e7  movabs $0x700000000000,%rax
+        00f1  call *%rax
+        00f3  pop %rdi
+        00f4  test %rax,%rax
+        00f7  jne +0x80
+        00f9  jmp +0xbf
+        00fb  addq $1,0x58(%rax)
+        0100  jmp +0xbf
+        0102  leave
+        0103  ret
+        0104  mov %rbp,-8(%rsp)
+        0109  leave
+        010a  ret
+        010b  nopl 0x61656C66(%rax,%rax)
+        0113  push %rbp
+        0114  mov %rsp,%rbp
+        0117  lea 0x40110B,%rax
+        011e  jmp 0x000000000040100B
     "#]]
     .assert_eq(&skeleton.listing());
     expect![[r#"
@@ -553,25 +557,25 @@ fn skeletons() {
                     rule: Frame,
                 },
                 UnwindRow {
-                    offset: 276,
+                    offset: 275,
                     rule: Original,
                 },
             ],
             [
                 (
                     0x401000,
-                    0x600114,
+                    0x600113,
                 ),
                 (
                     0x401001,
-                    0x600115,
+                    0x600114,
                 ),
                 (
                     0x401004,
-                    0x600118,
+                    0x600117,
                 ),
             ],
-            0x600114,
+            0x600113,
         )
     "#]]
     .assert_debug_eq(&(skeleton.rows, skeleton.moves, skeleton.original_entry));

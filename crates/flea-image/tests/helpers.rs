@@ -292,8 +292,8 @@ fn unmerged() -> Verified {
 fn guards_only_where_needed() {
     let maps = [map(MapKind::PerCpuArray, 16, 1)];
     let state = plan(&maps).program_state_offset(0);
-    // The guard's store: movq $1, state(%slot)
-    let guard = format!("movq $1,{state:#x}(");
+    // The guard's last store: movq $0, state(%slot)
+    let guard = format!("movq $0,{state:#x}(");
     let listing =
         |v: &Verified| compile(v, &maps, ProgramKind::Fentry).unwrap().entry.unwrap().listing();
     assert!(!listing(&counter(0)).contains(&guard));

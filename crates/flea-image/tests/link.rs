@@ -4,11 +4,11 @@
 mod support;
 
 use expect_test::expect;
-use flea_image::unwind::{FDE_OFFSET, frame_arena_rows};
+use flea_image::unwind::{FDE_OFFSET, HEADER_OFFSET, frame_arena_rows};
 use flea_image::{
-    BODY_FRAMES_OFFSET, BodyRef, FrameArena, LinkError, Reads, RelocateError, Save, Saved,
-    SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, When, call_patch, link_skeleton,
-    link_unwinder_skeleton,
+    BODY_FRAMES_OFFSET, BodyRef, FrameArena, LinkError, Question, Reads, RelocateError, Save,
+    Saved, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, When, call_patch,
+    link_skeleton, link_unwinder_skeleton,
 };
 use flea_symbols::addr::RemoteAddr;
 
@@ -103,8 +103,10 @@ fn words_that_may_not_be_there_are_read_with_care() {
     let bodies = [SkeletonBody {
         entry: None,
         session: None,
+        modify: None,
         exit: Some(BodyRef::Call(NEAR)),
         reads: &reads,
+        saves: &[],
         frame_words: 0,
         frame_offset: 0,
     }];
@@ -124,38 +126,41 @@ fn words_that_may_not_be_there_are_read_with_care() {
         0014  and $0xFFF,%eax
         0019  cmp $0xFE8,%eax
         001e  mov -8(%rbp),%rax
-        0022  ja +0x3b
+        0022  ja +0x42
         0024  pushq 0x18(%rbp)
         0027  pushq 0x10(%rbp)
-        002a  call 0x0000000000600097
+        002a  call 0x000000000060009E
         002f  mov %rbp,-8(%rsp)
         0034  call 0x0000000000600000
         0039  leave
         003a  ret
-        003b  mov %rdi,-0x28(%rbp)
-        003f  mov %rsi,-0x30(%rbp)
-        0043  mov %rdx,-0x38(%rbp)
-        0047  mov %rcx,-0x40(%rbp)
-        004b  lea -0x10(%rsp),%rsp
-        0050  lea 0x10(%rbp),%rsi
-        0054  mov %rsp,%rdi
-        0057  mov %esi,%ecx
-        0059  neg %ecx
-        005b  and $0xFFF,%ecx
-        0061  mov $0x10,%edx
-        0066  sub %ecx,%edx
-        0068  rep movsb (%rsi),(%rdi)
-        006a  xchg %rdx,%rsi
-        006d  movabs $0x700000000000,%rax
-        0077  call *%rax
-        0079  mov -0x28(%rbp),%rdi
-        007d  mov -0x30(%rbp),%rsi
-        0081  mov -0x38(%rbp),%rdx
-        0085  mov -0x40(%rbp),%rcx
-        0089  mov -8(%rbp),%rax
-        008d  jmp +0x2a
-        008f  nopl 0x61656C66(%rax,%rax)
-        0097  jmp 0x0000000000401005
+        003b  mov %rbp,-8(%rsp)
+        0040  leave
+        0041  ret
+        0042  mov %rdi,-0x28(%rbp)
+        0046  mov %rsi,-0x30(%rbp)
+        004a  mov %rdx,-0x38(%rbp)
+        004e  mov %rcx,-0x40(%rbp)
+        0052  lea -0x10(%rsp),%rsp
+        0057  lea 0x10(%rbp),%rsi
+        005b  mov %rsp,%rdi
+        005e  mov %esi,%ecx
+        0060  neg %ecx
+        0062  and $0xFFF,%ecx
+        0068  mov $0x10,%edx
+        006d  sub %ecx,%edx
+        006f  rep movsb (%rsi),(%rdi)
+        0071  xchg %rdx,%rsi
+        0074  movabs $0x700000000000,%rax
+        007e  call *%rax
+        0080  mov -0x28(%rbp),%rdi
+        0084  mov -0x30(%rbp),%rsi
+        0088  mov -0x38(%rbp),%rdx
+        008c  mov -0x40(%rbp),%rcx
+        0090  mov -8(%rbp),%rax
+        0094  jmp +0x2a
+        0096  nopl 0x61656C66(%rax,%rax)
+        009e  jmp 0x0000000000401005
     "#]]
     .assert_eq(&skeleton.unwrap().listing());
 }
@@ -215,7 +220,7 @@ fn the_unwind_row_reads_as_meant() {
         panic!("no personality");
     };
     let code = &bytes[usize::try_from(personality - at.0).unwrap()..];
-    assert_eq!(bytes[bytes.len() - code.len() - 4..][..4], [0; 4]);
+    assert_eq!(bytes[HEADER_OFFSET - 4..][..4], [0; 4]);
     expect![[r#"
         0000  endbr64
         0004  mov $8,%eax
@@ -238,6 +243,64 @@ fn the_unwind_row_reads_as_meant() {
     .assert_eq(&flea_image::listing(code, RemoteAddr(personality)));
 }
 
+/// What libgcc reads if it is the loader that answers.
+#[test]
+fn the_header_leads_to_the_row() {
+    use gimli::{BaseAddresses, EhFrame, EhFrameHdr, LittleEndian, UnwindSection};
+    for (at, start) in [(0x7000_8000, 0x7000_0000), (0x7000_0000, 0x7000_8000u64)] {
+        let bytes = frame_arena_rows(RemoteAddr(at), RemoteAddr(start), 0x1_0000);
+        let header_at = at + HEADER_OFFSET as u64;
+        let bases = BaseAddresses::default().set_eh_frame_hdr(header_at).set_eh_frame(at);
+        let header = EhFrameHdr::new(&bytes[HEADER_OFFSET..], LittleEndian);
+        let header = header.parse(&bases, 8).unwrap();
+        assert_eq!(header.eh_frame_ptr(), gimli::Pointer::Direct(at));
+        let table = header.table().unwrap();
+        let section = EhFrame::new(&bytes, LittleEndian);
+        let fde = table.fde_for_address(&section, &bases, start + 0x1234, |section, bases, at| {
+            section.cie_from_offset(bases, at)
+        });
+        let fde = fde.unwrap();
+        assert_eq!((fde.initial_address(), fde.offset()), (start, FDE_OFFSET));
+    }
+}
+
+/// Its first instructions are those for a row: see the next test.
+#[test]
+fn a_loader_answers_with_the_header() {
+    // push r15; push r14; push r13
+    let replaced = [0x41, 0x57, 0x41, 0x56, 0x41, 0x55];
+    let arena = FrameArena {
+        start: RemoteAddr(0x7000_0000_0000),
+        end: RemoteAddr(0x7000_0020_0000),
+        rows: RemoteAddr(0x7000_0000_1000),
+    };
+    let link = |question| {
+        let request = request(&replaced, &[]);
+        link_unwinder_skeleton(&request, question, &[arena]).unwrap().listing()
+    };
+    let (row, object) = (link(Question::Row), link(Question::Object));
+    let answer = |listing: &str| listing.find("0051  ").unwrap();
+    let asks = |listing: &str| listing[..answer(listing)].lines().count();
+    assert_eq!(asks(&row), asks(&object));
+    expect![[r#"
+        0051  xor %eax,%eax
+        0053  mov %rax,(%rsi)
+        0056  movabs $0x700000000000,%r11
+        0060  mov %r11,8(%rsi)
+        0064  movabs $0x700000200000,%r11
+        006e  mov %r11,0x10(%rsi)
+        0072  mov %rax,0x18(%rsi)
+        0076  movabs $0x70000000104C,%r11
+        0080  mov %r11,0x20(%rsi)
+        0084  ret
+        0085  push %r15
+        0087  push %r14
+        0089  push %r13
+        008b  jmp 0x0000000000401006
+    "#]]
+    .assert_eq(&object[answer(&object)..]);
+}
+
 #[test]
 fn an_unwinder_is_asked_about_foreign_frames_only() {
     // push r15; push r14; push r13
@@ -245,11 +308,12 @@ fn an_unwinder_is_asked_about_foreign_frames_only() {
     let arena = FrameArena {
         start: RemoteAddr(0x7000_0000_0000),
         end: RemoteAddr(0x7000_0020_0000),
-        fde: RemoteAddr(0x7000_0000_1018),
+        rows: RemoteAddr(0x7000_0000_1000),
     };
     let second = FrameArena { start: RemoteAddr(0x1000), ..arena };
-    let link =
-        |arenas: &[FrameArena]| link_unwinder_skeleton(&request(&replaced, &[]), arenas).unwrap();
+    let link = |arenas: &[FrameArena]| {
+        link_unwinder_skeleton(&request(&replaced, &[]), Question::Row, arenas).unwrap()
+    };
     assert_eq!(link(&[]), link_skeleton(&request(&replaced, &[])).unwrap());
     assert!(link(&[arena, second]).bytes.len() > link(&[arena]).bytes.len());
     expect![[r#"
@@ -276,7 +340,7 @@ fn an_unwinder_is_asked_about_foreign_frames_only() {
         005f  xor %eax,%eax
         0061  mov %rax,(%rsi)
         0064  mov %rax,8(%rsi)
-        0068  movabs $0x700000001018,%rax
+        0068  movabs $0x700000001028,%rax
         0072  ret
         0073  push %r15
         0075  push %r14
@@ -322,7 +386,7 @@ fn saves_go_into_the_words_of_their_body() {
         0013  mov %r15,-0xA0(%rbp)
         001a  movups %xmm1,-0xB0(%rbp)
         0021  call 0x0000000000600000
-        0026  call 0x0000000000600077
+        0026  call 0x000000000060007E
         002b  mov %rbp,-8(%rsp)
         0030  vmovups %ymm2,-0xD0(%rbp)
         0038  vmovups %zmm7,-0x110(%rbp)
@@ -335,9 +399,12 @@ fn saves_go_into_the_words_of_their_body() {
         0068  call 0x0000000000600000
         006d  leave
         006e  ret
-        006f  nopl 0x61656C66(%rax,%rax)
-        0077  nopl (%rax,%rax)
-        007c  jmp 0x0000000000401005
+        006f  mov %rbp,-8(%rsp)
+        0074  leave
+        0075  ret
+        0076  nopl 0x61656C66(%rax,%rax)
+        007e  nopl (%rax,%rax)
+        0083  jmp 0x0000000000401005
     "#]]
     .assert_eq(&with(&saves, 20).unwrap().listing());
     for what in [

@@ -159,7 +159,7 @@ fn a_running_program_has_no_say() {
     let (busy, next) = (step(1, 7), step(2, 9));
     let state = rig.plan.program_state_offset(0);
     let active = THREAD_TABLE_BYTES + (rig.plan.slots_offset + state) as usize;
-    rig.data.write(active, &1u64.to_le_bytes());
+    rig.data.write(active, &u64::MAX.to_le_bytes());
     let programs = [(&busy, ProgramKind::FmodRet), (&next, ProgramKind::FmodRet)];
     rig.attach(&signature(), &programs, SiteKind::Nops, Placing::Inline, 4);
     let input = Registers::pattern();

@@ -211,7 +211,8 @@ fn wide_arguments() {
         let (signature, expected) = arguments(n_words);
         let n = expected.len();
         let record = record(0, n as i16);
-        let kinds = [ProgramKind::Fentry, ProgramKind::Fexit, ProgramKind::Fsession];
+        let kinds =
+            [ProgramKind::Fentry, ProgramKind::FmodRet, ProgramKind::Fexit, ProgramKind::Fsession];
         for (kind, placing) in
             kinds.into_iter().flat_map(|k| [(k, Placing::Inline), (k, Placing::Called)])
         {
@@ -219,7 +220,7 @@ fn wide_arguments() {
             assert_eq!(seen[..n], expected, "{n_words} words, {kind:?} {placing:?}");
             let saved = match (kind, n_words) {
                 // Both halves of an xmm register are in a parameter of the body.
-                (ProgramKind::Fentry, 2) => vec![],
+                (ProgramKind::Fentry | ProgramKind::FmodRet, 2) => vec![],
                 _ => [7, 0].map(|reg| (When::Entry, Saved::Vector { reg, n_words })).to_vec(),
             };
             let saves: Vec<_> = body.saves.iter().map(|s| (s.when, s.what)).collect();

@@ -95,7 +95,7 @@ pub const PROGRAM_STATES_OFFSET: u64 = 64;
 /// One program's state in one slot.
 #[repr(C)]
 pub struct ProgramState {
-    /// Non-zero while the program runs on this thread: the recursion guard.
+    /// The stack pointer of the run that is going on on this thread, or 0: the recursion guard.
     pub active: u64,
     /// Runs skipped because it was active.
     pub misses: u64,

@@ -106,21 +106,42 @@ impl RingBuf {
         self.blocked().is_some()
     }
 
+    /// How many bytes have been read, and how many have been reserved for records, since the
+    /// ring began.
+    #[must_use]
+    pub fn positions(&self) -> (u64, u64) {
+        (self.position, self.word(state::PRODUCER))
+    }
+
     /// Gives up the record that [`RingBuf::is_blocked`] is about, if there still is one:
-    /// skips it, or, where not even its size was written yet, everything there is. Should
+    /// skips it, or, where not even its size was written yet, whatever is still empty. Should
     /// its producer live after all, what it writes later may garble another record.
     pub fn skip_blocked(&mut self) {
         let arena = self.arena.clone();
         let size = u64::from(self.placement.max_entries);
         let data = arena.memory().part(self.placement.data_offset, size);
         let (Some(data), Some((header, end))) = (data, self.blocked()) else { return };
-        let bytes = record_bytes(u64::from(header_len(header)));
         let in_ring = size - (self.position & (size - 1));
-        if header != 0 && bytes <= in_ring && bytes <= end.wrapping_sub(self.position) {
+        let most = in_ring.min(end.wrapping_sub(self.position));
+        let bytes = match header {
+            0 => self.empty_bytes(data, most),
+            _ => record_bytes(u64::from(header_len(header))),
+        };
+        if bytes <= most {
             self.release(data, bytes);
         } else {
             self.resync(data, end);
         }
+    }
+
+    /// From the consumer's position to the next header, `most` at most: a record without one
+    /// has no data either.
+    fn empty_bytes(&self, data: Shared<'_>, most: u64) -> u64 {
+        let at = self.position & (data.size_bytes() - 1);
+        let is_empty =
+            |offset: &u64| data.word(at + offset).is_some_and(|word| word.load(Acquire) == 0);
+        let n_words = (0..most).step_by(8).take_while(is_empty).count() as u64;
+        (n_words * 8).min(most)
     }
 
     /// The header of the unfinished record at the consumer's position, and the end.

@@ -229,6 +229,37 @@ fn records_over_half_the_ring_and_full_rings_are_counted_as_lost() {
     assert_eq!((ring.poll(|_| {}), ring.resyncs()), (0, 0));
 }
 
+/// Their producers died before they had written as much as a size.
+#[test]
+fn records_without_a_header_are_given_up_alone() {
+    use flea_runtime::ringbuf::{BUSY, HEADER_BYTES, KIND_RECORD};
+    let target = Target::new(&[spec(MapKind::RingBuf, 0, 0, 4096)]);
+    let reserve = |len| target.call(F::RingbufReserve, &[target.base, target.map(0), len]);
+    let submit = |record| target.call(F::RingbufSubmit, &[record, 0]);
+    let mut ring = target.arena.ringbuf(MapIdx(0)).unwrap();
+    for _ in 0..100 {
+        // With the last of them the ring's end is passed now and then.
+        for len in [24, 8, 160] {
+            let record = reserve(len);
+            assert_ne!(record, 0);
+            add(record - HEADER_BYTES, (KIND_RECORD | BUSY | len).wrapping_neg());
+        }
+        let whole = reserve(40);
+        submit(whole);
+        let mut n_read = 0;
+        while n_read == 0 {
+            n_read = ring.poll(|record| assert_eq!(record.len(), 40));
+            if n_read == 0 {
+                assert!(ring.is_blocked());
+                ring.skip_blocked();
+            }
+        }
+        let (read, reserved) = ring.positions();
+        assert_eq!((n_read, read, ring.is_blocked()), (1, reserved, false));
+    }
+    assert_eq!((ring.resyncs(), ring.lost()), (0, 0));
+}
+
 #[test]
 fn two_controllers_share_one_arena() {
     let target = Target::new(&[spec(MapKind::Hash, 8, 8, 10)]);

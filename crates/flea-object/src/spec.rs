@@ -125,9 +125,10 @@ pub enum ProgramKind {
     /// Before the function, which it can skip: the first non-zero return value of such a
     /// program is the function's result.
     FmodRet,
-    /// At entry, with `struct pt_regs *`.
+    /// At entry, with `struct pt_regs *`: the registers at the function's first instruction.
     Uprobe,
-    /// At exit, with `struct pt_regs *`.
+    /// At exit, with `struct pt_regs *`: the registers behind the function's `ret`. As in Linux
+    /// the argument registers hold there what the function has left in them.
     Uretprobe,
 }
 

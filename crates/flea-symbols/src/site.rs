@@ -16,8 +16,14 @@ pub struct Site {
     pub kind: SiteKind,
     /// The function's own address (the `endbr64`, if there is one).
     pub function: Svma,
-    /// The first byte to be replaced: the function's address, behind `endbr64`.
+    /// The first byte to be replaced: the function's address, behind `endbr64`; before it where
+    /// there is a `door`.
     pub address: Svma,
+    /// Where two bytes of nops at the entry, behind `endbr64`, are replaced as well, by a short
+    /// jump back to `address`: the five bytes there are nops before the entry that nobody
+    /// executes (`-fpatchable-function-entry=N,M`). That is for functions which have no room,
+    /// and is opened last and closed first.
+    pub door: Option<Svma>,
     /// What the file has there: all bytes that the patch replaces, at least 5. A patch puts
     /// its 5-byte jump or call first and fills the rest with one-byte nops, so that a return
     /// to `address + 5` runs on.

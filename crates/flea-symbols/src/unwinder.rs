@@ -1,6 +1,7 @@
 //! Whether a module has a C++ and Rust exception unwinder in it, and which. Frames of our own
 //! have no rows in any module, so the unwinder must be told of them: libgcc's can be, at its
-//! `_Unwind_Find_FDE`. Start at [`Module::unwinder`].
+//! `_Unwind_Find_FDE`, or at the loader's `_dl_find_object`, which that asks. Start at
+//! [`Module::unwinder`].
 
 use object::{LittleEndian, Object as _, ObjectSymbol as _, read::elf::Sym as _};
 
@@ -14,8 +15,10 @@ const FIND_FDE: &[u8] = b"_Unwind_Find_FDE";
 const ENTRY: &[u8] = b"_Unwind_RaiseException";
 /// LLVM's libunwind, which has a `_Unwind_Find_FDE` and does not use it.
 const LLVM_STEP: &[u8] = b"__unw_step";
+/// What libgcc's asks glibc's loader since gcc 12 and glibc 2.35.
+const FIND_OBJECT: &[u8] = b"_dl_find_object";
 /// What an unwinder asks the loader.
-const LOADER_QUESTIONS: [&[u8]; 2] = [b"_dl_find_object", b"dl_iterate_phdr"];
+const LOADER_QUESTIONS: [&[u8]; 2] = [FIND_OBJECT, b"dl_iterate_phdr"];
 
 /// The unwinder in a module.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +29,11 @@ pub enum Unwinder {
     Libgcc {
         /// Its `_Unwind_Find_FDE`.
         find_fde: Svma,
+    },
+    /// There is none; it is the loader that answers to one that is loaded later.
+    Loader {
+        /// Its `_dl_find_object`.
+        find_object: Svma,
     },
     /// LLVM's libunwind, nongnu libunwind, or one of the program's own.
     Other,
@@ -38,6 +46,7 @@ pub enum Unwinder {
 #[derive(Default)]
 struct Seen {
     find_fde: Option<Svma>,
+    find_object: Option<Svma>,
     entry: bool,
     llvm: bool,
     any_name: bool,
@@ -58,6 +67,7 @@ impl Module<'_> {
             {
                 Unwinder::Hidden
             }
+            Seen { find_object: Some(find_object), .. } => Unwinder::Loader { find_object },
             _ => Unwinder::None,
         }
     }
@@ -71,6 +81,9 @@ impl Module<'_> {
                 let defined = !symbol.elf_symbol().is_undefined(LittleEndian);
                 if LOADER_QUESTIONS.contains(&name) {
                     seen.asks_loader |= !defined;
+                    if defined && name == FIND_OBJECT {
+                        seen.find_object = Some(Svma(symbol.address()));
+                    }
                 } else if name == LLVM_STEP {
                     seen.llvm |= defined;
                 } else if name.starts_with(b"_Unwind_") {

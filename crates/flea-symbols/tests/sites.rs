@@ -267,6 +267,56 @@ fn any_number_of_nops_before_and_behind_the_entry() {
     }
 }
 
+/// Where the bytes behind the entry do not do, nops before it and two behind it do.
+#[test]
+fn nops_before_the_entry_make_room() {
+    let f = |before: &str, at: &str| {
+        let entries = ".section __patchable_function_entries,\"awo\",@progbits,.text\n";
+        format!(
+            "{before}.globl f\n.type f,@function\nf: {at}\n.size f,.-f\n\
+             {entries}.p2align 3\n.quad .Larea\n.text\n\
+             .globl g\n.type g,@function\ng: lea 1(%rdi),%rax\nret\n.size g,.-g\n"
+        )
+    };
+    let short = "nop\nnop\nxchg %edi,%eax\nret\n";
+    let site = |name: &str, body: &str| {
+        let bytes = asm(name, body);
+        let module = Module::parse(&bytes, None).unwrap();
+        module.site(function(&module, "f"))
+    };
+    let area = |n: u32| format!(".byte 0xc3\n.p2align 4\n.Larea: .fill {n},1,0x90\n");
+
+    let found = site("door5", &f(&area(5), short)).unwrap();
+    assert_eq!((found.kind, found.original.as_slice()), (SiteKind::Nop5, [0x90; 7].as_slice()));
+    assert_eq!((found.door, found.address.offset(5)), (Some(found.function), found.function));
+    assert_eq!(found.boundaries, [0, 1, 2, 3, 4, 5, 6]);
+
+    let found = site("door9", &f(&area(9), &format!("endbr64\n{short}"))).unwrap();
+    assert_eq!((found.door, found.len_bytes()), (Some(found.function.offset(4)), 11));
+    assert_eq!(found.boundaries, [0, 1, 2, 3, 4, 5, 9, 10]);
+    assert_eq!(found.resume(), found.function.offset(6));
+
+    // Room behind the entry is taken first.
+    let found = site("doorless", &f(&area(5), "nop\nnop\nlea 1(%rdi),%rax\nret\n")).unwrap();
+    assert_eq!((found.door, found.address), (None, found.function));
+
+    let too_short = |name, body: &str| {
+        let found = site(name, body);
+        assert!(matches!(found, Err(Refusal::TooShort { .. })), "{name}: {found:?}");
+    };
+    too_short("door4", &f(&area(4), short));
+    too_short("one nop", &f(&area(5), "nop\nxchg %edi,%eax\nret\n"));
+    too_short("no nops", &f(".byte 0xc3\n.p2align 4\n.Larea: .fill 5,1,0xcc\n", short));
+    let taken =
+        area(5).replace(".Larea: .fill 5,1,0x90", ".Larea: .fill 2,1,0x90\n.Lin: .fill 3,1,0x90");
+    let pointer = ".section .data.rel.ro,\"aw\"\n.p2align 3\n.quad .Lin\n.text\n";
+    too_short("led into", &(f(&taken, short) + pointer));
+    let unnamed = f(&area(5), short).replace(".quad .Larea", ".quad f");
+    too_short("nobody's nops", &unnamed);
+    let looping = site("door loop", &f(&area(5), "nop\nnop\ndec %edi\njnz f\nret\n"));
+    assert!(matches!(looping, Err(Refusal::LoopsToEntry { .. })), "{looping:?}");
+}
+
 #[test]
 fn short_functions_take_their_padding() {
     let body = asm_function("f", "ret\n.fill 15,1,0xcc") // the padding is outside its size below

@@ -28,6 +28,25 @@ fn the_shared_libgcc() {
     check_libgcc(&Module::parse(&bytes, None).unwrap());
 }
 
+/// The loader answers to a libgcc that comes later.
+#[test]
+fn the_loader() {
+    let Ok(bytes) = std::fs::read("/lib64/ld-linux-x86-64.so.2") else {
+        return println!("skipped: no glibc here");
+    };
+    let module = Module::parse(&bytes, None).unwrap();
+    let name = "_dl_find_object";
+    if !module.functions().iter().any(|function| function.name == name) {
+        return println!("skipped: this glibc is older than 2.35");
+    }
+    let Unwinder::Loader { find_object } = module.unwinder() else {
+        panic!("{:?}", module.unwinder());
+    };
+    let function = function(&module, name);
+    assert_eq!(function.address, find_object);
+    module.site(function).unwrap();
+}
+
 #[test]
 fn programs() {
     let c = "int main(void) { return 0; }";

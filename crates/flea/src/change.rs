@@ -16,7 +16,8 @@ use flea_symbols::{
 use crate::{
     error::AttachError,
     registry::{
-        BodyState, FunctionState, Placed, Registry, Retired, SiteKind, Skip, StackArgs, Switch,
+        BodyState, FunctionState, Placed, Question, Registry, Retired, SiteKind, Skip, StackArgs,
+        Switch,
     },
 };
 
@@ -127,7 +128,7 @@ impl Change {
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
         let mut moves = Vec::new();
 
-        if f.bodies.is_empty() && !f.finds_frames {
+        if f.bodies.is_empty() && f.finds_frames.is_none() {
             f.patched = f.original[..5].try_into().expect("a site has at least 5 bytes");
             f.skeleton = None;
             f.calls_original = false;
@@ -152,7 +153,13 @@ impl Change {
         if !was_original {
             moves.clear();
         }
+        // In this order, so that an open door always leads to a jump, also if we die in between:
+        // opened behind it, closed before it.
+        let door = door_poke(f, was_original, trap_to, &moves);
+        let (closed, opened) = if was_original { (None, door) } else { (door, None) };
+        self.pokes.extend(closed);
         self.pokes.push(Poke { site: f.site, expected, new: f.patched, trap_to, moves });
+        self.pokes.extend(opened);
         Ok(())
     }
 
@@ -162,7 +169,8 @@ impl Change {
         // The called body returns behind the five bytes: an instruction must begin there.
         let mut ends = inner_boundaries(f);
         let five = f.site.offset(5);
-        if f.finds_frames
+        if f.finds_frames.is_some()
+            || f.door.is_some()
             || f.kind != SiteKind::Nop
             || body.session.or(body.modify).or(body.exit).is_some()
             || !(f.original.len() == 5 || ends.any(|end| end == five))
@@ -180,7 +188,11 @@ impl Change {
             .zip(&reads)
             .map(|(b, r)| skeleton_body(&self.known_code, f, b, r))
             .collect();
-        let arenas = if f.finds_frames { self.frame_arenas() } else { Vec::new() };
+        let arenas = f.finds_frames.map_or_else(Vec::new, |_| self.frame_arenas());
+        let question = match f.finds_frames {
+            Some(Question::Object) => flea_image::Question::Object,
+            Some(Question::Row) | None => flea_image::Question::Row,
+        };
         f.calls = bodies.iter().flat_map(called).collect();
         let stack_copy = self.stack_copy(f.stack);
         let link = |at| {
@@ -197,7 +209,7 @@ impl Change {
                 stack_copy,
                 stack_align_bytes: f.stack.align_bytes,
             };
-            flea_image::link_unwinder_skeleton(&request, &arenas)
+            flea_image::link_unwinder_skeleton(&request, question, &arenas)
                 .map_err(|source| AttachError::Link { function: f.name.clone(), source })
         };
         // The length does not depend on the place (all far branches are rel32), so a first
@@ -234,9 +246,8 @@ impl Change {
     /// The arenas that have rows.
     fn frame_arenas(&self) -> Vec<FrameArena> {
         let arenas = self.registry.code.iter().filter_map(|arena| {
-            let fde = arena.rows?.at.0 + flea_image::unwind::FDE_OFFSET as u64;
             let end = RemoteAddr(arena.base.0 + arena.size_bytes);
-            Some(FrameArena { start: arena.base, end, fde: RemoteAddr(fde) })
+            Some(FrameArena { start: arena.base, end, rows: arena.rows?.at })
         });
         arenas.collect()
     }
@@ -246,6 +257,30 @@ impl Change {
         let arenas = self.registry.code.iter().filter(|arena| arena.reaches(site));
         arenas.map(|arena| arena.next).min_by_key(|next| next.0.abs_diff(site.0))
     }
+}
+
+/// What opens or closes the door of `f`, where it has one and that is to change.
+fn door_poke(
+    f: &FunctionState,
+    was_original: bool,
+    trap_to: RemoteAddr,
+    moves: &[(RemoteAddr, RemoteAddr)],
+) -> Option<Poke> {
+    let (site, closed, open) = f.door()?;
+    let is_original = f.patched[..] == f.original[..5];
+    let (expected, new) = match (was_original, is_original) {
+        (true, false) => (closed, open),
+        (false, true) => (open, closed),
+        _ => return None,
+    };
+    let inside = |from: RemoteAddr| from > site && from < site.offset(2);
+    Some(Poke {
+        site,
+        expected: expected.to_vec(),
+        new: [new[0], new[1], 0, 0, 0],
+        trap_to,
+        moves: moves.iter().copied().filter(|(from, _)| inside(*from)).collect(),
+    })
 }
 
 fn skeleton_body<'a>(
@@ -399,6 +434,7 @@ mod tests {
             name: "f".into(),
             address: SITE,
             site: SITE,
+            door: None,
             kind,
             original: original.to_vec(),
             insn_lens: insn_lens.to_vec(),
@@ -408,7 +444,7 @@ mod tests {
             skip: None,
             stack: StackArgs::NONE,
             calls_original: false,
-            finds_frames: false,
+            finds_frames: None,
             returns_to: None,
             calls: vec![],
             switches: vec![],
@@ -584,7 +620,7 @@ mod tests {
         let change = add(one, &mut known, When::Exit);
         assert_eq!(change.pokes.len(), 1, "who is inside meets what was there at its entry");
         let two = done(change);
-        assert_eq!(two.retired[0].switches, [alone.clone()]);
+        assert_eq!(two.retired[0].switches, std::slice::from_ref(&alone));
         let both = two.functions[0].switches.clone();
         assert_eq!(both.iter().map(|s| s.body).collect::<Vec<_>>(), [1, 0], "newest first");
         assert!(both.iter().all(|s| s.expected == NOP5 && s.trap_to == s.at.offset(5)));
@@ -620,6 +656,35 @@ mod tests {
         // The site; three, two and one in the skeletons of three, two and one.
         assert_eq!(change.pokes.len(), 1 + 3 + 2 + 1);
         assert_eq!(flea_patch::Plan { pokes: change.pokes.clone() }.check(), Ok(()));
+    }
+
+    /// Five nops before the entry, `endbr64` and two more: the door is opened with the first
+    /// body and closed with the last one; in between only the jump before it changes.
+    #[test]
+    fn a_door_is_opened_once_and_closed_once() {
+        let bytes = [[0x90; 5].as_slice(), &[0xf3, 0x0f, 0x1e, 0xfa], &[0x90; 2]].concat();
+        let mut f = function(SiteKind::Nop, &bytes, &[1, 1, 1, 1, 1, 4, 1, 1]);
+        let door = SITE.offset(9);
+        f.door = Some(door);
+        let mut known = HashMap::new();
+        let one = add(registry(f), &mut known, When::Entry);
+        let [area, opened] = one.pokes.as_slice() else { panic!("{:?}", one.pokes) };
+        assert_eq!((area.site, area.new[0], area.expected.len()), (SITE, 0xe9, 11));
+        assert_eq!((opened.site, &opened.expected[..]), (door, &[0x90; 2][..]));
+        assert_eq!(opened.new[..2], [0xeb, 0x100u16.wrapping_sub(11).to_le_bytes()[0]]);
+        let from: Vec<_> = opened.moves.iter().map(|(from, _)| *from).collect();
+        assert_eq!(from, [door.offset(1)], "a thread may stand between the nops");
+        assert_eq!(flea_patch::Plan { pokes: one.pokes.clone() }.check(), Ok(()));
+
+        let two = add(done(one), &mut known, When::Exit);
+        assert_eq!(two.pokes.len(), 1);
+        let (one, _) = remove(done(two), &known, 0);
+        assert_eq!(one.pokes.len(), 1);
+        let (none, _) = remove(done(one), &known, 1);
+        let [closed, area] = none.pokes.as_slice() else { panic!("{:?}", none.pokes) };
+        assert_eq!((area.new, closed.site), ([0x90; 5], door));
+        assert_eq!((closed.expected[0], &closed.new[..2]), (0xeb, &[0x90; 2][..]));
+        assert!(closed.moves.is_empty());
     }
 
     #[test]

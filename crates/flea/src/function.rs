@@ -8,7 +8,7 @@ use std::{
 use flea_process::Pid;
 use flea_symbols::{
     Pattern, Refusal, Site,
-    addr::RemoteAddr,
+    addr::{RemoteAddr, Svma},
     signature::{Signature, StackWords},
 };
 
@@ -125,7 +125,12 @@ impl Function {
 
     /// Where the site is in the target.
     pub(crate) fn site_address(&self, site: &Site) -> RemoteAddr {
-        let into = site.address.0.wrapping_sub(self.symbol.address.0);
+        self.remote(site.address)
+    }
+
+    /// Where `address`, in or next to it, is in the target.
+    pub(crate) fn remote(&self, address: Svma) -> RemoteAddr {
+        let into = address.0.wrapping_sub(self.symbol.address.0);
         self.address.offset(into.cast_signed())
     }
 }

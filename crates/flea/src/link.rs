@@ -51,8 +51,9 @@ impl Link {
         Self { object, ids, keys, state: State::Attached }
     }
 
-    /// Takes the programs off. When this returns, no thread runs them any more except those
-    /// that an exit program still awaits inside the traced function.
+    /// Takes the programs off. When this returns, no call runs them any more, also no call that
+    /// is still inside the traced function. (A program that is interrupted by a signal handler
+    /// ends when the handler returns.)
     ///
     /// # Errors
     /// The target could not be seized, or another tool has changed a site since; what is

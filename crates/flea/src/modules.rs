@@ -18,6 +18,8 @@ use flea_symbols::{
 use memmap2::Mmap;
 use self_cell::self_cell;
 
+use crate::frames_file;
+
 type Symbols<'data> = flea_symbols::Module<'data>;
 
 /// The bytes of a module and of its debug files.
@@ -93,7 +95,12 @@ pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
     let mut modules: Vec<Module> = Vec::new();
     for mapping in flea_process::maps(pid)? {
         let path = mapping.path.clone();
-        if !mapping.perms.execute || !path.starts_with('/') || path.starts_with("/memfd:") {
+        let is_ours = Path::new(&path).file_name().is_some_and(|name| name == frames_file::NAME);
+        if !mapping.perms.execute
+            || !path.starts_with('/')
+            || path.starts_with("/memfd:")
+            || is_ours
+        {
             continue;
         }
         if modules.iter().any(|m| m.mapping.same_file(&mapping)) {

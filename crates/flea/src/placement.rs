@@ -16,6 +16,12 @@ impl CodeArena {
         Self { base, size_bytes, next: base, free: Vec::new(), rows: None }
     }
 
+    /// Without its first `bytes`: they are not for code.
+    pub(crate) fn behind(mut self, bytes: u64) -> Self {
+        self.next = RemoteAddr(self.base.0.saturating_add(bytes));
+        self
+    }
+
     fn end(&self) -> RemoteAddr {
         RemoteAddr(self.base.0.saturating_add(self.size_bytes))
     }

@@ -37,6 +37,7 @@ pub(crate) const MAPPING_BYTES: u64 = HEADER_BYTES + 2 * HALF_BYTES;
 const HEADER_BYTES: u64 = 4096;
 /// Stores that may overtake one load. Each takes a seize, which takes longer.
 const MAX_LOADS: u32 = 64;
+const JMP_REL8: u8 = 0xeb;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
 const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x06");
 
@@ -105,6 +106,9 @@ pub struct FunctionState {
     pub address: RemoteAddr,
     /// The first patched byte (behind an `endbr64`).
     pub site: RemoteAddr,
+    /// Where a short jump back to `site` stands while that is patched: the site is nops before
+    /// the function's entry.
+    pub door: Option<RemoteAddr>,
     /// Nop or relocated.
     pub kind: SiteKind,
     /// The original instructions from `site` on that were replaced.
@@ -129,9 +133,9 @@ pub struct FunctionState {
     pub stack: StackArgs,
     /// The skeleton calls the original from a frame of its own.
     pub calls_original: bool,
-    /// An unwinder's `_Unwind_Find_FDE`, whose skeleton tells it of such frames. It need not
-    /// have bodies.
-    pub finds_frames: bool,
+    /// What unwinders ask it for; its skeleton tells them of such frames. It need not have
+    /// bodies.
+    pub finds_frames: Option<Question>,
     /// Where the original returns to then.
     pub returns_to: Option<RemoteAddr>,
     /// The bodies that the skeleton calls, as opposed to holding copies of them.
@@ -140,6 +144,26 @@ pub struct FunctionState {
     pub switches: Vec<Switch>,
     /// Newest first.
     pub bodies: Vec<BodyState>,
+}
+
+impl FunctionState {
+    /// The two bytes at the door, closed, and the short jump that stands there open.
+    pub(crate) fn door(&self) -> Option<(RemoteAddr, [u8; 2], [u8; 2])> {
+        let door = self.door?;
+        let at = usize::try_from(door.0.checked_sub(self.site.0)?).ok()?;
+        let closed = *self.original.get(at..)?.first_chunk()?;
+        let back = i8::try_from(-(i64::try_from(at).ok()? + 2)).ok()?;
+        Some((door, closed, [JMP_REL8, back.cast_unsigned()]))
+    }
+}
+
+/// What unwinders ask a function for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Question {
+    /// `_Unwind_Find_FDE`.
+    Row,
+    /// `_dl_find_object`.
+    Object,
 }
 
 /// Where the result of a skipped function goes.
@@ -303,7 +327,7 @@ impl Registry {
     /// The sites have been swapped and the switches thrown: what is only there for one who
     /// would have had to do it again can go.
     pub(crate) fn committed(&mut self) {
-        self.functions.retain(|f| !f.bodies.is_empty() || f.finds_frames);
+        self.functions.retain(|f| !f.bodies.is_empty() || f.finds_frames.is_some());
         let attached = self.body_ids();
         for retired in &mut self.retired {
             retired.switches.retain(|switch| attached.contains(&switch.body));
@@ -547,6 +571,7 @@ mod tests {
                 name: "f\u{fc}r \"<T>\"".into(),
                 address: RemoteAddr(0x20_0000),
                 site: RemoteAddr(0x20_0004),
+                door: None,
                 kind: SiteKind::Relocated,
                 original: vec![0x55, 0x48, 0x89, 0xe5, 0x90, 0x90],
                 insn_lens: vec![1, 3, 1, 1],
@@ -556,7 +581,7 @@ mod tests {
                 skip: None,
                 stack: StackArgs { may_be_fewer: true, ..StackArgs::NONE },
                 calls_original: true,
-                finds_frames: false,
+                finds_frames: None,
                 returns_to: Some(code.offset(0x120)),
                 calls: vec![],
                 switches: vec![Switch {
@@ -627,10 +652,12 @@ mod tests {
     #[test]
     fn what_others_rely_on_is_checked() {
         type Lie = fn(&mut Registry);
-        let lies: [(&str, Lie); 21] = [
+        let lies: [(&str, Lie); 23] = [
             ("switch", |r| r.functions[0].switches[0].at = RemoteAddr(8)),
             ("rows", |r| r.code[0].rows = Some(Placed { at: RemoteAddr(8), len: 8 })),
             ("no runtime to read the stack with", |r| r.runtime = None),
+            ("a door in the patch", |r| r.functions[0].door = Some(RemoteAddr(0x20_0008))),
+            ("a door outside", |r| r.functions[0].door = Some(RemoteAddr(0x20_0009))),
             ("few bytes", |r| r.functions[0].original.truncate(4)),
             ("no instructions", |r| r.functions[0].insn_lens.clear()),
             ("an empty instruction", |r| r.functions[0].insn_lens.extend([0])),

@@ -3,15 +3,20 @@
 
 use std::{
     fs::{File, OpenOptions},
-    os::fd::{IntoRawFd as _, RawFd},
+    os::{
+        fd::{IntoRawFd as _, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
 };
 
+use flea_image::frames_file::{FILE_BYTES, HEAD_BYTES};
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_process::{MapRequest, Memory, Pid, Tracer};
 use flea_symbols::addr::RemoteAddr;
 
 use crate::{
     error::RemoteError,
+    frames_file,
     registry::{self, CodeArena, Controller, DataArena, Registry, Storage},
 };
 
@@ -257,7 +262,51 @@ fn map_code(
         fd: -1,
         offset: 0,
     })?;
-    Ok(CodeArena::new(base, size_bytes))
+    let arena = CodeArena::new(base, size_bytes);
+    match map_frames_file(tracer, base, size_bytes) {
+        Ok(true) => Ok(arena.behind(HEAD_BYTES)),
+        Ok(false) => Ok(arena),
+        Err(error) => {
+            // What failed first is what is told.
+            let _ = unmap(tracer, base, size_bytes);
+            Err(error)
+        }
+    }
+}
+
+/// Puts the file that has the arena's unwind row in the place of its memory, if there is one
+/// and the target may map it. The arena is still empty: it holds the path meanwhile.
+fn map_frames_file(
+    tracer: &mut Tracer,
+    base: RemoteAddr,
+    size_bytes: u64,
+) -> Result<bool, RemoteError> {
+    let Some(path) = frames_file::usable(tracer.pid()) else { return Ok(false) };
+    let path = [path.as_os_str().as_bytes(), b"\0"].concat();
+    if path.len() as u64 > HEAD_BYTES || size_bytes > FILE_BYTES {
+        return Ok(false);
+    }
+    tracer.memory().write(base, &path)?;
+    let here = i64::from(libc::AT_FDCWD).cast_unsigned();
+    let flags = u64::from((libc::O_RDONLY | libc::O_CLOEXEC).cast_unsigned());
+    let opened = tracer.remote_syscall(libc::SYS_openat, [here, base.0, flags, 0, 0, 0]);
+    let Some(fd) = unless_refused(opened)? else { return Ok(false) };
+    let rx = u64::from((libc::PROT_READ | libc::PROT_EXEC).cast_unsigned());
+    let flags = u64::from((libc::MAP_PRIVATE | libc::MAP_FIXED).cast_unsigned());
+    let mapped = tracer.remote_syscall(libc::SYS_mmap, [base.0, size_bytes, rx, flags, fd, 0]);
+    tracer.remote_syscall(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+    Ok(unless_refused(mapped)?.is_some())
+}
+
+/// `None` where the kernel said no to the target.
+fn unless_refused(
+    outcome: Result<u64, flea_process::RemoteError>,
+) -> Result<Option<u64>, RemoteError> {
+    match outcome {
+        Ok(value) => Ok(Some(value)),
+        Err(flea_process::RemoteError::Refused { .. }) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// A memfd of the target, by its number there. The name is handed over in code memory that

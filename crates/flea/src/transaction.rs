@@ -49,6 +49,9 @@ use crate::{
     unwinder::{self, Unwinder},
 };
 
+#[cfg(test)]
+mod tests;
+
 /// Code arenas that one transaction may add.
 const MAX_NEW_ARENAS: usize = 64;
 /// How often another controller may be faster.
@@ -320,7 +323,7 @@ fn attach_on(
 fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
     reclaim::run(ground)?;
     let registry = &ground.registry;
-    if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames) {
+    if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames.is_some()) {
         return Ok(());
     }
     change_once(ground, Change::leave_unwinders)?;
@@ -362,17 +365,9 @@ fn change_once<R>(
 }
 
 fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError> {
-    let Change { mut registry, writes, pokes, retired, .. } = change;
-    for (at, bytes) in &writes {
-        ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
-    }
     let before = ground.registry.clone();
-    // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
-    // whoever comes after our death finds the sites' previous bytes first (`settle`).
-    registry.retired.extend(retired);
-    ground.registry = registry;
-    ground.store()?;
-    if let Err(error) = flea_patch::commit(ground.tracer, &Plan { pokes }) {
+    let plan = announce(ground, change)?;
+    if let Err(error) = flea_patch::commit(ground.tracer, &plan) {
         ground.registry = before;
         // Where this fails the target has ended, and the commit's reason says more; else
         // `settle` finds out from the sites' bytes.
@@ -381,6 +376,20 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
     }
     ground.registry.committed();
     Ok(ground.store()?)
+}
+
+/// Steps 2 and 3: all but what the target's threads could notice. What is left is step 4.
+fn announce(ground: &mut Ground<'_>, change: Change) -> Result<Plan, AttachError> {
+    let Change { mut registry, writes, pokes, retired, .. } = change;
+    for (at, bytes) in &writes {
+        ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
+    }
+    // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
+    // whoever comes after our death finds the sites' previous bytes first (`settle`).
+    registry.retired.extend(retired);
+    ground.registry = registry;
+    ground.store()?;
+    Ok(Plan { pokes })
 }
 
 /// Makes the registry say what is there.
@@ -405,6 +414,7 @@ fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
                 f.patched = now;
                 unfinished.push(f.site);
             }
+            _ if close_up(ground, &mut f)? => unfinished.push(f.site),
             _ => {}
         }
         registry.functions.push(f);
@@ -432,6 +442,20 @@ fn forget_thrown(registry: &mut Registry, memory: &Memory) -> bool {
         });
     }
     to_throw
+}
+
+/// A controller that died between the two writes that open or close a function's door left
+/// bytes behind it that nobody gets to: they are put back. Whether that was so.
+fn close_up(ground: &Ground<'_>, f: &mut FunctionState) -> Result<bool, AttachError> {
+    let Some((door, closed, _)) = f.door() else { return Ok(false) };
+    let mut now = [0; 2];
+    ground.memory().read(door, &mut now).map_err(RemoteError::from)?;
+    if now == closed && f.patched[..] != f.original[..5] {
+        ground.memory().write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
+        f.patched.copy_from_slice(&f.original[..5]);
+        return Ok(true);
+    }
+    Ok(false)
 }
 
 /// The bytes of all bodies: a new skeleton may hold copies of them.
@@ -538,6 +562,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         name: function.name(),
         address: function.address(),
         site: function.site_address(site),
+        door: site.door.map(|door| function.remote(door)),
         kind: match site.kind {
             SymbolSiteKind::Nop5 => SiteKind::Nop,
             SymbolSiteKind::Relocated => SiteKind::Relocated,
@@ -550,7 +575,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         skip: None,
         stack: StackArgs::NONE,
         calls_original: false,
-        finds_frames: false,
+        finds_frames: None,
         returns_to: None,
         calls: Vec::new(),
         switches: Vec::new(),

@@ -7,6 +7,10 @@
 //! its skeleton (`flea_image`, `x86_64::find_fde`) answers for frames of ours. It is one with
 //! the skeleton for programs, for that function may be traced as well.
 //!
+//! A C program has no libgcc, but glibc loads one when `backtrace`, `pthread_exit` or
+//! `pthread_cancel` is called first. So where none is loaded, the loader's `_dl_find_object` is
+//! patched, which the libgcc that comes will ask.
+//!
 //! Protected: an unwinder that meets a frame of ours finds its row. By:
 //! 1. unwinders are told of all code arenas, and that is committed, before a site is swapped
 //!    that leads into a skeleton with a frame ([`Change::tell_unwinders`]);
@@ -14,17 +18,23 @@
 //! 3. unwinders are left alone again after the last skeleton with a frame has been freed,
 //!    which is when nobody has its address on a stack (`reclaim`).
 //!
-//! Not covered: an unwinder loaded later (dlopen), until the next change.
+//! Not covered: an unwinder loaded later (dlopen) that asks `dl_iterate_phdr`, as libgcc's did
+//! before gcc 12 and glibc 2.35, or that comes where another is; until the next change.
+
+use std::sync::Arc;
 
 use flea_image::unwind::frame_arena_rows;
-use flea_symbols::{Site, Unwinder as Kind, addr::RemoteAddr};
+use flea_symbols::{
+    Site, Unwinder as Kind,
+    addr::{RemoteAddr, Svma},
+};
 
 use crate::{
     change::{Change, arenas},
     error::{AttachError, RemoteError},
     function::{self, Function},
     modules::{Module, OpenError},
-    registry::{CodeArena, FunctionState, Placed, Registry, Retired},
+    registry::{CodeArena, Placed, Question, Registry, Retired},
     session::Inner,
     transaction::new_function,
 };
@@ -32,35 +42,50 @@ use crate::{
 /// Libraries that have an unwinder or work hand in hand with one.
 const UNWINDER_LIBRARIES: [&str; 3] = ["libgcc_s", "libunwind", "libc++abi"];
 
-/// An unwinder's `_Unwind_Find_FDE`.
+/// A function that unwinders ask.
 pub(crate) struct Unwinder {
     function: Function,
     site: Site,
+    question: Question,
 }
 
-/// All unwinders of the process.
+/// All unwinders of the process; where there are none, what one loaded later will ask.
 ///
 /// # Errors
 /// There is one that cannot be told of our frames.
 pub(crate) fn find(session: &Inner) -> Result<Vec<Unwinder>, AttachError> {
     let mut unwinders = Vec::new();
+    let mut loader = None;
     for module in session.loaded_modules().map_err(RemoteError::from)? {
         let refused =
             |reason: String| AttachError::Unwinder { module: module.path().to_owned(), reason };
         let find_fde = match module.with_symbols(|symbols| symbols.unwinder()) {
             Ok(Kind::None) => continue,
             Ok(Kind::Libgcc { find_fde }) => find_fde,
+            Ok(Kind::Loader { find_object }) => {
+                // For what may never come: nothing is refused because of it.
+                loader = unwinder(&module, find_object, Question::Object).ok();
+                continue;
+            }
             Ok(Kind::Other) => return Err(refused("it is not libgcc's".to_owned())),
             Ok(Kind::Hidden) => return Err(refused("it was stripped of its symbols".to_owned())),
             Err(error) if may_lack(&module, &error) => continue,
             Err(error) => return Err(refused(error.to_string())),
         };
-        let function = function::at(&module, find_fde).map_err(|e| refused(e.to_string()))?;
-        let function = function.ok_or_else(|| refused("it was not found".to_owned()))?;
-        let site = function.site().map_err(|refusal| refused(refusal.to_string()))?.clone();
-        unwinders.push(Unwinder { function, site });
+        unwinders.push(unwinder(&module, find_fde, Question::Row).map_err(refused)?);
+    }
+    if unwinders.is_empty() {
+        unwinders.extend(loader);
     }
     Ok(unwinders)
+}
+
+/// The one at `address`, or why it cannot be patched.
+fn unwinder(module: &Arc<Module>, address: Svma, question: Question) -> Result<Unwinder, String> {
+    let function = function::at(module, address).map_err(|e| e.to_string())?;
+    let function = function.ok_or("it was not found")?;
+    let site = function.site().map_err(|refusal| refusal.to_string())?.clone();
+    Ok(Unwinder { function, site, question })
 }
 
 /// Whether a module that cannot be read may be taken for one without unwinder. Files that are
@@ -80,7 +105,7 @@ impl Unwinder {
 
 /// Whether there is nothing for [`Change::tell_unwinders`] to do.
 pub(crate) fn all_told(registry: &Registry, unwinders: &[Unwinder]) -> bool {
-    let mut told = registry.functions.iter().filter(|f| f.finds_frames).peekable();
+    let mut told = registry.functions.iter().filter(|f| f.finds_frames.is_some()).peekable();
     if told.peek().is_none() {
         return unwinders.is_empty();
     }
@@ -101,11 +126,13 @@ impl Change {
                 functions.push(new_function(&unwinder.function, &unwinder.site));
             }
         }
-        let told = |f: &FunctionState| unwinders.iter().any(|u| u.site_address() == f.site);
         let mut sites = Vec::new();
-        for f in functions.iter_mut().filter(|f| f.finds_frames || told(f)) {
-            f.finds_frames = true;
-            sites.push(f.site);
+        for f in functions.iter_mut() {
+            let told = unwinders.iter().find(|u| u.site_address() == f.site);
+            f.finds_frames = told.map(|u| u.question).or(f.finds_frames);
+            if f.finds_frames.is_some() {
+                sites.push(f.site);
+            }
         }
         for i in 0..self.registry.code.len() {
             let CodeArena { base, size_bytes, rows: None, .. } = self.registry.code[i] else {
@@ -128,8 +155,8 @@ impl Change {
     /// Gives all unwinders their own code back, as far as nothing else is attached there.
     pub(crate) fn leave_unwinders(&mut self) -> Result<(), AttachError> {
         let mut sites = Vec::new();
-        for f in self.registry.functions.iter_mut().filter(|f| f.finds_frames) {
-            f.finds_frames = false;
+        for f in self.registry.functions.iter_mut().filter(|f| f.finds_frames.is_some()) {
+            f.finds_frames = None;
             sites.push(f.site);
         }
         for site in sites {

@@ -102,7 +102,7 @@ pub fn trace(args: &Functions) -> Result<u8> {
         output.flush()
     })?;
     trace.detach()?;
-    trace.poll(|call| print_call(&mut output, &call))?;
+    trace.drain(|call| print_call(&mut output, &call))?;
     if trace.n_open() > 0 {
         eprintln!("flea: {} calls were entered and have not returned", trace.n_open());
     }

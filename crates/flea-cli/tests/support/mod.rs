@@ -77,8 +77,12 @@ pub struct Records(pub Vec<Value>);
 impl Tracing {
     /// Starts `flea WORDS --json -p PID`; it may not be attached yet.
     pub fn start<S: AsRef<str>>(words: &[S], pid: u32) -> Result<Self> {
+        Self::start_by(flea(), words, pid)
+    }
+
+    /// The same by a `flea` that is given, with an environment of its own for example.
+    pub fn start_by<S: AsRef<str>>(mut command: Command, words: &[S], pid: u32) -> Result<Self> {
         let output = TempFile::new("records");
-        let mut command = flea();
         command.args(words.iter().map(AsRef::as_ref)).arg("--json").arg("--output");
         command.arg(&output.0).arg("-p").arg(pid.to_string());
         Ok(Self { running: Running::start(&mut command)?, output, said: Vec::new() })
@@ -187,7 +191,8 @@ pub fn ask<S: AsRef<str>>(words: &[S]) -> Result<Records> {
 /// Nothing of Flea is left in the process, and all its code is what its files say.
 pub fn assert_clean(pid: u32) -> Result<()> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps"))?;
-    let ours: Vec<_> = maps.lines().filter(|line| line.contains("/memfd:flea")).collect();
+    let is_ours = |line: &&str| line.contains("/memfd:flea") || line.contains("/flea-frames.so");
+    let ours: Vec<_> = maps.lines().filter(is_ours).collect();
     ensure!(ours.is_empty(), "left behind: {ours:?}");
     assert_original_code(pid, "")
 }

@@ -42,6 +42,23 @@
 //!   next:
 //! ```
 //!
+//! Where no libgcc is loaded yet, the loader is told instead, which a libgcc that comes later
+//! asks: `int _dl_find_object(void *pc, struct dl_find_object *result)` of glibc 2.35, with the
+//! same `pc`. Then the answer is
+//!
+//! ```text
+//!     xor  eax, eax                          found
+//!     mov  [rsi], rax                        result->dlfo_flags
+//!     mov  r11, arena's start
+//!     mov  [rsi+8], r11                      result->dlfo_map_start
+//!     mov  r11, arena's end
+//!     mov  [rsi+16], r11                     result->dlfo_map_end
+//!     mov  [rsi+24], rax                     result->dlfo_link_map: there is none
+//!     mov  r11, header
+//!     mov  [rsi+32], r11                     result->dlfo_eh_frame
+//!     ret
+//! ```
+//!
 //! It changes `rax`, `r11` and flags, which a callee may. Every byte it reads is in the arena.
 
 use flea_symbols::addr::RemoteAddr;
@@ -51,6 +68,7 @@ use iced_x86::code_asm::{
 use iced_x86::{Code, IcedError};
 
 use super::assemble::Assembly;
+use crate::unwind::{FDE_OFFSET, HEADER_OFFSET};
 
 /// An 8-byte nop in front of what an exit skeleton calls: `nopl "flea"(%rax,%rax)`.
 pub(crate) const MARKER: [u8; 8] = *b"\x0f\x1f\x84\x00flea";
@@ -62,12 +80,25 @@ pub struct FrameArena {
     pub start: RemoteAddr,
     /// One past its last byte.
     pub end: RemoteAddr,
-    /// The FDE in [`crate::unwind::frame_arena_rows`], where that was placed.
-    pub fde: RemoteAddr,
+    /// Where [`crate::unwind::frame_arena_rows`] was placed.
+    pub rows: RemoteAddr,
 }
 
-/// Appends the questions for `arenas`. Behind them goes what answers for everything else.
-pub(crate) fn emit(out: &mut Assembly, arenas: &[FrameArena]) -> Result<(), IcedError> {
+/// What a function is asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Question {
+    /// The row of an address: libgcc's `_Unwind_Find_FDE`.
+    Row,
+    /// The object that an address lies in: glibc's `_dl_find_object`.
+    Object,
+}
+
+/// Appends the answers for `arenas`. Behind them goes what answers for everything else.
+pub(crate) fn emit(
+    out: &mut Assembly,
+    question: Question,
+    arenas: &[FrameArena],
+) -> Result<(), IcedError> {
     for arena in arenas {
         let mut block = Block { out, to_next: Vec::new() };
         let lowest = arena.start.0.saturating_add(8);
@@ -90,18 +121,36 @@ pub(crate) fn emit(out: &mut Assembly, arenas: &[FrameArena]) -> Result<(), Iced
             a.cmp(qword_ptr(rax - 8), r11)
         })?;
         block.next_if(Code::Jne_rel32_64)?;
-        block.code(|a| {
-            a.mov(rax, arena.start.0)?;
-            a.mov(qword_ptr(rsi + 16), rax)?;
-            a.xor(eax, eax)?;
-            a.mov(qword_ptr(rsi), rax)?;
-            a.mov(qword_ptr(rsi + 8), rax)?;
-            a.mov(rax, arena.fde.0)?;
-            a.ret()
+        block.code(|a| match question {
+            Question::Row => answer_row(a, *arena),
+            Question::Object => answer_object(a, *arena),
         })?;
         block.end();
     }
     Ok(())
+}
+
+fn answer_row(a: &mut CodeAssembler, arena: FrameArena) -> Result<(), IcedError> {
+    a.mov(rax, arena.start.0)?;
+    a.mov(qword_ptr(rsi + 16), rax)?;
+    a.xor(eax, eax)?;
+    a.mov(qword_ptr(rsi), rax)?;
+    a.mov(qword_ptr(rsi + 8), rax)?;
+    a.mov(rax, arena.rows.0 + FDE_OFFSET as u64)?;
+    a.ret()
+}
+
+fn answer_object(a: &mut CodeAssembler, arena: FrameArena) -> Result<(), IcedError> {
+    a.xor(eax, eax)?;
+    a.mov(qword_ptr(rsi), rax)?;
+    a.mov(r11, arena.start.0)?;
+    a.mov(qword_ptr(rsi + 8), r11)?;
+    a.mov(r11, arena.end.0)?;
+    a.mov(qword_ptr(rsi + 16), r11)?;
+    a.mov(qword_ptr(rsi + 24), rax)?;
+    a.mov(r11, arena.rows.0 + HEADER_OFFSET as u64)?;
+    a.mov(qword_ptr(rsi + 32), r11)?;
+    a.ret()
 }
 
 /// One arena's instructions.

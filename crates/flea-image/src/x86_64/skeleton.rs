@@ -54,7 +54,7 @@ use iced_x86::code_asm::{
 use iced_x86::{Code, IcedError};
 
 use super::assemble::{Assembly, Encoded, Place};
-use super::find_fde::{self, FrameArena};
+use super::find_fde::{self, FrameArena, Question};
 use super::listing;
 use super::relocate::{self, RelocateError};
 use super::saves;
@@ -299,16 +299,17 @@ pub fn call_patch(site: RemoteAddr, body_address: RemoteAddr) -> Option<[u8; PAT
 /// # Errors
 /// [`LinkError`]
 pub fn link_skeleton(request: &SkeletonRequest<'_>) -> Result<Skeleton, LinkError> {
-    link_unwinder_skeleton(request, &[])
+    link_unwinder_skeleton(request, Question::Row, &[])
 }
 
-/// As [`link_skeleton`], for a `_Unwind_Find_FDE`: it answers for the exit skeletons in
-/// `arenas` before the original is asked. There need not be any bodies.
+/// As [`link_skeleton`], for a function that unwinders ask `question`: it answers for the exit
+/// skeletons in `arenas` before the original is asked. There need not be any bodies.
 ///
 /// # Errors
 /// [`LinkError`]
 pub fn link_unwinder_skeleton(
     request: &SkeletonRequest<'_>,
+    question: Question,
     arenas: &[FrameArena],
 ) -> Result<Skeleton, LinkError> {
     check_request(request)?;
@@ -327,7 +328,7 @@ pub fn link_unwinder_skeleton(
     }
     emitter.row(UnwindRule::Original);
     let original = emitter.asm.here();
-    find_fde::emit(&mut emitter.asm, arenas).map_err(|e| emitter.failed(&e))?;
+    find_fde::emit(&mut emitter.asm, question, arenas).map_err(|e| emitter.failed(&e))?;
     let moves = emitter.original()?;
     emitter.finish(original, &moves)
 }
@@ -620,7 +621,8 @@ fn frame_bytes(request: &SkeletonRequest<'_>) -> u32 {
 }
 
 fn is_nop(insn: &iced_x86::Instruction) -> bool {
-    matches!(insn.mnemonic(), iced_x86::Mnemonic::Nop)
+    // `endbr64` stands between nops before and behind an entry; nothing jumps to its copy.
+    matches!(insn.mnemonic(), iced_x86::Mnemonic::Nop | iced_x86::Mnemonic::Endbr64)
         || (insn.mnemonic() == iced_x86::Mnemonic::Xchg && insn.len() == 1)
 }
 

@@ -1,5 +1,7 @@
 //! The proof of a site. Start at [`find`].
 
+use std::ops::Range;
+
 use iced_x86::{Code, Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic};
 use object::Object as _;
 
@@ -7,6 +9,7 @@ use crate::addr::Svma;
 use crate::function::{Function, FunctionKind};
 use crate::module::Module;
 use crate::site::{ReferenceKind, Refusal, Site, SiteKind};
+use crate::x86_64::door;
 use crate::x86_64::nops::{ENDBR64, PATCH_BYTES, is_nop, leading_nops};
 
 /// What would be replaced, before it is known that it may be.
@@ -35,22 +38,34 @@ pub(crate) fn find(module: &Module<'_>, function: &Function) -> Result<Site, Ref
     let code = module.bytes_of(entry.0..range.end).ok_or(not_in_file)?;
     let skipped = if code.starts_with(&ENDBR64) { ENDBR64.len() } else { 0 };
     let (address, code) = (entry.offset(if skipped > 0 { 4 } else { 0 }), &code[skipped..]);
+    at_entry(module, function, address, code)
+        .or_else(|refusal| door::find(module, function, address, code).ok_or(refusal))
+}
+
+/// The site in the first bytes from `address` on, which are `code`.
+fn at_entry(
+    module: &Module<'_>,
+    function: &Function,
+    address: Svma,
+    code: &[u8],
+) -> Result<Site, Refusal> {
     let candidate = match leading_nops(code) {
         Some((len, boundaries)) => Candidate { kind: SiteKind::Nop5, len, boundaries, call: None },
         None => relocatable_prologue(code, address)?,
     };
     let site = Site {
         kind: candidate.kind,
-        function: entry,
+        function: function.address,
         address,
+        door: None,
         original: code[..candidate.len].to_vec(),
         boundaries: candidate.boundaries,
     };
-    nothing_leads_inside(module, &site)?;
+    nothing_leads_into(module, site.address.0 + 1..site.resume().0)?;
     if site.boundaries.len() > 1 {
         own_jumps_are_known(module, function)?;
     }
-    no_loop_to_entry(module, function, &site)?;
+    no_loop_to_entry(module, function, site.address)?;
     match candidate.call {
         Some(at) => Err(Refusal::CallInPrologue { at, if_pushed: Some(Box::new(site)) }),
         None => Ok(site),
@@ -141,8 +156,8 @@ fn is_far(instruction: &Instruction) -> bool {
         || instruction.is_call_far_indirect()
 }
 
-fn nothing_leads_inside(module: &Module<'_>, site: &Site) -> Result<(), Refusal> {
-    let inside = module.sweep().references(site.address.0 + 1, site.resume().0);
+pub(super) fn nothing_leads_into(module: &Module<'_>, bytes: Range<u64>) -> Result<(), Refusal> {
+    let inside = module.sweep().references(bytes.start, bytes.end);
     match inside.first() {
         None => Ok(()),
         Some(reference) => Err(Refusal::EnteredInside {
@@ -170,7 +185,7 @@ fn own_ranges(module: &Module<'_>, function: &Function) -> Vec<(u64, u64)> {
     ranges
 }
 
-fn own_jumps_are_known(module: &Module<'_>, function: &Function) -> Result<(), Refusal> {
+pub(super) fn own_jumps_are_known(module: &Module<'_>, function: &Function) -> Result<(), Refusal> {
     let sweep = module.sweep();
     for (start, end) in own_ranges(module, function) {
         if let Some(at) = sweep.undecodable(start, end) {
@@ -186,8 +201,12 @@ fn own_jumps_are_known(module: &Module<'_>, function: &Function) -> Result<(), R
 /// A branch of the function to its own start is a loop (or a tail call to itself, which looks
 /// the same). Every round would count as a call, and an exit program's image would take a
 /// new frame for each: a long loop would overflow the target's stack.
-fn no_loop_to_entry(module: &Module<'_>, function: &Function, site: &Site) -> Result<(), Refusal> {
-    let to_entry = module.sweep().references(function.address.0, site.address.0 + 1);
+pub(super) fn no_loop_to_entry(
+    module: &Module<'_>,
+    function: &Function,
+    behind_endbr: Svma,
+) -> Result<(), Refusal> {
+    let to_entry = module.sweep().references(function.address.0, behind_endbr.0 + 1);
     let own = own_ranges(module, function);
     let looping = to_entry.iter().find(|reference| {
         matches!(reference.kind, ReferenceKind::Branch | ReferenceKind::JumpTable)

@@ -6,6 +6,7 @@
 
 mod histogram;
 mod programs;
+mod reader;
 mod trace;
 
 use flea_symbols::signature::{RetWord, Type};
@@ -96,6 +97,9 @@ impl Attached {
 
 macro_rules! command_handle {
     ($name:ident) => {
+        command_handle!($name, lost: |handle: &$name| handle.attached.object.lost());
+    };
+    ($name:ident, lost: $lost:expr) => {
         impl $name {
             /// Functions attached to.
             #[must_use]
@@ -115,10 +119,11 @@ macro_rules! command_handle {
                 self.attached.object.missed()
             }
 
-            /// Records dropped because a buffer was full.
+            /// Records dropped because a buffer was full, or given up because they were never
+            /// finished.
             #[must_use]
             pub fn lost(&self) -> u64 {
-                self.attached.object.lost()
+                $lost(self)
             }
 
             /// Takes the programs off; what they gathered can still be read.

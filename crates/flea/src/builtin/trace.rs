@@ -10,21 +10,24 @@ use super::{
         ENTRY_HEADER_BYTES, EXIT_BYTES, MAP_NAME, ResultKind, STRING_BYTES, Shape, TAG_ENTRY,
         TAG_EXIT, trace_object, trace_program,
     },
+    reader::Reader,
 };
 use crate::{AttachError, Function, Program, Session};
 
 /// Calls that were entered and not left yet, at most: a target that never returns from what
-/// it calls must not fill the controller's memory.
+/// it calls must not fill the controller's memory. The older half is forgotten then.
 const MAX_OPEN_CALLS: usize = 1 << 20;
 
 /// Prints calls as they return.
 pub struct Trace {
     attached: Attached,
-    ring: Option<flea_maps::RingBuf>,
+    ring: Option<Reader>,
     open: HashMap<CallKey, OpenCall>,
 }
 
-command_handle!(Trace);
+command_handle!(Trace, lost: |trace: &Trace| {
+    trace.attached.object.lost() + trace.ring.as_ref().map_or(0, Reader::n_given_up)
+});
 
 /// A call is told from every other by its thread, its function and when it began.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -105,7 +108,7 @@ impl Trace {
             programs[shape_of[&function.address()]].clone()
         })?;
         let ring = match attached.object.map(MAP_NAME) {
-            Some(flea_maps::Map::RingBuf(ring)) => Some(ring),
+            Some(flea_maps::Map::RingBuf(ring)) => Some(Reader::new(ring)),
             _ => None,
         };
         Ok(Self { attached, ring, open: HashMap::new() })
@@ -113,11 +116,31 @@ impl Trace {
 
     /// Hands every call that has returned since the last time to `each`, in the order of
     /// their returns.
-    pub fn poll<E>(&mut self, mut each: impl FnMut(Call<'_>) -> Result<(), E>) -> Result<(), E> {
+    ///
+    /// # Errors
+    /// What `each` returned; calls that were read behind that one are gone.
+    pub fn poll<E>(&mut self, each: impl FnMut(Call<'_>) -> Result<(), E>) -> Result<(), E> {
+        self.read(Reader::poll, each)
+    }
+
+    /// As [`Trace::poll`], for the last time, after [`Trace::detach`]: waits for calls that are
+    /// being recorded, a second at most.
+    ///
+    /// # Errors
+    /// As [`Trace::poll`].
+    pub fn drain<E>(&mut self, each: impl FnMut(Call<'_>) -> Result<(), E>) -> Result<(), E> {
+        self.read(Reader::drain, each)
+    }
+
+    fn read<E>(
+        &mut self,
+        read: fn(&mut Reader, &mut dyn FnMut(&[u8])),
+        mut each: impl FnMut(Call<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
         let Self { attached, ring, open } = self;
         let mut outcome = Ok(());
         if let Some(ring) = ring {
-            ring.poll(|bytes| {
+            read(ring, &mut |bytes| {
                 if outcome.is_ok() {
                     outcome = record(&attached.functions, open, bytes, &mut each);
                 }
@@ -152,7 +175,10 @@ fn record<E>(
     let Some(function) = functions.get(index as usize) else { return Ok(()) };
     let key = |time_ns| CallKey { pid_tgid, function: index, time_ns };
     match tag {
-        TAG_ENTRY if open.len() < MAX_OPEN_CALLS => {
+        TAG_ENTRY => {
+            if open.len() >= MAX_OPEN_CALLS {
+                forget_older_half(open);
+            }
             let args = arguments(function.signature(), &bytes[ENTRY_HEADER_BYTES..]);
             open.insert(key(time_ns), OpenCall { args });
             Ok(())
@@ -174,6 +200,14 @@ fn record<E>(
         }
         _ => Ok(()),
     }
+}
+
+/// Calls that an exception or a longjmp has left never return, and are older than others.
+fn forget_older_half(open: &mut HashMap<CallKey, OpenCall>) {
+    let mut times: Vec<u64> = open.keys().map(|key| key.time_ns).collect();
+    let middle = times.len() / 2;
+    let (_, &mut median, _) = times.select_nth_unstable(middle);
+    open.retain(|key, _| key.time_ns > median);
 }
 
 fn high(word: u64) -> u32 {

@@ -89,6 +89,10 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
     if !SITE_BYTES.contains(&n_bytes) || lens != n_bytes || f.insn_lens.contains(&0) {
         return Err(format!("site {} has {n_bytes} bytes of {:?}", f.site, f.insn_lens));
     }
+    let has_room = |door: RemoteAddr| door.0 >= f.site.0 + 5 && f.door().is_some();
+    if f.door.is_some_and(|door| !has_room(door)) {
+        return Err(format!("the door to {} is at {:?}", f.site, f.door));
+    }
     if f.stack.may_be_fewer && registry.runtime.is_none() {
         return Err(format!("no runtime to read the stack arguments of {} with", f.site));
     }

@@ -215,6 +215,37 @@ fn all_registers_at_both_ends() -> Result<()> {
     Ok(())
 }
 
+/// Each of three controllers has its own words in the frame, wherever it was attached.
+#[test]
+fn several_controllers_see_the_same() -> Result<()> {
+    let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Some(bench) = Bench::open()? else { return Ok(()) };
+    let names = [&["all_at_entry", "all_at_exit"][..], &["all_at_exit"], &["all_at_entry"]];
+    let mut loaded = Vec::new();
+    for names in names {
+        loaded.push((names, bench.load(names)?));
+    }
+    for seed in 0..3 {
+        let input = pattern(seed);
+        let output = bench.call(&input);
+        let (stack, code) = (output[4], bench.probed.addr() as u64);
+        for (names, (object, _)) in &loaded {
+            let seen = words(object);
+            if names.contains(&"all_at_entry") {
+                check(&seen[..N_REGS], &input, stack - 8, code);
+            }
+            if names.contains(&"all_at_exit") {
+                check(&seen[N_REGS..2 * N_REGS], &output, stack, bench.call_returns);
+            }
+        }
+        // The second, then the first: what stays keeps its words.
+        let (_, (object, link)) = loaded.remove(loaded.len().saturating_sub(2));
+        link.detach()?;
+        drop(object);
+    }
+    Ok(())
+}
+
 /// Everything that the programs keep, after the same calls.
 fn calls(bench: &Bench) {
     for seed in 0..200 {
