@@ -99,7 +99,10 @@ fn check_started(fixture: Fixture, command: &str, scenario: &str, code: i32) -> 
     match command {
         "count" => check_count(&records, &tallies).with_context(whence),
         "latency" => check_latency(&records, &tallies).with_context(whence),
-        _ => Ok(ensure!(records.of("call").next().is_some(), "{}", whence())),
+        _ => {
+            ensure!(records.of("call").next().is_some(), "{}", whence());
+            Ok(())
+        }
     }
 }
 
@@ -145,8 +148,11 @@ fn check(fixture: Fixture, scenarios: &[&str]) -> Result<()> {
 
 #[test]
 fn exceptions() -> Result<()> {
-    for variant in [CBuild::O0, CBuild::O2, CBuild::Static, CBuild::ClangPatchable5] {
+    for variant in [CBuild::O2, CBuild::Static] {
         check(Fixture::WaysCpp(variant), &["throw", "exception-ptr", "terminate"])?;
+    }
+    for variant in [CBuild::O0, CBuild::ClangPatchable5] {
+        check(Fixture::WaysCpp(variant), &["throw"])?;
     }
     check_started(Fixture::WaysCpp(CBuild::O2), "trace", "throw", 7)
 }
@@ -161,7 +167,7 @@ fn panics_and_foreign_exceptions() -> Result<()> {
 
 #[test]
 fn jumps() -> Result<()> {
-    for variant in [CBuild::O2, CBuild::Musl, CBuild::CfProtectionPatchable5] {
+    for variant in [CBuild::O2, CBuild::Musl] {
         check(Fixture::WaysC(variant), &["longjmp", "siglongjmp"])?;
     }
     Ok(())
@@ -169,7 +175,7 @@ fn jumps() -> Result<()> {
 
 #[test]
 fn ends_of_threads() -> Result<()> {
-    for variant in [CBuild::O0, CBuild::O2, CBuild::Static] {
+    for variant in [CBuild::O2, CBuild::Static] {
         check(Fixture::WaysC(variant), &["threads"])?;
         check(Fixture::WaysCpp(variant), &["threads"])?;
     }
@@ -195,7 +201,7 @@ fn tail_calls_and_recursion() -> Result<()> {
 
 #[test]
 fn functions_that_do_not_return() -> Result<()> {
-    for variant in [CBuild::O0, CBuild::O2, CBuild::MuslStatic] {
+    for variant in [CBuild::O2, CBuild::MuslStatic] {
         for command in ["count", "latency", "trace"] {
             check_started(Fixture::WaysC(variant), command, "no-return", 21)?;
         }
@@ -205,7 +211,7 @@ fn functions_that_do_not_return() -> Result<()> {
 
 #[test]
 fn signals_at_any_instruction() -> Result<()> {
-    for variant in [CBuild::O0, CBuild::O2, CBuild::Patchable5, CBuild::Musl] {
+    for variant in [CBuild::O2, CBuild::Patchable5, CBuild::Musl] {
         check_started(Fixture::WaysC(variant), "count", "steps", 7)?;
         check(Fixture::WaysC(variant), &["storm", "steps"])?;
     }

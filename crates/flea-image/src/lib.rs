@@ -8,7 +8,8 @@
 //! 2. [`link_skeleton`]: site + bodies of all controllers -> the few instructions that run
 //!    them around the original ([`x86_64::skeleton`]).
 //!
-//! [`check_body`] walks emitted code again, without trust in the compiler that made it.
+//! [`check_body`] walks emitted code again, without trust in the compiler that made it;
+//! [`check_image`] does so for a linked image, without trust in anything above.
 #![forbid(unsafe_code)]
 
 mod body;
@@ -35,6 +36,7 @@ pub use sides::needs_frame;
 pub use skip::{NoSkip, SkipResult, skip_result};
 pub use x86_64::check::{CheckError, check_body};
 pub use x86_64::find_fde::{FrameArena, Question};
+pub use x86_64::image_check::{ImageError, ImageUnderCheck, check_image};
 pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;
 pub use x86_64::skeleton::{

@@ -28,6 +28,9 @@ pub enum NoSkip {
     /// st0
     #[error("the function's result is in an x87 register, which no program can set")]
     X87,
+    /// The debug information leaves open where it is, or whether there is one.
+    #[error("where the function's result is, is not known")]
+    Unknown,
     /// A struct in memory that the caller provides, which would stay as it was.
     #[error("the function's result is a struct in memory, which no program can fill")]
     Memory,
@@ -38,6 +41,9 @@ pub enum NoSkip {
 /// # Errors
 /// The value cannot be the function's result.
 pub fn skip_result(signature: &Signature) -> Result<SkipResult, NoSkip> {
+    if signature.ret.absent.is_some() {
+        return Err(NoSkip::Unknown);
+    }
     match signature.ret.words[..] {
         [] => Ok(SkipResult::Nowhere),
         [RetWord::Rax] if may_be_in_memory(signature) => Err(NoSkip::Memory),
@@ -57,17 +63,30 @@ fn may_be_in_memory(signature: &Signature) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use flea_symbols::signature::{Param, StackWords};
+    use flea_symbols::signature::{Absent, Param, StackWords};
 
     use super::*;
 
     fn check(ty: Type, words: &[RetWord], args: &[ArgWord], expect: Result<SkipResult, NoSkip>) {
         let mut signature = Signature::guessed(StackWords::Known(0));
-        let param = |word: &ArgWord| Param { name: None, ty: Type::Unknown, words: vec![*word] };
+        let param = |word: &ArgWord| Param {
+            name: None,
+            ty: Type::Unknown,
+            words: vec![*word],
+            absent: None,
+        };
         signature.params = args.iter().map(param).collect();
         signature.ret.ty = ty;
         signature.ret.words = words.to_vec();
         assert_eq!(skip_result(&signature), expect, "{words:?} {args:?}");
+    }
+
+    #[test]
+    fn an_unknown_result_cannot_be_made_up() {
+        let mut signature = Signature::guessed(StackWords::Known(0));
+        signature.ret.words.clear();
+        signature.ret.absent = Some(Absent::MayBeDropped);
+        assert_eq!(skip_result(&signature), Err(NoSkip::Unknown));
     }
 
     #[test]

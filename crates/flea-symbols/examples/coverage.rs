@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
-use flea_symbols::signature::{SignatureSource, StackWords};
+use flea_symbols::signature::{Absent, Signature, SignatureSource, StackWords};
 use flea_symbols::{FunctionKind, Module, Refusal, SiteKind};
 
 fn main() {
@@ -71,6 +71,7 @@ fn report(path: &str, verbose: bool) -> Result<(), Box<dyn std::error::Error>> {
 fn report_signatures(module: &Module<'_>, verbose: bool) {
     let start = Instant::now();
     let (mut total, mut dwarf, mut proved) = (0, 0, 0);
+    let mut reasons: BTreeMap<String, u32> = BTreeMap::new();
     for function in module.functions() {
         if function.kind == FunctionKind::Ifunc || function.is_cold_part() {
             continue;
@@ -80,6 +81,14 @@ fn report_signatures(module: &Module<'_>, verbose: bool) {
         let proof = module.stack_words_proof(function);
         proved += u32::from(matches!(proof, StackWords::Proved(_)));
         dwarf += u32::from(signature.source == SignatureSource::Dwarf);
+        let why = unknown(&signature);
+        if verbose && why.iter().any(|why| why != "no debug information") {
+            println!("    {}", signature.declaration(&function.display_name()));
+            why.iter().for_each(|why| println!("        {why}"));
+        }
+        for why in why {
+            *reasons.entry(why).or_default() += 1;
+        }
         if let (StackWords::Known(known), StackWords::Proved(read)) = (signature.stack_words, proof)
             && verbose
             && read != known
@@ -91,6 +100,24 @@ fn report_signatures(module: &Module<'_>, verbose: bool) {
         "  signatures: {dwarf} of {total} from DWARF; stack words of {proved} proved from code; {} ms",
         start.elapsed().as_millis()
     );
+    for (reason, count) in reasons {
+        println!("  {count:6}  {reason}");
+    }
+}
+
+/// What a signature leaves open, and why.
+fn unknown(signature: &Signature) -> Vec<String> {
+    let guessed = signature.doubt.iter().map(ToString::to_string);
+    let params = signature.params.iter().filter_map(|param| param.absent.as_ref());
+    // Names would make every reason another one.
+    let reason = |what: &str, absent: &Absent| match absent {
+        Absent::Behind(_) => format!("{what} comes behind one whose place is not known"),
+        _ => format!("{what}: {absent}"),
+    };
+    guessed
+        .chain(params.map(|absent| reason("a parameter", absent)))
+        .chain(signature.ret.absent.iter().map(|absent| reason("a result", absent)))
+        .collect()
 }
 
 fn debug_file(module: &Module<'_>) -> Option<Vec<u8>> {

@@ -17,6 +17,8 @@ pub struct Signature {
     pub stack_align_bytes: u32,
     /// Where all this was learnt.
     pub source: SignatureSource,
+    /// Why it is guessed; `None` where it is not.
+    pub doubt: Option<Doubt>,
 }
 
 /// Where a signature was learnt.
@@ -47,8 +49,117 @@ pub struct Param {
     pub name: Option<String>,
     /// Its type.
     pub ty: Type,
-    /// Where each of its words is at entry; empty for a type of size zero.
+    /// Where each of its words is at entry; empty for a type of size zero, and where it is
+    /// `absent`.
     pub words: Vec<ArgWord>,
+    /// Why its words are not known. The other parameters' are, wherever they are stated.
+    pub absent: Option<Absent>,
+}
+
+/// Why a parameter, or a result, of a known type has no words.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Absent {
+    /// The compiler changed the function's parameters, and this one is in no place at entry.
+    #[error("optimized out")]
+    OptimizedOut,
+    /// A result that the compiler may have dropped, because no caller uses it: what is in the
+    /// result's register is then something else.
+    #[error("the compiler may have dropped it")]
+    MayBeDropped,
+    /// A result in memory, of a function that LLVM gave a convention of its own: its address is
+    /// nowhere.
+    #[error("in memory, and its address is not returned")]
+    AddressNotReturned,
+    /// The ABI's rules do not give it a place.
+    #[error("{0}")]
+    Unclassified(Unclassified),
+    /// It comes behind one whose place is not known, so its own is not known either.
+    #[error("it comes behind `{0}`, whose place is not known")]
+    Behind(String),
+    /// It was compiled in one of several ways, which put it into different places, and nothing
+    /// says in which.
+    #[error("{0}")]
+    Ambiguous(Choice),
+}
+
+/// Why the ABI's rules do not say where a value of a type is passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum Unclassified {
+    /// gcc counts bit-fields without a name, clang does not, and neither describes them. What
+    /// looks the same without DWARF 5 is a member with an alignment of its own.
+    #[error("it has bytes that no member accounts for")]
+    UnexplainedBytes,
+    /// No two compilers pass it alike.
+    #[error("compilers disagree on vectors of one float")]
+    LoneFloatVector,
+    /// A struct of a `__float128`, by a clang between two that pass it differently.
+    #[error("this clang's convention for a `__float128` in a struct is not known")]
+    Float128,
+    /// A caller would have to align its stack to this.
+    #[error("it is aligned to {0} bytes, more than stack arguments are here")]
+    Overaligned(u64),
+    /// Too large to be a parameter, or to be returned in the registers that are read.
+    #[error("it is too large")]
+    TooLarge,
+    /// An incomplete type, a kind of type that is not known here, or one in a missing file.
+    #[error("its type is not described")]
+    NotDescribed,
+    /// rustc's own ABI, where Flea does not know what this version makes of the type.
+    #[error("this rustc's convention for the type is not known")]
+    RustAbi,
+}
+
+/// What decides where a value is passed, and is not recorded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
+pub enum Choice {
+    /// A vector of 32 or 64 bytes is in one register with AVX or AVX-512, else in memory.
+    #[error("nothing tells whether it was compiled with AVX")]
+    Avx,
+    /// A class is passed by address if the source wrote its copy constructor or destructor.
+    #[error("nothing tells whether its class has constructors of its own")]
+    Copies,
+    /// `extern "C"` functions and others of Rust pass it differently.
+    #[error("nothing tells Rust's ABI from `extern \"C\"` or `repr(C)`")]
+    RustOrC,
+}
+
+/// Why debug information does not say how a function is called.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Doubt {
+    /// None describes the function.
+    #[error("no debug information")]
+    NoDebugInfo,
+    /// Line tables: every function looks as if it had no parameters.
+    #[error("its debug information has no parameters")]
+    NoParameters,
+    /// A language whose functions are not called as in C, C++ or Rust.
+    #[error("its language's calling convention is not known")]
+    Language,
+    /// DW_AT_calling_convention names an ABI of another kind.
+    #[error("it has the calling convention {0:#x}")]
+    Convention(u64),
+    /// A constructor or destructor with hidden parameters, or a list that is not the source's.
+    #[error("its code has other parameters than its source")]
+    Parameters,
+    /// The result's type does not say whether there is a hidden parameter.
+    #[error("nothing tells how its result `{ty}` is returned: {reason}")]
+    Result {
+        /// As the source spells it.
+        ty: String,
+        /// Why.
+        reason: Absent,
+    },
+    /// What DWARF or the code itself says contradicts every known convention.
+    #[error("its code does not take its parameters where any known convention puts them")]
+    Contradicted,
+    /// The code reads more stack words than the parameters have.
+    #[error("its code reads {read} stack words and its parameters have {stated}")]
+    StackWords {
+        /// By the debug information.
+        stated: u32,
+        /// By the code.
+        read: u32,
+    },
 }
 
 /// The place of one argument word at the function's entry.
@@ -78,6 +189,8 @@ pub struct Return {
     /// memory is `[RetWord::Rax]` (its address), and its first argument word is the hidden
     /// pointer in `Gpr(0)`, which is *not* among `params`.
     pub words: Vec<RetWord>,
+    /// Why its words are not known; `words` is empty then.
+    pub absent: Option<Absent>,
 }
 
 /// The place of one word of the result.
@@ -152,15 +265,22 @@ impl Signature {
     /// integer result.
     #[must_use]
     pub fn guessed(stack_words: StackWords) -> Self {
+        Self::guessed_because(Doubt::NoDebugInfo, stack_words)
+    }
+
+    /// As [`Signature::guessed`], for another reason than that there is no debug information.
+    #[must_use]
+    pub fn guessed_because(doubt: Doubt, stack_words: StackWords) -> Self {
+        let param =
+            |i| Param { name: None, ty: Type::Unknown, words: vec![ArgWord::Gpr(i)], absent: None };
         Self {
-            params: (0..6)
-                .map(|i| Param { name: None, ty: Type::Unknown, words: vec![ArgWord::Gpr(i)] })
-                .collect(),
-            ret: Return { ty: Type::Unknown, words: vec![RetWord::Rax] },
+            params: (0..6).map(param).collect(),
+            ret: Return { ty: Type::Unknown, words: vec![RetWord::Rax], absent: None },
             variadic: false,
             stack_words,
             stack_align_bytes: 16,
             source: SignatureSource::Guessed,
+            doubt: Some(doubt),
         }
     }
 

@@ -3,8 +3,8 @@
 use crate::dwarf;
 use crate::function::Function;
 use crate::module::Module;
-use crate::signature::{Param, Signature, SignatureSource, StackWords, Type};
-use crate::x86_64::{returns, stack_words};
+use crate::signature::{Doubt, Param, Signature, SignatureSource, StackWords, Type};
+use crate::x86_64::{live_in, returns, stack_words};
 
 impl Module<'_> {
     /// What `function` is called with: from DWARF where that is sure, else six integers are
@@ -16,13 +16,15 @@ impl Module<'_> {
     #[must_use]
     pub fn signature(&self, function: &Function) -> Signature {
         let proof = self.stack_words_proof(function);
-        let stated = self.dwarf_signature(function).filter(|signature| {
+        let stated = self.dwarf_signature(function, proof).and_then(|signature| {
             match (signature.stack_words, proof) {
-                (StackWords::Known(known), StackWords::Proved(read)) => read <= known,
-                _ => true,
+                (StackWords::Known(stated), StackWords::Proved(read)) if read > stated => {
+                    Err(Doubt::StackWords { stated, read })
+                }
+                _ => Ok(signature),
             }
         });
-        stated.unwrap_or_else(|| Signature::guessed(proof))
+        stated.unwrap_or_else(|doubt| Signature::guessed_because(doubt, proof))
     }
 
     /// How many words of stack arguments the code of `function` can reach, proved without
@@ -46,16 +48,21 @@ impl Module<'_> {
         returns::never_returns(self, function)
     }
 
-    fn dwarf_signature(&self, function: &Function) -> Option<Signature> {
+    fn dwarf_signature(
+        &self,
+        function: &Function,
+        stack_words: StackWords,
+    ) -> Result<Signature, Doubt> {
         let info = self.debug_info();
-        let subprogram = info.subprogram_at(function.address)?;
-        let dwarf = info.dwarf();
-        dwarf::signature::read(&dwarf, &subprogram, &function.name)
+        let subprogram = info.subprogram_at(function.address).ok_or(Doubt::NoDebugInfo)?;
+        let code = dwarf::signature::Code { live: live_in::read(self, function), stack_words };
+        dwarf::signature::read(&info.dwarf(), &subprogram, &function.name, &code)
     }
 }
 
 impl Signature {
-    /// A C declaration of a function called `name`: `int add(int a, int b)`.
+    /// A C declaration of a function called `name`: `int add(int a, int b)`. Why a parameter
+    /// or the result has no words is said in a comment: `int unused /* optimized out */`.
     #[must_use]
     pub fn declaration(&self, name: &str) -> String {
         if self.source == SignatureSource::Guessed {
@@ -66,7 +73,11 @@ impl Signature {
             params.push("...".into());
         }
         let params = if params.is_empty() { "void".to_owned() } else { params.join(", ") };
-        format!("{}({params})", join(self.ret.ty.name(), name))
+        let result = match &self.ret.absent {
+            None => self.ret.ty.name().to_owned(),
+            Some(absent) => format!("{} /* {absent} */", self.ret.ty.name()),
+        };
+        format!("{}({params})", join(&result, name))
     }
 }
 
@@ -86,6 +97,14 @@ impl Type {
 }
 
 fn declare(param: &Param) -> String {
+    let plain = declare_plain(param);
+    match &param.absent {
+        None => plain,
+        Some(absent) => format!("{plain} /* {absent} */"),
+    }
+}
+
+fn declare_plain(param: &Param) -> String {
     let ty = param.ty.name();
     match (&param.name, ty.find("(*)")) {
         (None, _) => ty.to_owned(),

@@ -82,7 +82,7 @@ proptest! {
     #[test]
     fn mutated_sections_do_no_harm(
         section in prop::sample::select(&[".eh_frame", ".debug_info", ".debug_abbrev", ".symtab", ".dynsym",
-            ".text", ".rela.dyn", ".rodata", ".debug_loclists", ".debug_rnglists", ".gcc_except_table"][..]),
+            ".text", ".rela.dyn", ".rodata", ".debug_loclists", ".debug_line_str", ".debug_str", ".debug_rnglists", ".gcc_except_table"][..]),
         edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..12),
     ) {
         use object::{Object as _, ObjectSection as _};

@@ -8,8 +8,10 @@ mod compiled;
 use std::fmt::Write as _;
 
 use compiled::{compile, function, gcc};
-use flea_symbols::Module;
-use flea_symbols::signature::{ArgWord, RetWord, Signature, SignatureSource, StackWords, Type};
+use flea_symbols::signature::{
+    Absent, ArgWord, Param, RetWord, Signature, SignatureSource, StackWords, Type,
+};
+use flea_symbols::{Function, Module};
 use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind, Register};
 
 fn signature(module: &Module<'_>, name: &str) -> Signature {
@@ -92,53 +94,6 @@ fn details(module: &Module<'_>) {
 }
 
 #[test]
-fn cpp_signatures() {
-    let source = r#"
-        struct trivial { int a, b; };
-        struct counted { long n; counted(const counted &o) : n(o.n + 1) {} ~counted() {} };
-        struct holder { counted c; };
-        struct shape { virtual ~shape() {} virtual int area(int scale) { return n * scale; } int n; };
-        struct derived : trivial { int c; };
-        struct empty {};
-        extern "C" int f_trivial(trivial t, int x) { return t.a + x; }
-        extern "C" long f_counted(counted c, int x) { return c.n + x; }
-        extern "C" long f_holder(holder h, int x) { return h.c.n + x; }
-        extern "C" int f_reference(const int &r, int &&s) { return r + s; }
-        extern "C" int f_empty(empty e, int x) { return x; }
-        extern "C" int f_derived(derived d) { return d.c; }
-        extern "C" holder f_make(holder *h) { return *h; }
-        int use(shape *s) { return s->area(3); }
-        shape the_shape;
-    "#;
-    for compiler in ["g++", "clang++"] {
-        for flags in [["-gdwarf-5", "-O0"], ["-gdwarf-4", "-O1"]] {
-            let name = format!("cpp{compiler}{}", flags[0]);
-            let Some(bytes) = compile(&name, compiler, source, &flags) else { continue };
-            let module = Module::parse(&bytes, None).unwrap();
-            let words = |f: &str| -> Vec<ArgWord> { signature(&module, f).arg_words().collect() };
-            use ArgWord::Gpr;
-            assert_eq!(words("f_trivial"), [Gpr(0), Gpr(1)], "{name}");
-            assert_eq!(words("f_counted"), [Gpr(0), Gpr(1)], "{name}");
-            assert_eq!(words("f_holder"), [Gpr(0), Gpr(1)], "{name}");
-            assert_eq!(words("f_reference"), [Gpr(0), Gpr(1)], "{name}");
-            assert_eq!(words("f_empty"), [Gpr(0)], "{name}");
-            assert_eq!(words("f_derived"), [Gpr(0), Gpr(1)], "{name}");
-            assert_eq!(words("f_make"), [Gpr(1)], "{name}");
-            let area = signature(&module, "_ZN5shape4areaEi");
-            assert_eq!(area.source, SignatureSource::Dwarf);
-            assert_eq!(area.params[0].name.as_deref(), Some("this"));
-            assert_eq!(area.params.len(), 2);
-            // A class of eight bytes that is passed by address and one that is not look
-            // alike but for the type.
-            assert!(matches!(
-                &signature(&module, "f_counted").params[0].ty,
-                Type::Aggregate { size_bytes: 8, .. }
-            ));
-        }
-    }
-}
-
-#[test]
 fn rust_signatures() {
     let source = r#"
         #[unsafe(no_mangle)] #[inline(never)]
@@ -159,23 +114,113 @@ fn rust_signatures() {
     let text = signature(&module, "text");
     assert_eq!(text.arg_words().collect::<Vec<_>>(), [0, 1, 2, 3, 4].map(Gpr));
     assert_eq!(text.params[0].words.len(), 2);
-    for name in ["owned", "made"] {
-        assert_eq!(signature(&module, name).source, SignatureSource::Guessed, "{name}");
+    // By address, and into memory that the caller provides.
+    let owned = signature(&module, "owned");
+    assert_eq!(owned.arg_words().collect::<Vec<_>>(), [Gpr(0), Gpr(1)]);
+    let made = signature(&module, "made");
+    assert_eq!(made.arg_words().collect::<Vec<_>>(), [Gpr(1)]);
+    assert_eq!(made.ret.words, [RetWord::Rax]);
+}
+
+/// clang has wide vectors of variadic functions in memory even with AVX, gcc does not.
+#[test]
+fn wide_vectors_of_variadic_functions() {
+    let source = "
+        #include <stdarg.h>
+        typedef int v8i __attribute__((vector_size(32)));
+        v8i kept;
+        v8i dots(long n, v8i v, ...) { va_list l; va_start(l, v); kept = v; long x = va_arg(l, long); va_end(l); return v + (int)(x + n); }
+    ";
+    use ArgWord::{Gpr, Stack, Xmm, XmmWord};
+    for compiler in ["gcc", "clang"] {
+        let name = format!("dots{compiler}");
+        let Some(bytes) = compile(&name, compiler, source, &["-O1", "-g", "-mavx"]) else {
+            continue;
+        };
+        let signature = signature(&Module::parse(&bytes, None).unwrap(), "dots");
+        let upper = |word| XmmWord { reg: 0, word };
+        let expect = match compiler {
+            "gcc" => vec![Gpr(0), Xmm(0), upper(1), upper(2), upper(3)],
+            _ => vec![Gpr(0), Stack(0), Stack(1), Stack(2), Stack(3)],
+        };
+        assert_eq!(signature.arg_words().collect::<Vec<_>>(), expect, "{compiler}");
+        assert_eq!(signature.stack_align_bytes, if compiler == "gcc" { 16 } else { 32 });
+        assert_eq!(signature.ret.words.len(), 4, "{compiler}");
     }
 }
 
+/// Functions that nobody but this module calls: compilers take out parameters that are not
+/// used or always the same, replace a pointer by what it points to, and drop results.
+const CHANGED: &str = "
+    struct S { long a, b, c; };
+    volatile long sink;
+    #define LOCAL static __attribute__((noinline))
+    LOCAL int inner(int unused, int a, int b) { sink = b; return a * b + 1; }
+    LOCAL long pointed(struct S *p, long k) { sink = k; return p->b * k; }
+    LOCAL long dropped(long a, long b) { sink = a; sink = b; return a * 77; }
+    LOCAL long mode(long a, long mode, double d) { sink = a; if (mode == 3) sink = d; else sink = 7; return a * 3 + mode; }
+    LOCAL long by_value(struct S s, long k) { sink = s.b + k; return s.c; }
+    LOCAL long eight(long a, long b, long c, long d, long e, long f, long u, long g) { sink = a + g; sink = b + c + d + e + f; return g; }
+    LOCAL double floats(float x, int unused, double y) { sink = x; return y * 2; }
+    int outer(int x, struct S *s) {
+        dropped(x, 3);
+        return inner(7, x, 3) + inner(8, x + 1, x) + pointed(s, x) + pointed(s, x + 1) + mode(x, 3, 1.0) + mode(x + 1, 3, 2.0)
+            + by_value(*s, 4) + eight(1, 2, 3, 4, 5, x, 7, 8) + eight(x, 2, 3, 4, 5, 6, 8, 9) + floats(x, 3, 2.0) + floats(2.0, 5, x);
+    }
+    int outer2(int x, struct S *s) { dropped(x, x + 1); return inner(9, x, 3) + by_value(*s, x) + floats(1.0, 7, 3.0); }
+";
+
+/// The words of each parameter; `None` for one that is optimized out.
+fn placed(signature: &Signature) -> Vec<Option<Vec<ArgWord>>> {
+    let words = |param: &Param| match &param.absent {
+        None => Some(param.words.clone()),
+        Some(absent) => {
+            assert_eq!((absent, param.words.len()), (&Absent::OptimizedOut, 0));
+            None
+        }
+    };
+    signature.params.iter().map(words).collect()
+}
+
 #[test]
-fn clones_are_not_believed() {
-    let source = "
-        static __attribute__((noinline)) int inner(int unused, int a, int b) { return a * b + 1; }
-        int outer(int x) { return inner(7, x, 3) + inner(8, x + 1, 3); }
-        int outer2(int x) { return inner(9, x, 3); }
-    ";
-    let bytes = gcc("clones", source, &["-O3", "-g"]);
-    let module = Module::parse(&bytes, None).unwrap();
-    let clone = module.functions().iter().find(|f| f.name.starts_with("inner."));
-    let clone = clone.expect("gcc -O3 drops the unused parameter");
-    assert_eq!(module.signature(clone).source, SignatureSource::Guessed, "{}", clone.name);
+fn changed_functions_are_told_by_dwarf_alone() {
+    use ArgWord::{Gpr, Stack, Xmm};
+    let at = |word: ArgWord| Some(vec![word]);
+    for compiler in ["gcc", "clang", "clang-19"] {
+        let name = format!("changed{compiler}");
+        let Some(bytes) = compile(&name, compiler, CHANGED, &["-O2", "-g"]) else { continue };
+        let module = Module::parse(&bytes, None).unwrap();
+        let of = |name: &str| {
+            let is_it = |f: &&Function| f.name.split('.').next() == Some(name);
+            let found = module.functions().iter().find(is_it);
+            module.signature(found.unwrap_or_else(|| panic!("{compiler} has no {name}")))
+        };
+        assert_eq!(placed(&of("inner")), [None, at(Gpr(0)), at(Gpr(1))], "{compiler}");
+        assert_eq!(placed(&of("mode")), [at(Gpr(0)), None, at(Xmm(0))], "{compiler}");
+        assert_eq!(placed(&of("floats")), [at(Xmm(0)), None, at(Xmm(1))], "{compiler}");
+        let (first, third) = (at(Gpr(0)), at(Gpr(2)));
+        let expect = [first.clone(), None, None, None, None, at(Gpr(1)), None, third.clone()];
+        assert_eq!(placed(&of("eight")), expect, "{compiler}");
+        let dropped = of("dropped");
+        assert_eq!(placed(&dropped), [at(Gpr(0)), at(Gpr(1))], "{compiler}");
+        assert_eq!(dropped.ret.absent, Some(Absent::MayBeDropped), "{compiler}");
+        assert!(dropped.ret.words.is_empty(), "{compiler}");
+        // gcc passes members where clang goes on passing the struct and the pointer.
+        let (by_value, pointed) = (placed(&of("by_value")), placed(&of("pointed")));
+        if compiler == "gcc" {
+            assert_eq!(by_value, [None, third]);
+            assert_eq!(pointed, [None, at(Gpr(1))]);
+            assert_eq!(of("mode").ret.words, [RetWord::Rax], "only its parameters have changed");
+        } else {
+            assert_eq!(by_value, [Some([0, 1, 2].map(Stack).to_vec()), first.clone()]);
+            assert_eq!(pointed, [first, at(Gpr(1))]);
+        }
+        let text = of("inner").declaration("inner");
+        assert!(text.contains("int unused /* optimized out */"), "{text}");
+        let text = dropped.declaration("dropped").replace("long int", "long");
+        assert!(text.starts_with("long /* the compiler may have dropped it */ dropped("), "{text}");
+        assert_eq!(of("inner").stack_words, StackWords::Proved(0), "{compiler}");
+    }
 }
 
 /// With line tables only, every function looks as if it took nothing.

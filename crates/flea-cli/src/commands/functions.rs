@@ -1,7 +1,10 @@
 //! `flea list`: where Flea can attach, how, and with which signature.
 
 use anyhow::Result;
-use flea::{Refusal, SiteKind, signature::SignatureSource};
+use flea::{
+    Refusal, SiteKind,
+    signature::{Doubt, SignatureSource},
+};
 
 use crate::{
     args::Functions,
@@ -26,13 +29,17 @@ pub fn list(args: &Functions) -> Result<u8> {
         let is_ifunc = matches!(function.site(), Err(Refusal::Ifunc { .. }));
         let known = !is_ifunc && function.signature().source == SignatureSource::Dwarf;
         let signature = known.then(|| function.signature_text());
+        // That there is no debug information is said once, by there being no signatures.
+        let doubt = function.signature().doubt.as_ref();
+        let doubt = doubt.filter(|doubt| !is_ifunc && **doubt != Doubt::NoDebugInfo);
         output.line(format!(
-            "{} {:<9} {:>6} {}:{}{}",
+            "{} {:<9} {:>6} {}:{}{}{}",
             function.address(),
             site,
             function.size_bytes(),
             basename(function.module()),
             signature.as_ref().unwrap_or(&name),
+            doubt.map(|doubt| format!("  [arguments guessed: {doubt}]")).unwrap_or_default(),
             reason.as_ref().map(|r| format!("  [{r}]")).unwrap_or_default(),
         ))?;
         output.record(&Record::Function {

@@ -3,6 +3,7 @@
 mod assemble;
 pub mod check;
 pub mod find_fde;
+pub mod image_check;
 pub mod listing;
 pub mod personality;
 pub(crate) mod relocate;

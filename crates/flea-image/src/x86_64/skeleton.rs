@@ -55,6 +55,7 @@ use iced_x86::{Code, IcedError};
 
 use super::assemble::{Assembly, Encoded, Place};
 use super::find_fde::{self, FrameArena, Question};
+use super::image_check::{ImageError, ImageUnderCheck, check_image};
 use super::listing;
 use super::relocate::{self, RelocateError};
 use super::saves;
@@ -234,6 +235,9 @@ pub enum LinkError {
         /// The encoder's words.
         message: String,
     },
+    /// What was made does not keep its promises: a fault in Flea. Debug builds alone look.
+    #[error("the skeleton breaks a rule of images: {0}")]
+    Check(ImageError),
 }
 
 /// Rule by which an unwinder finds the caller, from `offset` on.
@@ -330,7 +334,14 @@ pub fn link_unwinder_skeleton(
     let original = emitter.asm.here();
     find_fde::emit(&mut emitter.asm, question, arenas).map_err(|e| emitter.failed(&e))?;
     let moves = emitter.original()?;
-    emitter.finish(original, &moves)
+    let skeleton = emitter.finish(original, &moves)?;
+    // Ten thousand of these are made in one attach, so a release build does without; the tests
+    // show that what is made here is right whatever goes in.
+    if cfg!(debug_assertions) {
+        let asked = (!arenas.is_empty()).then_some(question);
+        check_image(&ImageUnderCheck::of(request, asked, &skeleton)).map_err(LinkError::Check)?;
+    }
+    Ok(skeleton)
 }
 
 fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {

@@ -7,7 +7,11 @@
     reason = "tests, each of which uses its own part"
 )]
 
+pub mod arithmetic;
+pub mod mutate;
 pub mod programs;
+#[cfg(target_arch = "x86_64")]
+pub mod random_image;
 #[cfg(target_arch = "x86_64")]
 pub mod rig;
 

@@ -44,11 +44,14 @@ pub fn ints(n: u32) -> Signature {
 /// A function with the given words, each an 8-byte parameter.
 pub fn words(args: impl Iterator<Item = ArgWord>, ret: &[RetWord]) -> Signature {
     Signature {
-        params: args.map(|w| Param { name: None, ty: int(8), words: vec![w] }).collect(),
-        ret: Return { ty: int(8), words: ret.to_vec() },
+        params: args
+            .map(|w| Param { name: None, ty: int(8), words: vec![w], absent: None })
+            .collect(),
+        ret: Return { ty: int(8), words: ret.to_vec(), absent: None },
         variadic: false,
         stack_words: StackWords::Known(0),
         stack_align_bytes: 16,
+        doubt: None,
         source: SignatureSource::Dwarf,
     }
 }

@@ -149,7 +149,10 @@ impl<'a> Dies<'a> {
     }
 
     pub(crate) fn number(&self, die: &Die<'a>, name: gimli::DwAt) -> Option<u64> {
-        die.entry.attr_value(name)?.udata_value()
+        match die.entry.attr_value(name)? {
+            AttributeValue::CallingConvention(convention) => Some(convention.0.into()),
+            value => value.udata_value(),
+        }
     }
 
     /// Without typedefs and qualifiers.

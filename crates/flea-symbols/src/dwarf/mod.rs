@@ -1,8 +1,15 @@
 //! A module's DWARF, read lazily: unit ranges first, then the subprograms of the units that
 //! are asked for. Start at [`DebugInfo::subprogram_at`]; signatures are in [`signature`],
-//! types in [`types`] and [`spelling`]. Knows nothing of instructions.
+//! types in [`types`] and [`spelling`], what the ABIs make of them in [`c_abi`] and
+//! [`rust_abi`], what speaks for and against it in [`evidence`]. Knows nothing of
+//! instructions.
 
+mod c_abi;
+mod copies;
 pub(crate) mod dies;
+mod evidence;
+mod place;
+mod rust_abi;
 pub(crate) mod signature;
 mod spelling;
 pub(crate) mod types;

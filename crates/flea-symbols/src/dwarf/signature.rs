@@ -1,58 +1,165 @@
 //! A function's signature out of its subprogram DIE. Start at [`read`].
 //!
-//! `None` wherever the code may not follow what the source says: clones with other
-//! parameters, languages with an ABI of their own, types that are incomplete. A wrong
-//! signature would be worse than none.
+//! Where the code may not follow what the source says (clones with other parameters,
+//! languages with an ABI of their own, types that are incomplete), only what DWARF states of
+//! each parameter is told, and the reason for the rest. A wrong place would be worse than
+//! none.
 
-use gimli::{AttributeValue, Expression, Operation, constants as dw};
+use gimli::constants as dw;
 
 use super::dies::{Die, Dies, File, is_c};
+use super::evidence::Evidence;
+use super::place::{self, Place};
 use super::types::Shape;
-use super::{Dwarf, Slice, Subprogram};
-use crate::addr::Svma;
+use super::{Dwarf, Subprogram, c_abi, rust_abi};
 use crate::signature::{
-    ArgWord, Param, RetWord, Return, Signature, SignatureSource, StackWords, Type,
+    Absent, ArgWord, Doubt, Param, RetWord, Return, Signature, SignatureSource, StackWords, Type,
 };
-use crate::x86_64::classify::{Places, Returned, returned};
+use crate::x86_64::classify::{Compiler, Returned, Rules, returned};
+use crate::x86_64::live_in::LiveIn;
 
-/// Names of parts and clones whose parameters the compiler has changed.
-const CHANGED: [&str; 4] = ["isra", "constprop", "part", "cold"];
+/// Clones whose parameters gcc has changed.
+const CHANGED: [&str; 3] = ["isra", "constprop", "part"];
+/// Of these, those whose result may be dropped or made elsewhere.
+const OTHER_RESULT: [&str; 2] = ["isra", "part"];
+/// Parts of functions, and of coroutines: they have the parameters of the whole only by name.
+const PARTS: [&str; 5] = ["cold", "actor", "resume", "destroy", "cleanup"];
+/// The first LLVM that marks functions whose parameters or result it has changed.
+const LLVM_THAT_MARKS: u32 = 15;
+const CC_NORMAL: u64 = 1;
+const CC_NOCALL: u64 = 3;
+/// DW_CC_LLVM_X86_64SysV: stated where it is the default as well.
+const CC_SYSV: u64 = 0xc2;
+
+/// What a function's code tells.
+pub(crate) struct Code {
+    pub(crate) live: LiveIn,
+    pub(crate) stack_words: StackWords,
+}
+
+/// A function as DWARF describes it.
+pub(crate) struct Function<'f> {
+    pub(crate) params: Vec<Described>,
+    pub(crate) variadic: bool,
+    pub(crate) ret: (Type, Shape),
+    pub(crate) compiler: Compiler,
+    pub(crate) produced: Produced,
+    pub(crate) symbol: &'f str,
+    /// As the code has it.
+    pub(crate) stack_words: StackWords,
+    /// It may have a convention of its own, which LLVM gives to optimized functions that only
+    /// their module calls.
+    pub(crate) is_private: bool,
+}
+
+impl Function<'_> {
+    /// The words of a result in memory: rax has its address, but not where LLVM knows all
+    /// callers.
+    pub(crate) fn result_in_memory(&self) -> (Vec<RetWord>, Option<Absent>) {
+        if self.is_private {
+            return (Vec::new(), Some(Absent::AddressNotReturned));
+        }
+        (vec![RetWord::Rax], None)
+    }
+}
+
+/// What DW_AT_producer says besides the compiler.
+pub(crate) struct Produced {
+    /// How wide the vector registers are.
+    pub(crate) vector_bytes: Option<u64>,
+    /// 1.x of rustc.
+    pub(crate) rustc_minor: Option<u32>,
+}
+
+/// A parameter as DWARF describes it.
+pub(crate) struct Described {
+    pub(crate) name: Option<String>,
+    pub(crate) ty: Type,
+    pub(crate) shape: Shape,
+    pub(crate) place: Place,
+}
+
+impl Described {
+    pub(crate) fn with(&self, words: Vec<ArgWord>) -> Param {
+        Param { name: self.name.clone(), ty: self.ty.clone(), words, absent: None }
+    }
+
+    pub(crate) fn without(&self, absent: Absent) -> Param {
+        let absent = Some(absent);
+        Param { name: self.name.clone(), ty: self.ty.clone(), words: Vec::new(), absent }
+    }
+
+    /// Where DWARF states it to be, where that is a place of an argument.
+    pub(crate) fn located(&self) -> Option<Param> {
+        if self.shape.size() == 0 && !matches!(self.shape, Shape::Unknown { .. }) {
+            return Some(self.with(Vec::new()));
+        }
+        Some(self.with(self.place.words(self.shape.size())?))
+    }
+
+    /// What an explanation calls it.
+    pub(crate) fn label(&self) -> String {
+        self.name.clone().unwrap_or_else(|| self.ty.name().to_owned())
+    }
+}
 
 /// The signature of `subprogram`, whose symbol is `symbol`.
-pub(crate) fn read(dwarf: &Dwarf<'_>, subprogram: &Subprogram, symbol: &str) -> Option<Signature> {
+///
+/// # Errors
+/// Why there is none.
+pub(crate) fn read(
+    dwarf: &Dwarf<'_>,
+    subprogram: &Subprogram,
+    symbol: &str,
+    code: &Code,
+) -> Result<Signature, Doubt> {
     if !subprogram.unit_has_parameters {
-        return None;
+        return Err(Doubt::NoParameters);
     }
-    if symbol.split('.').skip(1).any(|suffix| CHANGED.contains(&suffix)) {
-        return None;
+    let has_suffix = |suffixes: &[&str]| symbol.split('.').skip(1).any(|s| suffixes.contains(&s));
+    if has_suffix(&PARTS) {
+        return Err(Doubt::Parameters);
     }
     let dies = Dies::new(dwarf);
-    let die = dies.at(File::Main, subprogram.unit, subprogram.die)?;
-    if let Some((owner, _)) = dies.inherited(&die, dw::DW_AT_calling_convention)
-        && dies.number(&owner, dw::DW_AT_calling_convention) != Some(1)
-    {
-        return None; // DW_CC_nocall (changed by LLVM), or another ABI
+    let die = dies.at(File::Main, subprogram.unit, subprogram.die).ok_or(Doubt::NoDebugInfo)?;
+    let convention = dies
+        .inherited(&die, dw::DW_AT_calling_convention)
+        .and_then(|(owner, _)| dies.number(&owner, dw::DW_AT_calling_convention))
+        .unwrap_or(CC_NORMAL);
+    if !matches!(convention, CC_NORMAL | CC_NOCALL | CC_SYSV) {
+        return Err(Doubt::Convention(convention));
     }
-    let root = dies.root(&die)?;
-    // Link-time optimisation leaves the language to the unit that the function came from.
-    let origin = dies.follow(&die, dw::DW_AT_abstract_origin);
-    let language = origin
-        .and_then(|origin| dies.root(&origin))
-        .and_then(|root| dies.language(&root))
-        .or_else(|| dies.language(&root))?;
-    let reader = Reader {
-        is_llvm: dies.inherited_text(&root, dw::DW_AT_producer).is_some_and(|producer| {
-            ["clang", "rustc", "LLVM"].iter().any(|p| producer.contains(p))
-        }),
-        dies,
-        entry: subprogram.address,
+    let language = language_of(&dies, &die).ok_or(Doubt::Language)?;
+    let is_rust = language == dw::DW_LANG_Rust;
+    if !is_rust && !is_c(language) && !is_cpp(language) {
+        return Err(Doubt::Language);
+    }
+    let mut reader = Reader { dies, subprogram, code };
+    let function = reader.function(&die, symbol, is_c(language))?;
+    if convention == CC_NOCALL || has_suffix(&CHANGED) {
+        let result_changed = convention == CC_NOCALL || has_suffix(&OTHER_RESULT);
+        return reader.located(&function, result_changed);
+    }
+    let places: Vec<Place> = function.params.iter().map(|param| param.place.clone()).collect();
+    let evidence = Evidence {
+        places: &places,
+        live: code.live,
+        stack_words: code.stack_words,
+        compiler: function.compiler,
     };
-    if is_c(language) || is_cpp(language) {
-        reader.c_signature(&die, is_c(language))
-    } else if language == dw::DW_LANG_Rust {
-        reader.rust_signature(&die)
+    let by_convention = if is_rust {
+        rust_abi::signature(&function, &evidence)
     } else {
-        None
+        c_abi::signature(&function, &evidence)
+    };
+    match by_convention {
+        Ok(signature) if may_be_changed(&function) => {
+            Ok(without_what_may_be_dropped(signature, &places))
+        }
+        Ok(signature) => Ok(signature),
+        // The compiler has changed the parameters without saying so.
+        Err(Doubt::Contradicted) => reader.located(&function, true),
+        Err(doubt) => Err(doubt),
     }
 }
 
@@ -60,6 +167,15 @@ pub(crate) fn read(dwarf: &Dwarf<'_>, subprogram: &Subprogram, symbol: &str) -> 
 pub(crate) fn linkage_name(dies: &Dies<'_>, subprogram: &Subprogram) -> Option<String> {
     let die = dies.at(File::Main, subprogram.unit, subprogram.die)?;
     dies.inherited_text(&die, dw::DW_AT_linkage_name).or_else(|| dies.name(&die))
+}
+
+/// Link-time optimisation leaves the language to the unit that the function came from.
+fn language_of<'a>(dies: &Dies<'a>, die: &Die<'a>) -> Option<gimli::DwLang> {
+    let of_origin = dies
+        .follow(die, dw::DW_AT_abstract_origin)
+        .and_then(|origin| dies.root(&origin))
+        .and_then(|root| dies.language(&root));
+    of_origin.or_else(|| dies.language(&dies.root(die)?))
 }
 
 fn is_cpp(language: gimli::DwLang) -> bool {
@@ -76,89 +192,58 @@ fn is_cpp(language: gimli::DwLang) -> bool {
     )
 }
 
-struct Reader<'a> {
+struct Reader<'r, 'a> {
     dies: Dies<'a>,
-    is_llvm: bool,
-    entry: Svma,
+    subprogram: &'r Subprogram,
+    code: &'r Code,
 }
 
-impl<'a> Reader<'a> {
-    fn c_signature(&self, die: &Die<'a>, is_c: bool) -> Option<Signature> {
-        let (params, variadic) = self.params(die)?;
-        let (ret_type, ret_shape) = self.dies.type_of(die)?;
-        let mut places = Places::default();
-        let ret = match returned(&ret_shape).ok()? {
-            Returned::Words(words) => Return { ty: ret_type, words },
-            Returned::Memory => {
-                places.skip_gpr();
-                Return { ty: ret_type, words: vec![RetWord::Rax] }
+impl<'a> Reader<'_, 'a> {
+    fn function<'f>(
+        &mut self,
+        die: &Die<'a>,
+        symbol: &'f str,
+        is_c: bool,
+    ) -> Result<Function<'f>, Doubt> {
+        let root = self.dies.root(die).ok_or(Doubt::NoDebugInfo)?;
+        let producer = self.dies.inherited_text(&root, dw::DW_AT_producer).unwrap_or_default();
+        let compiler = c_abi::compiler_of(&producer);
+        let (params, variadic) = self.params(die).ok_or(Doubt::Parameters)?;
+        let places = place::Reader::new(
+            &self.dies,
+            die,
+            self.subprogram.address,
+            self.code.live.frame_bytes,
+        );
+        // A definition without a prototype: a float comes as a double.
+        let promotes = is_c && self.dies.inherited(die, dw::DW_AT_prototyped).is_none();
+        let describe = |param: &Die<'a>| {
+            let (mut ty, mut shape) = self.dies.type_of(param);
+            if promotes && shape == Shape::Float(4) {
+                ty = Type::Float { name: "double".into(), size_bytes: 8 };
+                shape = Shape::Float(8);
             }
+            let place = places.place_of(param);
+            Described { name: self.dies.name(param), ty, shape, place }
         };
-        let prototyped = self.dies.inherited(die, dw::DW_AT_prototyped).is_some();
-        let mut found = Vec::new();
-        for param in &params {
-            let (ty, shape) = self.dies.type_of(param)?;
-            if is_c && !prototyped && matches!(shape, Shape::Float(_)) {
-                return None; // an old-style definition: a float comes as a double
-            }
-            let words = places.next(&shape).ok()?;
-            let on_stack = matches!(words.first(), Some(ArgWord::Stack(_)));
-            if self.is_llvm && on_stack && shape == Shape::Integer(16) {
-                return None; // its alignment differs among LLVM's versions
-            }
-            if !self.agrees(param, &words) {
-                return None;
-            }
-            found.push(Param { name: self.dies.name(param), ty, words });
-        }
-        Some(Signature {
-            params: found,
-            ret,
+        let params: Vec<Described> = params.iter().map(describe).collect();
+        let is_optimized =
+            |param: &Described| !matches!(param.place, Place::Frame(_) | Place::Unclear);
+        let is_private = matches!(compiler, Compiler::Llvm(_))
+            && self.dies.inherited(die, dw::DW_AT_external).is_none()
+            && (params.is_empty() || params.iter().any(is_optimized));
+        Ok(Function {
+            params,
+            is_private,
             variadic,
-            stack_words: StackWords::Known(places.stack_words()),
-            stack_align_bytes: places.stack_align_bytes(),
-            source: SignatureSource::Dwarf,
-        })
-    }
-
-    /// Rust's own ABI is not written down. Scalars, pointers and pairs with a pointer first
-    /// (slices, `&str`, `&dyn`) go where C would put their words one by one; anything else is
-    /// not told.
-    fn rust_signature(&self, die: &Die<'a>) -> Option<Signature> {
-        let (params, variadic) = self.params(die)?;
-        let (ty, shape) = self.dies.type_of(die)?;
-        let words = match &shape {
-            Shape::Void => vec![],
-            Shape::Integer(1..=8) => vec![RetWord::Rax],
-            Shape::Float(4 | 8) => vec![RetWord::Xmm0],
-            _ if shape.size() == 0 => vec![],
-            _ if is_wide_pointer(&ty, &shape) => vec![RetWord::Rax, RetWord::Rdx],
-            _ => return None,
-        };
-        let mut places = Places::default();
-        let mut found = Vec::new();
-        for param in &params {
-            let (ty, shape) = self.dies.type_of(param)?;
-            let words = match &shape {
-                Shape::Integer(1..=8) | Shape::Float(4 | 8) => places.next(&shape).ok()?,
-                _ if shape.size() == 0 => vec![],
-                _ if is_wide_pointer(&ty, &shape) => {
-                    vec![places.integer().ok()?, places.integer().ok()?]
-                }
-                _ => return None,
-            };
-            if !self.agrees(param, &words) {
-                return None;
-            }
-            found.push(Param { name: self.dies.name(param), ty, words });
-        }
-        Some(Signature {
-            params: found,
-            ret: Return { ty, words },
-            variadic,
-            stack_words: StackWords::Known(places.stack_words()),
-            stack_align_bytes: places.stack_align_bytes(),
-            source: SignatureSource::Dwarf,
+            ret: self.dies.type_of(die),
+            compiler,
+            produced: Produced {
+                vector_bytes: c_abi::gcc_vector_bytes(&producer),
+                rustc_minor: rust_abi::minor_version(&producer),
+            },
+            symbol,
+            stack_words: self.code.stack_words,
         })
     }
 
@@ -176,7 +261,7 @@ impl<'a> Reader<'a> {
             }
             (params, variadic)
         };
-        let (params, mut variadic) = list(die);
+        let (mut params, mut variadic) = list(die);
         for origin in [dw::DW_AT_abstract_origin, dw::DW_AT_specification] {
             if let Some(origin) = self.dies.follow(die, origin) {
                 let (of_origin, dots) = list(&origin);
@@ -184,6 +269,7 @@ impl<'a> Reader<'a> {
                     return None;
                 }
                 variadic |= dots;
+                params = self.in_source_order(params, &of_origin);
             }
         }
         let hidden = |param: &Die<'a>| {
@@ -192,52 +278,84 @@ impl<'a> Reader<'a> {
         (!params.iter().any(hidden)).then_some((params, variadic))
     }
 
-    /// Whether DWARF's own place for the parameter at the function's first instruction, where
-    /// it states a register, is the one that the ABI gives. If not, the compiler has changed
-    /// the function's parameters without saying so.
-    fn agrees(&self, param: &Die<'a>, words: &[ArgWord]) -> bool {
-        let Some(register) = self.register_at_entry(param) else {
-            // LLVM drops parameters of local functions that nobody reads.
-            let has_place = param.entry.attr(dw::DW_AT_location).is_some();
-            return has_place || !self.is_llvm || words.is_empty();
+    /// gcc lists what it took out of a clone behind what it left.
+    fn in_source_order(&self, mut params: Vec<Die<'a>>, source: &[Die<'a>]) -> Vec<Die<'a>> {
+        let position = |param: &Die<'a>| {
+            let origin = self.dies.follow(param, dw::DW_AT_abstract_origin)?;
+            source.iter().position(|of_source| {
+                of_source.entry.offset() == origin.entry.offset()
+                    && of_source.unit.header.debug_info_offset()
+                        == origin.unit.header.debug_info_offset()
+            })
         };
-        match words {
-            [ArgWord::Gpr(n)] => GPR_NUMBERS.get(usize::from(*n)) == Some(&register),
-            [ArgWord::Xmm(n)] => u16::from(*n) + 17 == register,
-            [] | [ArgWord::Stack(_)] => false,
-            _ => true,
+        let positions: Option<Vec<usize>> = params.iter().map(position).collect();
+        if positions.is_some() {
+            params.sort_by_cached_key(|param| position(param));
         }
+        params
     }
 
-    fn register_at_entry(&self, param: &Die<'a>) -> Option<u16> {
-        let dwarf = self.dies.dwarf_of(param.file)?;
-        let expression: Expression<Slice<'a>> = match param.entry.attr_value(dw::DW_AT_location)? {
-            AttributeValue::Exprloc(expression) => expression,
-            value => {
-                let mut list = dwarf.attr_locations(&param.unit, value).ok()??;
-                loop {
-                    let entry = list.next().ok()??;
-                    if (entry.range.begin..entry.range.end).contains(&self.entry.0) {
-                        break entry.data;
-                    }
-                }
-            }
+    /// What DWARF states of each parameter alone.
+    fn located(&self, function: &Function<'_>, result_changed: bool) -> Result<Signature, Doubt> {
+        let place = |param: &Described| {
+            param.located().unwrap_or_else(|| param.without(Absent::OptimizedOut))
         };
-        let mut operations = expression.operations(param.unit.encoding());
-        match (operations.next().ok()??, operations.next().ok()?) {
-            (Operation::Register { register }, None) => Some(register.0),
-            _ => None,
+        let params: Vec<Param> = function.params.iter().map(place).collect();
+        if !params.is_empty() && params.iter().all(|p| p.absent == Some(Absent::OptimizedOut)) {
+            return Err(Doubt::Contradicted);
         }
+        let rules = Rules::usual(function.compiler);
+        let (ty, shape) = &function.ret;
+        let (words, absent) = match returned(shape, rules) {
+            _ if *shape == Shape::Void => (Vec::new(), None),
+            _ if result_changed => (Vec::new(), Some(Absent::MayBeDropped)),
+            Ok(Returned::Words(words)) => (words, None),
+            Ok(Returned::Memory) => function.result_in_memory(),
+            Err(reason) => (Vec::new(), Some(Absent::Unclassified(reason))),
+        };
+        let aligns = function.params.iter().zip(&params).filter_map(|(described, param)| {
+            let on_stack = matches!(param.words.first(), Some(ArgWord::Stack(_)));
+            u32::try_from(described.shape.align()).ok().filter(|_| on_stack)
+        });
+        Ok(Signature {
+            stack_align_bytes: aligns.fold(16, u32::max),
+            params,
+            ret: Return { ty: ty.clone(), words, absent },
+            variadic: function.variadic,
+            stack_words: self.code.stack_words,
+            source: SignatureSource::Dwarf,
+            doubt: None,
+        })
     }
 }
 
-/// DWARF's numbers of rdi, rsi, rdx, rcx, r8, r9 (psABI, "DWARF Register Number Mapping").
-const GPR_NUMBERS: [u16; 6] = [5, 4, 1, 2, 8, 9];
+/// Whether LLVM may have taken parameters or the result away without a word: old versions do.
+fn may_be_changed(function: &Function<'_>) -> bool {
+    let is_old = matches!(function.compiler, Compiler::Llvm(version) if version < LLVM_THAT_MARKS);
+    is_old && function.is_private && !function.params.is_empty()
+}
 
-/// `&str`, `&[T]`, `&dyn Trait`: a pointer and a word.
-fn is_wide_pointer(ty: &Type, shape: &Shape) -> bool {
-    let Type::Aggregate { name, size_bytes: 16 } = ty else { return false };
-    let Shape::Aggregate(record) = shape else { return false };
-    let words = record.fields.iter().all(|(_, field)| matches!(field, Shape::Integer(8)));
-    name.starts_with('&') && record.fields.len() == 2 && words
+/// Leaves out the result, and the parameters that nothing shows to be there still: one that
+/// is nowhere is there if one behind it, in a register of the same kind, is where it would
+/// not be without it.
+fn without_what_may_be_dropped(mut signature: Signature, places: &[Place]) -> Signature {
+    let bank = |param: &Param| param.words.first().map(std::mem::discriminant);
+    for i in 0..signature.params.len() {
+        let (before, behind) = signature.params.split_at_mut(i + 1);
+        let param = &mut before[i];
+        let is_nowhere = places.get(i) == Some(&Place::Nowhere) && !param.words.is_empty();
+        let mut later = behind.iter().zip(places.iter().skip(i + 1));
+        let is_shown = later.any(|(other, place)| {
+            bank(other) == bank(param) && matches!(place, Place::Pieces(_) | Place::Behind(_))
+        });
+        if is_nowhere && !is_shown {
+            param.words.clear();
+            param.absent = Some(Absent::OptimizedOut);
+        }
+    }
+    if !signature.ret.words.is_empty() {
+        signature.ret.words.clear();
+        signature.ret.absent = Some(Absent::MayBeDropped);
+    }
+    signature
 }

@@ -3,6 +3,7 @@
 pub(crate) mod classify;
 pub(crate) mod door;
 pub(crate) mod jumps;
+pub(crate) mod live_in;
 pub(crate) mod nops;
 pub(crate) mod returns;
 pub(crate) mod site;

@@ -2,6 +2,7 @@
 //! tested.
 #![allow(dead_code, reason = "each test binary uses its own part")]
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -12,7 +13,7 @@ use flea_symbols::{Function, Module};
 /// (a failure on CI).
 pub fn compile(name: &str, compiler: &str, source: &str, flags: &[&str]) -> Option<Vec<u8>> {
     let extension = match compiler {
-        "g++" | "clang++" => "cpp",
+        "g++" | "clang++" | "clang++-19" => "cpp",
         "rustc" => "rs",
         _ if source.trim_start().starts_with(".text") => "s",
         _ => "c",
@@ -45,6 +46,26 @@ pub fn compile(name: &str, compiler: &str, source: &str, flags: &[&str]) -> Opti
     Some(bytes)
 }
 
+/// Compiles `source` to a program and runs it; the program's bytes and its output. `None` as
+/// for [`compile`].
+pub fn run_program(
+    name: &str,
+    compiler: &str,
+    source: &str,
+    flags: &[&str],
+) -> Option<(Vec<u8>, String)> {
+    let bytes = compile(name, compiler, source, flags)?;
+    let path = PathBuf::from(env!("CARGO_TARGET_TMPDIR"))
+        .join(format!("{name}-{}.run", std::process::id()));
+    std::fs::write(&path, &bytes).unwrap();
+    std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o700)).unwrap();
+    let output = Command::new(&path).output();
+    std::fs::remove_file(&path).unwrap();
+    let output = output.unwrap();
+    assert!(output.status.success(), "{name}: {}", output.status);
+    Some((bytes, String::from_utf8(output.stdout).unwrap()))
+}
+
 /// As [`compile`] with gcc, which is always there.
 pub fn gcc(name: &str, source: &str, flags: &[&str]) -> Vec<u8> {
     compile(name, "gcc", source, flags).expect("gcc is installed")
@@ -56,4 +77,20 @@ pub fn function<'m>(module: &'m Module<'_>, name: &str) -> &'m Function {
         .iter()
         .find(|function| function.name == name || function.aliases.iter().any(|a| a == name));
     found.unwrap_or_else(|| panic!("no function {name}"))
+}
+
+/// What a program of `tests/passing` said: (what, function, index) to bytes.
+pub type Said = HashMap<(String, String, usize), Vec<u8>>;
+
+/// Lines of `what function index bytes-in-hex`.
+pub fn parse_said(output: &str) -> Said {
+    let byte = |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+    let line = |line: &str| {
+        let mut parts = line.split(' ');
+        let (what, name) = (parts.next().unwrap().to_owned(), parts.next().unwrap().to_owned());
+        let index = parts.next().unwrap().parse().unwrap();
+        let hex = parts.next().unwrap_or_default();
+        ((what, name, index), hex.as_bytes().chunks(2).map(byte).collect())
+    };
+    output.lines().map(line).collect()
 }

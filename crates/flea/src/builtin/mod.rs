@@ -296,6 +296,9 @@ fn value_of(
         .params
         .get(index)
         .ok_or_else(|| no_such_parameter(function, &format!("arg{index}")))?;
+    if let Some(absent) = &param.absent {
+        return Err(format!("{absent}: the signature is `{}`", function.signature_text()));
+    }
     let (bits, sign) = integer(&param.ty)?;
     let slot = as_slot(slots(index))?;
     let name = match expr {

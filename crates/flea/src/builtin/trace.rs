@@ -41,6 +41,12 @@ struct OpenCall {
     args: Vec<(String, Word)>,
 }
 
+/// Whether new records may still begin.
+enum When {
+    TracingGoesOn,
+    TracingIsOver,
+}
+
 /// One finished call.
 #[derive(Clone, Debug)]
 pub struct Call<'a> {
@@ -120,7 +126,7 @@ impl Trace {
     /// # Errors
     /// What `each` returned; calls that were read behind that one are gone.
     pub fn poll<E>(&mut self, each: impl FnMut(Call<'_>) -> Result<(), E>) -> Result<(), E> {
-        self.read(Reader::poll, each)
+        self.read(When::TracingGoesOn, each)
     }
 
     /// As [`Trace::poll`], for the last time, after [`Trace::detach`]: waits for calls that are
@@ -129,22 +135,26 @@ impl Trace {
     /// # Errors
     /// As [`Trace::poll`].
     pub fn drain<E>(&mut self, each: impl FnMut(Call<'_>) -> Result<(), E>) -> Result<(), E> {
-        self.read(Reader::drain, each)
+        self.read(When::TracingIsOver, each)
     }
 
     fn read<E>(
         &mut self,
-        read: fn(&mut Reader, &mut dyn FnMut(&[u8])),
+        when: When,
         mut each: impl FnMut(Call<'_>) -> Result<(), E>,
     ) -> Result<(), E> {
         let Self { attached, ring, open } = self;
         let mut outcome = Ok(());
         if let Some(ring) = ring {
-            read(ring, &mut |bytes| {
+            let mut each = |bytes: &[u8]| {
                 if outcome.is_ok() {
                     outcome = record(&attached.functions, open, bytes, &mut each);
                 }
-            });
+            };
+            match when {
+                When::TracingGoesOn => ring.poll(&mut each),
+                When::TracingIsOver => ring.drain(&mut each),
+            }
         }
         outcome
     }
@@ -248,6 +258,9 @@ fn arguments(signature: &Signature, bytes: &[u8]) -> Vec<(String, Word)> {
     let mut slot = 0;
     let mut args = Vec::with_capacity(signature.params.len());
     for (i, param) in signature.params.iter().enumerate() {
+        if param.absent.is_some() {
+            continue; // it has no value that could be shown
+        }
         let words: Vec<u64> = (slot..slot + param.words.len()).map(word).collect();
         slot += words.len();
         let value = if is_string(param) {
