@@ -681,7 +681,7 @@ mod tests {
         let (one, _) = remove(done(two), &known, 0);
         assert_eq!(one.pokes.len(), 1);
         let (none, _) = remove(done(one), &known, 1);
-        let [closed, area] = none.pokes.as_slice() else { panic!("{:?}", none.pokes) };
+        let [closed, area, ..] = none.pokes.as_slice() else { panic!("{:?}", none.pokes) };
         assert_eq!((area.new, closed.site), ([0x90; 5], door));
         assert_eq!((closed.expected[0], &closed.new[..2]), (0xeb, &[0x90; 2][..]));
         assert!(closed.moves.is_empty());

@@ -238,7 +238,7 @@ fn signature(text: &str) -> Signature {
     let params = params.split(", ").filter(|p| !p.is_empty()).map(|param| {
         let (ty, name) = param.rsplit_once(' ').unwrap_or_else(|| panic!("parameter {param}"));
         let ty = self::ty(ty);
-        Param { name: Some(name.to_owned()), words: vec![place(&ty)], ty }
+        Param { name: Some(name.to_owned()), words: vec![place(&ty)], ty, absent: None }
     });
     let params = params.collect();
     let ret_words = match ret {
@@ -249,7 +249,8 @@ fn signature(text: &str) -> Signature {
     };
     Signature {
         params,
-        ret: Return { ty: ty(ret), words: ret_words },
+        ret: Return { ty: ty(ret), words: ret_words, absent: None },
+        doubt: None,
         variadic: false,
         stack_words: StackWords::Known(n_stack),
         stack_align_bytes: 16,
