@@ -18,7 +18,9 @@ impl Module<'_> {
         let proof = self.stack_words_proof(function);
         let stated = self.dwarf_signature(function, proof).and_then(|signature| {
             match (signature.stack_words, proof) {
-                (StackWords::Known(stated), StackWords::Proved(read)) if read > stated => {
+                (StackWords::Known(stated), StackWords::Proved(read))
+                    if read > stated && !signature.variadic =>
+                {
                     Err(Doubt::StackWords { stated, read })
                 }
                 _ => Ok(signature),

@@ -38,6 +38,8 @@ pub(crate) struct Evidence<'e> {
     pub(crate) stack_words: StackWords,
     /// Whose code it is.
     pub(crate) compiler: Compiler,
+    /// See [`super::signature::Function::is_private`].
+    pub(crate) is_private: bool,
 }
 
 impl Evidence<'_> {
@@ -69,7 +71,8 @@ impl Evidence<'_> {
     fn agrees(&self, candidate: &Candidate) -> bool {
         let signature = &candidate.signature;
         let placed = signature.params.iter().zip(self.places);
-        if placed.clone().any(|(param, place)| contradicts(place, &param.words)) {
+        let hidden = if self.is_private { 0 } else { candidate.hidden_gprs };
+        if placed.clone().any(|(param, place)| contradicts(place, &param.words, hidden)) {
             return false;
         }
         if signature.variadic || signature.params.iter().any(|param| param.absent.is_some()) {
@@ -132,8 +135,10 @@ impl Used {
     }
 }
 
-/// Whether a parameter that is at `place` cannot have come in `words`.
-fn contradicts(place: &Place, words: &[ArgWord]) -> bool {
+/// Whether a parameter that is at `place` cannot have come in `words`. In the registers
+/// `hidden` is something else at the entry: LLVM states one of these for a stack argument that
+/// it loads there, as if it had been there from the start.
+fn contradicts(place: &Place, words: &[ArgWord], hidden: u8) -> bool {
     match place {
         Place::Nowhere | Place::Unclear => false,
         Place::Behind(n) => !words.is_empty() && words != [ArgWord::Gpr(*n)],
@@ -145,8 +150,11 @@ fn contradicts(place: &Place, words: &[ArgWord]) -> bool {
             None => false,
         },
         Place::Pieces(pieces) => {
-            let stated = pieces.iter().filter_map(|piece| piece.word);
-            !words.is_empty() && stated.into_iter().any(|word| !words.contains(&word))
+            let on_stack = matches!(words.first(), Some(ArgWord::Stack(_)));
+            let is_hidden =
+                |word| on_stack && matches!(word, ArgWord::Gpr(n) if hidden >> n & 1 == 1);
+            let mut stated = pieces.iter().filter_map(|piece| piece.word);
+            !words.is_empty() && stated.any(|word| !is_hidden(word) && !words.contains(&word))
         }
     }
 }

@@ -146,6 +146,7 @@ pub(crate) fn read(
         live: code.live,
         stack_words: code.stack_words,
         compiler: function.compiler,
+        is_private: function.is_private,
     };
     let by_convention = if is_rust {
         rust_abi::signature(&function, &evidence)

@@ -74,7 +74,7 @@ impl Build {
             language: self.language,
             has_nested: self.compiler == Compiler::Gcc,
             has_variadic_int128: self.compiler == Compiler::Gcc,
-            aligns_records: self.compiler == Compiler::Clang,
+            as_clang: self.compiler == Compiler::Clang,
             vector_bytes: match self.isa {
                 Isa::Sse2 => 16,
                 Isa::Avx | Isa::Avx2 => 32,

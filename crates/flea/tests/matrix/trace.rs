@@ -200,8 +200,8 @@ impl Work<'_> {
     }
 
     /// Only a local function's convention is the compiler's own; of types, the debug
-    /// information leaves out some things. And LLVM at times states the register that a stack
-    /// argument is loaded into as its place from the start.
+    /// information leaves out some things. And what clang makes of packed records in packed
+    /// ones is not what gcc makes of them.
     fn may_be_absent(&self, f: usize, why: &Absent) -> bool {
         match why {
             Absent::Unclassified(_) | Absent::Ambiguous(_) | Absent::Behind(_) => true,

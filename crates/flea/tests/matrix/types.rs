@@ -337,9 +337,9 @@ pub struct Record {
     pub base: Option<Type>,
     pub members: Vec<Member>,
     pub is_cpp: bool,
-    /// clang: a record out of its alignment makes what it is in go to memory, whatever it
-    /// consists of.
-    pub aligns_records: bool,
+    /// As clang classifies: a record out of its alignment makes what it is in go to memory,
+    /// whatever it consists of, and an array that is too large for two registers is left out.
+    pub as_clang: bool,
 }
 
 /// Where the next member goes.
@@ -405,14 +405,16 @@ impl Record {
             for _ in 0..n {
                 let first = at.bit;
                 let (n_bits, align_bits) = (8 * ty.size, 8 * ty.align);
-                if self.aligns_records && !first.is_multiple_of(align_bits) {
+                if self.as_clang && !first.is_multiple_of(align_bits) {
                     let register = Register::General;
                     at.parts.push(Part { first_bit: first, n_bits, align_bits, register });
                 }
                 let leaves = ty.leaves.iter();
                 at.leaves.extend(leaves.map(|l| Leaf { first_bit: l.first_bit + first, ..*l }));
-                let parts = ty.parts.iter();
-                at.parts.extend(parts.map(|p| Part { first_bit: p.first_bit + first, ..*p }));
+                if !(self.as_clang && n > 1 && n * ty.size > 16) {
+                    let parts = ty.parts.iter();
+                    at.parts.extend(parts.map(|p| Part { first_bit: p.first_bit + first, ..*p }));
+                }
                 at.bit += 8 * ty.size;
             }
         }
