@@ -144,6 +144,8 @@ pub struct Status {
     pub has_memory: bool,
     /// The thread has a shadow stack: it may return only to where it was called from.
     pub shadow_stack: bool,
+    /// Threads of the process, those that have ended and were not waited for included.
+    pub n_threads: usize,
     /// How often the thread has left the CPU: it has run in between when this changed.
     pub switches: u64,
 }
@@ -391,6 +393,7 @@ fn parse_status(text: &str) -> Option<Status> {
         has_memory: field("VmSize").is_some(),
         shadow_stack: field("x86_Thread_features")
             .is_some_and(|features| features.split_whitespace().any(|f| f == "shstk")),
+        n_threads: field("Threads")?.parse().ok()?,
         switches: count("voluntary_ctxt_switches") + count("nonvoluntary_ctxt_switches"),
     })
 }

@@ -28,6 +28,8 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 /// Each round finds the threads born in the last one that were not born of a seized thread.
 const MOST_ROUNDS: u32 = 1000;
+/// Rounds without a thread that was not known, after which there is none whatever the kernel counts.
+const QUIET_ROUNDS: u32 = 100;
 
 /// Why a process could not be seized. It has not been changed or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -179,6 +181,7 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
     let mut tracer: Option<Tracer> = None;
     // Seized while they end: they have let go of the process's memory already.
     let mut ending: Vec<Tid> = Vec::new();
+    let mut n_quiet = 0;
     for _ in 0..MOST_ROUNDS {
         let mut n_new = 0;
         for tid in proc::threads(pid)? {
@@ -208,12 +211,29 @@ fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
         if tracer_now.pump().is_err() {
             return Err(SeizeError::Gone { pid });
         }
-        if n_new == 0 {
+        n_quiet = if n_new == 0 { n_quiet + 1 } else { 0 };
+        if n_quiet >= QUIET_ROUNDS
+            || n_quiet > 0 && knows_all(tracer_now).map_err(|_| SeizeError::Gone { pid })?
+        {
             adopt_vfork_children(tracer_now);
             return tracer.ok_or(SeizeError::Gone { pid });
         }
     }
     Err(SeizeError::Restless { pid, rounds: MOST_ROUNDS })
+}
+
+/// Whether there is no thread that is not seized.
+///
+/// One round over `/proc/PID/task` does not say so: where a thread ends while the kernel walks the
+/// list, others are skipped. The kernel's own count has every thread that was seized and not waited
+/// for, so it is larger by those that were skipped. (Threads born since [`Tracer::pump`] make it
+/// larger as well, which costs another round.)
+fn knows_all(tracer: &Tracer) -> Result<bool, ProcError> {
+    let status = proc::status(tracer.pid)?;
+    let seized = tracer.tasks.values().filter(|task| !task.foreign).count();
+    // A first thread that has ended stays for as long as the others, and cannot be seized.
+    let first_has_ended = !tracer.tasks.contains_key(&tracer.pid) && status.state == 'Z';
+    Ok(seized + usize::from(first_has_ended) >= status.n_threads)
 }
 
 /// The process's memory, as seen by a thread of it; `None` if that one is ending.
