@@ -10,6 +10,7 @@
 //!   fmod_ret: if r0 != 0: the function's result = r0, return       the rest is skipped as well
 //! ```
 
+use std::borrow::Cow;
 use std::mem::offset_of;
 
 use cranelift_codegen::ir::condcodes::IntCC;
@@ -33,6 +34,7 @@ use crate::clif::{self, symbol};
 use crate::code::{Code, RelocTarget};
 use crate::guard::{self, Guard};
 use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads};
+use crate::session;
 use crate::sides::{rank, runs_on};
 use crate::skip::skip_result;
 use crate::translate::{
@@ -99,6 +101,8 @@ fn check_request(request: &BodyRequest<'_>) -> Result<(), CompileError> {
 /// A program with what one side's body needs to know of it.
 struct Chosen<'a> {
     program: &'a ProgramUse<'a>,
+    /// The program, or the half of it that runs on this side.
+    verified: Cow<'a, Verified>,
     guard: Guard,
     cookie_word: u32,
 }
@@ -114,8 +118,12 @@ fn compile_side(
         let cookie_word = n_sessions;
         n_sessions += u32::from(program.kind == ProgramKind::Fsession);
         if runs_on(side, program, request.signature) {
-            let guard = guard::of_program(program.verified, request.plan);
-            chosen.push(Chosen { program, guard, cookie_word });
+            let verified = match program.kind {
+                ProgramKind::Fsession => Cow::Owned(session::half(program.verified, side)),
+                _ => Cow::Borrowed(program.verified),
+            };
+            let guard = guard::of_program(&verified, request.plan);
+            chosen.push(Chosen { program, verified, guard, cookie_word });
         }
     }
     if chosen.is_empty() {
@@ -173,7 +181,7 @@ fn build(
     let end = b.create_block();
     let slot = chosen
         .iter()
-        .any(|c| c.guard == Guard::Needed || uses_slot(c.program.verified, request.plan))
+        .any(|c| c.guard == Guard::Needed || uses_slot(&c.verified, request.plan))
         .then(|| find_slot(&mut b, &mut outcome, end));
     let env = Env {
         plan: request.plan,
@@ -267,7 +275,7 @@ fn emit_program(
 ) -> Result<(), CompileError> {
     let program = chosen.program;
     let used = Use {
-        verified: program.verified,
+        verified: &chosen.verified,
         kind: Some(program.kind),
         cookie: program.cookie,
         cookie_word: chosen.cookie_word,

@@ -8,9 +8,13 @@
 //! between two such instructions, never inside one; the handler's run is then one that came
 //! wholly before the rest, and no update is lost: the guard would only hide a run that Linux
 //! counts as a miss. So no guard where
-//! - the program calls no runtime function, and
+//! - the program calls no runtime function but the clock, which keeps nothing between two calls,
+//!   touches nothing of ours and calls nothing but the vDSO, no function of which is traced, and
 //! - it writes no map value, or each write is an atomic or a load-operate-store on one cell
 //!   that Cranelift merges into one instruction (`add qword [mem], x`).
+//!
+//! Each side of an fsession program is decided on alone: one that only notes the time in its
+//! session cookie needs no guard, whatever its exit side writes.
 //!
 //! The last part depends on instruction selection, so it is *checked* on the machine code
 //! ([`writes_are_single_instructions`]); where it does not hold the body is compiled again
@@ -42,7 +46,7 @@ pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
     for (i, fact) in verified.facts().iter().enumerate() {
         match *fact {
             Fact::Call { helper, map, .. }
-                if calls_runtime(
+                if may_disturb(
                     helper,
                     map.and_then(|m| plan.maps.get(m.0 as usize)).map(|m| m.kind),
                 ) =>
@@ -63,15 +67,19 @@ pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
     if merged_writes { Guard::UnlessMerged } else { Guard::Needless }
 }
 
-/// Does `helper` become a call of the runtime?
-fn calls_runtime(helper: Helper, map: Option<MapKind>) -> bool {
+/// Does `helper` become a call of the runtime that works on what outlives the run, or that may
+/// lead to traced code?
+fn may_disturb(helper: Helper, map: Option<MapKind>) -> bool {
     match helper {
         Helper::MapLookupElem => !matches!(map, Some(MapKind::Array | MapKind::PerCpuArray)),
-        Helper::GetFuncIp
+        Helper::KtimeGetNs
+        | Helper::KtimeGetBootNs
+        | Helper::GetFuncIp
         | Helper::GetAttachCookie
         | Helper::GetFuncArg
         | Helper::GetFuncRet
         | Helper::GetFuncArgCnt
+        | Helper::Fls64
         | Helper::SessionIsReturn
         | Helper::SessionCookie => false,
         _ => true,

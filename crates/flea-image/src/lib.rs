@@ -20,6 +20,7 @@ pub mod frames_file;
 mod guard;
 mod plain;
 mod request;
+mod session;
 mod sides;
 mod skip;
 mod translate;

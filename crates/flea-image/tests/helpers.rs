@@ -302,12 +302,35 @@ fn guards_only_where_needed() {
     // An atomic on a per-CPU map is a plain instruction without lock.
     assert!(unmerged.lines().any(|l| l.contains("add ") && l.contains("(%r")));
     assert!(!unmerged.contains("lock"), "{unmerged}");
-    // A call into the runtime needs the guard.
-    assert!(listing(&program(&[call(Helper::KtimeGetNs, None), exit()])).contains(&guard));
+    // A call into the runtime needs the guard, but not one that asks for the time.
+    assert!(listing(&program(&[call(Helper::GetCurrentComm, None), exit()])).contains(&guard));
+    for clock in [Helper::KtimeGetNs, Helper::KtimeGetBootNs] {
+        let timed = listing(&program(&[call(clock, None), exit()]));
+        assert!(!timed.contains(&guard) && timed.contains("flea_clock_ns"), "{timed}");
+    }
     // Nothing that lasts: neither guard nor slot.
     let nothing = compile(&program(&[mov_imm(0, 0), exit()]), &maps, ProgramKind::Fentry).unwrap();
     assert!(!nothing.calls_runtime);
     assert!(nothing.entry.unwrap().relocs.is_empty());
+}
+
+#[test]
+fn the_number_of_the_highest_bit() {
+    // Asked of an argument, which no compiler knows.
+    let mut parts = lddw_value(9, 0, 0).to_vec();
+    parts.extend([ctx(1, 0), call(Helper::Fls64, None), out(0, 0), mov_imm(0, 0), exit()]);
+    let verified = program(&parts);
+    let rig = Rig::new(&[map(MapKind::Array, 128, 1)], true);
+    let kind = SiteKind::Relocated;
+    rig.attach(&signature(), &[(&verified, ProgramKind::Fentry)], kind, Placing::Inline, 4);
+    let bounds = (0..64).flat_map(|k| [(1u64 << k) - 1, 1 << k, (1 << k) + 1]);
+    for value in bounds.chain([u64::MAX]) {
+        let mut input = Registers::pattern();
+        input.gpr[7] = value;
+        assert!(rig.call(&input) == untraced(kind, &input), "{value:#x}");
+        let highest = (0..64).rev().find(|k| value >> k & 1 != 0).map_or(0, |k| k + 1);
+        assert_eq!(rig.array(0, 0), highest, "{value:#x}");
+    }
 }
 
 #[test]

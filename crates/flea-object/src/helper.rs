@@ -79,4 +79,8 @@ helpers! {
     SessionIsReturn = 0x7f00_0001, "bpf_session_is_return";
     /// kfunc `u64 *bpf_session_cookie(ctx)`; numbered by us.
     SessionCookie = 0x7f00_0002, "bpf_session_cookie";
+    /// `int bpf_fls64(x)`: the number of the highest set bit, from 1; 0 where none is. No
+    /// instruction of eBPF counts zeros. For the built-in programs: no name in an object file
+    /// leads here.
+    Fls64 = 0x7f00_0003, "bpf_fls64";
 }

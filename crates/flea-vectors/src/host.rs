@@ -241,6 +241,7 @@ impl Host for MapsHost {
             Helper::ProbeReadUser | Helper::ProbeReadUserStr => {
                 probe_read(args, helper == Helper::ProbeReadUserStr, memory)
             }
+            Helper::Fls64 => Ok(u64::from(u64::BITS - args[0].leading_zeros())),
             Helper::GetFuncIp | Helper::GetAttachCookie => Ok(0),
             Helper::GetFuncArgCnt => Ok(self.context.len() as u64),
             Helper::GetFuncArg => self.argument(args[1], args[2], memory),

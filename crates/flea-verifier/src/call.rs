@@ -272,6 +272,7 @@ impl Machine<'_> {
                 state.acquire(Reference { id: reference, insn_idx: idx });
                 or_null(self, PointerKind::Record { size_bytes, reference })
             }
+            (Ret::BitNumber, _) => Value::scalar(Scalar::signed(0, 64)),
             (Ret::Cookie, _) => Value::pointer(PointerKind::Cookie),
             (Ret::Number | Ret::ValueOrNull, _) => Value::UNKNOWN,
         }

@@ -26,6 +26,16 @@ impl Verified {
         Self { insns, facts, functions, returns: i64::MIN..=i64::MAX }
     }
 
+    /// The same program where only instructions run for which `runs(insn_idx)`: proved by the
+    /// caller for one of the places that it is compiled for. What was proved of all paths holds
+    /// on fewer.
+    #[must_use]
+    pub fn narrowed(&self, runs: impl Fn(u32) -> bool) -> Self {
+        let facts = (0u32..).zip(&self.facts);
+        let kept = |(idx, fact): (u32, &Fact)| if runs(idx) { *fact } else { Fact::Unreachable };
+        Self { facts: facts.map(kept).collect(), ..self.clone() }
+    }
+
     /// The instructions, as they came.
     #[must_use]
     pub fn insns(&self) -> &[Insn] {

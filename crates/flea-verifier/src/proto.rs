@@ -62,6 +62,8 @@ pub(crate) enum Ret {
     ValueOrNull,
     RecordOrNull,
     Cookie,
+    /// 0 to 64.
+    BitNumber,
 }
 
 const SIZE: Arg = Arg::Size(ZeroSize::Refused);
@@ -99,6 +101,7 @@ pub(crate) const fn proto(helper: Helper) -> Proto {
         Helper::GetFuncArg => (&[Ctx, Anything, FillU64], Ret::Number),
         Helper::GetFuncRet => (&[Ctx, FillU64], Ret::Number),
         Helper::SessionCookie => (&[Ctx], Ret::Cookie),
+        Helper::Fls64 => (&[Anything], Ret::BitNumber),
     };
     Proto { args, ret }
 }

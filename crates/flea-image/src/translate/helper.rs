@@ -80,6 +80,11 @@ impl Translator<'_, '_> {
             }
             Helper::RingbufSubmit => Ok(self.runtime(RuntimeFn::RingbufSubmit, &[r1, r2])),
             Helper::RingbufDiscard => Ok(self.runtime(RuntimeFn::RingbufDiscard, &[r1, r2])),
+            Helper::Fls64 => {
+                let zeros = self.b.ins().clz(r1);
+                let bits = self.iconst(64);
+                Ok(self.b.ins().isub(bits, zeros))
+            }
             Helper::GetFuncIp => Ok(self.iconst(self.env.function_address.cast_signed())),
             Helper::GetAttachCookie => Ok(self.iconst(self.used.cookie.cast_signed())),
             Helper::GetFuncArgCnt => {

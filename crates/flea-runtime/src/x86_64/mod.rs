@@ -145,25 +145,6 @@ pub fn clock_ns(clock_id: u32) -> u64 {
     if result == 0 { time.ns() } else { 0 }
 }
 
-/// A clock's time in ns by the vDSO's `clock_gettime`. The vDSO is kernel code: it is
-/// built without vector registers.
-///
-/// # Safety
-/// `function` is 0 or the address of the vDSO's `clock_gettime`.
-#[must_use]
-pub unsafe fn clock_ns_vdso(function: u64, clock_id: u32) -> u64 {
-    type ClockGettime = unsafe extern "C" fn(i32, *mut Timespec) -> i32;
-    if function == 0 {
-        return clock_ns(clock_id);
-    }
-    // SAFETY: the caller says what it is; the type is the vDSO's documented one.
-    let clock_gettime = unsafe { core::mem::transmute::<u64, ClockGettime>(function) };
-    let mut time = Timespec::default();
-    // SAFETY: it writes one `struct timespec`.
-    let result = unsafe { clock_gettime(clock_id.cast_signed(), &raw mut time) };
-    if result == 0 { time.ns() } else { clock_ns(clock_id) }
-}
-
 impl Timespec {
     fn ns(&self) -> u64 {
         let seconds = self.seconds.cast_unsigned();

@@ -225,7 +225,7 @@ fn load_duration(a: &mut Asm, out: flea_object::asm::Label) {
     a.call(Helper::KtimeGetNs).store(Size::DW, R7, 0, R0).jump(out);
     a.bind(exit_side).call(Helper::KtimeGetNs).mov64_reg(R7, R0);
     a.mov64_reg(R1, R6).call(Helper::SessionCookie).load(Size::DW, R1, R0, 0);
-    // Zero: this call's entry was skipped by the recursion guard.
+    // Zero: nobody has noted when this call was entered.
     a.jump_if(JmpOp::Eq, R1, 0, out).alu64(AluOp::Sub, R7, R1);
 }
 
@@ -254,27 +254,20 @@ fn record_value(a: &mut Asm, sign: Signedness, out: flea_object::asm::Label) {
     a.load(Size::DW, R1, R8, first).add64_imm(R1, 1).store(Size::DW, R8, first, R1);
 }
 
-/// r9 = the bucket of r7, in 0..=128.
-///
-/// The logarithm is taken without a branch: `(x >> n) + (2^n - 1) >> n` is 1 where any of the
-/// upper n bits of x is set, else 0, and the verifier sees that it is at most 1.
+/// r9 = the bucket of r7, in 0..=128: the number of its highest set bit.
 fn bucket(a: &mut Asm, sign: Signedness) {
-    let (zero, positive) = (a.new_label(), a.new_label());
-    a.mov64_imm(R9, 0).jump_if(JmpOp::Eq, R7, 0, zero);
-    a.mov64_imm(R9, 1);
-    if sign == Signedness::Signed {
-        a.jump_if(JmpOp::Sge, R7, 0, positive);
-        let first = i32::try_from(FIRST_NEGATIVE).expect("a few words");
-        a.mov64_imm(R9, first).neg64(R7).bind(positive);
+    a.mov64_reg(R1, R7);
+    if sign == Signedness::Unsigned {
+        a.call(Helper::Fls64).mov64_reg(R9, R0);
+        return;
     }
-    for n in [32u32, 16, 8, 4, 2, 1] {
-        a.mov64_reg(R1, R7).alu64(AluOp::Rsh, R1, n.cast_signed());
-        a.lddw(R2, (1 << n) - 1).alu64(AluOp::And, R1, R2);
-        a.alu64(AluOp::Add, R1, R2).alu64(AluOp::Rsh, R1, n.cast_signed());
-        a.alu64(AluOp::Lsh, R1, n.trailing_zeros().cast_signed());
-        a.alu64(AluOp::Rsh, R7, R1).alu64(AluOp::Add, R9, R1);
-    }
-    a.bind(zero);
+    let (positive, done) = (a.new_label(), a.new_label());
+    a.jump_if(JmpOp::Sge, R1, 0, positive);
+    a.neg64(R1).call(Helper::Fls64).mov64_reg(R9, R0);
+    // Those of negative numbers come behind those of 0 and the positive ones.
+    let behind = i32::try_from(FIRST_NEGATIVE - 1).expect("a few words");
+    a.add64_imm(R9, behind).jump(done);
+    a.bind(positive).call(Helper::Fls64).mov64_reg(R9, R0).bind(done);
 }
 
 fn per_thread_array(value_size_bytes: u32, max_entries: u32) -> MapSpec {
