@@ -26,6 +26,8 @@ pub enum Record<'a> {
         reason: Option<String>,
         /// As C declares it.
         signature: Option<String>,
+        /// Where that is from: `dwarf` or `btf`.
+        signature_source: Option<&'static str>,
     },
     /// Calls of one function.
     Count {

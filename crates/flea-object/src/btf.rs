@@ -1,12 +1,18 @@
-//! BTF: the type information that clang leaves in `.BTF` (Documentation/bpf/btf.rst, 6.18).
-//! Reads all kinds, keeps what maps and messages need. Offsets and type ids in it are
-//! untrusted: every one is checked when it is followed. `.BTF.ext` is in [`crate::btf_ext`].
+//! BTF: the type information in `.BTF` (Documentation/bpf/btf.rst, 6.18), of eBPF objects and
+//! of modules. Reads all kinds, keeps what maps, messages and signatures need. Offsets and
+//! type ids in it are untrusted: every one is checked when it is followed. `.BTF.ext` is in
+//! `btf_ext`. Start at [`Btf::parse`].
 
 const MAGIC: u16 = 0xeb9f;
 const VERSION: u8 = 1;
 /// A chain of typedefs, arrays and qualifiers longer than this is a loop.
 const MAX_DEPTH: u32 = 32;
 const POINTER_BYTES: u32 = 8;
+/// The smallest header, which is also the only one so far.
+const HEADER_BYTES: u32 = 24;
+/// Bits of BTF_INT_ENCODING.
+const INT_SIGNED: u32 = 1;
+const INT_BOOL: u32 = 4;
 
 /// Why type information cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -55,7 +61,7 @@ pub enum BtfError {
 
 /// All types and strings of an object.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Btf<'a> {
+pub struct Btf<'a> {
     /// By type id; the first is void.
     types: Vec<Type<'a>>,
     strings: &'a [u8],
@@ -63,54 +69,138 @@ pub(crate) struct Btf<'a> {
 
 /// One type.
 #[derive(Clone, Debug)]
-pub(crate) struct Type<'a> {
+pub struct Type<'a> {
+    /// Its name; empty where it has none.
     pub name: &'a str,
+    /// What it is.
     pub kind: Kind<'a>,
 }
 
 /// What a type is. Ids and sizes are as the file says.
 #[derive(Clone, Debug)]
-pub(crate) enum Kind<'a> {
+pub enum Kind<'a> {
+    /// Type 0. Also what compilers write where BTF has no kind for a type.
     Void,
-    /// int, float, enum, enum64: something with a size.
-    Scalar {
+    /// An integer, character or bool.
+    Int(Int),
+    /// A floating-point number, real or complex: only its name tells.
+    Float {
+        /// Its size.
         size_bytes: u32,
     },
+    /// enum, enum64.
+    Enum {
+        /// Its size.
+        size_bytes: u32,
+        /// Marked as signed, or with a value that would be negative.
+        signed: bool,
+    },
+    /// A pointer.
     Ptr {
+        /// Type id of what it points at.
         to: u32,
     },
+    /// An array.
     Array {
+        /// Type id of its elements.
         of: u32,
+        /// How many; 0 also where the source does not say.
         n_elements: u32,
     },
+    /// struct, union.
     Struct {
+        /// Its size.
         size_bytes: u32,
+        /// In the source's order.
         members: Vec<Member<'a>>,
+        /// A union.
+        is_union: bool,
     },
-    /// typedef, const, volatile, restrict, type tag: another type under another name.
+    /// A struct or union that is declared and not defined.
+    Forward {
+        /// A union.
+        is_union: bool,
+    },
+    /// Another type under another name, or with a qualifier.
     Alias {
+        /// Type id of the other.
         of: u32,
+        /// What it adds.
+        word: Word,
     },
+    /// A variable.
     Var {
+        /// Type id of its value.
         of: u32,
     },
+    /// A section of variables.
     DataSec {
+        /// Their type ids.
         vars: Vec<u32>,
     },
-    /// Declarations, functions and whatever else has no size.
+    /// What a function takes and gives.
+    Proto {
+        /// Type id of the result.
+        ret: u32,
+        /// In the source's order.
+        params: Vec<Member<'a>>,
+    },
+    /// A function, defined or declared.
+    Func {
+        /// Type id of its prototype.
+        proto: u32,
+    },
+    /// Declaration tags.
     Other,
 }
 
-/// One member of a structure.
+/// An integer type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Int {
+    /// Its size.
+    pub size_bytes: u32,
+    /// Two's complement, by its encoding. gcc and pahole do not mark `char`.
+    pub signed: bool,
+    /// `_Bool`.
+    pub is_bool: bool,
+    /// All its bits count: it is not what old encoders made of a bit-field.
+    pub is_whole: bool,
+}
+
+/// What an [`Kind::Alias`] adds to a type.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// A name.
+    Typedef,
+    /// `volatile`
+    Volatile,
+    /// `const`
+    Const,
+    /// `restrict`
+    Restrict,
+    /// An attribute that compilers keep as text.
+    Tag,
+}
+
+/// One member of a structure, or one parameter.
 #[derive(Clone, Debug)]
-pub(crate) struct Member<'a> {
+pub struct Member<'a> {
+    /// Its name; empty where it has none.
     pub name: &'a str,
+    /// Its type. A last parameter of type 0 without a name is `...`.
     pub type_id: u32,
+    /// Where it begins; 0 for a parameter.
+    pub bit_offset: u32,
+    /// How wide a bit-field is; 0 for others.
+    pub bit_size: u32,
 }
 
 impl<'a> Btf<'a> {
-    /// Reads a `.BTF` section.
-    pub(crate) fn parse(section: &'a [u8]) -> Result<Self, BtfError> {
+    /// Reads a `.BTF` section that has one part, as every object and most modules have.
+    ///
+    /// # Errors
+    /// [`BtfError`]: damaged, or newer than this reader.
+    pub fn parse(section: &'a [u8]) -> Result<Self, BtfError> {
         let mut header = Reader::new(section, "the header");
         let (magic, version, _flags) = (header.u16()?, header.u8()?, header.u8()?);
         if (magic, version) != (MAGIC, VERSION) {
@@ -132,6 +222,33 @@ impl<'a> Btf<'a> {
         Ok(btf)
     }
 
+    /// Reads a `.BTF` section of a module. Linkers know nothing of it: they put those of all
+    /// objects one behind the other, each with a header and type ids of its own.
+    ///
+    /// # Errors
+    /// As [`Btf::parse`]: all of them, or nothing.
+    pub fn parse_linked(section: &'a [u8]) -> Result<Vec<Self>, BtfError> {
+        let (mut found, mut rest) = (Vec::new(), section);
+        loop {
+            // What aligns the next.
+            let n_zeros = rest.iter().take_while(|byte| **byte == 0).count();
+            rest = &rest[n_zeros..];
+            if rest.is_empty() {
+                return Ok(found);
+            }
+            let (one, others) = rest
+                .split_at_checked(linked_bytes(rest)?)
+                .ok_or(BtfError::CutOff { what: "a part of a linked section" })?;
+            found.push(Self::parse(one)?);
+            rest = others;
+        }
+    }
+
+    /// Every type with its id.
+    pub fn types(&self) -> impl Iterator<Item = (u32, &Type<'a>)> {
+        (0..).zip(&self.types)
+    }
+
     /// The string at `offset` of the string section.
     pub(crate) fn string(&self, offset: u32) -> Result<&'a str, BtfError> {
         let bad = BtfError::BadString { offset };
@@ -141,16 +258,22 @@ impl<'a> Btf<'a> {
     }
 
     /// The type with this id.
-    pub(crate) fn get(&self, type_id: u32) -> Result<&Type<'a>, BtfError> {
+    ///
+    /// # Errors
+    /// [`BtfError::BadType`]: there is none.
+    pub fn get(&self, type_id: u32) -> Result<&Type<'a>, BtfError> {
         self.types.get(type_id as usize).ok_or(BtfError::BadType { type_id })
     }
 
     /// The same, with typedefs and qualifiers taken off.
-    pub(crate) fn resolve(&self, type_id: u32) -> Result<&Type<'a>, BtfError> {
+    ///
+    /// # Errors
+    /// [`BtfError::BadType`]: it leads nowhere, or in a circle.
+    pub fn resolve(&self, type_id: u32) -> Result<&Type<'a>, BtfError> {
         let mut id = type_id;
         for _ in 0..MAX_DEPTH {
             match self.get(id)? {
-                Type { kind: Kind::Alias { of }, .. } => id = *of,
+                Type { kind: Kind::Alias { of, .. }, .. } => id = *of,
                 other => return Ok(other),
             }
         }
@@ -158,12 +281,18 @@ impl<'a> Btf<'a> {
     }
 
     /// Bytes of a value of this type.
-    pub(crate) fn size_bytes(&self, type_id: u32) -> Result<u32, BtfError> {
+    ///
+    /// # Errors
+    /// [`BtfError`]: it has none, or is not there.
+    pub fn size_bytes(&self, type_id: u32) -> Result<u32, BtfError> {
         let no_size = BtfError::NoSize { type_id };
         let (mut id, mut n_elements) = (type_id, 1u32);
         for _ in 0..MAX_DEPTH {
             let one = match self.resolve(id)?.kind {
-                Kind::Scalar { size_bytes } | Kind::Struct { size_bytes, .. } => size_bytes,
+                Kind::Int(Int { size_bytes, .. })
+                | Kind::Float { size_bytes }
+                | Kind::Enum { size_bytes, .. }
+                | Kind::Struct { size_bytes, .. } => size_bytes,
                 Kind::Ptr { .. } => POINTER_BYTES,
                 Kind::Array { of, n_elements: n } => {
                     n_elements = n_elements.checked_mul(n).ok_or(no_size.clone())?;
@@ -198,47 +327,112 @@ impl<'a> Btf<'a> {
         let name = self.string(reader.u32()?)?;
         let info = reader.u32()?;
         let size_or_type = reader.u32()?;
-        let (n_parts, kind) = (info & 0xffff, info >> 24 & 0x1f);
-        let scalar = Kind::Scalar { size_bytes: size_or_type };
+        let (n_parts, kind, flag) = (info & 0xffff, info >> 24 & 0x1f, info >> 31 == 1);
+        let alias = |word| Kind::Alias { of: size_or_type, word };
         // The numbers are BTF_KIND_* of include/uapi/linux/btf.h.
         let kind = match kind {
-            1 => reader.skip(4).map(|()| scalar)?,
+            1 => Kind::Int(read_int(reader, size_or_type)?),
             2 => Kind::Ptr { to: size_or_type },
             3 => {
                 let (of, _index, n_elements) = (reader.u32()?, reader.u32()?, reader.u32()?);
                 Kind::Array { of, n_elements }
             }
             4 | 5 => {
-                let members = self.read_members(reader, n_parts)?;
-                Kind::Struct { size_bytes: size_or_type, members }
+                let members = self.read_members(reader, n_parts, flag)?;
+                Kind::Struct { size_bytes: size_or_type, members, is_union: kind == 5 }
             }
-            6 => reader.skip(n_parts * 8).map(|()| scalar)?,
-            8..=11 | 18 => Kind::Alias { of: size_or_type },
+            6 => {
+                let is_negative = read_enum(reader, n_parts)?;
+                Kind::Enum { size_bytes: size_or_type, signed: flag || is_negative }
+            }
+            7 => Kind::Forward { is_union: flag },
+            8 => alias(Word::Typedef),
+            9 => alias(Word::Volatile),
+            10 => alias(Word::Const),
+            11 => alias(Word::Restrict),
+            12 => Kind::Func { proto: size_or_type },
+            13 => Kind::Proto { ret: size_or_type, params: self.read_params(reader, n_parts)? },
             14 => reader.skip(4).map(|()| Kind::Var { of: size_or_type })?,
             15 => Kind::DataSec { vars: read_data_section(reader, n_parts)? },
-            16 => scalar,
-            19 => reader.skip(n_parts * 12).map(|()| scalar)?,
-            // Forward declarations and functions; prototypes; declaration tags.
-            7 | 12 => Kind::Other,
-            13 => reader.skip(n_parts * 8).map(|()| Kind::Other)?,
+            16 => Kind::Float { size_bytes: size_or_type },
             17 => reader.skip(4).map(|()| Kind::Other)?,
+            18 => alias(Word::Tag),
+            19 => {
+                reader.skip(n_parts * 12)?;
+                Kind::Enum { size_bytes: size_or_type, signed: flag }
+            }
             _ => return Err(BtfError::UnknownKind { type_id, kind }),
         };
         Ok(Type { name, kind })
     }
 
+    /// With `has_bit_fields`, the upper byte of an offset is a bit-field's width.
     fn read_members(
         &self,
         reader: &mut Reader<'a>,
         n_members: u32,
+        has_bit_fields: bool,
     ) -> Result<Vec<Member<'a>>, BtfError> {
         (0..n_members)
             .map(|_| {
-                let (name, type_id, _offset) = (reader.u32()?, reader.u32()?, reader.u32()?);
-                Ok(Member { name: self.string(name)?, type_id })
+                let (name, type_id, offset) = (reader.u32()?, reader.u32()?, reader.u32()?);
+                let name = self.string(name)?;
+                let (bit_offset, bit_size) =
+                    if has_bit_fields { (offset & 0x00ff_ffff, offset >> 24) } else { (offset, 0) };
+                Ok(Member { name, type_id, bit_offset, bit_size })
             })
             .collect()
     }
+
+    fn read_params(
+        &self,
+        reader: &mut Reader<'a>,
+        n_params: u32,
+    ) -> Result<Vec<Member<'a>>, BtfError> {
+        (0..n_params)
+            .map(|_| {
+                let (name, type_id) = (reader.u32()?, reader.u32()?);
+                Ok(Member { name: self.string(name)?, type_id, bit_offset: 0, bit_size: 0 })
+            })
+            .collect()
+    }
+}
+
+/// How many bytes the first part of `section` has, by its header.
+fn linked_bytes(section: &[u8]) -> Result<usize, BtfError> {
+    let mut header = Reader::new(section, "the header");
+    let (magic, version, _flags) = (header.u16()?, header.u8()?, header.u8()?);
+    if (magic, version) != (MAGIC, VERSION) {
+        return Err(BtfError::BadHeader { magic, version });
+    }
+    let header_bytes = header.u32()?.max(HEADER_BYTES) as usize;
+    let types = header.u32()? as usize + header.u32()? as usize;
+    let strings = header.u32()? as usize + header.u32()? as usize;
+    Ok(header_bytes + types.max(strings))
+}
+
+fn read_int(reader: &mut Reader<'_>, size_bytes: u32) -> Result<Int, BtfError> {
+    let word = reader.u32()?;
+    let (encoding, offset, n_bits) = (word >> 24 & 0xf, word >> 16 & 0xff, word & 0xff);
+    let is_bool = encoding & INT_BOOL != 0;
+    let all_bits = size_bytes.checked_mul(8) == Some(n_bits);
+    Ok(Int {
+        size_bytes,
+        signed: encoding & INT_SIGNED != 0,
+        is_bool,
+        is_whole: offset == 0 && (all_bits || is_bool),
+    })
+}
+
+/// Whether a value has the top bit. Encoders before the flag, and gcc 12, do not say whether
+/// that is a sign; it mostly is.
+fn read_enum(reader: &mut Reader<'_>, n_values: u32) -> Result<bool, BtfError> {
+    let mut is_negative = false;
+    for _ in 0..n_values {
+        let (_name, value) = (reader.u32()?, reader.u32()?);
+        is_negative |= value >> 31 == 1;
+    }
+    Ok(is_negative)
 }
 
 fn read_data_section(reader: &mut Reader<'_>, n_vars: u32) -> Result<Vec<u32>, BtfError> {
@@ -310,70 +504,4 @@ impl<'a> Reader<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A `.BTF` section with these words as types and this string section.
-    fn section(types: &[u32], strings: &[u8]) -> Vec<u8> {
-        let type_bytes = u32::try_from(types.len() * 4).unwrap();
-        let string_bytes = u32::try_from(strings.len()).unwrap();
-        let mut bytes = vec![0x9f, 0xeb, 1, 0];
-        for word in [24, 0, type_bytes, type_bytes, string_bytes].iter().chain(types) {
-            bytes.extend(word.to_le_bytes());
-        }
-        bytes.extend(strings);
-        bytes
-    }
-
-    const fn info(kind: u32, n_parts: u32) -> u32 {
-        kind << 24 | n_parts
-    }
-
-    #[test]
-    fn sizes() {
-        #[rustfmt::skip]
-        let types = [
-            1, info(1, 0), 4, 32,          // 1: int
-            0, info(3, 0), 0, 1, 1, 6,     // 2: int[6]
-            0, info(10, 0), 2,             // 3: const int[6]
-            0, info(3, 0), 0, 3, 1, 2,     // 4: (const int[6])[2]
-            0, info(2, 0), 99,             // 5: pointer to nowhere
-            0, info(8, 0), 7,              // 6: typedef of 7
-            0, info(8, 0), 6,              // 7: typedef of 6
-            0, info(3, 0), 0, 8, 1, 1,     // 8: array of itself
-            0, info(3, 0), 0, 4, 1, 1 << 31, // 9: too large
-            0, info(12, 0), 0,             // 10: a function
-        ];
-        let bytes = section(&types, b"\0int\0");
-        let btf = Btf::parse(&bytes).unwrap();
-        assert_eq!(btf.get(1).unwrap().name, "int");
-        let sizes: Vec<_> = (1..=5).map(|id| btf.size_bytes(id).unwrap()).collect();
-        assert_eq!(sizes, [4, 24, 24, 48, 8]);
-        assert_eq!(btf.size_bytes(6), Err(BtfError::BadType { type_id: 6 }));
-        assert_eq!(btf.size_bytes(8), Err(BtfError::BadType { type_id: 8 }));
-        for id in [9, 10, 0] {
-            assert_eq!(btf.size_bytes(id), Err(BtfError::NoSize { type_id: id }));
-        }
-        assert_eq!(btf.size_bytes(99), Err(BtfError::BadType { type_id: 99 }));
-    }
-
-    #[test]
-    fn damaged_sections() {
-        let check = |bytes: &[u8], expect: BtfError| {
-            assert_eq!(Btf::parse(bytes).map(|_| ()), Err(expect));
-        };
-        check(b"", BtfError::CutOff { what: "the header" });
-        check(&[0; 24], BtfError::BadHeader { magic: 0, version: 0 });
-        check(
-            &section(&[0, info(31, 0), 0], b"\0"),
-            BtfError::UnknownKind { type_id: 1, kind: 31 },
-        );
-        check(&section(&[0, info(4, 9), 0], b"\0"), BtfError::CutOff { what: "a type" });
-        check(&section(&[7, info(8, 0), 0], b"\0"), BtfError::BadString { offset: 7 });
-        check(&section(&[0, info(8, 0), 0], b"a"), BtfError::BadString { offset: 0 });
-        let good = section(&[0, info(8, 0), 0], b"\0");
-        for len in 0..good.len() {
-            assert!(Btf::parse(&good[..len]).is_err(), "{len}");
-        }
-    }
-}
+mod tests;

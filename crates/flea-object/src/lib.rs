@@ -9,7 +9,7 @@
 #![forbid(unsafe_code)]
 
 pub mod asm;
-mod btf;
+pub mod btf;
 mod btf_ext;
 pub mod disasm;
 mod elf;

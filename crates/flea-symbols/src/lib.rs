@@ -5,13 +5,14 @@
 //!
 //! - [`Module::parse`]: start here. Segments, build id, [`Function`]s by name and address.
 //! - [`Module::site`]: where a function can be patched, or the [`Refusal`] that says why not.
-//! - [`Module::signature`]: what it is called with, from DWARF, else what can be proved.
+//! - [`Module::signature`]: what it is called with, from DWARF or BTF, else what can be proved.
 //!
 //! **Invariant:** a [`Site`] is proved, never guessed: no branch, table, symbol or landing
 //! pad of the module leads between its first and its last byte.
 #![forbid(unsafe_code)]
 
 pub mod addr;
+mod btf;
 mod definitions;
 mod demangle;
 mod dwarf;

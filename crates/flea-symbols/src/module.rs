@@ -10,6 +10,7 @@ use object::read::elf::{ElfFile64, FileHeader as _, ProgramHeader as _};
 use object::{LittleEndian, Object as _, ObjectSection as _};
 
 use crate::addr::{FileOffset, Svma};
+use crate::btf::TypeInfo;
 use crate::dwarf::DebugInfo;
 use crate::function::{self, Function};
 use crate::unwind::UnwindIndex;
@@ -98,6 +99,7 @@ pub struct Module<'data> {
     pub(crate) unwind: OnceLock<UnwindIndex>,
     pub(crate) sweep: OnceLock<Sweep>,
     pub(crate) debug_info: OnceLock<DebugInfo<'data>>,
+    type_info: OnceLock<TypeInfo<'data>>,
 }
 
 /// A stretch of executable bytes.
@@ -156,6 +158,7 @@ impl<'data> Module<'data> {
             unwind: OnceLock::new(),
             sweep: OnceLock::new(),
             debug_info: OnceLock::new(),
+            type_info: OnceLock::new(),
         })
     }
 
@@ -295,6 +298,10 @@ impl<'data> Module<'data> {
 
     pub(crate) fn debug_info(&self) -> &DebugInfo<'data> {
         self.debug_info.get_or_init(|| DebugInfo::read(self))
+    }
+
+    pub(crate) fn type_info(&self) -> &TypeInfo<'data> {
+        self.type_info.get_or_init(|| TypeInfo::read(self))
     }
 
     /// The stretch of code that `address` is in.

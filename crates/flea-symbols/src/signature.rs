@@ -1,6 +1,8 @@
 //! A function's signature (Linux: function model): which words it takes, and where its ABI
 //! puts them. Knows nothing of images or programs.
 
+use flea_object::BtfError;
+
 /// How a function is called on x86-64 System V, one entry per `ctx` slot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Signature {
@@ -26,6 +28,8 @@ pub struct Signature {
 pub enum SignatureSource {
     /// The module's DWARF.
     Dwarf,
+    /// The module's BTF, which names functions and has no addresses.
+    Btf,
     /// No debug information: six integer arguments and an integer result are assumed.
     Guessed,
 }
@@ -121,6 +125,10 @@ pub enum Choice {
     /// `extern "C"` functions and others of Rust pass it differently.
     #[error("nothing tells Rust's ABI from `extern \"C\"` or `repr(C)`")]
     RustOrC,
+    /// A vector that is described as an array, an alignment that the source states, or what
+    /// one of the module's compilers does otherwise.
+    #[error("BTF leaves out what decides its place: a vector, an alignment, the compiler")]
+    Btf,
 }
 
 /// Why debug information does not say how a function is called.
@@ -160,6 +168,21 @@ pub enum Doubt {
         /// By the code.
         read: u32,
     },
+    /// The module has damaged BTF, or one of a newer version.
+    #[error("its BTF cannot be read: {0}")]
+    UnreadableBtf(BtfError),
+    /// BTF goes by names, and several functions have this one.
+    #[error("other functions have its name, and BTF does not tell which it describes")]
+    SharedName,
+    /// Several sources declare the name, each another function.
+    #[error("BTF has prototypes of its name that differ")]
+    Prototypes,
+    /// LLVM leaves out parameters of such functions, and BTF does not say it.
+    #[error("only its module calls it, so LLVM may have changed its parameters unknown to BTF")]
+    Private,
+    /// Classes with constructors are passed by address.
+    #[error("it passes a struct, and in a module with C++ or Rust BTF does not tell how")]
+    MixedLanguages,
 }
 
 /// The place of one argument word at the function's entry.
@@ -287,7 +310,7 @@ impl Signature {
     /// Whether it was read from debug information.
     #[must_use]
     pub fn is_known(&self) -> bool {
-        self.source == SignatureSource::Dwarf
+        self.source != SignatureSource::Guessed
     }
 
     /// The `ctx` slots in order: every word of every parameter.

@@ -1,22 +1,23 @@
 //! A signature as people write it, and where [`Module`] takes one from.
 
-use crate::dwarf;
+use crate::dwarf::{self, signature::Code};
 use crate::function::Function;
 use crate::module::Module;
 use crate::signature::{Doubt, Param, Signature, SignatureSource, StackWords, Type};
 use crate::x86_64::{live_in, returns, stack_words};
 
 impl Module<'_> {
-    /// What `function` is called with: from DWARF where that is sure, else six integers are
-    /// assumed and its code is read for how many stack words it takes. Of a variadic
-    /// function, the stack words are those of its named parameters.
+    /// What `function` is called with: from DWARF where that is sure, from BTF where no DWARF
+    /// describes it, else six integers are assumed and its code is read for how many stack
+    /// words it takes. Of a variadic function, the stack words are those of its named
+    /// parameters.
     ///
     /// Where the code provably reads more stack words than the debug information states, the
     /// debug information is not believed.
     #[must_use]
     pub fn signature(&self, function: &Function) -> Signature {
         let proof = self.stack_words_proof(function);
-        let stated = self.dwarf_signature(function, proof).and_then(|signature| {
+        let stated = self.stated_signature(function, proof).and_then(|signature| {
             match (signature.stack_words, proof) {
                 (StackWords::Known(stated), StackWords::Proved(read))
                     if read > stated && !signature.variadic =>
@@ -50,15 +51,30 @@ impl Module<'_> {
         returns::never_returns(self, function)
     }
 
-    fn dwarf_signature(
+    fn stated_signature(
         &self,
         function: &Function,
         stack_words: StackWords,
     ) -> Result<Signature, Doubt> {
+        let code = || Code { live: live_in::read(self, function), stack_words };
+        let doubt = match self.dwarf_signature(function, code) {
+            Err(doubt @ (Doubt::NoDebugInfo | Doubt::NoParameters)) => doubt,
+            stated => return stated,
+        };
+        match self.type_info().signature(function, code) {
+            Err(Doubt::NoDebugInfo) => Err(doubt),
+            stated => stated,
+        }
+    }
+
+    fn dwarf_signature(
+        &self,
+        function: &Function,
+        read_code: impl FnOnce() -> Code,
+    ) -> Result<Signature, Doubt> {
         let info = self.debug_info();
         let subprogram = info.subprogram_at(function.address).ok_or(Doubt::NoDebugInfo)?;
-        let code = dwarf::signature::Code { live: live_in::read(self, function), stack_words };
-        dwarf::signature::read(&info.dwarf(), &subprogram, &function.name, &code)
+        dwarf::signature::read(&info.dwarf(), &subprogram, &function.name, &read_code())
     }
 }
 

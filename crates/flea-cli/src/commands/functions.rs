@@ -27,18 +27,25 @@ pub fn list(args: &Functions) -> Result<u8> {
         };
         // What is at an ifunc's address is its resolver, whose signature is nobody's concern.
         let is_ifunc = matches!(function.site(), Err(Refusal::Ifunc { .. }));
-        let known = !is_ifunc && function.signature().source == SignatureSource::Dwarf;
-        let signature = known.then(|| function.signature_text());
+        let source = function.signature().source;
+        let signature_source = match source {
+            _ if is_ifunc => None,
+            SignatureSource::Dwarf => Some("dwarf"),
+            SignatureSource::Btf => Some("btf"),
+            SignatureSource::Guessed => None,
+        };
+        let signature = signature_source.map(|_| function.signature_text());
         // That there is no debug information is said once, by there being no signatures.
         let doubt = function.signature().doubt.as_ref();
         let doubt = doubt.filter(|doubt| !is_ifunc && **doubt != Doubt::NoDebugInfo);
         output.line(format!(
-            "{} {:<9} {:>6} {}:{}{}{}",
+            "{} {:<9} {:>6} {}:{}{}{}{}",
             function.address(),
             site,
             function.size_bytes(),
             basename(function.module()),
             signature.as_ref().unwrap_or(&name),
+            if signature_source == Some("btf") { "  [from BTF]" } else { "" },
             doubt.map(|doubt| format!("  [arguments guessed: {doubt}]")).unwrap_or_default(),
             reason.as_ref().map(|r| format!("  [{r}]")).unwrap_or_default(),
         ))?;
@@ -50,6 +57,7 @@ pub fn list(args: &Functions) -> Result<u8> {
             site,
             reason,
             signature,
+            signature_source,
         })?;
     }
     output.flush()?;

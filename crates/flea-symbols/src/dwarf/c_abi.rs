@@ -40,7 +40,7 @@ pub(crate) fn signature(
 }
 
 /// Every combination of what is not known.
-fn all_rules(
+pub(crate) fn all_rules(
     compiler: Compiler,
     is_wide: bool,
     may_be_packed: bool,

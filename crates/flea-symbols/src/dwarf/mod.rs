@@ -4,14 +4,14 @@
 //! [`rust_abi`], what speaks for and against it in [`evidence`]. Knows nothing of
 //! instructions.
 
-mod c_abi;
+pub(crate) mod c_abi;
 mod copies;
 pub(crate) mod dies;
-mod evidence;
-mod place;
+pub(crate) mod evidence;
+pub(crate) mod place;
 mod rust_abi;
 pub(crate) mod signature;
-mod spelling;
+pub(crate) mod spelling;
 pub(crate) mod types;
 
 use std::borrow::Cow;

@@ -62,11 +62,11 @@ impl<'a> Dies<'a> {
     }
 }
 
-fn qualified(word: &str, inner: &str) -> String {
+pub(crate) fn qualified(word: &str, inner: &str) -> String {
     if inner.ends_with('*') { format!("{inner} {word}") } else { format!("{word} {inner}") }
 }
 
-fn pointer_to(inner: &str, mark: &str) -> String {
+pub(crate) fn pointer_to(inner: &str, mark: &str) -> String {
     // A function's spelling has a place for the name: `int ()(int)`.
     match inner.find("()(") {
         Some(at) => format!("{}({mark}){}", &inner[..at], &inner[at + 2..]),

@@ -134,12 +134,12 @@ const CC_PASS_BY_VALUE: u64 = 5;
 const MAX_BIT_FIELD_BYTES: u64 = 17;
 
 /// `_BitInt(65)` and up: as a struct of words.
-fn is_wide_bit_int(name: &str, size: u64) -> bool {
+pub(crate) fn is_wide_bit_int(name: &str, size: u64) -> bool {
     size > 8 && (name.contains("_BitInt(") || name.contains("_ExtInt("))
 }
 
 /// A struct of integer words.
-fn wide_bit_int(size: u64) -> Shape {
+pub(crate) fn wide_bit_int(size: u64) -> Shape {
     let mut record = Record::new(RecordKind::Struct, size, 8);
     record.fields = (0..(size / 8).min(8)).map(|i| (i * 8, Shape::Integer(8))).collect();
     Shape::Aggregate(record)
@@ -147,19 +147,19 @@ fn wide_bit_int(size: u64) -> Shape {
 
 /// Finds the bytes of a record that neither a member nor a member's alignment accounts for.
 #[derive(Default)]
-struct Gaps {
+pub(crate) struct Gaps {
     /// Where the members so far end.
     end: u64,
-    eightbytes: Vec<u64>,
+    pub(crate) eightbytes: Vec<u64>,
 }
 
 impl Gaps {
-    fn add(&mut self, offset: u64, size: u64, align: u64) {
+    pub(crate) fn add(&mut self, offset: u64, size: u64, align: u64) {
         self.up_to(offset, align);
         self.end = self.end.max(offset.saturating_add(size));
     }
 
-    fn finish(mut self, size: u64, align: u64) -> Vec<u64> {
+    pub(crate) fn finish(mut self, size: u64, align: u64) -> Vec<u64> {
         if self.end > 0 {
             self.up_to(size, align);
         }
