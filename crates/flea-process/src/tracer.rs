@@ -138,8 +138,8 @@ pub struct Tracer {
     /// Forked children with memory of their own, stopped before their first instruction.
     pub(crate) held: BTreeSet<Pid>,
     pub(crate) traps: TrapTable,
-    /// What has been written to text since the window opened: (address, bytes).
-    pub(crate) text_log: BTreeMap<RemoteAddr, usize>,
+    /// What has been written to since the window opened, and the bytes that were there before.
+    pub(crate) text_log: BTreeMap<RemoteAddr, Vec<u8>>,
     pub(crate) sigtrap: SigtrapAction,
     pub(crate) sync: SyncMethod,
     pub(crate) syscall_insn: Option<RemoteAddr>,

@@ -128,11 +128,19 @@ impl Tracer {
     /// sites must not keep the threads waiting that run into the first of them.
     pub fn write_text(&mut self, at: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
         self.check_alive()?;
+        self.note_original(at, bytes.len())?;
         self.memory.write(at, bytes)?;
-        let logged = self.text_log.entry(at).or_default();
-        *logged = bytes.len().max(*logged);
         self.writes += 1;
         if self.writes.is_multiple_of(WRITES_PER_PUMP) { self.pump() } else { Ok(()) }
+    }
+
+    fn note_original(&mut self, at: RemoteAddr, size_bytes: usize) -> Result<(), TraceError> {
+        let known = self.text_log.entry(at).or_default();
+        if known.len() < size_bytes {
+            let rest = at.offset(i64::try_from(known.len()).unwrap_or(i64::MAX));
+            known.extend(self.memory.read_vec(rest, size_bytes - known.len())?);
+        }
+        Ok(())
     }
 
     /// Returns once every CPU that runs the target has refetched its instructions.
@@ -176,12 +184,6 @@ impl Tracer {
         }
         self.pump()?;
         self.unpark_all()?;
-        self.await_births()?;
-        self.release_held()
-    }
-
-    /// Waits for children that were announced.
-    pub(crate) fn await_births(&mut self) -> Result<(), TraceError> {
         let until = Instant::now() + HALT_PATIENCE;
         let mut pace = Pace::default();
         while !self.expected.is_empty() && Instant::now() < until {
@@ -189,7 +191,7 @@ impl Tracer {
             self.pump()?;
             self.reap_ended();
         }
-        Ok(())
+        self.release_held()
     }
 
     fn drain_thread(&mut self, tid: Tid) -> Result<(), TraceError> {
@@ -396,9 +398,17 @@ impl Tracer {
         let Ok(copy) = Memory::open(child) else {
             return;
         };
-        for (&at, &size_bytes) in &self.text_log {
+        let is_original = |(&at, original): (&RemoteAddr, &Vec<u8>)| {
+            copy.read_vec(at, original.len()).is_ok_and(|bytes| bytes == *original)
+        };
+        if self.text_log.iter().all(is_original) {
+            // Forked before the first write, though we hear of it only now: it has nothing of
+            // ours, and perhaps not the memory that new bytes lead to either.
+            return;
+        }
+        for (&at, original) in &self.text_log {
             // A range that either of them has not mapped (any more) is executed by neither.
-            if let Ok(bytes) = self.memory.read_vec(at, size_bytes) {
+            if let Ok(bytes) = self.memory.read_vec(at, original.len()) {
                 drop(copy.write(at, &bytes));
             }
         }
