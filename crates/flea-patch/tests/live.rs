@@ -8,8 +8,8 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use flea_patch::{CommitError, PATCH_BYTES, Plan, Poke, commit};
-use flea_process::{MapRequest, Tracer, seize};
+use flea_patch::{CommitError, PATCH_BYTES, Plan, Poke, Target as PatchTarget, commit};
+use flea_process::{MapRequest, TraceError, Tracer, Trap, seize};
 use flea_symbols::addr::RemoteAddr;
 use support::Target;
 
@@ -190,12 +190,11 @@ fn a_sigtrap_of_its_own_is_pending() {
 
 #[test]
 fn sigtraps_of_its_own_everywhere() {
-    let text = exercise("3", "th", 20, 10);
-    assert!(number(&text, "handled") > 0);
     exercise("3", "ti", 20, 10);
     // Breakpoints reset the disposition in threads that block SIGTRAP, while others that do not
     // are about to act on one.
-    exercise("4", "tho", 20, 10);
+    let text = exercise("4", "tho", 20, 10);
+    assert!(number(&text, "handled") > 0);
     exercise("4", "tio", 20, 10);
 }
 
@@ -218,4 +217,81 @@ fn children_come_and_go() {
     let text = exercise("2", "f", 10, 5);
     assert!(number(&text, "forks") > 0);
     exercise("2", "v", 10, 5);
+}
+
+/// A controller that is given no CPU for long after each step, on a machine that is not busy:
+/// everything that may happen while breakpoints are there has the time to.
+struct Slow<'a>(&'a mut Tracer);
+
+const SLOW_STEP: Duration = Duration::from_millis(150);
+
+impl PatchTarget for Slow<'_> {
+    type Error = TraceError;
+
+    fn read(&mut self, at: RemoteAddr, into: &mut [u8]) -> Result<(), TraceError> {
+        PatchTarget::read(self.0, at, into)
+    }
+
+    fn write_text(&mut self, at: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
+        self.0.write_text(at, bytes)
+    }
+
+    fn sync_core(&mut self) -> Result<(), TraceError> {
+        self.0.sync_core()?;
+        self.0.wait_a_moment(SLOW_STEP)
+    }
+
+    fn arm(&mut self, traps: &[Trap]) -> Result<(), TraceError> {
+        self.0.arm(traps)
+    }
+
+    fn disarm(&mut self) -> Result<(), TraceError> {
+        self.0.disarm()
+    }
+
+    fn evacuate(
+        &mut self,
+        moves: &[(RemoteAddr, RemoteAddr)],
+    ) -> Result<Vec<RemoteAddr>, TraceError> {
+        PatchTarget::evacuate(self.0, moves)
+    }
+
+    fn wait_a_moment(&mut self, duration: Duration) -> Result<(), TraceError> {
+        self.0.wait_a_moment(duration)
+    }
+
+    fn drain(&mut self) -> Result<(), TraceError> {
+        self.0.drain()
+    }
+}
+
+/// One commit and its reverse by a slow controller.
+fn exercise_slowly(letters: &str) -> String {
+    let target = Target::start("hot", &["4", letters]);
+    let pid = target.pid();
+    let disposition = sigtrap_disposition(pid);
+    seize(pid, |tracer| {
+        let hot = Hot::new(tracer, &target.first_line);
+        let plan = hot.on(tracer);
+        for plan in [&plan, &reverse(&plan)] {
+            commit(&mut Slow(tracer), plan).unwrap();
+            assert_eq!(sigtrap_disposition(pid), disposition, "{letters}: after a commit");
+        }
+        assert!(tracer.counts().traps > 0, "no thread ever met a breakpoint");
+    })
+    .unwrap();
+    target.finish()
+}
+
+#[test]
+fn sigtrap_ignored_in_a_long_window() {
+    let text = exercise_slowly("fi");
+    assert!(number(&text, "forks") > 0);
+    exercise_slowly("tio");
+}
+
+#[test]
+fn a_sigtrap_handler_in_a_long_window() {
+    let text = exercise_slowly("tho");
+    assert!(number(&text, "handled") > 0);
 }

@@ -171,7 +171,9 @@ impl Tracer {
             // Tried again when the next window closes, and when we leave.
             Err(_) => {}
         }
-        self.await_births()
+        // A fork under way has copied the disposition perhaps before it was put back: each is
+        // waited for, so that its child is put right while we still know how.
+        self.drain()
     }
 
     /// Forgets what was kept, unless it is still needed.

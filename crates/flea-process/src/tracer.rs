@@ -116,6 +116,8 @@ pub(crate) struct Task {
     pub(crate) foreign: bool,
     /// It was let go with a SIGTRAP to act on, and has not been seen to stop since.
     pub(crate) given_sigtrap: bool,
+    /// It has been seen at no breakpoint since all of them were: see `TrapTable::is_outside`.
+    pub(crate) seen_outside: bool,
 }
 
 impl Task {
@@ -138,8 +140,8 @@ pub struct Tracer {
     /// Forked children with memory of their own, stopped before their first instruction.
     pub(crate) held: BTreeSet<Pid>,
     pub(crate) traps: TrapTable,
-    /// What has been written to text since the window opened: (address, bytes).
-    pub(crate) text_log: BTreeMap<RemoteAddr, usize>,
+    /// What has been written to since the window opened, and the bytes that were there before.
+    pub(crate) text_log: BTreeMap<RemoteAddr, Vec<u8>>,
     pub(crate) sigtrap: SigtrapAction,
     pub(crate) sync: SyncMethod,
     pub(crate) syscall_insn: Option<RemoteAddr>,
@@ -371,6 +373,7 @@ impl Tracer {
         let Some(regs) = self.still_there(tid, "reading registers", ptrace::registers(tid))? else {
             return Ok(());
         };
+        self.note_outside(tid, &regs);
         let is_trap = signal == libc::SIGTRAP;
         let ignored = is_trap && self.sigtrap_is_ignored() || self.is_ignored(signal)?;
         let rewound = self.tasks.get(&tid).and_then(|task| task.rewound);

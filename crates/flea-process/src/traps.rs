@@ -23,8 +23,8 @@
 //! as from a trap; the signal is queued again once the mask is back, or, where it is not blocked
 //! (sent in the microsecond before the thread ran into the breakpoint), delivered. What remains:
 //! where an instruction starts right behind the breakpoint, such a thread cannot be told from one
-//! that stood there when its own signal came, until threads have been moved out; the latter is
-//! assumed.
+//! that stood there when its own signal came, until it has been seen elsewhere or threads have
+//! been moved out; the latter is assumed.
 
 use std::collections::BTreeMap;
 
@@ -50,11 +50,14 @@ pub(crate) struct TrapTable {
     by_site: BTreeMap<RemoteAddr, Trap>,
     /// Nobody stands inside replaced bytes any more, or comes there but by a breakpoint.
     evacuated: bool,
+    /// Every CPU has seen every breakpoint.
+    synced: bool,
 }
 
 impl TrapTable {
     pub(crate) fn add(&mut self, traps: &[Trap]) {
         self.evacuated = false;
+        self.synced = false;
         self.by_site.extend(traps.iter().map(|&trap| (trap.site, trap)));
     }
 
@@ -69,6 +72,16 @@ impl TrapTable {
     /// Where a thread goes on whose instruction pointer is right behind a breakpoint.
     pub(crate) fn target_behind(&self, pc: RemoteAddr) -> Option<RemoteAddr> {
         self.by_site.get(&pc.offset(-1)).map(|trap| trap.goes_to)
+    }
+
+    pub(crate) fn note_synced(&mut self) {
+        self.synced = true;
+    }
+
+    /// Whether a thread seen at `pc` gets behind a breakpoint from now on only by running into
+    /// it. (Unless a signal's handler returns there; `evacuate` waits for those.)
+    pub(crate) fn is_outside(&self, pc: RemoteAddr) -> bool {
+        self.synced && self.target_behind(pc).is_none()
     }
 
     pub(crate) fn note_evacuated(&mut self) {
@@ -119,6 +132,10 @@ mod tests {
         assert_eq!(table.target_behind(RemoteAddr(17)), Some(RemoteAddr(99)));
         assert_eq!(table.target_behind(RemoteAddr(16)), None);
         assert!(!table.leads_behind(RemoteAddr(17)), "perhaps it was there before");
+        assert!(!table.is_outside(RemoteAddr(50)), "a CPU may not have seen it yet");
+        table.note_synced();
+        assert!(table.is_outside(RemoteAddr(50)));
+        assert!(!table.is_outside(RemoteAddr(17)));
         table.note_evacuated();
         assert!(table.leads_behind(RemoteAddr(17)), "only the breakpoint leads there now");
         assert!(!table.leads_behind(RemoteAddr(16)));

@@ -53,7 +53,7 @@ use crate::ptrace::{self, Stop};
 use crate::remote::RemoteError;
 use crate::tracer::{Pace, TraceError, Tracer};
 use crate::traps::{Trap, was_blocked};
-use crate::x86_64::{is_fork, never_falls_behind_itself};
+use crate::x86_64::{Registers, is_fork, never_falls_behind_itself};
 
 /// `si_code` of a signal that the kernel itself raised.
 const SI_KERNEL: i32 = 0x80;
@@ -105,6 +105,7 @@ impl Tracer {
         }
         // From here on SIGTRAPs are held, so that those let go before are the last ones.
         self.traps.add(traps);
+        self.tasks.values_mut().for_each(|task| task.seen_outside = false);
         if let Err(error) = self.finish_sigtraps() {
             self.disarm()?;
             return Err(error);
@@ -128,15 +129,29 @@ impl Tracer {
     /// sites must not keep the threads waiting that run into the first of them.
     pub fn write_text(&mut self, at: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
         self.check_alive()?;
+        self.note_original(at, bytes.len())?;
         self.memory.write(at, bytes)?;
-        let logged = self.text_log.entry(at).or_default();
-        *logged = bytes.len().max(*logged);
         self.writes += 1;
         if self.writes.is_multiple_of(WRITES_PER_PUMP) { self.pump() } else { Ok(()) }
     }
 
+    fn note_original(&mut self, at: RemoteAddr, size_bytes: usize) -> Result<(), TraceError> {
+        let known = self.text_log.entry(at).or_default();
+        if known.len() < size_bytes {
+            let rest = at.offset(i64::try_from(known.len()).unwrap_or(i64::MAX));
+            known.extend(self.memory.read_vec(rest, size_bytes - known.len())?);
+        }
+        Ok(())
+    }
+
     /// Returns once every CPU that runs the target has refetched its instructions.
     pub fn sync_core(&mut self) -> Result<(), TraceError> {
+        self.refetch()?;
+        self.traps.note_synced();
+        self.pump()
+    }
+
+    fn refetch(&mut self) -> Result<(), TraceError> {
         self.pump()?;
         let done = match self.sync {
             SyncMethod::Unknown => self.with_thread(|thread| {
@@ -162,7 +177,7 @@ impl Tracer {
                 self.sync_by_interrupts()?;
             }
         }
-        self.pump()
+        Ok(())
     }
 
     /// Waits until no thread can still be on its way into one of our breakpoints, which must
@@ -176,12 +191,6 @@ impl Tracer {
         }
         self.pump()?;
         self.unpark_all()?;
-        self.await_births()?;
-        self.release_held()
-    }
-
-    /// Waits for children that were announced.
-    pub(crate) fn await_births(&mut self) -> Result<(), TraceError> {
         let until = Instant::now() + HALT_PATIENCE;
         let mut pace = Pace::default();
         while !self.expected.is_empty() && Instant::now() < until {
@@ -189,7 +198,7 @@ impl Tracer {
             self.pump()?;
             self.reap_ended();
         }
-        Ok(())
+        self.release_held()
     }
 
     fn drain_thread(&mut self, tid: Tid) -> Result<(), TraceError> {
@@ -260,6 +269,7 @@ impl Tracer {
             else {
                 return Ok(None);
             };
+            self.note_outside(tid, &regs);
             if stop == Stop::Parked {
                 // What is pending for it is its own.
                 return Ok(Some(stop));
@@ -321,7 +331,7 @@ impl Tracer {
         let blocked = was_blocked(noted, now);
         let swallowed_another = code != SI_KERNEL;
         if swallowed_another && !blocked {
-            if self.has_certainly_trapped(regs.pc()) {
+            if self.has_certainly_trapped(tid, regs.pc()) {
                 self.counts.traps += 1;
                 let set = ptrace::set_registers(tid, &regs.with_pc(goes_to));
                 self.still_there(tid, "setting registers", set)?;
@@ -351,11 +361,21 @@ impl Tracer {
 
     /// Whether a thread right behind a breakpoint has run into it, and cannot have come there
     /// otherwise: by what stands at the site now or by what stood there before.
-    fn has_certainly_trapped(&self, pc: RemoteAddr) -> bool {
+    fn has_certainly_trapped(&self, tid: Tid, pc: RemoteAddr) -> bool {
+        let seen_outside = self.tasks.get(&tid).is_some_and(|task| task.seen_outside);
         let mut at_site = [0];
-        self.traps.leads_behind(pc)
+        (seen_outside || self.traps.leads_behind(pc))
             && self.memory.read(pc.offset(-1), &mut at_site).is_ok()
             && never_falls_behind_itself(at_site[0])
+    }
+
+    /// To be called with the registers of each stopped thread, before it goes on.
+    pub(crate) fn note_outside(&mut self, tid: Tid, regs: &Registers) {
+        if self.traps.is_outside(regs.pc())
+            && let Some(task) = self.tasks.get_mut(&tid)
+        {
+            task.seen_outside = true;
+        }
     }
 
     /// Resumes a parked thread.
@@ -396,9 +416,17 @@ impl Tracer {
         let Ok(copy) = Memory::open(child) else {
             return;
         };
-        for (&at, &size_bytes) in &self.text_log {
+        let is_original = |(&at, original): (&RemoteAddr, &Vec<u8>)| {
+            copy.read_vec(at, original.len()).is_ok_and(|bytes| bytes == *original)
+        };
+        if self.text_log.iter().all(is_original) {
+            // Forked before the first write, though we hear of it only now: it has nothing of
+            // ours, and perhaps not the memory that new bytes lead to either.
+            return;
+        }
+        for (&at, original) in &self.text_log {
             // A range that either of them has not mapped (any more) is executed by neither.
-            if let Ok(bytes) = self.memory.read_vec(at, size_bytes) {
+            if let Ok(bytes) = self.memory.read_vec(at, original.len()) {
                 drop(copy.write(at, &bytes));
             }
         }
