@@ -49,6 +49,7 @@ pub(super) fn read(
         live: code.live,
         stack_words: code.stack_words,
         compiler,
+        is_private: false,
     };
     let chosen = evidence.choose(candidates, None, Choice::Btf).ok_or(Doubt::Contradicted)?;
     Ok(Signature { source: SignatureSource::Btf, ..chosen })
