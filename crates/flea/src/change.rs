@@ -210,7 +210,11 @@ impl Change {
             Some(Question::Row) | None => flea_image::Question::Row,
         };
         f.calls = bodies.iter().flat_map(called).collect();
-        let stack_copy = self.stack_copy(f.stack);
+        let stack_copy = self.stack_copy(f.stack).ok_or_else(|| {
+            let message = "this build's runtime is not in the target".to_owned();
+            let source = flea_image::LinkError::Encode { image_address: f.site, message };
+            AttachError::Link { function: f.name.clone(), source }
+        })?;
         let link = |at| {
             let request = SkeletonRequest {
                 site: f.site,
@@ -251,13 +255,15 @@ impl Change {
         Ok(skeleton)
     }
 
-    fn stack_copy(&self, stack: StackArgs) -> StackCopy {
+    /// `None` where this build has no runtime in the target to read the stack with.
+    fn stack_copy(&self, stack: StackArgs) -> Option<StackCopy> {
+        let n_words = stack.n_words;
         if !stack.may_be_fewer {
-            return StackCopy::Exactly(stack.n_words);
+            return Some(StackCopy::Exactly(n_words));
         }
-        let runtime = self.registry.runtime.expect("a registry with such a function has one");
         let into = flea_runtime::offset_of(RuntimeFn::ProbeReadUser);
-        StackCopy::UpTo { n_words: stack.n_words, probe_read_user: runtime.offset(into.into()) }
+        let probe_read_user = self.registry.own_runtime()?.offset(into.into());
+        Some(StackCopy::UpTo { n_words, probe_read_user })
     }
 
     /// The arenas that have rows.

@@ -20,7 +20,7 @@ mod hex;
 mod replaced;
 mod saves;
 
-use std::collections::HashSet;
+use std::{collections::HashSet, sync::OnceLock};
 
 use flea_image::Save;
 use flea_process::{Memory, MemoryError};
@@ -42,7 +42,7 @@ const HEADER_BYTES: u64 = 4096;
 const MAX_LOADS: u32 = 64;
 const JMP_REL8: u8 = 0xeb;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x08");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x09");
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,8 +51,8 @@ pub struct Registry {
     pub next_id: u32,
     /// Executable memory of ours.
     pub code: Vec<CodeArena>,
-    /// Where the runtime blob is.
-    pub runtime: Option<RemoteAddr>,
+    /// The runtimes in its code arenas, one of each build of Flea that came.
+    pub runtimes: Vec<Runtime>,
     /// Shared memory of ours, thread table included.
     pub data: Vec<DataArena>,
     /// Shared objects of ours, whose functions replace some of the target's.
@@ -61,6 +61,16 @@ pub struct Registry {
     pub functions: Vec<FunctionState>,
     /// Code that no function enters any more and that some thread may still be in.
     pub retired: Vec<Retired>,
+}
+
+/// A copy of the runtime. Bodies and skeletons call the one that they were made for: another
+/// build's functions are elsewhere in it, and may do other things.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Runtime {
+    /// Where it is.
+    pub code: Placed,
+    /// Which it is: a sum over its bytes.
+    pub sum: u64,
 }
 
 /// A stretch of executable memory within reach of the modules it serves.
@@ -333,6 +343,12 @@ impl BodyState {
 }
 
 impl Registry {
+    /// Where the runtime of this build is.
+    pub(crate) fn own_runtime(&self) -> Option<RemoteAddr> {
+        let sum = runtime_sum();
+        self.runtimes.iter().find(|runtime| runtime.sum == sum).map(|runtime| runtime.code.at)
+    }
+
     /// The numbers of all bodies.
     pub(crate) fn body_ids(&self) -> HashSet<u32> {
         self.functions.iter().flat_map(|f| &f.bodies).map(|b| b.id).collect()
@@ -488,6 +504,12 @@ impl Storage {
     pub(crate) fn damaged(self, what: String) -> RegistryError {
         RegistryError::Damaged { at: self.base, what }
     }
+}
+
+/// [`Runtime::sum`] of the runtime of this build.
+pub(crate) fn runtime_sum() -> u64 {
+    static SUM: OnceLock<u64> = OnceLock::new();
+    *SUM.get_or_init(|| checksum(flea_runtime::BLOB))
 }
 
 /// FNV-1a over 8-byte words: finds accidents, not attackers.

@@ -18,7 +18,7 @@ use flea_symbols::addr::RemoteAddr;
 use crate::{
     error::RemoteError,
     frames_file,
-    registry::{self, CodeArena, Controller, DataArena, LoadedObject, Registry, Storage},
+    registry::{self, CodeArena, Controller, DataArena, LoadedObject, Registry, Runtime, Storage},
 };
 
 /// Bytes of the first code arena near a module; later ones are twice as large.
@@ -51,6 +51,19 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<RemoteAddr>, RemoteError>
     Ok(maps.iter().find(|m| m.path == registry::MAPS_PATH && !m.perms.shared).map(|m| m.start))
 }
 
+/// Puts this build's runtime into a code arena: any will do, as it is called by its address.
+/// Whether one had room.
+fn place_runtime(tracer: &Tracer, registry: &mut Registry) -> Result<bool, RemoteError> {
+    let len = u32::try_from(flea_runtime::BLOB.len()).expect("the blob is small");
+    let bases: Vec<_> = registry.code.iter().map(|arena| arena.base).collect();
+    let Some(code) = bases.into_iter().find_map(|base| registry.place(base, len)) else {
+        return Ok(false);
+    };
+    tracer.memory().write(code.at, flea_runtime::BLOB)?;
+    registry.runtimes.push(Runtime { code, sum: registry::runtime_sum() });
+    Ok(true)
+}
+
 impl<'t> Ground<'t> {
     /// What is there; `None` where nothing is.
     pub(crate) fn find(tracer: &'t mut Tracer) -> Result<Option<Self>, RemoteError> {
@@ -58,7 +71,22 @@ impl<'t> Ground<'t> {
         let storage = Storage::at(base);
         let registry = storage.load(tracer.memory())?;
         let stored = Some(registry.clone());
-        Ok(Some(Self { tracer, storage, registry, stored }))
+        let mut ground = Self { tracer, storage, registry, stored };
+        ground.bring_runtime()?;
+        Ok(Some(ground))
+    }
+
+    /// Another build of Flea may have been here first.
+    fn bring_runtime(&mut self) -> Result<(), RemoteError> {
+        if self.registry.own_runtime().is_some() || self.registry.code.is_empty() {
+            return Ok(());
+        }
+        if !place_runtime(self.tracer, &mut self.registry)? {
+            let near = self.registry.code[0].base;
+            self.add_code_arena(near)?;
+            place_runtime(self.tracer, &mut self.registry)?;
+        }
+        self.store()
     }
 
     /// What is there, made where nothing is.
@@ -90,12 +118,8 @@ impl<'t> Ground<'t> {
 
     /// Puts the runtime into a fresh arena and makes the registry.
     fn furnish(tracer: &mut Tracer, arena: CodeArena) -> Result<(Storage, Registry), RemoteError> {
-        let near = arena.base;
         let mut registry = Registry { code: vec![arena], ..Registry::default() };
-        let blob_len = u32::try_from(flea_runtime::BLOB.len()).expect("the blob is small");
-        let runtime = registry.place(near, blob_len).expect("a fresh arena has room");
-        tracer.memory().write(runtime.at, flea_runtime::BLOB)?;
-        registry.runtime = Some(runtime.at);
+        place_runtime(tracer, &mut registry)?;
 
         let fd = memfd(tracer, &mut registry, registry::NAME)?;
         let base = tracer.remote_map(MapRequest {

@@ -309,7 +309,7 @@ fn attach_on(
     unwinders: &[Unwinder],
 ) -> Result<Vec<u32>, AttachError> {
     settle(&mut ground)?;
-    let runtime = ground.registry.runtime.ok_or_else(|| {
+    let runtime = ground.registry.own_runtime().ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
     let outcome = change(&mut ground, unwinders, |change| {

@@ -42,8 +42,8 @@ pub(super) fn check(registry: &Registry) -> Result<(), String> {
             return Err(format!("an object of {} bytes at {}", object.size_bytes, object.base));
         }
     }
-    if let Some(at) = registry.runtime {
-        check_placed(registry, Placed { at, len: 1 })?;
+    for runtime in &registry.runtimes {
+        check_placed(registry, runtime.code)?;
     }
     if registry.next_id > MAX_ID {
         return Err(format!("{} bodies were attached", registry.next_id));
@@ -70,7 +70,8 @@ fn placed(registry: &Registry) -> impl Iterator<Item = Placed> + '_ {
         .iter()
         .flat_map(|f| f.bodies.iter().flat_map(BodyState::placed).chain(f.skeleton));
     let rows = registry.code.iter().filter_map(|arena| arena.rows);
-    functions.chain(rows).chain(registry.retired.iter().map(|r| r.code))
+    let runtimes = registry.runtimes.iter().map(|runtime| runtime.code);
+    functions.chain(rows).chain(runtimes).chain(registry.retired.iter().map(|r| r.code))
 }
 
 fn check_arena(arena: &CodeArena) -> Result<(), String> {
@@ -100,7 +101,7 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
     if f.door.is_some_and(|door| !has_room(door)) {
         return Err(format!("the door to {} is at {:?}", f.site, f.door));
     }
-    if f.stack.may_be_fewer && registry.runtime.is_none() {
+    if f.stack.may_be_fewer && registry.runtimes.is_empty() {
         return Err(format!("no runtime to read the stack arguments of {} with", f.site));
     }
     f.skeleton.map_or(Ok(()), |p| check_placed(registry, p))?;

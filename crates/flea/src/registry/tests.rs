@@ -90,7 +90,7 @@ fn sample() -> Registry {
             pinned: false,
         }],
         code: vec![arena],
-        runtime: Some(code),
+        runtimes: vec![Runtime { code: Placed { at: code, len: 0x40 }, sum: 7 }],
         data: vec![DataArena {
             mapping: RemoteAddr(0x40_0000),
             size_bytes: 0x20_0000,
@@ -187,7 +187,7 @@ fn what_others_rely_on_is_checked() {
     let lies: [(&str, Lie); 27] = [
         ("switch", |r| r.functions[0].switches[0].at = RemoteAddr(8)),
         ("rows", |r| r.code[0].rows = Some(Placed { at: RemoteAddr(8), len: 8 })),
-        ("no runtime to read the stack with", |r| r.runtime = None),
+        ("no runtime to read the stack with", |r| r.runtimes.clear()),
         ("a door in the patch", |r| r.functions[0].door = Some(RemoteAddr(0x20_0008))),
         ("a door outside", |r| r.functions[0].door = Some(RemoteAddr(0x20_0009))),
         ("few bytes", |r| r.functions[0].original.truncate(4)),
@@ -290,4 +290,14 @@ proptest! {
         place.write(0, &words.map(u64::to_le_bytes).concat());
         prop_assert!(place.load().is_err());
     }
+}
+
+/// Bodies of another build call functions at other places.
+#[test]
+fn a_runtime_is_known_by_its_bytes() {
+    let mut registry = sample();
+    assert_eq!(registry.own_runtime(), None, "its sum is another build's");
+    let at = RemoteAddr(0x10_0040);
+    registry.runtimes.push(Runtime { code: Placed { at, len: 16 }, sum: runtime_sum() });
+    assert_eq!(registry.own_runtime(), Some(at));
 }

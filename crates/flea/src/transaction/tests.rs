@@ -103,9 +103,11 @@ fn one_that_was_about_to_change_the_skeleton() {
     assert_eq!(n_retired, 1, "so it was announced");
     // Whoever comes finishes it, also when there is nothing to do at that function.
     let other = results(&session, "libc.so.6:write");
-    cat.works();
-    cat.works();
-    assert!(stays.read()[0].count >= 2 && other.read()[0].count == 2);
+    for _ in 0..3 {
+        cat.works();
+    }
+    // The last line may be here before its `write` has returned.
+    assert!(stays.read()[0].count >= 2 && (2..=3).contains(&other.read()[0].count));
     stays.detach().unwrap();
     drop((stays, other));
     cat.works();
