@@ -59,6 +59,8 @@ fn hot_functions_are_seen_in_every_round() -> Result<()> {
     for round in 0..15 {
         let other = Tracing::attach(&["latency", "busy_step"], target.pid())?;
         let tracing = Tracing::attach(&["count", "busy_step"], target.pid())?;
+        // Long enough for the busy thread to get a CPU, not only for the commands.
+        std::thread::sleep(std::time::Duration::from_millis(100));
         let (first, second) = if round % 2 == 0 { (tracing, other) } else { (other, tracing) };
         let (first, second) = (first.stop()?, second.stop()?);
         for record in first.0.iter().chain(&second.0).filter(|r| r["function"] == "busy_step") {

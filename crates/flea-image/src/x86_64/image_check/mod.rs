@@ -3,7 +3,7 @@
 //!
 //! It decodes and nothing else; it shares no code with what emits images (`skeleton`,
 //! `relocate`, `slim`, `body`). From the entry on, every path is followed with a symbolic value
-//! in every register and stack word ([`value`]): "what the caller left in rdi", "the caller's
+//! in every register and stack word (`value`): "what the caller left in rdi", "the caller's
 //! stack word 3", "what the original left in rax", `rsp` always as the entry's plus a constant.
 //! Where paths meet, values that differ are unknown from there on, so loops end.
 //!
