@@ -88,6 +88,8 @@ macro_rules! call {
     }};
 }
 
+mod hundred;
+
 /// What all tests share. They change the code of one process, so they take turns.
 struct Bench {
     library: &'static Library,
