@@ -39,6 +39,44 @@ use map::Map;
 use mem::{Bytes, Shared};
 use shared::THREAD_TABLE_BYTES;
 
+/// How every entry begins: `rbp` is its frame, and what a Rust or C function may change is saved.
+macro_rules! enter {
+    () => {
+        concat!(
+            "endbr64\n",
+            "push rbp\n",
+            "mov rbp, rsp\n",
+            "push rcx\n",
+            "push rdx\n",
+            "push rsi\n",
+            "push rdi\n",
+            "push r8\n",
+            "push r9\n",
+            "push r10\n",
+            "push r11\n",
+        )
+    };
+}
+
+/// How every entry ends, wherever `rsp` is.
+macro_rules! leave {
+    () => {
+        concat!(
+            "lea rsp, [rbp - 64]\n",
+            "pop r11\n",
+            "pop r10\n",
+            "pop r9\n",
+            "pop r8\n",
+            "pop rdi\n",
+            "pop rsi\n",
+            "pop rdx\n",
+            "pop rcx\n",
+            "pop rbp\n",
+            "ret\n",
+        )
+    };
+}
+
 macro_rules! entries {
     ($($symbol:ident => $function:path;)*) => {$(
         /// # Safety
@@ -47,30 +85,10 @@ macro_rules! entries {
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $symbol() {
             core::arch::naked_asm!(
-                "endbr64",
-                "push rbp",
-                "mov rbp, rsp",
-                "push rcx",
-                "push rdx",
-                "push rsi",
-                "push rdi",
-                "push r8",
-                "push r9",
-                "push r10",
-                "push r11",
+                enter!(),
                 "and rsp, -16",
                 "call {function}",
-                "lea rsp, [rbp - 64]",
-                "pop r11",
-                "pop r10",
-                "pop r9",
-                "pop r8",
-                "pop rdi",
-                "pop rsi",
-                "pop rdx",
-                "pop rcx",
-                "pop rbp",
-                "ret",
+                leave!(),
                 function = sym $function,
             )
         }
@@ -131,17 +149,7 @@ unsafe extern "C" fn thread_slot(arena: u64) -> u64 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn flea_clock_ns() {
     core::arch::naked_asm!(
-        "endbr64",
-        "push rbp",
-        "mov rbp, rsp",
-        "push rcx",
-        "push rdx",
-        "push rsi",
-        "push rdi",
-        "push r8",
-        "push r9",
-        "push r10",
-        "push r11",
+        enter!(),
         "sub rsp, 16",
         "and rsp, -16",
         "mov rax, rdi",
@@ -155,17 +163,7 @@ pub unsafe extern "C" fn flea_clock_ns() {
         "imul rax, [rsp], 1000000000",
         "add rax, [rsp + 8]",
         "2:",
-        "lea rsp, [rbp - 64]",
-        "pop r11",
-        "pop r10",
-        "pop r9",
-        "pop r8",
-        "pop rdi",
-        "pop rsi",
-        "pop rdx",
-        "pop rcx",
-        "pop rbp",
-        "ret",
+        leave!(),
         "3:",
         "mov edi, [rbp - 24]",
         "call {by_system_call}",

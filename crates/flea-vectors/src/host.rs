@@ -1,7 +1,7 @@
 //! Helpers and maps for the interpreter: plain data structures over its made-up memory, so
 //! that nothing is shared with the code that compiled programs call.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
 
 use flea_layout::plan::ArenaPlan;
@@ -38,8 +38,8 @@ pub(crate) struct MapsHost {
     specs: Vec<MapSpec>,
     tables: Vec<Table>,
     context: Vec<u64>,
-    /// Open ring buffer records: address to map and bytes.
-    records: HashMap<u64, (usize, u64)>,
+    /// Addresses of ring buffer records that are reserved and not given back.
+    records: HashSet<u64>,
     since: Instant,
 }
 
@@ -70,7 +70,7 @@ impl MapsHost {
             specs: specs.to_vec(),
             tables,
             context,
-            records: HashMap::new(),
+            records: HashSet::new(),
             since: Instant::now(),
         }
     }
@@ -154,7 +154,7 @@ impl MapsHost {
         *used_bytes += takes;
         let n_bytes = usize::try_from(size).unwrap_or(0);
         let at = memory.add(vec![0; n_bytes], Protection::ReadWrite);
-        self.records.insert(at, (map, size));
+        self.records.insert(at);
         at
     }
 
@@ -221,7 +221,7 @@ impl Host for MapsHost {
             | Helper::RingbufQuery => self.map_call(helper, args, memory),
             Helper::RingbufSubmit | Helper::RingbufDiscard => {
                 let known = self.records.remove(&args[0]);
-                known.map(|_| 0).ok_or_else(|| format!("{:#x} is no record", args[0]))
+                known.then_some(0).ok_or_else(|| format!("{:#x} is no record", args[0]))
             }
             // Any clock that goes forward: the compiled program reads it at another time.
             Helper::KtimeGetNs | Helper::KtimeGetBootNs => {

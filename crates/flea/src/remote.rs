@@ -84,7 +84,8 @@ impl<'t> Ground<'t> {
         if !place_runtime(self.tracer, &mut self.registry)? {
             let near = self.registry.code[0].base;
             self.add_code_arena(near)?;
-            place_runtime(self.tracer, &mut self.registry)?;
+            let placed = place_runtime(self.tracer, &mut self.registry)?;
+            assert!(placed, "a fresh arena has room");
         }
         self.store()
     }
@@ -119,7 +120,8 @@ impl<'t> Ground<'t> {
     /// Puts the runtime into a fresh arena and makes the registry.
     fn furnish(tracer: &mut Tracer, arena: CodeArena) -> Result<(Storage, Registry), RemoteError> {
         let mut registry = Registry { code: vec![arena], ..Registry::default() };
-        place_runtime(tracer, &mut registry)?;
+        let placed = place_runtime(tracer, &mut registry)?;
+        assert!(placed, "a fresh arena has room");
 
         let fd = memfd(tracer, &mut registry, registry::NAME)?;
         let base = tracer.remote_map(MapRequest {
