@@ -6,6 +6,7 @@
 //! - [`validate`]: is it well-formed eBPF? What the verifier asks first.
 //! - [`interp`]: what a program means, for tests.
 //! - [`insn`], [`opcode`], [`helper`], [`spec`]: the types that everyone shares.
+//! - [`types`]: the target's types.
 #![forbid(unsafe_code)]
 
 pub mod asm;
@@ -23,6 +24,7 @@ pub mod opcode;
 mod parse;
 mod section;
 pub mod spec;
+pub mod types;
 pub mod validate;
 
 pub use btf::BtfError;

@@ -35,6 +35,7 @@ mod trace;
 mod value;
 
 use flea_object::spec::{MapSpec, Program};
+use flea_object::types::{TypeId, Types};
 
 use cfg::Cfg;
 use explore::{BUDGET, Explorer, Refusal};
@@ -86,7 +87,8 @@ pub struct Rejection {
     pub hint: Option<String>,
 }
 
-/// Proves `program` safe against `maps` and `context`, or says why not.
+/// Proves `program` safe against `maps` and `context`, or says why not: [`Verifier`] with
+/// nothing else asked of it.
 ///
 /// # Errors
 /// [`Rejection`] with the first fault found.
@@ -95,29 +97,73 @@ pub fn verify(
     maps: &[MapSpec],
     context: Context,
 ) -> Result<Verified, Rejection> {
-    let structural = |(idx, fault)| rejection(idx, fault, Vec::new());
-    check_size(program).map_err(structural)?;
-    let ops = op::decode(&program.insns).map_err(structural)?;
-    let cfg = Cfg::new(&ops).map_err(structural)?;
-    let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
-    let explorer = || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
+    Verifier::new(program, maps, context).verify()
+}
 
-    let mut walk = explorer();
-    if let Err(Refusal { insn_idx, fault, steps }) = walk.run() {
-        // Printing every state on the way would cost more than the proof: the same walk
-        // again, now that it is known which steps are worth printing.
-        let mut again = explorer().traced(steps);
-        let log = again.run().err().map(|_| again.into_log()).unwrap_or_default();
-        return Err(rejection(insn_idx, fault, log));
+/// What a program is verified against.
+#[derive(Clone, Copy, Debug)]
+pub struct Verifier<'a> {
+    program: &'a Program,
+    maps: &'a [MapSpec],
+    context: Context,
+    #[expect(dead_code, reason = "typed pointers into the target are built upon it")]
+    target: Option<Target<'a>>,
+}
+
+/// The types of the function that a program is attached to.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// The types of its module.
+    pub types: &'a Types,
+    /// The type of each slot of [`Context::Tracing`], results included; `None` where it is a
+    /// part of a larger value, or not known.
+    pub slots: &'a [Option<TypeId>],
+}
+
+impl<'a> Verifier<'a> {
+    /// A program that runs with `context` and names `maps` by index.
+    #[must_use]
+    pub fn new(program: &'a Program, maps: &'a [MapSpec], context: Context) -> Self {
+        Self { program, maps, context, target: None }
     }
-    let machine = walk.machine;
-    check_stack(&cfg, &ops, &machine.stack_bytes).map_err(structural)?;
-    Ok(Verified {
-        insns: program.insns.clone(),
-        functions: functions(&cfg, &machine.stack_bytes),
-        returns: machine.return_range(),
-        facts: machine.facts.into_facts(),
-    })
+
+    /// The context's words have the types of `target`.
+    #[must_use]
+    pub fn target(self, target: Target<'a>) -> Self {
+        Self { target: Some(target), ..self }
+    }
+
+    /// Proves the program safe, or says why not.
+    ///
+    /// # Errors
+    /// [`Rejection`] with the first fault found.
+    pub fn verify(&self) -> Result<Verified, Rejection> {
+        let Self { program, maps, context, .. } = *self;
+        let structural = |(idx, fault)| rejection(idx, fault, Vec::new());
+        check_size(program).map_err(structural)?;
+        let ops = op::decode(&program.insns).map_err(structural)?;
+        let cfg = Cfg::new(&ops).map_err(structural)?;
+        let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
+        let explorer =
+            || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
+
+        let mut walk = explorer();
+        if let Err(Refusal { insn_idx, fault, steps }) = walk.run() {
+            // Printing every state on the way would cost more than the proof: the same walk
+            // again, now that it is known which steps are worth printing.
+            let mut again = explorer().traced(steps);
+            let log = again.run().err().map(|_| again.into_log()).unwrap_or_default();
+            return Err(rejection(insn_idx, fault, log));
+        }
+        let machine = walk.machine;
+        check_stack(&cfg, &ops, &machine.stack_bytes).map_err(structural)?;
+        Ok(Verified {
+            insns: program.insns.clone(),
+            functions: functions(&cfg, &machine.stack_bytes),
+            returns: machine.return_range(),
+            facts: machine.facts.into_facts(),
+        })
+    }
 }
 
 fn check_size(program: &Program) -> Result<(), (usize, Fault)> {
