@@ -15,7 +15,7 @@ pub struct TypeId(u32);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Types {
     types: Vec<Type>,
-    /// By [`essential_name`] of their [`c_name`]s.
+    /// By [`key`].
     names: BTreeMap<String, Vec<TypeId>>,
 }
 
@@ -73,7 +73,8 @@ pub enum Type {
         is_union: bool,
         /// Its size.
         size_bytes: u32,
-        /// By position; base classes are members without a name.
+        /// Of the target's types by position, of an object's in the source's order. Base
+        /// classes are members without a name.
         members: Vec<Member>,
     },
     /// A structure that is declared and not defined.
@@ -134,8 +135,7 @@ impl Types {
 
     /// Lets `id` be found by `name`: its tag, or a typedef's. Several types may have one name.
     pub fn add_name(&mut self, name: &str, id: TypeId) {
-        let name = c_name(name);
-        let ids = self.names.entry(essential_name(&name).to_owned()).or_default();
+        let ids = self.names.entry(key(name)).or_default();
         if !ids.contains(&id) {
             ids.push(id);
         }
@@ -144,7 +144,16 @@ impl Types {
     /// The types that `name` may mean, a flavour (`name___2`) taken off.
     #[must_use]
     pub fn named(&self, name: &str) -> &[TypeId] {
-        self.names.get(essential_name(&c_name(name))).map_or(&[], Vec::as_slice)
+        self.names.get(&key(name)).map_or(&[], Vec::as_slice)
+    }
+
+    /// Puts all members in the order of their positions.
+    pub fn sort_members(&mut self) {
+        for ty in &mut self.types {
+            if let Type::Struct { members, .. } = ty {
+                members.sort_by_key(|member| member.bit_offset);
+            }
+        }
     }
 
     /// The type with this id; void where there is none.
@@ -191,6 +200,30 @@ impl Types {
         }
         None
     }
+}
+
+/// What programs may call `name` has the same key.
+#[must_use]
+pub fn key(name: &str) -> String {
+    const SIZES: [&str; 3] = ["char", "short", "long"];
+    let words: Vec<&str> = name.split(' ').collect();
+    let is_number =
+        |word: &&str| matches!(*word, "signed" | "unsigned" | "int") || SIZES.contains(word);
+    if !words.iter().all(is_number) {
+        return essential_name(&c_name(name)).to_owned();
+    }
+    // `long unsigned int`, `unsigned long`: each compiler spells it its own way.
+    let mut sizes: Vec<&str> = words.iter().copied().filter(|w| SIZES.contains(w)).collect();
+    let is_char = sizes == ["char"];
+    if sizes.is_empty() {
+        sizes.push("int");
+    }
+    let sign = match () {
+        () if words.contains(&"unsigned") => "unsigned ",
+        () if words.contains(&"signed") && is_char => "signed ",
+        () => "",
+    };
+    format!("{sign}{}", sizes.join(" "))
 }
 
 /// What C cannot use as a name, and what compilers for it define.
@@ -289,6 +322,12 @@ pub fn c_name(name: &str) -> Cow<'_, str> {
     if needs_start { format!("_{spelled}").into() } else { spelled.into() }
 }
 
+/// What C headers for programs call the base class `tag` in a class: it has no name there.
+#[must_use]
+pub fn base_name(tag: &str) -> String {
+    format!("base_{}", c_name(tag))
+}
+
 /// A name without its flavour: programs may declare several versions of a type, `task` and
 /// `task___old`, which all mean the target's `task`.
 #[must_use]
@@ -345,6 +384,13 @@ mod tests {
         types.add_name("ns__S___2", b);
         assert_eq!(types.named("ns__S___mine"), [a, b]);
         assert_eq!(types.named("S"), []);
+        types.add_name("long unsigned int", a);
+        assert_eq!(types.named("unsigned long"), [a]);
+        for (name, same) in [("unsigned", "unsigned int"), ("short int", "short")] {
+            assert_eq!(key(name), key(same));
+        }
+        assert_ne!(key("signed char"), key("char"));
+        assert_ne!(key("long long int"), key("long int"));
     }
 
     #[test]
