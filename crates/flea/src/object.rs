@@ -17,10 +17,11 @@ use flea_symbols::{
     addr::RemoteAddr,
     signature::{Signature, StackWords},
 };
-use flea_verifier::{Context, Verified};
+use flea_verifier::{Context, Rejection, Verified, Verifier};
 
 use crate::{
     error::{AttachError, LoadError},
+    fit::{Fits, ModuleKey},
     function::Function,
     link::Link,
     registry::StackArgs,
@@ -79,8 +80,20 @@ pub(crate) struct Loaded {
     pub(crate) base: RemoteAddr,
     printk: Option<MapIdx>,
     printk_reader: Mutex<Option<flea_maps::RingBuf>>,
-    verified: Mutex<HashMap<(usize, Context), Arc<Verified>>>,
+    fits: Fits,
+    verified: Mutex<HashMap<ProofKey, Arc<Verified>>>,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
+}
+
+/// What a proof depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct ProofKey {
+    program: usize,
+    context: Context,
+    /// Whose types the program was fitted to, if it was.
+    module: Option<ModuleKey>,
+    /// Whose types it needs besides its context, if it does.
+    function: Option<RemoteAddr>,
 }
 
 /// One program of an [`Object`].
@@ -152,6 +165,7 @@ impl Object {
                 base,
                 printk,
                 printk_reader,
+                fits: Fits::default(),
                 verified: Mutex::default(),
                 attached: Mutex::default(),
             }),
@@ -431,22 +445,49 @@ impl Program {
         Ok(verified)
     }
 
-    /// The proof for a function with this context, made once.
+    /// The proof for a function with this context, made once for all functions where that
+    /// suffices: only a program that goes through the target's data needs the function's types.
     fn verify(&self, function: &Function, context: Context) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
-        let key = (self.index, context);
-        if let Some(known) = lock(&loaded.verified).get(&key) {
-            return Ok(Arc::clone(known));
-        }
-        let verified = flea_verifier::verify(self.spec(), &loaded.spec.maps, context)
-            .map(Arc::new)
-            .map_err(|rejection| AttachError::Rejected {
+        let fitted = loaded.fits.fit(&loaded.spec, self.index, function.owner());
+        let fitted = fitted.map_err(|source| AttachError::Core {
+            program: self.name().to_owned(),
+            function: function.name(),
+            source,
+        })?;
+        let (module, fitted) = fitted.unzip();
+        let program = fitted.as_ref().map_or(self.spec(), |fitted| &fitted.program);
+        let verifier = Verifier::new(program, &loaded.spec.maps, context);
+        let for_all = ProofKey { program: self.index, context, module, function: None };
+        let for_this = ProofKey { function: Some(function.address()), ..for_all };
+        let rejected = |mut rejection: Rejection| {
+            if let Some(fitted) = &fitted {
+                fitted.explain(&mut rejection);
+            }
+            AttachError::Rejected {
                 program: self.name().to_owned(),
                 function: function.name(),
                 rejection: Box::new(rejection),
-            })?;
-        let mut cache = lock(&loaded.verified);
-        Ok(Arc::clone(cache.entry(key).or_insert(verified)))
+            }
+        };
+        if let Some(known) = loaded.proof(for_this).or_else(|| loaded.proof(for_all)) {
+            return Ok(known);
+        }
+        let plain = match verifier.verify() {
+            Ok(verified) => return Ok(loaded.keep_proof(for_all, verified)),
+            Err(rejection) => rejection,
+        };
+        let graph = match context {
+            Context::Tracing { .. } => function.types(),
+            _ => return Err(rejected(plain)),
+        };
+        let slots = graph.slots.first().map_or(&[][..], Vec::as_slice);
+        if slots.iter().all(Option::is_none) {
+            return Err(rejected(plain));
+        }
+        let target = flea_verifier::Target { types: &graph.types, slots };
+        let verified = verifier.target(target).verify().map_err(rejected)?;
+        Ok(loaded.keep_proof(for_this, verified))
     }
 
     /// Whether `function` may be skipped: its caller goes on with a result that a program can
@@ -516,6 +557,14 @@ fn cpu() -> Cpu {
 }
 
 impl Loaded {
+    fn proof(&self, key: ProofKey) -> Option<Arc<Verified>> {
+        lock(&self.verified).get(&key).map(Arc::clone)
+    }
+
+    fn keep_proof(&self, key: ProofKey, verified: Verified) -> Arc<Verified> {
+        Arc::clone(lock(&self.verified).entry(key).or_insert(Arc::new(verified)))
+    }
+
     /// The address behind a relocation, with the runtime at `runtime`.
     pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
         match target {
