@@ -7,6 +7,7 @@
 //! - [`interp`]: what a program means, for tests.
 //! - [`insn`], [`opcode`], [`helper`], [`spec`]: the types that everyone shares.
 //! - [`types`]: the target's types. [`core_relo`]: instructions that depend on them.
+//! - [`header`]: the target's types as C.
 #![forbid(unsafe_code)]
 
 pub mod asm;
@@ -16,6 +17,7 @@ pub mod core_relo;
 pub mod disasm;
 mod elf;
 pub mod error;
+pub mod header;
 pub mod helper;
 pub mod insn;
 pub mod interp;

@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::collections::HashMap;
 
-use super::{Btf, Kind};
+use super::{Btf, Kind, Word};
 use crate::types::{Member, Type, TypeId, Types};
 
 /// Arrays and pointers nested deeper than this are taken for a loop.
@@ -95,10 +95,11 @@ impl<'g, 'data> Graph<'g, 'data> {
             return TypeId::VOID;
         }
         if let Kind::Alias { of, .. } | Kind::Var { of } = ty.kind {
-            let name = Some(ty.name).filter(|name| !name.is_empty());
+            let is_typedef = matches!(ty.kind, Kind::Alias { word: Word::Typedef, .. });
+            let name = Some(ty.name).filter(|name| is_typedef && !name.is_empty());
             let id = self.id_at(part, of, name.or(given), depth + 1);
             if let Some(name) = name {
-                self.types.add_name(name, id);
+                self.types.add_typedef(name, id);
             }
             return id;
         }
