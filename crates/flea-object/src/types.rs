@@ -335,7 +335,11 @@ pub fn c_name(name: &str) -> Cow<'_, str> {
     let scopes: Vec<String> = spelled.split("::").map(words).filter(|s| !s.is_empty()).collect();
     let spelled = scopes.join("__");
     let needs_start = spelled.is_empty() || spelled.starts_with(|c: char| c.is_ascii_digit());
-    if needs_start { format!("_{spelled}").into() } else { spelled.into() }
+    match spelled {
+        _ if needs_start => format!("_{spelled}").into(),
+        _ if RESERVED.contains(&spelled.as_str()) => format!("{spelled}_").into(),
+        _ => spelled.into(),
+    }
 }
 
 /// What C headers for programs call the base class `tag` in a class: it has no name there.
@@ -372,6 +376,7 @@ mod tests {
         check("(anonymous namespace)::S", "anonymous_namespace__S");
         check("core::option::Option<&str>", "core__option__Option_ref_str");
         check("0", "_0");
+        check("(char)", "char_");
         check("_vptr.Base", "vptr_Base");
         check("größe", "gr_e");
         check("", "");

@@ -144,14 +144,17 @@ impl Printer<'_> {
                     Type::Array { of, .. } if self.size_of(*of).is_none() => {
                         return format!("void *{declarator}");
                     }
-                    Type::Array { .. } => {
-                        declarator = format!("(*{declarator})");
-                        id = *to;
-                    }
-                    // What has no tag cannot be named, nor can what C has no type for.
-                    Type::Struct { name, .. } if name.is_empty() => {
-                        return format!("void *{declarator}");
-                    }
+                    Type::Array { .. } => match self.element(*to).0 {
+                        // Which C wants to be complete there: a pointer to the first one.
+                        element if self.is_struct(element) => {
+                            return self.pointer(element, &declarator);
+                        }
+                        _ => {
+                            declarator = format!("(*{declarator})");
+                            id = *to;
+                        }
+                    },
+                    Type::Struct { .. } => return self.pointer(*to, &declarator),
                     ty if is_array_in_c(ty) => return format!("void *{declarator}"),
                     _ => {
                         declarator = format!("*{declarator}");
@@ -162,6 +165,16 @@ impl Printer<'_> {
             }
         }
         format!("void *{declarator}")
+    }
+
+    fn is_struct(&self, id: TypeId) -> bool {
+        matches!(self.types.get(id), Type::Struct { .. })
+    }
+
+    /// A pointer to a struct or union. What has no tag cannot be named.
+    fn pointer(&self, id: TypeId, declarator: &str) -> String {
+        let tag = self.tags.get(&id).map_or("void", String::as_str);
+        format!("{tag} *{declarator}")
     }
 
     fn declare_plain(&self, id: TypeId, ty: &Type, declarator: &str) -> String {
