@@ -11,6 +11,7 @@ use std::process::Command;
 use anyhow::Result;
 use flea_generate::{Generated, Random, Style, map, maps};
 use flea_object::insn::{Insn, PSEUDO_MAP, PSEUDO_MAP_VALUE};
+use flea_object::opcode as op;
 use flea_object::spec::{MapIdx, MapSpec, Program, ProgramKind};
 use flea_verifier::Context;
 
@@ -26,8 +27,29 @@ pub const CONTEXT: Context = Context::Tracing { n_args: 12, n_results: 0, sessio
 /// [`CONTEXT`] in a case file.
 pub const CONTEXT_LINE: &str = "ctx 12";
 
-/// Reasons of the kernel's that do not apply here, and why not.
-const BY_DESIGN: &[(&str, &str)] = &[];
+/// A reason of the kernel's that does not apply here.
+struct Difference {
+    /// Part of the kernel's message.
+    part: &'static str,
+    /// Whether the program can be one of this kind.
+    applies: fn(&[Insn]) -> bool,
+    /// Why we accept it.
+    why: &'static str,
+}
+
+/// All that we accept and Linux refuses. Such a program is run by the interpreter like any other.
+const BY_DESIGN: &[Difference] = &[Difference {
+    part: "with unbounded min value is not allowed",
+    applies: takes_remainder,
+    why: "we know bounds of remainders, Linux 6.18 does not",
+}];
+
+fn takes_remainder(insns: &[Insn]) -> bool {
+    let is_remainder = |insn: &Insn| {
+        matches!(insn.class(), op::ALU | op::ALU64) && matches!(insn.code(), op::MOD | op::DIV)
+    };
+    insns.iter().any(is_remainder)
+}
 
 /// What came of one program.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -161,13 +183,13 @@ impl AgainstKernel {
     }
 
     fn failure(&mut self, insns: &[Insn], judged: &Judged) -> Failure {
-        let same = |again: &Judged| match (judged, again) {
+        let same = |p: &[Insn], again: &Judged| match (judged, again) {
             (Judged::Differ(a), Judged::Differ(b)) => a.shape() == b.shape(),
-            (Judged::OnlyWe(a), Judged::OnlyWe(b)) => by_design(b).is_none() && alike(a, b),
+            (Judged::OnlyWe(a), Judged::OnlyWe(b)) => by_design(p, b).is_none() && alike(a, b),
             (Judged::Lost(_), Judged::Lost(_)) => true,
             _ => false,
         };
-        let small = minimise(insns, |p| self.compare(p, true).is_ok_and(|again| same(&again)));
+        let small = minimise(insns, |p| self.compare(p, true).is_ok_and(|again| same(p, &again)));
         let seen = match self.compare(&small, true) {
             Ok(judged) => format!("{judged:?}"),
             Err(e) => e.to_string(),
@@ -203,8 +225,9 @@ fn alike(a: &str, b: &str) -> bool {
     words(a) == words(b)
 }
 
-fn by_design(reason: &str) -> Option<&'static str> {
-    BY_DESIGN.iter().find(|(part, _)| reason.contains(part)).map(|(_, why)| *why)
+fn by_design(insns: &[Insn], reason: &str) -> Option<&'static str> {
+    let fits = |d: &&Difference| reason.contains(d.part) && (d.applies)(insns);
+    BY_DESIGN.iter().find(fits).map(|d| d.why)
 }
 
 fn program(insns: &[Insn]) -> Program {
@@ -246,7 +269,7 @@ impl Fuzzer for AgainstKernel {
                 self.only_kernel.count(reason, seed);
                 Outcome::Refused
             }
-            Judged::OnlyWe(reason) if let Some(why) = by_design(reason) => {
+            Judged::OnlyWe(reason) if let Some(why) = by_design(&insns, reason) => {
                 self.by_design.count(why, seed);
                 Outcome::Accepted
             }
