@@ -9,15 +9,13 @@ use flea_generate::{Random, Style, maps};
 use flea_object::insn::Insn;
 use flea_object::spec::{MapSpec, Program, ProgramKind};
 use flea_verifier::Context;
-use flea_verifier::soundness::{Beliefs, NoBeliefs};
 
 use crate::campaign::{Failure, Fuzzer, Kind, Outcome};
 use crate::compiled::{Ran, Runner};
+use crate::machines::{self, RUNS, Tested};
 use crate::minimise::minimise;
 use crate::text;
 
-/// Machines that each program runs on.
-const RUNS: u64 = 4;
 /// Three arguments and a result, at both ends of a call: what an fsession program sees.
 const CONTEXT: Context = Context::Tracing { n_args: 3, n_results: 1, session: true };
 const CONTEXT_LINE: &str = "ctx 3 result session";
@@ -37,7 +35,7 @@ enum Judged {
     Refused,
     TooManyStates,
     /// The machine was as the verifier had excluded.
-    NotBelieved(String),
+    Stray(String),
     Differ {
         interpreted: u64,
         compiled: u64,
@@ -55,9 +53,11 @@ impl AgainstInterpreter {
     }
 
     fn compare(&mut self, insns: &[Insn], seed: u64, comparable: bool) -> Result<Judged> {
-        match believed(insns, &self.specs, seed) {
-            Judged::Right => {}
-            other => return Ok(other),
+        match machines::run(&program(insns, seed), &self.specs, CONTEXT, seed) {
+            Tested::Right => {}
+            Tested::Refused => return Ok(Judged::Refused),
+            Tested::TooManyStates => return Ok(Judged::TooManyStates),
+            Tested::Stray(seen) => return Ok(Judged::Stray(seen)),
         }
         Ok(match self.runner.run(insns)? {
             Ran::Both { interpreted, compiled } if comparable && interpreted != compiled => {
@@ -75,10 +75,12 @@ impl AgainstInterpreter {
 
     fn failure(&mut self, insns: &[Insn], seed: u64, judged: &Judged) -> Failure {
         let same = |again: &Judged| std::mem::discriminant(again) == std::mem::discriminant(judged);
-        let small = minimise(insns, |p| self.compare(p, seed, true).is_ok_and(|again| same(&again)));
-        let seen = self.compare(&small, seed, true).map_or_else(|e| e.to_string(), |j| format!("{j:?}"));
+        let small =
+            minimise(insns, |p| self.compare(p, seed, true).is_ok_and(|again| same(&again)));
+        let seen =
+            self.compare(&small, seed, true).map_or_else(|e| e.to_string(), |j| format!("{j:?}"));
         let kind = match judged {
-            Judged::NotBelieved(_) => Kind::UnsafeAccept,
+            Judged::Stray(_) => Kind::UnsafeAccept,
             _ => Kind::Disagreement,
         };
         let name = "found by the interpreter fuzzer";
@@ -87,30 +89,16 @@ impl AgainstInterpreter {
     }
 }
 
-/// Runs an accepted program where every belief is checked.
-fn believed(insns: &[Insn], specs: &[MapSpec], seed: u64) -> Judged {
+fn program(insns: &[Insn], seed: u64) -> Program {
     // The result of every other program is looked at.
     let kind = if seed & 2 == 0 { ProgramKind::FmodRet } else { ProgramKind::Fsession };
-    let program = Program {
+    Program {
         name: "random".into(),
         section: "fsession/f".into(),
         kind,
         insns: insns.to_vec(),
         ..Program::default()
-    };
-    let beliefs = match Beliefs::of(&program, specs, CONTEXT) {
-        Ok(beliefs) => beliefs,
-        Err(NoBeliefs::Refused(_)) => return Judged::Refused,
-        Err(NoBeliefs::TooMany) => return Judged::TooManyStates,
-        Err(e @ NoBeliefs::TwoVerdicts) => return Judged::NotBelieved(e.to_string()),
-    };
-    for run in 0..RUNS {
-        let mut random = Random::new(seed ^ (run << 56) ^ 0x5eed);
-        if let Err(e) = beliefs.run(&mut || random.number()) {
-            return Judged::NotBelieved(e);
-        }
     }
-    Judged::Right
 }
 
 impl Fuzzer for AgainstInterpreter {

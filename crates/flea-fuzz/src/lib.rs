@@ -21,6 +21,7 @@ pub mod against_kernel;
 pub mod campaign;
 pub mod compiled;
 pub mod kernel;
+pub mod machines;
 pub mod minimise;
 //pub mod objects;
 pub mod tally;

@@ -26,7 +26,8 @@ struct Options {
 
 fn options(args: &[String]) -> Result<Options> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-    let mut options = Options { end: End::Time(Duration::from_secs(60)), only: None, seed: now << 24 };
+    let mut options =
+        Options { end: End::Time(Duration::from_secs(60)), only: None, seed: now << 24 };
     for pair in args.chunks(2) {
         let [name, value] = pair else { bail!("{USAGE}") };
         match name.as_str() {
