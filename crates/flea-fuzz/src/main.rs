@@ -6,7 +6,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, bail};
 use flea_fuzz::against_interpreter::AgainstInterpreter;
 use flea_fuzz::against_kernel::AgainstKernel;
+use flea_fuzz::against_prevail::AgainstPrevail;
+use flea_fuzz::allocated::Counting;
+use flea_fuzz::any_bytes::AnyBytes;
 use flea_fuzz::campaign::{self, End, Fuzzer};
+use flea_fuzz::objects::Objects;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 const USAGE: &str = "\
 usage: flea-fuzz [--minutes N] [--inputs N] [--only NAME] [--seed S]
@@ -16,7 +23,7 @@ NAME is kernel, interpreter, prevail, bytes or elf; N minutes or inputs are for 
 
 /// The argument that makes this process a worker.
 const WORKER: &str = "--worker";
-const NAMES: [&str; 2] = ["kernel", "interpreter"];
+const NAMES: [&str; 5] = ["kernel", "interpreter", "prevail", "bytes", "elf"];
 
 struct Options {
     end: End,
@@ -53,7 +60,10 @@ fn worker() -> Result<Command> {
 fn fuzzer(name: &str) -> Result<Box<dyn Fuzzer>> {
     Ok(match name {
         "kernel" => Box::new(AgainstKernel::new(worker)?),
-        _ => Box::new(AgainstInterpreter::new(worker)),
+        "interpreter" => Box::new(AgainstInterpreter::new(worker)),
+        "prevail" => Box::new(AgainstPrevail::new()),
+        "bytes" => Box::new(AnyBytes::new()),
+        _ => Box::new(Objects::new()?),
     })
 }
 
