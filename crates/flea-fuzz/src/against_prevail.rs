@@ -3,20 +3,23 @@
 //!
 //! Neither accepts all that the other does, so a difference is no fault by itself: what we accept
 //! has to stand the test of [`crate::machines`], and what only prevail accepts is counted by our
-//! reason, to be looked at.
+//! reason, to be looked at. It is not asked whether a program ends: it takes nearly every loop
+//! for endless. It works in a process of its own, as some programs keep it busy for ever.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use flea_generate::{Random, Style, maps};
 use flea_object::insn::{Insn, PSEUDO_MAP, PSEUDO_MAP_VALUE};
 use flea_object::spec::{MapSpec, Program};
+use flea_vectors::worker::{Pool, serve_lines};
 use flea_verifier::Context;
 use prevail::crab::ebpf_domain::DomainContext;
 use prevail::crab::var_registry::VariableRegistry;
 use prevail::linux::linux_platform::LinuxPlatform;
 use prevail::platform::EbpfPlatform as _;
-use prevail::spec::config::{EbpfRuntimeConfig, EbpfVerifierOptions};
+use prevail::spec::config::EbpfVerifierOptions;
 use prevail::spec::type_descriptors::{EbpfMapDescriptor, ProgramInfo};
 use prevail::spec::vm_isa::EbpfInst;
 use prevail::{fwd_analyzer, ir};
@@ -32,30 +35,62 @@ const CONTEXT_LINE: &str = "ctx 12";
 /// The section that gives prevail the same context: `u64[12]` to be read.
 const SECTION: &str = "raw_tracepoint/f";
 
+/// Joining paths takes time that may double with each of them.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// What the worker says of a program that prevail accepts.
+const ACCEPTED: &str = "accepted";
+
+/// The worker's side: a program as hex in each line, and prevail's words for it.
+///
+/// # Errors
+/// Reading or writing failed, or a line is no program.
+pub fn serve() -> Result<()> {
+    let prevail = Prevail::new(&maps());
+    serve_lines(|line| {
+        let verdict = prevail.verify(&unhex(line)?);
+        Ok(verdict.map_or_else(|e| e.replace('\n', " "), |()| ACCEPTED.to_owned()))
+    })
+}
+
+fn unhex(line: &str) -> Result<Vec<Insn>> {
+    let word = |chunk: &[u8]| {
+        let word = u64::from_str_radix(std::str::from_utf8(chunk)?, 16)?;
+        Ok(Insn::decode(word.to_be_bytes()))
+    };
+    if !line.len().is_multiple_of(16) {
+        bail!("{} digits are no instructions", line.len());
+    }
+    line.as_bytes().chunks(16).map(word).collect()
+}
+
 /// The fuzzer.
 pub struct AgainstPrevail {
     specs: Vec<MapSpec>,
-    prevail: Prevail,
+    pool: Pool,
     n_both: u64,
     n_neither: u64,
     only_prevail: Tally,
     only_we: Tally,
 }
 
-impl Default for AgainstPrevail {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 impl AgainstPrevail {
-    /// For the generator's maps.
+    /// `command` starts a process that calls [`serve`].
     #[must_use]
-    pub fn new() -> Self {
-        let specs = maps();
-        let prevail = Prevail::new(&specs);
+    pub fn new(command: fn() -> Result<Command>) -> Self {
+        let pool = Pool::new(command, PATIENCE);
         let (only_prevail, only_we) = (Tally::default(), Tally::default());
-        Self { specs, prevail, n_both: 0, n_neither: 0, only_prevail, only_we }
+        Self { specs: maps(), pool, n_both: 0, n_neither: 0, only_prevail, only_we }
+    }
+
+    /// `None` where prevail accepts the program. It may be lost on it, which says nothing.
+    fn complaint(&mut self, insns: &[Insn]) -> Result<Option<String>> {
+        let line: String =
+            insns.iter().map(|i| format!("{:016x}", u64::from_be_bytes(i.encode()))).collect();
+        Ok(match self.pool.reply(&line)? {
+            Ok(verdict) if verdict == ACCEPTED => None,
+            Ok(complaint) => Some(complaint),
+            Err(lost) => Some(format!("prevail: {lost}")),
+        })
     }
 
     fn stray(&self, insns: &[Insn], seed: u64, seen: String) -> Failure {
@@ -82,12 +117,12 @@ impl Fuzzer for AgainstPrevail {
         let style = if seed.is_multiple_of(2) { Style::Careful } else { Style::Careless };
         let insns = flea_generate::program(&mut Random::new(seed), style).insns;
         let ours = flea_verifier::verify(&program(&insns), &self.specs, CONTEXT);
-        let theirs = self.prevail.verify(&insns);
+        let theirs = self.complaint(&insns)?;
         match (&ours, theirs) {
-            (Ok(_), Ok(())) => self.n_both += 1,
-            (Ok(_), Err(theirs)) => self.only_we.count(&theirs, seed),
-            (Err(ours), Ok(())) => self.only_prevail.count(&ours.message, seed),
-            (Err(_), Err(_)) => self.n_neither += 1,
+            (Ok(_), None) => self.n_both += 1,
+            (Ok(_), Some(theirs)) => self.only_we.count(&theirs, seed),
+            (Err(ours), None) => self.only_prevail.count(&ours.message, seed),
+            (Err(_), Some(_)) => self.n_neither += 1,
         }
         if ours.is_err() {
             return Ok(Outcome::Refused);
@@ -126,36 +161,35 @@ impl Prevail {
         let mut platform = LinuxPlatform::new();
         let program_type = platform.get_program_type(SECTION, "");
         platform.set_program_type(&program_type);
-        platform.map_descriptors = (1..).zip(specs).map(|(fd, spec)| descriptor(fd, spec)).collect();
+        platform.map_descriptors =
+            (1..).zip(specs).map(|(fd, spec)| descriptor(fd, spec)).collect();
         let info = ProgramInfo {
             map_descriptors: platform.map_descriptors.clone(),
             program_type,
             ..ProgramInfo::default()
         };
-        let runtime = EbpfRuntimeConfig { check_for_termination: true, ..Default::default() };
-        let options = EbpfVerifierOptions { runtime, mock_map_fds: true, ..Default::default() };
+        let options = EbpfVerifierOptions { mock_map_fds: true, ..Default::default() };
         Self { platform, info, options }
     }
 
     /// Its verdict, or its first complaint.
     ///
     /// # Errors
-    /// Why it refuses the program. It panics on some, which says nothing of them.
+    /// Why it refuses the program.
     pub fn verify(&self, insns: &[Insn]) -> Result<(), String> {
-        catch_unwind(AssertUnwindSafe(|| self.analyze(insns)))
-            .unwrap_or_else(|_| Err("prevail panicked".to_owned()))
-    }
-
-    fn analyze(&self, insns: &[Insn]) -> Result<(), String> {
         let insts: Vec<EbpfInst> = insns.iter().map(encode).collect();
         let mut info = self.info.clone();
         let mut notes = Vec::new();
         let sequence =
             ir::unmarshal::unmarshal(&insts, &mut notes, &info, &self.platform, &self.options)
                 .map_err(|e| e.to_string())?;
-        let program =
-            ir::program::Program::from_sequence(&sequence, &mut info, &self.platform, &self.options)
-                .map_err(|e| e.to_string())?;
+        let program = ir::program::Program::from_sequence(
+            &sequence,
+            &mut info,
+            &self.platform,
+            &self.options,
+        )
+        .map_err(|e| e.to_string())?;
         let context = DomainContext {
             program_info: &info,
             program: &program,

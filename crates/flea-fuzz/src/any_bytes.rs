@@ -170,9 +170,7 @@ impl Fuzzer for AnyBytes {
         let took = begun.elapsed();
         self.slowest = self.slowest.max(took);
         Ok(match judged {
-            Err(panic) => {
-                Outcome::Failed(self.failure(&program, seed, panic, Kind::Misbehaviour))
-            }
+            Err(panic) => Outcome::Failed(self.failure(&program, seed, panic, Kind::Misbehaviour)),
             Ok(Tested::Stray(seen)) => {
                 Outcome::Failed(self.failure(&program, seed, seen, Kind::UnsafeAccept))
             }

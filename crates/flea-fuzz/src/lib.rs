@@ -17,13 +17,13 @@
 pub mod against_interpreter;
 pub mod against_kernel;
 pub mod against_prevail;
+pub mod allocated;
 pub mod any_bytes;
 pub mod campaign;
 pub mod compiled;
 pub mod kernel;
 pub mod machines;
 pub mod minimise;
-pub mod allocated;
 pub mod objects;
 pub mod tally;
 pub mod text;

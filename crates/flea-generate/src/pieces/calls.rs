@@ -37,6 +37,7 @@ impl Builder<'_> {
         let copies = self.random.chance(30) && !self.counters.contains(&8);
         if copies {
             self.mov(8, 0);
+            self.pointer = Some(8);
         }
         if self.mistake() {
             self.comparable = false;
@@ -56,6 +57,7 @@ impl Builder<'_> {
             self.land(over);
         }
         if copies {
+            self.pointer = None;
             self.fresh(8);
         }
     }
