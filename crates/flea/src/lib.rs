@@ -51,6 +51,7 @@ mod remote;
 mod replace;
 mod session;
 mod transaction;
+pub mod types;
 mod unload;
 mod unwinder;
 mod vdso;
