@@ -27,6 +27,8 @@ use spec::Spec;
 use value::Outcome;
 
 pub use patch::POISON;
+#[cfg(test)]
+pub(crate) use tests::any_types;
 
 /// Steps from the outermost type to a field; more are damage. Linux's number.
 pub(crate) const MAX_STEPS: usize = 64;

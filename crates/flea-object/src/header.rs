@@ -16,8 +16,8 @@ use std::fmt::Write as _;
 
 use crate::types::{Type, TypeId, Types, c_name};
 
-/// A header has no more members.
-const MAX_LINES: u32 = 1 << 24;
+/// A header has no more members of anonymous structures.
+const MAX_LINES: u32 = 1 << 18;
 const TOP: &str = "\
 #ifndef FLEA_TYPES_H
 #define FLEA_TYPES_H
