@@ -18,8 +18,10 @@ pub struct Graph<'g, 'data> {
     /// Structs, unions and enums that are still to be read.
     todo: Vec<Promise>,
     /// Definitions by name and whether they are unions, by part.
-    definitions: OnceCell<HashMap<(&'data str, bool), Vec<(usize, u32)>>>,
+    definitions: OnceCell<Definitions<'data>>,
 }
+
+type Definitions<'data> = HashMap<(&'data str, bool), Vec<(usize, u32)>>;
 
 /// What is read when everything that may name it has an id.
 struct Promise {
@@ -194,7 +196,7 @@ impl<'g, 'data> Graph<'g, 'data> {
     }
 }
 
-fn definitions<'data>(parts: &[Btf<'data>]) -> HashMap<(&'data str, bool), Vec<(usize, u32)>> {
+fn definitions<'data>(parts: &[Btf<'data>]) -> Definitions<'data> {
     let mut found: HashMap<_, Vec<_>> = HashMap::new();
     for (i, part) in parts.iter().enumerate() {
         for (btf_id, ty) in part.types() {
