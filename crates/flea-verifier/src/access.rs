@@ -106,6 +106,18 @@ pub(crate) fn check(
     }
 }
 
+/// Bytes of the object that `p` points into, where it has a size of its own.
+pub(crate) fn object_bytes(p: &Pointer, maps: &[MapSpec]) -> Option<u32> {
+    match p.kind {
+        PointerKind::MapValue(map) => maps.get(map.0 as usize).map(|m| m.value_size_bytes),
+        PointerKind::Record { size_bytes, .. } | PointerKind::Memory { size_bytes } => {
+            Some(size_bytes)
+        }
+        PointerKind::Cookie => Some(8),
+        _ => None,
+    }
+}
+
 /// Checks that `size_bytes` bytes at every offset that `p` may have are inside `limit` bytes.
 fn check_bounds(request: Request, p: &Pointer, limit: u32, name: &str) -> Result<(), Fault> {
     let Request { reg, off, size_bytes, access } = request;

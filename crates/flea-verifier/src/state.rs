@@ -45,6 +45,10 @@ impl Frame {
         Self { regs, stack: Stack::default(), function, call_idx }
     }
 
+    pub(crate) fn reg(&self, reg: Reg) -> &Value {
+        &self.regs[reg.index()]
+    }
+
     /// All registers, for the soundness tests.
     #[cfg(test)]
     pub(crate) fn registers(&self) -> &[Value; 11] {

@@ -171,7 +171,7 @@ fn report_of_a_refused_program() {
     expect_test::expect![[r#"
         0: R1=ctx() R10=fp0
         ; int x = 0; @ a.bpf.c:7
-        0: (79) r2 = *(u64 *)(r1 +0) ; R2=scalar() R1=ctx()
+        0: (79) r2 = *(u64 *)(r1 +0)          ; R2=scalar() R1=ctx()
         ; return x; @ a.bpf.c:8
         1: (79) r0 = *(u64 *)(r2 +0)
         R2 invalid mem access 'scalar'"#]]

@@ -56,7 +56,14 @@ fn programs_that_are_refused() {
     let wild = "SEC(\"fentry/spin_step\") int p(unsigned long long *ctx)
                 { return *(volatile int *)ctx[0]; }";
     let parts = ["invalid mem access", "program p on spin_step", "nothing was changed"];
-    target.refuses("run", &[&object("wild", wild)], &parts);
+    let wild = object("wild", wild);
+    target.refuses("run", &[&wild], &parts);
+    // The report: the line, where the value came from, what to do; with -v all of the log.
+    let parts = ["wild.bpf.c", "ctx[0]", "where it came from", "R1 is loaded: any number"];
+    target.refuses("run", &[&wild], &parts);
+    target.refuses("run", &[&wild], &["to change: ", "bpf_probe_read_user"]);
+    let parts = ["verifying program `p` on spin_step", "(limit 1000000)", "0: R1=ctx() R10=fp0"];
+    target.refuses("run", &[&wild, "-v"], &parts);
     let endless = "SEC(\"fentry/spin_step\") int p(void *ctx)
                    { for (volatile int i = 0;; i++) ; }";
     target.refuses("run", &[&object("endless", endless)], &["program p on spin_step"]);
