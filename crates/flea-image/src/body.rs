@@ -41,7 +41,7 @@ use crate::translate::{
     Arguments, Env, Outcome, Parameters, Probes, Saves, Side, Translator, Use, call_runtime, op,
     proved, store_skip_value, zero_cookie,
 };
-use crate::x86_64::check::check_body;
+use crate::x86_64::check::{check_body, check_cpu};
 use crate::x86_64::slim::slim;
 
 /// Compiles all programs of `request` into at most four bodies.
@@ -199,10 +199,11 @@ fn build(
     b.switch_to_block(end);
     b.ins().return_(&[]);
     b.seal_all_blocks();
-    b.finalize(clif::isa()?.frontend_config());
-    let code = slim(clif::compile(func)?);
+    b.finalize(clif::isa(request.cpu)?.frontend_config());
+    let code = slim(clif::compile(func, request.cpu)?);
     // The compiler is not trusted with a register that a production process relies on.
     check_body(&code.bytes)?;
+    check_cpu(&code.bytes, request.cpu)?;
     Ok((code, outcome))
 }
 
