@@ -78,7 +78,7 @@ fn who(reg: Option<u8>, what: &What) -> String {
 
 fn happened(what: &What) -> String {
     match what {
-        What::Given => "is what the program was started with".into(),
+        What::Given => "is what it is called with".into(),
         What::NeverWritten => "is written by no instruction on this path".into(),
         What::Set => "is set".into(),
         What::Loaded => "is loaded".into(),

@@ -153,10 +153,28 @@ impl<'a> Explorer<'a> {
 
     /// Explores everything.
     pub(crate) fn run(&mut self) -> Result<(), Refusal> {
-        let state = self.machine.entry_state();
+        self.run_from(0, self.machine.entry_state())?;
+        // Global functions, each once: those that some path has called, and whom these call.
+        let mut done = BTreeSet::new();
+        while let Some(&function) = self.machine.called.difference(&done).next() {
+            done.insert(function);
+            if let Some(trace) = &mut self.trace {
+                trace.begin(&format!(
+                    "Validating {}() func#{function}...",
+                    self.cfg.global_name(function)
+                ));
+            }
+            let state = self.machine.global_entry(function);
+            self.run_from(self.cfg.functions[function].start, state)?;
+        }
+        Ok(())
+    }
+
+    /// Explores everything from `idx` on.
+    fn run_from(&mut self, idx: usize, state: State) -> Result<(), Refusal> {
+        let node = self.nodes.len();
         self.nodes.push(Node { parent: None, open: 1, state: state.clone() });
-        let mut path =
-            Path { state, idx: 0, node: 0, last_step: None, insns_since: 0, jumps_since: 0 };
+        let mut path = Path { state, idx, node, last_step: None, insns_since: 0, jumps_since: 0 };
         loop {
             let ended = self.advance(&mut path).map_err(|fault| self.refuse(&path, fault))?;
             if ended {

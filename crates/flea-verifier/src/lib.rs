@@ -21,6 +21,7 @@ mod cfg;
 mod collect;
 mod explore;
 pub mod facts;
+mod global;
 mod liveness;
 mod machine;
 mod number;
@@ -147,7 +148,7 @@ impl<'a> Verifier<'a> {
         let structural = |(idx, fault)| rejection(program, idx, fault);
         check_size(program).map_err(structural)?;
         let ops = op::decode(&program.insns).map_err(structural)?;
-        let cfg = Cfg::new(&ops).map_err(structural)?;
+        let cfg = Cfg::new(&ops).map_err(structural)?.with_globals(program);
         let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
         let explorer =
             || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
@@ -245,6 +246,7 @@ fn rejection(program: &Program, insn_idx: usize, fault: Fault) -> Rejection {
 fn told(path: Path<'_>, insn_idx: usize, fault: Fault, mut log: Vec<String>) -> Rejection {
     let story = story::story(path, &fault.message);
     let hint = advice::advice(path, &fault, &story);
+    let hint = global::with_advice(path, hint);
     log.push(fault.message.clone());
     let surplus = log.len().saturating_sub(trace::MAX_LINES);
     log.drain(..surplus);

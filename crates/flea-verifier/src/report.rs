@@ -28,6 +28,12 @@ impl Fault {
         Self { hint: Some(hint.into()), ..self }
     }
 
+    /// One more hint.
+    pub(crate) fn and_hint(self, more: &str) -> Self {
+        let hint = self.hint.map_or_else(|| more.to_owned(), |hint| format!("{hint}; {more}"));
+        Self { hint: Some(hint), ..self }
+    }
+
     /// A read of a register that nothing was written to.
     pub(crate) fn not_readable(reg: Reg) -> Self {
         Self::new(format!("R{} !read_ok", reg.index()))
@@ -124,7 +130,9 @@ fn show_pointer(p: &Pointer, maps: &[MapSpec]) -> String {
             parts.push(format!("ref_obj_id={reference}"));
             parts.push(format!("sz={size_bytes}"));
         }
-        PointerKind::Memory { size_bytes } => parts.push(format!("sz={size_bytes}")),
+        PointerKind::Memory { size_bytes } | PointerKind::Argument { size_bytes, .. } => {
+            parts.push(format!("sz={size_bytes}"))
+        }
         PointerKind::Cookie => parts.push("sz=8".into()),
         PointerKind::Ctx => {}
     }

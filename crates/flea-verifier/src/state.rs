@@ -82,6 +82,11 @@ impl State {
         Self { frames: vec![Rc::new(Frame::new(0, 0, None))], references: Rc::default() }
     }
 
+    /// At the entry of a function that is verified alone.
+    pub(crate) fn of_function(function: usize) -> Self {
+        Self { frames: vec![Rc::new(Frame::new(0, function, None))], ..Self::new() }
+    }
+
     /// Number of the current frame, 0 for the main function's.
     pub(crate) fn depth(&self) -> usize {
         self.frames.len() - 1

@@ -126,8 +126,10 @@ impl<'s> Trace<'s> {
             true => self.line(&text),
             false => self.line(&format!("{text:<COMMENT_COLUMN$};{shown}")),
         }
+        let entered = |state: &State| state.frame().call_idx == Some(step.idx);
         if let (Some(Op::CallLocal { .. }), Ok(state), Wanted::All(_)) =
             (step.ops.get(step.idx), outcome, &self.wanted)
+            && entered(state)
         {
             self.line("callee:");
             self.line(whole_state(state, step.maps).trim_start());
@@ -146,6 +148,13 @@ impl<'s> Trace<'s> {
             };
             sink(&text);
         }
+    }
+
+    /// Another function is walked alone.
+    pub(crate) fn begin(&mut self, text: &str) {
+        self.note(text);
+        self.last_step = None;
+        self.source_line = None;
     }
 
     /// Anything else worth a line in the complete log.

@@ -368,6 +368,31 @@ PROGRAM(index_handed_to_a_function)
 	return cell(row, ctx[1]);
 }
 
+/* Not static: verified for any caller, also one that passes NULL. */
+__attribute__((noinline)) u64 first_cell(struct row *row)
+{
+	return row->cells[0];
+}
+
+PROGRAM(global_function_without_check)
+{
+	u32 key = 0;
+	struct row *row = bpf_map_lookup_elem(&rows, &key);
+
+	if (!row)
+		return 0;
+	return first_cell(row);
+}
+
+PROGRAM(global_function_of_an_unwritten_struct)
+{
+	struct row row;
+
+	row.cells[0] = ctx[0];
+	barrier_var(ctx);
+	return first_cell(&row);
+}
+
 PROGRAM(argument_lost_by_a_call)
 {
 	u64 now;
