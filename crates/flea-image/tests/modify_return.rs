@@ -259,18 +259,13 @@ fn the_body_stores_what_is_not_zero() {
     check(
         &never.modify.unwrap().listing(),
         &expect![[r#"
-        0000  sub $0x10,%rsp
-        0004  mov %rdx,(%rsp)
-        0008  mov %rdi,8(%rsp)
-        000d  xor %rdx,%rdx
-        0010  cmp $1,%rdi
-        0014  jne +0x19
-        0016  xor %rdx,%rdx
-        0019  mov (%rsp),%rdx
-        001d  mov 8(%rsp),%rdi
-        0022  add $0x10,%rsp
-        0026  ret
-    "#]],
+            0000  sub $0x10,%rsp
+            0004  mov %rdi,(%rsp)
+            0008  cmp $1,%rdi
+            000c  mov (%rsp),%rdi
+            0010  add $0x10,%rsp
+            0014  ret
+        "#]],
     );
 }
 
