@@ -210,11 +210,13 @@ impl<'a> Explorer<'a> {
         if let Some(trace) = &mut self.trace {
             trace.before(seen, &path.state);
         }
+        self.machine.note_operand(idx, &path.state);
         let flow = self.machine.step(idx, &mut path.state);
         if let Some(trace) = &mut self.trace {
             trace.after(seen, flow.as_ref().map(|_| &path.state).map_err(|_| ()));
         }
         let flow = flow?;
+        self.machine.note_branch(idx, &flow);
         if matches!(self.machine.ops[idx], Op::Goto { .. } | Op::If { .. }) {
             path.jumps_since += 1;
         }

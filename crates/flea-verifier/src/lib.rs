@@ -24,6 +24,7 @@ pub mod facts;
 mod global;
 mod liveness;
 mod machine;
+mod note;
 mod number;
 mod op;
 mod pointer;
@@ -174,6 +175,7 @@ impl<'a> Verifier<'a> {
             insns: program.insns.clone(),
             functions: functions(&cfg, &machine.stack_bytes),
             returns: machine.return_range(),
+            operands: machine.facts.operands(),
             facts: machine.facts.into_facts(),
         })
     }

@@ -380,7 +380,7 @@ impl<'a> Interpreter<'a> {
                     PointerKind::Ctx => self.bases(|k| k == Kind::Ctx).any(at),
                     PointerKind::Record { .. } => self.bases(|k| k == Kind::Record).any(at),
                     PointerKind::Cookie => self.bases(|k| k == Kind::Cookie).any(at),
-                    PointerKind::Memory { .. } => false,
+                    PointerKind::Memory { .. } | PointerKind::Argument { .. } => false,
                 }
             }
         }
