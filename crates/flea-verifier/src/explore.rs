@@ -38,6 +38,10 @@ const MAX_ANCESTORS: usize = 16;
 const MIN_INSNS_BETWEEN: u32 = 8;
 const MIN_JUMPS_BETWEEN: u32 = 2;
 
+/// States that are kept for a comparison with a running program; beyond it none are.
+#[cfg(any(test, feature = "beliefs"))]
+const MAX_BELIEFS: usize = 20_000;
+
 /// The walk.
 pub(crate) struct Explorer<'a> {
     pub(crate) machine: Machine<'a>,
@@ -54,7 +58,7 @@ pub(crate) struct Explorer<'a> {
     /// What is written down: the path, in the second run of a refused program, or everything.
     trace: Option<Trace<'a>>,
     /// Every state on arrival at every instruction.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "beliefs"))]
     pub(crate) beliefs: Option<Vec<Vec<State>>>,
 }
 
@@ -111,7 +115,7 @@ impl<'a> Explorer<'a> {
             steps: Vec::new(),
             back_jumps: vec![0; n_insns],
             trace: None,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "beliefs"))]
             beliefs: None,
         }
     }
@@ -201,9 +205,13 @@ impl<'a> Explorer<'a> {
         self.steps.push(Step { prev: path.last_step, insn_idx: idx });
         path.last_step = Some(step);
         path.insns_since += 1;
-        #[cfg(test)]
+        #[cfg(any(test, feature = "beliefs"))]
         if let Some(beliefs) = &mut self.beliefs {
-            beliefs[idx].push(path.state.clone());
+            if step < MAX_BELIEFS {
+                beliefs[idx].push(path.state.clone());
+            } else {
+                self.beliefs = None;
+            }
         }
         let (program, ops, maps) = (self.program, self.machine.ops, self.machine.maps);
         let seen = trace::Step { number: step, idx, prev, ops, program, maps };

@@ -31,8 +31,8 @@ mod pointer;
 mod proto;
 mod rejection;
 mod report;
-#[cfg(test)]
-mod soundness;
+#[cfg(any(test, feature = "beliefs"))]
+pub mod soundness;
 mod stack;
 mod state;
 mod story;
