@@ -108,7 +108,7 @@ fn a_missing_field_is_named() -> Result<()> {
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(
         text.contains("failed to resolve CO-RE relocation: field 'struct client.age'")
-            && text.contains("hint: ask first: bpf_core_field_exists"),
+            && text.contains("ask first: bpf_core_field_exists"),
         "{text}"
     );
     assert_clean(running.pid())?;

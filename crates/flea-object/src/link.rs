@@ -15,6 +15,7 @@
 mod core;
 mod fault;
 mod functions;
+mod prototype;
 mod relocate;
 
 use std::collections::{BTreeMap, HashMap};
@@ -27,11 +28,12 @@ use crate::error::ObjectError;
 use crate::insn::Insn;
 use crate::maps::DeclaredMap;
 use crate::section::{SectionName, parse_name};
-use crate::spec::{MapSpec, Program, ProgramFunction, SourceLine};
+use crate::spec::{MapSpec, Program, ProgramFunction, ProgramKind, SourceLine};
 use crate::types::Types;
 use crate::validate::MAX_INSNS;
 
 use functions::{Function, find_functions, is_text};
+use prototype::{Prototypes, is_probe};
 use relocate::{Place, Reference};
 
 pub use fault::{ProgramError, ProgramFault};
@@ -57,6 +59,7 @@ pub(crate) struct Linker<'a> {
     types: Graph<'a, 'a>,
     /// What these may be called, by type id.
     type_names: HashMap<u32, Arc<[String]>>,
+    prototypes: Prototypes<'a>,
     maps_section: Option<SectionIdx>,
     /// Offset in `.maps` to index.
     map_at: HashMap<i64, u32>,
@@ -96,16 +99,17 @@ impl<'a> Linker<'a> {
             .map(|s| (s.idx, s.relocations.iter().map(|r| (r.offset, *r)).collect()))
             .collect();
         let offsets = declared.iter().map(|m| i64::try_from(m.offset).unwrap_or(i64::MAX));
-        let btf = btf.map_or(&[][..], std::slice::from_ref);
+        let parts = btf.map_or(&[][..], std::slice::from_ref);
         Ok(Self {
             elf,
-            btf,
-            types: Graph::new(btf, Types::default()),
+            btf: parts,
+            types: Graph::new(parts, Types::default()),
             type_names: HashMap::new(),
             by_start,
             relocations,
             lines: by_section(&ext.lines, |l| (l.section, l.insn_idx)),
             core_relocations: by_section(&ext.core_relocations, |r| (r.section, r.insn_idx)),
+            prototypes: Prototypes::new(btf, ext),
             maps_section: elf.section_named(".maps").map(|s| s.idx),
             map_at: offsets.zip(0..).collect(),
             maps: declared.into_iter().map(|m| m.spec).collect(),
@@ -149,7 +153,7 @@ impl<'a> Linker<'a> {
         let program = self.functions[main.0].name;
         let mut linking = Linking {
             program,
-            session: name.kind == crate::spec::ProgramKind::Fsession,
+            session: name.kind == ProgramKind::Fsession,
             insns: Vec::new(),
             placed: Vec::new(),
             patches: Vec::new(),
@@ -175,7 +179,7 @@ impl<'a> Linker<'a> {
             target: name.target,
             autoload: name.autoload,
             lines: self.lines_of(&linking.placed),
-            functions: self.names_of(&linking.placed),
+            functions: self.functions_of(&linking.placed, name.kind),
             core_relocations,
             insns: linking.insns,
         })
@@ -219,14 +223,24 @@ impl<'a> Linker<'a> {
 }
 
 impl<'a> Linker<'a> {
-    fn names_of(&self, placed: &[(FunctionIdx, usize)]) -> Vec<ProgramFunction> {
-        placed
-            .iter()
-            .map(|&(function, base)| ProgramFunction {
+    fn functions_of(
+        &self,
+        placed: &[(FunctionIdx, usize)],
+        kind: ProgramKind,
+    ) -> Vec<ProgramFunction> {
+        let described = placed.iter().map(|&(function, base)| {
+            let f = &self.functions[function.0];
+            let section = self.elf.section(f.section).map_or("", |s| s.name.as_str());
+            // The main function is the program's own, whatever else may call it.
+            let global = base > 0 && !f.local && !f.hidden;
+            let prototype = || self.prototypes.of(section, f.start, is_probe(kind));
+            ProgramFunction {
                 insn_idx: index_u32(base),
-                name: self.functions[function.0].name.to_owned(),
-            })
-            .collect()
+                name: f.name.to_owned(),
+                prototype: global.then(prototype).flatten(),
+            }
+        });
+        described.collect()
     }
 
     fn lines_of(&self, placed: &[(FunctionIdx, usize)]) -> Vec<SourceLine> {

@@ -17,7 +17,7 @@ use flea_symbols::{
     addr::RemoteAddr,
     signature::{Signature, StackWords},
 };
-use flea_verifier::{Context, Rejection, Verified, Verifier};
+use flea_verifier::{Context, Verified, Verifier};
 
 use crate::{
     error::{AttachError, LoadError},
@@ -431,11 +431,33 @@ impl Program {
     /// # Errors
     /// The reason why not.
     pub fn check(&self, function: &Function) -> Result<Arc<Verified>, AttachError> {
+        self.checked(function, None)
+    }
+
+    /// The same, and `line` is called with each line of the verifier's log: every instruction
+    /// that it visits with the registers that this touches, as Linux's level 2. Silent where the
+    /// proof is known from another function that looks alike.
+    ///
+    /// # Errors
+    /// The reason why not.
+    pub fn check_logged(
+        &self,
+        function: &Function,
+        line: &mut dyn FnMut(&str),
+    ) -> Result<Arc<Verified>, AttachError> {
+        self.checked(function, Some(line))
+    }
+
+    fn checked(
+        &self,
+        function: &Function,
+        log: Option<&mut dyn FnMut(&str)>,
+    ) -> Result<Arc<Verified>, AttachError> {
         function
             .site()
             .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
-        let verified = self.verify(function, context(signature, self.kind()))?;
+        let verified = self.verify(function, context(signature, self.kind()), log)?;
         if flea_image::needs_frame(self.kind(), &verified, signature) {
             stack_args(function, signature)?;
         }
@@ -447,7 +469,12 @@ impl Program {
 
     /// The proof for a function with this context, made once for all functions where that
     /// suffices: only a program that goes through the target's data needs the function's types.
-    fn verify(&self, function: &Function, context: Context) -> Result<Arc<Verified>, AttachError> {
+    fn verify(
+        &self,
+        function: &Function,
+        context: Context,
+        log: Option<&mut dyn FnMut(&str)>,
+    ) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
         let fitted = loaded.fits.fit(&loaded.spec, self.index, function.owner());
         let fitted = fitted.map_err(|source| AttachError::Core {
@@ -460,7 +487,23 @@ impl Program {
         let verifier = Verifier::new(program, &loaded.spec.maps, context);
         let for_all = ProofKey { program: self.index, context, module, function: None };
         let for_this = ProofKey { function: Some(function.address()), ..for_all };
-        let rejected = |mut rejection: Rejection| {
+        if let Some(known) = loaded.proof(for_this).or_else(|| loaded.proof(for_all)) {
+            return Ok(known);
+        }
+        let plain = verifier.verify();
+        let is_tracing = matches!(context, Context::Tracing { .. });
+        let needs_types = plain.is_err() && is_tracing && function.has_typed_words();
+        let (verifier, key) = if needs_types {
+            (verifier.target(function.target()), for_this)
+        } else {
+            (verifier, for_all)
+        };
+        let proof = match log {
+            Some(line) => verifier.verify_logged(line),
+            None if needs_types => verifier.verify(),
+            None => plain,
+        };
+        let verified = proof.map_err(|mut rejection| {
             if let Some(fitted) = &fitted {
                 fitted.explain(&mut rejection);
             }
@@ -469,25 +512,8 @@ impl Program {
                 function: function.name(),
                 rejection: Box::new(rejection),
             }
-        };
-        if let Some(known) = loaded.proof(for_this).or_else(|| loaded.proof(for_all)) {
-            return Ok(known);
-        }
-        let plain = match verifier.verify() {
-            Ok(verified) => return Ok(loaded.keep_proof(for_all, verified)),
-            Err(rejection) => rejection,
-        };
-        let graph = match context {
-            Context::Tracing { .. } => function.types(),
-            _ => return Err(rejected(plain)),
-        };
-        let slots = graph.slots.first().map_or(&[][..], Vec::as_slice);
-        if slots.iter().all(Option::is_none) {
-            return Err(rejected(plain));
-        }
-        let target = flea_verifier::Target { types: &graph.types, slots };
-        let verified = verifier.target(target).verify().map_err(rejected)?;
-        Ok(loaded.keep_proof(for_this, verified))
+        })?;
+        Ok(loaded.keep_proof(key, verified))
     }
 
     /// Whether `function` may be skipped: its caller goes on with a result that a program can

@@ -73,7 +73,10 @@ impl<'g, 'data> Graph<'g, 'data> {
             for (btf_id, ty) in part.types() {
                 let is_type = !matches!(
                     ty.kind,
-                    Kind::Var { .. } | Kind::DataSec { .. } | Kind::Func { .. } | Kind::Other
+                    Kind::Var { .. }
+                        | Kind::DataSec { .. }
+                        | Kind::Func { .. }
+                        | Kind::DeclTag { .. }
                 );
                 if is_type && !ty.name.is_empty() && is_wanted(ty.name) {
                     self.id_of(i, btf_id);
