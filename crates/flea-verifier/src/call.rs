@@ -4,7 +4,7 @@ use flea_object::helper::Helper;
 use flea_object::spec::{MapIdx, MapSpec};
 
 use crate::Context;
-use crate::access::{self, Access, Request, Target, followable, helper_stack_span};
+use crate::access::{self, Access, Request, followable, helper_stack_span};
 use crate::machine::Machine;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
@@ -215,12 +215,21 @@ impl Machine<'_> {
         let fits = matches!(
             value,
             Value::Pointer(Pointer { kind, or_null: None, .. })
-                if !matches!(kind, PointerKind::Ctx | PointerKind::Map(_))
+                if !matches!(
+                    kind,
+                    PointerKind::Ctx | PointerKind::Map(_) | PointerKind::Target { .. }
+                )
         );
         if !fits {
             let e = mismatch(reg, value, arg);
             let null = matches!(value, Value::Pointer(Pointer { or_null: Some(_), .. }));
-            return Err(if null { e.hint("compare the pointer with NULL first") } else { e });
+            return Err(match value {
+                _ if null => e.hint("compare the pointer with NULL first"),
+                _ if value.is_target() => {
+                    e.hint("copy the target's memory with bpf_probe_read_user first")
+                }
+                _ => e,
+            });
         }
         let fills = matches!(arg, Arg::Fill | Arg::FillU64);
         let access = if fills { Access::Write } else { Access::Read };
@@ -241,9 +250,7 @@ impl Machine<'_> {
                 .check_written(span)
                 .map_err(|e| Fault { message: indirect(&e.message, reg), ..e });
         }
-        match access::check(request, p, self.maps, self.context)? {
-            Target::Stack { .. } | Target::Other(_) => Ok(()),
-        }
+        access::check(request, p, self.maps, self.context, self.types()).map(|_| ())
     }
 
     fn result(

@@ -32,6 +32,7 @@ mod soundness;
 mod stack;
 mod state;
 mod trace;
+mod typed;
 mod value;
 
 use flea_object::spec::{MapSpec, Program};
@@ -106,7 +107,6 @@ pub struct Verifier<'a> {
     program: &'a Program,
     maps: &'a [MapSpec],
     context: Context,
-    #[expect(dead_code, reason = "typed pointers into the target are built upon it")]
     target: Option<Target<'a>>,
 }
 
@@ -138,14 +138,14 @@ impl<'a> Verifier<'a> {
     /// # Errors
     /// [`Rejection`] with the first fault found.
     pub fn verify(&self) -> Result<Verified, Rejection> {
-        let Self { program, maps, context, .. } = *self;
+        let Self { program, maps, context, target } = *self;
         let structural = |(idx, fault)| rejection(idx, fault, Vec::new());
         check_size(program).map_err(structural)?;
         let ops = op::decode(&program.insns).map_err(structural)?;
         let cfg = Cfg::new(&ops).map_err(structural)?;
         let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
-        let explorer =
-            || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
+        let machine = || Machine::new(maps, context, &ops, &cfg).typed_by(target);
+        let explorer = || Explorer::new(machine(), program, &cfg, &live);
 
         let mut walk = explorer();
         if let Err(Refusal { insn_idx, fault, steps }) = walk.run() {

@@ -104,7 +104,7 @@ fn show_pointer(p: &Pointer, maps: &[MapSpec]) -> String {
         }
         PointerKind::Memory { size_bytes } => parts.push(format!("sz={size_bytes}")),
         PointerKind::Cookie => parts.push("sz=8".into()),
-        PointerKind::Ctx => {}
+        PointerKind::Ctx | PointerKind::Target { .. } => {}
     }
     match p.off.as_const() {
         Some(0) => {}

@@ -56,7 +56,9 @@ pub(crate) enum Style {
     Careless,
 }
 
-/// Registers that hold numbers; r6 is the context, r7 points to map 0's value.
+/// Registers that hold numbers; r6 is the context, r7 points to map 0's value. The context's
+/// words are numbers, but for the third, a pointer to bytes, and the fourth, one to a structure:
+/// [`super::types`].
 const NUMBERS: [u8; 8] = [0, 1, 2, 3, 4, 5, 8, 9];
 /// Stack bytes that are written at the start: -8 to -64.
 const WRITTEN: i16 = 64;
@@ -120,7 +122,7 @@ impl Builder<'_> {
                 self.wide(reg, 0, n as u32, (n >> 32) as u32);
             }
             2 => {
-                let slot = self.random.below(4) as i16;
+                let slot = self.random.below(3) as i16;
                 self.emit(0x79, reg, 6, 8 * slot, 0);
             }
             _ => self.load(reg, 7, 64),
@@ -148,7 +150,7 @@ impl Builder<'_> {
     }
 
     fn piece(&mut self, depth: u32) {
-        match self.random.below(18) {
+        match self.random.below(19) {
             0..=3 => self.arithmetic(),
             4 => {
                 let reg = self.reg();
@@ -164,6 +166,7 @@ impl Builder<'_> {
             14 => self.read_target(),
             15 if depth > 0 => self.repeat(depth),
             16 => self.call(),
+            17 => self.typed(),
             _ if depth > 0 => self.branch(depth),
             _ => self.arithmetic(),
         }
@@ -333,6 +336,45 @@ impl Builder<'_> {
         self.emit(0x79, 3, 6, 0, 0);
         let helper = self.random.pick(&[Helper::ProbeReadUser, Helper::ProbeReadUserStr]);
         self.helper(helper);
+    }
+
+    /// Fields of the structure that the fourth word points to, and of the next one: a u64, a u32,
+    /// bytes, a pointer.
+    fn typed(&mut self) {
+        let pointer = self.random.pick(&[8u8, 9]);
+        self.emit(0x79, pointer, 6, 24, 0);
+        for _ in 0..1 + self.random.below(3) {
+            let dst = self.random.pick(&[0u8, 2, 3, 4, 5]);
+            match self.random.below(8) {
+                0 => self.emit(0x79, dst, pointer, 0, 0),
+                1 => self.emit(0x61, dst, pointer, 8, 0),
+                2 => {
+                    let off = 12 + self.random.below(4) as i16;
+                    self.emit(0x91, dst, pointer, off, 0);
+                }
+                3 => self.emit(0x79, pointer, pointer, 16, 0),
+                4 if self.mistake() => self.emit(0x61, dst, pointer, 20, 0),
+                5 => {
+                    self.emit(0x79, dst, 6, 8, 0);
+                    self.emit(0x57, dst, 0, 0, 3);
+                    self.emit(0x0f, dst, pointer, 0, 0);
+                    self.load(dst, dst, 20);
+                }
+                6 => {
+                    let off = -8 * (1 + self.random.below(8) as i16);
+                    self.emit(0x7b, 10, pointer, off, 0);
+                    if self.random.chance(50) {
+                        self.emit(0x61, dst, 10, off, 0);
+                    }
+                    self.emit(0x79, pointer, 10, off, 0);
+                    if self.random.chance(50) {
+                        self.emit(0x7a, 10, 0, off, 5);
+                    }
+                }
+                _ => self.emit(0x71, dst, pointer, 15, 0),
+            }
+        }
+        self.fresh(pointer);
     }
 
     fn repeat(&mut self, depth: u32) {

@@ -10,15 +10,16 @@ mod generate;
 mod interpret;
 
 use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
+use flea_object::types::{Member, Type, TypeId, Types};
 use proptest::prelude::*;
 
-use crate::Context;
 use crate::cfg::Cfg;
 use crate::explore::Explorer;
 use crate::liveness::{Liveness, ProgramResult};
 use crate::machine::Machine;
 use crate::op::{Op, decode};
 use crate::state::State;
+use crate::{Context, Target, Verified, Verifier};
 use generate::Random;
 use interpret::Interpreter;
 
@@ -44,6 +45,41 @@ pub(crate) fn maps() -> Vec<MapSpec> {
     ]
 }
 
+/// The types of the context's words: two numbers, a pointer to bytes, and one to a structure with
+/// a pointer to its like at 16.
+pub(crate) fn types() -> (Types, [Option<TypeId>; 4]) {
+    let mut types = Types::default();
+    let mut number = |name: &str, size_bytes| {
+        types.add(Type::Int { name: name.into(), size_bytes, signed: false, is_bool: false })
+    };
+    let (wide, word, byte) = (number("u64", 8), number("u32", 4), number("u8", 1));
+    let bytes = types.add(Type::Array { of: byte, n_elements: 4 });
+    let node = types.add(Type::Void);
+    let next = types.add(Type::Pointer { to: node });
+    let member = |name: &str, ty, at: u64| Member {
+        name: name.into(),
+        ty,
+        bit_offset: 8 * at,
+        bit_size: None,
+    };
+    let members = vec![
+        member("wide", wide, 0),
+        member("word", word, 8),
+        member("bytes", bytes, 12),
+        member("next", next, 16),
+    ];
+    let name = "node".into();
+    types.set(node, Type::Struct { name, is_union: false, size_bytes: 24, members });
+    let text = types.add(Type::Pointer { to: byte });
+    (types, [Some(wide), None, Some(text), Some(next)])
+}
+
+fn verify(program: &Program) -> Result<Verified, crate::Rejection> {
+    let (types, slots) = types();
+    let target = Target { types: &types, slots: &slots };
+    Verifier::new(program, &maps(), CONTEXT).target(target).verify()
+}
+
 fn program(insns: Vec<flea_object::insn::Insn>) -> Program {
     Program {
         name: "random".into(),
@@ -62,7 +98,9 @@ fn beliefs(program: &Program) -> Option<(Vec<Op>, Vec<Vec<State>>)> {
     let ops = decode(&program.insns).ok()?;
     let cfg = Cfg::new(&ops).ok()?;
     let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
-    let machine = Machine::new(&maps, CONTEXT, &ops, &cfg);
+    let (types, slots) = types();
+    let target = Target { types: &types, slots: &slots };
+    let machine = Machine::new(&maps, CONTEXT, &ops, &cfg).typed_by(Some(target));
     let mut explorer = Explorer::new(machine, program, &cfg, &live);
     explorer.beliefs = Some(vec![Vec::new(); ops.len()]);
     explorer.run().ok()?;
@@ -77,7 +115,7 @@ fn check(seed: u64, style: generate::Style) -> bool {
     // The result of every other program is looked at.
     let kind = if seed.is_multiple_of(2) { ProgramKind::FmodRet } else { ProgramKind::Fsession };
     let program = Program { kind, ..program(insns) };
-    let verdict = crate::verify(&program, &maps(), CONTEXT);
+    let verdict = verify(&program);
     let Some((ops, beliefs)) = beliefs(&program) else {
         assert!(verdict.is_err(), "seed {seed}: two verdicts");
         return false;
@@ -144,7 +182,7 @@ proptest! {
             insns[at] = flea_object::insn::Insn::decode(bytes);
         }
         let program = program(insns);
-        let _ = crate::verify(&program, &maps(), CONTEXT);
+        let _ = verify(&program);
         let memory = Context::Memory { size_bytes: 32 };
         let _ = crate::verify(&program, &maps(), memory);
     }
