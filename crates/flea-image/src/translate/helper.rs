@@ -250,7 +250,7 @@ impl Translator<'_, '_> {
         Ok(self.runtime(RuntimeFn::Printk, &[arena, header, fmt, fmt_size, args, n_args]))
     }
 
-    fn runtime(&mut self, f: RuntimeFn, args: &[Value]) -> Value {
+    pub(super) fn runtime(&mut self, f: RuntimeFn, args: &[Value]) -> Value {
         self.out.calls_runtime = true;
         call_runtime(self.b, f, args)
     }
