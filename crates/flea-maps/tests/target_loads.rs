@@ -126,8 +126,8 @@ impl Compiled {
             unsafe { std::mem::transmute(self.code.address) };
         assert_eq!(function(context.as_ptr()), 0);
         let data = self.target.base + self.target.arena.plan().maps[0].data_offset;
-        // SAFETY: the array's only element, as long as the arena.
-        std::array::from_fn(|i| unsafe { (data as *const u64).add(i).read_volatile() })
+        // SAFETY: the array's only element, in an arena that lives.
+        unsafe { (data as *const [u64; N_WORDS]).read_volatile() }
     }
 }
 
@@ -135,12 +135,13 @@ impl Compiled {
 fn without_signals<T: Send>(test: impl FnOnce() -> T + Send) -> T {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
-            // SAFETY: all bits set is a set of signals; the thread's own mask is changed.
-            unsafe {
-                let mut all = std::mem::zeroed();
-                libc::sigfillset(&raw mut all);
-                libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut());
-            }
+            // SAFETY: any bits are a set of signals.
+            let mut all = unsafe { std::mem::zeroed() };
+            // SAFETY: a set of signals.
+            assert_eq!(unsafe { libc::sigfillset(&raw mut all) }, 0);
+            let old = std::ptr::null_mut();
+            // SAFETY: the thread's own mask is changed.
+            assert_eq!(unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, old) }, 0);
             test()
         });
         thread.join().unwrap()
@@ -247,7 +248,7 @@ fn fields_around_pages_that_are_not_there() {
         let memory = Memory::with(&bytes);
         // The first and the last page are never there, so that nobody else's is beside ours.
         let mut readable = [true; N_PAGES];
-        for page in 0..N_PAGES {
+        for (page, is_readable) in readable.iter_mut().enumerate() {
             let is_end = page == 0 || page == N_PAGES - 1;
             match below(4) {
                 0 => memory.behind_file(page),
@@ -259,7 +260,7 @@ fn fields_around_pages_that_are_not_there() {
                 }
                 _ => continue,
             }
-            readable[page] = false;
+            *is_readable = false;
         }
         let fields: Vec<(i64, usize)> = (0..1 + below(N_WORDS as u64))
             .map(|_| (below(340) as i64, [1, 2, 4, 8][below(4) as usize]))
