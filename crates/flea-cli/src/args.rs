@@ -133,6 +133,10 @@ pub struct Run {
     /// The object: FILE.bpf.o
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
+    /// Let programs write to the target's memory (bpf_probe_write_user). Nothing checks what
+    /// they write: it can crash the target, corrupt its data, or make it do anything that it may
+    #[arg(long)]
+    pub allow_write: bool,
     #[command(flatten)]
     /// Which process.
     pub target: Target,

@@ -14,7 +14,8 @@ mod graph;
 mod in_process;
 
 use flea_image::{PlainRequest, RelocTarget, compile_function};
-use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
+use flea_layout::shared::RuntimeFn;
+use flea_object::spec::{MapKind, Program, ProgramKind};
 use flea_verifier::{Context, Target as Types, Verifier};
 use graph::Graph;
 use in_process::{Random, Target, spec};
@@ -96,7 +97,7 @@ impl Compiled {
             insns: asm::assemble(&all),
             ..Program::default()
         };
-        let maps = [MapSpec { ..spec(MapKind::Array, 4, 8 * N_WORDS as u32, 1) }];
+        let maps = [spec(MapKind::Array, 4, 8 * N_WORDS as u32, 1)];
         let context = Context::Tracing { n_args: slots.len() as u8, n_results: 0, session: false };
         let verified = Verifier::new(&program, &maps, context)
             .target(Types { types: &graph.types, slots: &slots })
@@ -329,5 +330,37 @@ fn memory_that_comes_and_goes() {
         });
         stop.store(true, std::sync::atomic::Ordering::Relaxed);
         assert!(found);
+    });
+}
+
+/// `bpf_probe_write_user`: what the target may not write to stays as it is.
+#[test]
+fn writes_go_where_the_target_may_write() {
+    let target = Target::new(&[spec(MapKind::Array, 4, 8, 1)]);
+    let memory = Memory::with(&[1; 2 * PAGE]);
+    let new = [2u8; 16];
+    let write = |to: u64| {
+        let args = [to, new.as_ptr() as u64, new.len() as u64];
+        target.call(RuntimeFn::ProbeWriteUser, &args).cast_signed()
+    };
+    let words = |at: usize| {
+        // SAFETY: two words of a mapping that can be read.
+        unsafe { ((memory.address + at as u64) as *const [u64; 2]).read_volatile() }
+    };
+    let (old, done) = (0x0101_0101_0101_0101, 0x0202_0202_0202_0202);
+    without_signals(|| {
+        assert_eq!(write(memory.address + 16), 0);
+        assert_eq!((words(0), words(16), words(32)), ([old; 2], [done; 2], [old; 2]));
+        memory.protect(1, libc::PROT_READ);
+        assert_eq!(write(memory.address + PAGE as u64), -14);
+        assert_eq!(words(PAGE), [old; 2]);
+        // Across the border: what may be written is.
+        assert_eq!(write(memory.address + PAGE as u64 - 8), -14);
+        assert_eq!((words(PAGE - 8), words(PAGE)), ([done, old], [old; 2]));
+        for nowhere in [0, 8, 1 << 47, !0] {
+            assert_eq!(write(nowhere), -14, "{nowhere:#x}");
+        }
+        // Code.
+        assert_eq!(write(target.address_of(RuntimeFn::ProbeWriteUser)), -14);
     });
 }

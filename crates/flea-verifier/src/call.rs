@@ -70,6 +70,11 @@ impl Machine<'_> {
             return Err(Fault::new(format!("program of this type cannot use helper {name}"))
                 .hint("only programs in SEC(\"fsession/...\") run at both ends of a call"));
         }
+        if helper == Helper::ProbeWriteUser && !self.permissions.write_target {
+            let name = helper.name();
+            return Err(Fault::new(format!("program of this type cannot use helper {name}"))
+                .hint("it can crash the target: allow it with `flea run --allow-write`"));
+        }
         let words =
             matches!(helper, Helper::GetFuncArg | Helper::GetFuncRet | Helper::GetFuncArgCnt);
         if words && self.context == Context::PtRegs {

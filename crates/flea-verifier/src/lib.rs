@@ -108,6 +108,14 @@ pub struct Verifier<'a> {
     maps: &'a [MapSpec],
     context: Context,
     target: Option<Target<'a>>,
+    permissions: Permissions,
+}
+
+/// What a program may do that it may not unless somebody has said so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Permissions {
+    /// `bpf_probe_write_user`: a mistake can crash the target, or make it do anything.
+    pub write_target: bool,
 }
 
 /// The types of the function that a program is attached to.
@@ -124,7 +132,8 @@ impl<'a> Verifier<'a> {
     /// A program that runs with `context` and names `maps` by index.
     #[must_use]
     pub fn new(program: &'a Program, maps: &'a [MapSpec], context: Context) -> Self {
-        Self { program, maps, context, target: None }
+        let permissions = Permissions::default();
+        Self { program, maps, context, target: None, permissions }
     }
 
     /// The context's words have the types of `target`.
@@ -133,18 +142,25 @@ impl<'a> Verifier<'a> {
         Self { target: Some(target), ..self }
     }
 
+    /// It may do what `permissions` say.
+    #[must_use]
+    pub fn permit(self, permissions: Permissions) -> Self {
+        Self { permissions, ..self }
+    }
+
     /// Proves the program safe, or says why not.
     ///
     /// # Errors
     /// [`Rejection`] with the first fault found.
     pub fn verify(&self) -> Result<Verified, Rejection> {
-        let Self { program, maps, context, target } = *self;
+        let Self { program, maps, context, target, permissions } = *self;
         let structural = |(idx, fault)| rejection(idx, fault, Vec::new());
         check_size(program).map_err(structural)?;
         let ops = op::decode(&program.insns).map_err(structural)?;
         let cfg = Cfg::new(&ops).map_err(structural)?;
         let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
-        let machine = || Machine::new(maps, context, &ops, &cfg).typed_by(target);
+        let machine =
+            || Machine::new(maps, context, &ops, &cfg).typed_by(target).permit(permissions);
         let explorer = || Explorer::new(machine(), program, &cfg, &live);
 
         let mut walk = explorer();

@@ -17,13 +17,14 @@ use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
 use crate::value::{Id, Number, Pointer, PointerKind, Value};
-use crate::{Context, typed};
+use crate::{Context, Permissions, typed};
 
 /// What all paths share.
 pub(crate) struct Machine<'a> {
     pub(crate) maps: &'a [MapSpec],
     pub(crate) context: Context,
     target: Option<crate::Target<'a>>,
+    pub(crate) permissions: Permissions,
     pub(crate) ops: &'a [Op],
     pub(crate) cfg: &'a Cfg,
     pub(crate) facts: Collector,
@@ -53,6 +54,7 @@ impl<'a> Machine<'a> {
             maps,
             context,
             target: None,
+            permissions: Permissions::default(),
             ops,
             cfg,
             facts: Collector::new(ops.len()),
@@ -65,6 +67,11 @@ impl<'a> Machine<'a> {
     /// The context's words have the types of `target`.
     pub(crate) fn typed_by(self, target: Option<crate::Target<'a>>) -> Self {
         Self { target, ..self }
+    }
+
+    /// The program may do what `permissions` say.
+    pub(crate) fn permit(self, permissions: Permissions) -> Self {
+        Self { permissions, ..self }
     }
 
     /// The types that typed pointers point to.

@@ -88,8 +88,13 @@ pub(crate) const fn proto(helper: Helper) -> Proto {
         Helper::TracePrintk => (&[Read, SIZE, Optional, Optional, Optional], Ret::Number),
         Helper::TraceVprintk => (&[Read, SIZE, Read, SIZE_OR_ZERO], Ret::Number),
         Helper::GetCurrentComm => (&[Fill, SIZE], Ret::Number),
-        Helper::ProbeReadUser => (&[Fill, SIZE_OR_ZERO, Anything], Ret::Number),
-        Helper::ProbeReadUserStr => (&[Fill, SIZE_OR_ZERO, Anything], Ret::LengthOrError),
+        Helper::ProbeReadUser | Helper::ProbeRead | Helper::ProbeReadKernel => {
+            (&[Fill, SIZE_OR_ZERO, Anything], Ret::Number)
+        }
+        Helper::ProbeReadUserStr | Helper::ProbeReadStr | Helper::ProbeReadKernelStr => {
+            (&[Fill, SIZE_OR_ZERO, Anything], Ret::LengthOrError)
+        }
+        Helper::ProbeWriteUser => (&[Anything, Read, SIZE], Ret::Number),
         Helper::RingbufOutput => (&[RingBuf, Read, SIZE_OR_ZERO, Anything], Ret::Number),
         Helper::RingbufReserve => (&[RingBuf, KnownSize, Anything], Ret::RecordOrNull),
         Helper::RingbufSubmit | Helper::RingbufDiscard => (&[Record, Anything], Ret::Void),

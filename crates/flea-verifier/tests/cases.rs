@@ -5,6 +5,7 @@
 //! ctx 2 result session      (a "result" per result word; or: regs; or: mem 16;
 //!                            default: ctx 2)
 //! map array 4 8 1 ro        (kind, key bytes, value bytes, entries)
+//! allow write               (bpf_probe_write_user)
 //! slots *foo -              (types of the context's words; see graph/mod.rs. The lines that
 //!                            declare them are the file's, before its first case)
 //! ...instructions, see asm/mod.rs...
@@ -21,7 +22,7 @@ mod graph;
 
 use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
 use flea_object::types::TypeId;
-use flea_verifier::{Context, Target, Verifier};
+use flea_verifier::{Context, Permissions, Target, Verifier};
 use graph::Graph;
 
 struct Case {
@@ -29,6 +30,7 @@ struct Case {
     context: Context,
     graph: Graph,
     slots: Vec<Option<TypeId>>,
+    permissions: Permissions,
     maps: Vec<MapSpec>,
     lines: Vec<String>,
     expected: String,
@@ -50,6 +52,7 @@ fn parse(file: &str, text: &str) -> Vec<Case> {
                 context: Context::Tracing { n_args: 2, n_results: 0, session: false },
                 graph: graph.clone(),
                 slots: Vec::new(),
+                permissions: Permissions::default(),
                 maps: Vec::new(),
                 lines: Vec::new(),
                 expected: String::new(),
@@ -71,6 +74,8 @@ fn parse(file: &str, text: &str) -> Vec<Case> {
             case.context = Context::Memory { size_bytes: rest.parse().unwrap() };
         } else if let Some(rest) = line.strip_prefix("slots ") {
             case.slots = case.graph.slots(rest);
+        } else if line == "allow write" {
+            case.permissions.write_target = true;
         } else if let Some(rest) = line.strip_prefix("map ") {
             case.maps.push(map(rest));
         } else {
@@ -115,7 +120,8 @@ fn run(case: &Case) -> Result<(), String> {
         ..Program::default()
     };
     let target = Target { types: &case.graph.types, slots: &case.slots };
-    let verifier = Verifier::new(&program, &case.maps, case.context).target(target);
+    let verifier =
+        Verifier::new(&program, &case.maps, case.context).target(target).permit(case.permissions);
     let (found, log) = match verifier.verify() {
         Ok(verified) => {
             assert_eq!(verified.facts().len(), program.insns.len());

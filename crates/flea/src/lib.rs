@@ -66,6 +66,7 @@ pub use flea_object::{
 };
 pub use flea_process::{Exit, Pid};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
+pub use flea_verifier::Permissions;
 
 pub use self::{
     error::{AttachError, FindError, LoadError, RemoteError, SessionError},

@@ -10,18 +10,20 @@ use flea_image::{Body, BodyRequest, ProgramUse, RelocTarget, SkipResult};
 use flea_layout::plan::ArenaPlan;
 use flea_object::{
     helper::Helper,
+    insn::Insn,
     spec::{MapIdx, MapKind, MapSpec, Object as Spec, ProgramKind},
+    types::{Type, TypeId},
 };
 use flea_symbols::{
     Site,
     addr::RemoteAddr,
     signature::{Signature, StackWords},
 };
-use flea_verifier::{Context, Verified};
+use flea_verifier::{Context, Permissions, Rejection, Target, Verified, Verifier};
 
 use crate::{
     error::{AttachError, LoadError},
-    function::Function,
+    function::{Function, FunctionTypes},
     link::Link,
     registry::StackArgs,
     session::{Inner, lock},
@@ -79,7 +81,10 @@ pub(crate) struct Loaded {
     pub(crate) base: RemoteAddr,
     printk: Option<MapIdx>,
     printk_reader: Mutex<Option<flea_maps::RingBuf>>,
+    permissions: Permissions,
     verified: Mutex<HashMap<(usize, Context), Arc<Verified>>>,
+    /// Proofs that rest on the types of one function.
+    typed: Mutex<HashMap<(usize, RemoteAddr), Arc<Verified>>>,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
 }
 
@@ -152,7 +157,9 @@ impl Object {
                 base,
                 printk,
                 printk_reader,
+                permissions: session.permissions(),
                 verified: Mutex::default(),
+                typed: Mutex::default(),
                 attached: Mutex::default(),
             }),
         })
@@ -431,22 +438,48 @@ impl Program {
         Ok(verified)
     }
 
-    /// The proof for a function with this context, made once.
+    /// The proof for a function with this context, made once. Most programs need no types: to
+    /// them all arguments are numbers, whose proof holds for every function with as many. Types
+    /// are read for those that follow pointers.
     fn verify(&self, function: &Function, context: Context) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
-        let key = (self.index, context);
-        if let Some(known) = lock(&loaded.verified).get(&key) {
-            return Ok(Arc::clone(known));
+        let (key, typed_key) = ((self.index, context), (self.index, function.address()));
+        let known = lock(&loaded.verified).get(&key).cloned();
+        if let Some(known) = known.or_else(|| lock(&loaded.typed).get(&typed_key).cloned()) {
+            return Ok(known);
         }
-        let verified = flea_verifier::verify(self.spec(), &loaded.spec.maps, context)
-            .map(Arc::new)
-            .map_err(|rejection| AttachError::Rejected {
-                program: self.name().to_owned(),
-                function: function.name(),
-                rejection: Box::new(rejection),
-            })?;
-        let mut cache = lock(&loaded.verified);
-        Ok(Arc::clone(cache.entry(key).or_insert(verified)))
+        let verifier =
+            Verifier::new(self.spec(), &loaded.spec.maps, context).permit(loaded.permissions);
+        let untyped = match verifier.verify() {
+            Ok(verified) => {
+                let mut cache = lock(&loaded.verified);
+                return Ok(Arc::clone(cache.entry(key).or_insert_with(|| Arc::new(verified))));
+            }
+            Err(rejection) => rejection,
+        };
+        let verified = self.verify_typed(function, verifier).unwrap_or(Err(untyped));
+        let verified = verified.map_err(|rejection| AttachError::Rejected {
+            program: self.name().to_owned(),
+            function: function.name(),
+            rejection: Box::new(rejection),
+        })?;
+        let mut cache = lock(&loaded.typed);
+        Ok(Arc::clone(cache.entry(typed_key).or_insert_with(|| Arc::new(verified))))
+    }
+
+    /// The same with the types of `function`, where they say anything of pointers.
+    fn verify_typed(
+        &self,
+        function: &Function,
+        verifier: Verifier<'_>,
+    ) -> Option<Result<Verified, Rejection>> {
+        if matches!(self.kind(), ProgramKind::Uprobe | ProgramKind::Uretprobe) {
+            return None;
+        }
+        let FunctionTypes { types, slots } = function.types();
+        let is_pointer = |id: &TypeId| matches!(types.get(*id), Type::Pointer { .. });
+        let has_pointers = slots.iter().flatten().any(is_pointer);
+        has_pointers.then(|| verifier.target(Target { types, slots }).verify())
     }
 
     /// Whether `function` may be skipped: its caller goes on with a result that a program can
@@ -510,6 +543,11 @@ impl Prepared {
 }
 
 impl Loaded {
+    /// Whether the program with this index can change the target's memory.
+    pub(crate) fn writes_target(&self, index: usize) -> bool {
+        calls(&self.spec.programs[index].insns, &[Helper::ProbeWriteUser as u32])
+    }
+
     /// The address behind a relocation, with the runtime at `runtime`.
     pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
         match target {
@@ -573,13 +611,18 @@ fn stack_args(function: &Function, signature: &Signature) -> Result<StackArgs, A
     Ok(StackArgs { n_words, may_be_fewer, align_bytes })
 }
 
-fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {
-    let printk = [Helper::TracePrintk as u32, Helper::TraceVprintk as u32];
-    let used = spec.programs.iter().flat_map(|p| &p.insns).any(|insn| {
+/// Whether one of these helpers is called.
+fn calls(insns: &[Insn], helpers: &[u32]) -> bool {
+    insns.iter().any(|insn| {
         insn.opcode == flea_object::opcode::CALL_OP
             && insn.src == 0
-            && printk.contains(&insn.imm.cast_unsigned())
-    });
+            && helpers.contains(&insn.imm.cast_unsigned())
+    })
+}
+
+fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {
+    let printk = [Helper::TracePrintk as u32, Helper::TraceVprintk as u32];
+    let used = spec.programs.iter().any(|p| calls(&p.insns, &printk));
     used.then(|| {
         let index = u32::try_from(spec.maps.len()).expect("an object is far smaller");
         spec.maps.push(MapSpec {
