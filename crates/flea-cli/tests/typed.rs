@@ -83,6 +83,22 @@ fn fields_of_the_targets_data() -> Result<()> {
 }
 
 #[test]
+fn a_register_cast_to_what_it_leads_to() -> Result<()> {
+    let Some(object) = compile_bpf("cast.bpf.c", "v3")? else { return Ok(()) };
+    let Some((_file, mut target)) = start()? else { return Ok(()) };
+    let file = object.0.to_str().context("a path")?;
+    let tracing = Tracing::attach(&["run", file], target.pid())?;
+    expect(&mut target, "list", "visited -1 first")?;
+    expect(&mut target, "broken", "visited -1 first")?;
+    expect(&mut target, "stack", "visited -2 second")?;
+    let records = tracing.stop()?;
+    records.assert_complete()?;
+    let lines: Vec<_> = records.of("printk").map(|r| r["message"].as_str().unwrap()).collect();
+    assert_eq!(lines, ["i 10 then 30", "i 10 then 0", "e 20 then 0"]);
+    finish(target)
+}
+
+#[test]
 fn writing_needs_leave() -> Result<()> {
     let Some(object) = compile_bpf("writes.bpf.c", "v3")? else { return Ok(()) };
     let Some((_file, mut target)) = start()? else { return Ok(()) };

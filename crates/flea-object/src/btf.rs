@@ -1,7 +1,7 @@
 //! BTF: the type information in `.BTF` (Documentation/bpf/btf.rst, 6.18), of eBPF objects and
 //! of modules. Reads all kinds, keeps what maps, messages and signatures need. Offsets and
 //! type ids in it are untrusted: every one is checked when it is followed. `.BTF.ext` is in
-//! `btf_ext`. Start at [`Btf::parse`].
+//! `btf_ext`. Start at [`Btf::parse`]; [`Graph`] makes [`crate::types::Types`] of it.
 
 const MAGIC: u16 = 0xeb9f;
 const VERSION: u8 = 1;
@@ -526,5 +526,8 @@ impl<'a> Reader<'a> {
     }
 }
 
+mod graph;
 #[cfg(test)]
 mod tests;
+
+pub use graph::Graph;

@@ -94,4 +94,6 @@ helpers! {
     /// instruction of eBPF counts zeros. For the built-in programs: no name in an object file
     /// leads here.
     Fls64 = 0x7f00_0003, "bpf_fls64";
+    /// kfunc `void *bpf_rdonly_cast(obj, type_id)`, `bpf_core_cast`: `obj` as a typed pointer.
+    RdonlyCast = 0x7f00_0010, "bpf_rdonly_cast";
 }

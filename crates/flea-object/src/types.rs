@@ -15,7 +15,7 @@ pub struct TypeId(u32);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Types {
     types: Vec<Type>,
-    /// By [`essential_name`] of their [`c_name`]s.
+    /// By [`key`].
     names: BTreeMap<String, Vec<TypeId>>,
 }
 
@@ -73,7 +73,8 @@ pub enum Type {
         is_union: bool,
         /// Its size.
         size_bytes: u32,
-        /// By position; base classes are members without a name.
+        /// Of the target's types by position, of an object's in the source's order. Base
+        /// classes are members without a name.
         members: Vec<Member>,
     },
     /// A structure that is declared and not defined.
@@ -134,8 +135,7 @@ impl Types {
 
     /// Lets `id` be found by `name`: its tag, or a typedef's. Several types may have one name.
     pub fn add_name(&mut self, name: &str, id: TypeId) {
-        let name = c_name(name);
-        let ids = self.names.entry(essential_name(&name).to_owned()).or_default();
+        let ids = self.names.entry(key(name)).or_default();
         if !ids.contains(&id) {
             ids.push(id);
         }
@@ -144,7 +144,42 @@ impl Types {
     /// The types that `name` may mean, a flavour (`name___2`) taken off.
     #[must_use]
     pub fn named(&self, name: &str) -> &[TypeId] {
-        self.names.get(essential_name(&c_name(name))).map_or(&[], Vec::as_slice)
+        self.names.get(&key(name)).map_or(&[], Vec::as_slice)
+    }
+
+    /// Puts all members in the order of their positions.
+    pub fn sort_members(&mut self) {
+        for ty in &mut self.types {
+            if let Type::Struct { members, .. } = ty {
+                members.sort_by_key(|member| member.bit_offset);
+            }
+        }
+    }
+
+    /// Adds all of `other`'s types behind those that are here, which keep their ids; `ids` of
+    /// `other` as they are then. Names are not taken along.
+    pub fn append(&mut self, other: &Self, ids: &[Option<TypeId>]) -> Vec<Option<TypeId>> {
+        // Void is there already.
+        let n = u32::try_from(self.types.len() - 1).expect("fewer than 2^32 types");
+        let moved = |id: TypeId| if id == TypeId::VOID { id } else { TypeId(id.0 + n) };
+        self.types.extend(other.types.iter().skip(1).map(|ty| {
+            let mut ty = ty.clone();
+            match &mut ty {
+                Type::Pointer { to } => *to = moved(*to),
+                Type::Array { of, .. } => *of = moved(*of),
+                Type::Struct { members, .. } => members.iter_mut().for_each(|m| m.ty = moved(m.ty)),
+                _ => {}
+            }
+            ty
+        }));
+        ids.iter().map(|id| id.map(moved)).collect()
+    }
+
+    /// The id with this number, as [`TypeId::index`] gives it.
+    #[must_use]
+    pub fn id(&self, index: u64) -> Option<TypeId> {
+        let index = u32::try_from(index).ok()?;
+        ((index as usize) < self.types.len()).then_some(TypeId(index))
     }
 
     /// The type with this id; void where there is none.
@@ -191,6 +226,30 @@ impl Types {
         }
         None
     }
+}
+
+/// What programs may call `name` has the same key.
+#[must_use]
+pub fn key(name: &str) -> String {
+    const SIZES: [&str; 3] = ["char", "short", "long"];
+    let words: Vec<&str> = name.split(' ').collect();
+    let is_number =
+        |word: &&str| matches!(*word, "signed" | "unsigned" | "int") || SIZES.contains(word);
+    if !words.iter().all(is_number) {
+        return essential_name(&c_name(name)).to_owned();
+    }
+    // `long unsigned int`, `unsigned long`: each compiler spells it its own way.
+    let mut sizes: Vec<&str> = words.iter().copied().filter(|w| SIZES.contains(w)).collect();
+    let is_char = sizes == ["char"];
+    if sizes.is_empty() {
+        sizes.push("int");
+    }
+    let sign = match () {
+        () if words.contains(&"unsigned") => "unsigned ",
+        () if words.contains(&"signed") && is_char => "signed ",
+        () => "",
+    };
+    format!("{sign}{}", sizes.join(" "))
 }
 
 /// What C cannot use as a name, and what compilers for it define.
@@ -289,6 +348,12 @@ pub fn c_name(name: &str) -> Cow<'_, str> {
     if needs_start { format!("_{spelled}").into() } else { spelled.into() }
 }
 
+/// What C headers for programs call the base class `tag` in a class: it has no name there.
+#[must_use]
+pub fn base_name(tag: &str) -> String {
+    format!("base_{}", c_name(tag))
+}
+
 /// A name without its flavour: programs may declare several versions of a type, `task` and
 /// `task___old`, which all mean the target's `task`.
 #[must_use]
@@ -345,6 +410,13 @@ mod tests {
         types.add_name("ns__S___2", b);
         assert_eq!(types.named("ns__S___mine"), [a, b]);
         assert_eq!(types.named("S"), []);
+        types.add_name("long unsigned int", a);
+        assert_eq!(types.named("unsigned long"), [a]);
+        for (name, same) in [("unsigned", "unsigned int"), ("short int", "short")] {
+            assert_eq!(key(name), key(same));
+        }
+        assert_ne!(key("signed char"), key("char"));
+        assert_ne!(key("long long int"), key("long int"));
     }
 
     #[test]
@@ -362,6 +434,32 @@ mod tests {
         assert_eq!(types.size_bytes(table), Some(60));
         assert_eq!(types.size_bytes(flexible), None);
         assert_eq!(types.size_bytes(TypeId::VOID), None);
+    }
+
+    #[test]
+    fn graphs_one_behind_the_other() {
+        let graph = |name: &str| {
+            let mut types = Types::default();
+            let own = types.add(Type::Void);
+            let to_own = types.add(Type::Pointer { to: own });
+            let to_void = types.add(Type::Pointer { to: TypeId::VOID });
+            let member = |ty| Member { name: "m".into(), ty, bit_offset: 0, bit_size: None };
+            let members = vec![member(to_own), member(to_void)];
+            let name = name.to_owned();
+            types.set(own, Type::Struct { name, is_union: true, size_bytes: 8, members });
+            (types, own)
+        };
+        let ((mut all, first), (second, other)) = (graph("first"), graph("second"));
+        let ids = all.append(&second, &[Some(other), None, Some(TypeId::VOID)]);
+        let [Some(moved), None, Some(TypeId::VOID)] = ids[..] else { panic!("{ids:?}") };
+        for (id, expected) in [(first, "first"), (moved, "second")] {
+            let Type::Struct { name, members, .. } = all.get(id) else { panic!("no structure") };
+            assert_eq!(name, expected);
+            assert_eq!(*all.get(members[0].ty), Type::Pointer { to: id });
+            assert_eq!(*all.get(members[1].ty), Type::Pointer { to: TypeId::VOID });
+        }
+        assert_eq!(all.id(moved.index() as u64), Some(moved));
+        assert_eq!(all.id(7), None);
     }
 
     #[test]

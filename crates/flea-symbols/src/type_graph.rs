@@ -1,9 +1,9 @@
 //! The types of a module's data, and where [`Module`] takes them from: DWARF, and BTF for what
 //! DWARF does not have. Start at [`Module::types`].
 
-use flea_object::types::{Type, TypeId, Types};
+use flea_object::btf;
+use flea_object::types::{Type, TypeId, Types, key};
 
-use crate::btf;
 use crate::dwarf::{self, dies::Dies};
 use crate::function::Function;
 use crate::module::Module;
@@ -37,7 +37,8 @@ impl Module<'_> {
     pub fn types(&self, functions: &[(&Function, &Signature)], names: TypeNames<'_>) -> TypeGraph {
         let mut slots = vec![Vec::new(); functions.len()];
         let found = self.dwarf_types(functions, names, &mut slots);
-        let types = self.btf_types(found, functions, names, &mut slots);
+        let mut types = self.btf_types(found, functions, names, &mut slots);
+        types.sort_members();
         for ((_, signature), slots) in functions.iter().zip(&mut slots) {
             slots.resize(n_slots(signature), None);
         }
@@ -92,7 +93,7 @@ impl Module<'_> {
             }
         };
         let has_dwarf = types.len() > 1;
-        let mut graph = btf::graph::Graph::new(info.parts(), types);
+        let mut graph = btf::Graph::new(info.parts(), types);
         for ((function, signature), slots) in functions.iter().zip(slots) {
             let from_btf = signature.source == SignatureSource::Btf;
             if let Some((part, params, ret)) = info.prototype(function).filter(|_| from_btf) {
@@ -109,17 +110,12 @@ impl Module<'_> {
             TypeNames::These(_) if missing.is_empty() => {}
             TypeNames::These(_) => {
                 let wanted: std::collections::HashSet<String> =
-                    missing.into_iter().map(essential).collect();
-                graph.add_named(|name| wanted.contains(&essential(name)));
+                    missing.into_iter().map(key).collect();
+                graph.add_named(|name| wanted.contains(&key(name)));
             }
         }
         graph.into_types()
     }
-}
-
-fn essential(name: &str) -> String {
-    use flea_object::types::{c_name, essential_name};
-    essential_name(&c_name(name)).to_owned()
 }
 
 fn n_slots(signature: &Signature) -> usize {

@@ -244,6 +244,7 @@ impl Host for MapsHost {
             Helper::ProbeReadUserStr | Helper::ProbeReadStr | Helper::ProbeReadKernelStr => {
                 probe_read(args, true, memory)
             }
+            Helper::RdonlyCast => Ok(args[0]),
             Helper::ProbeWriteUser => Err(format!("{} is not for vectors", helper.name())),
             Helper::Fls64 => Ok(u64::from(u64::BITS - args[0].leading_zeros())),
             Helper::GetFuncIp | Helper::GetAttachCookie => Ok(0),

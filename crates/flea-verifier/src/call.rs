@@ -2,6 +2,7 @@
 
 use flea_object::helper::Helper;
 use flea_object::spec::{MapIdx, MapSpec};
+use flea_object::types::{Type, TypeId};
 
 use crate::Context;
 use crate::access::{self, Access, Request, followable, helper_stack_span};
@@ -26,6 +27,7 @@ struct Seen {
     /// Stack bytes that the helper fills.
     fills: Vec<(usize, Span)>,
     release: Option<Pointer>,
+    cast_to: Option<TypeId>,
 }
 
 impl Machine<'_> {
@@ -138,6 +140,31 @@ impl Machine<'_> {
                 Ok(())
             }
             Arg::Ctx => ctx_arg(reg, &value),
+            Arg::Castable if value.as_scalar().is_some() || value.is_target() => Ok(()),
+            Arg::Castable => Err(mismatch(reg, &value, arg)),
+            Arg::TypeId => {
+                seen.cast_to = Some(self.cast_to(reg, &value)?);
+                Ok(())
+            }
+        }
+    }
+
+    /// The structure whose number is in `reg`.
+    fn cast_to(&self, reg: Reg, value: &Value) -> Result<TypeId, Fault> {
+        let Some(number) = value.as_const() else {
+            let text = format!("R{} must be a known constant", reg.index());
+            return Err(Fault::new(text).hint("write bpf_core_cast(pointer, struct name)"));
+        };
+        let known = self.types().and_then(|types| Some((types, types.id(number)?)));
+        match known {
+            Some((types, id)) if matches!(types.get(id), Type::Struct { .. }) => Ok(id),
+            Some((_, id)) if id != TypeId::VOID => Err(Fault::new(
+                "kfunc bpf_rdonly_cast type ID argument must be of a struct or void",
+            )),
+            _ => {
+                Err(Fault::new(format!("Unknown type ID {number} passed to kfunc bpf_rdonly_cast"))
+                    .hint("the target's debug information has no such type"))
+            }
         }
     }
 
@@ -285,6 +312,10 @@ impl Machine<'_> {
                 or_null(self, PointerKind::Record { size_bytes, reference })
             }
             (Ret::BitNumber, _) => Value::scalar(Scalar::signed(0, 64)),
+            (Ret::Cast, _) => match seen.cast_to {
+                Some(ty) => Value::pointer(PointerKind::Target { ty }),
+                None => Value::UNKNOWN,
+            },
             (Ret::Cookie, _) => Value::pointer(PointerKind::Cookie),
             (Ret::Number | Ret::ValueOrNull, _) => Value::UNKNOWN,
         }

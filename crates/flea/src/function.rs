@@ -5,10 +5,9 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
-use flea_object::types::{TypeId, Types};
 use flea_process::Pid;
 use flea_symbols::{
-    Pattern, Refusal, Site, TypeNames,
+    Pattern, Refusal, Site, TypeGraph, TypeNames,
     addr::{RemoteAddr, Svma},
     signature::{Signature, StackWords},
 };
@@ -25,19 +24,10 @@ pub struct Function {
     symbol: flea_symbols::Function,
     address: RemoteAddr,
     signature: Arc<OnceLock<Signature>>,
-    types: Arc<OnceLock<FunctionTypes>>,
+    types: Arc<OnceLock<TypeGraph>>,
     site: Arc<OnceLock<Result<Site, Refusal>>>,
     uses_return_address: Arc<OnceLock<bool>>,
     never_returns: Arc<OnceLock<bool>>,
-}
-
-/// What a function's words are, as far as debug information says.
-#[derive(Default)]
-pub(crate) struct FunctionTypes {
-    /// The types of what they hold and lead to.
-    pub(crate) types: Types,
-    /// The type of each word, arguments first; `None` where that is not known.
-    pub(crate) slots: Vec<Option<TypeId>>,
 }
 
 impl std::fmt::Debug for Function {
@@ -63,6 +53,22 @@ impl Function {
     #[must_use]
     pub fn module(&self) -> &str {
         self.module.path()
+    }
+
+    /// Its module.
+    pub(crate) fn owner(&self) -> &Arc<Module> {
+        &self.module
+    }
+
+    /// The types of its words, in its module's. Read on the first call.
+    pub(crate) fn types(&self) -> &TypeGraph {
+        self.types.get_or_init(|| {
+            let signature = self.signature();
+            let none = TypeNames::These(&[]);
+            self.module
+                .with_symbols(|s| s.types(&[(&self.symbol, signature)], none))
+                .unwrap_or_default()
+        })
     }
 
     /// Its first byte, in the target.
@@ -91,19 +97,6 @@ impl Function {
     pub(crate) fn uses_return_address(&self) -> bool {
         *self.uses_return_address.get_or_init(|| {
             self.module.with_symbols(|s| s.uses_return_address(&self.symbol)).unwrap_or(true)
-        })
-    }
-
-    /// The types of its arguments and its result. Read from the debug information on the first
-    /// call; without any, nothing is known.
-    pub(crate) fn types(&self) -> &FunctionTypes {
-        self.types.get_or_init(|| {
-            let signature = self.signature();
-            let wanted = [(&self.symbol, signature)];
-            let read = self.module.with_symbols(|s| s.types(&wanted, TypeNames::These(&[])));
-            let found = read.ok().map(|graph| (graph.types, graph.slots.into_iter().next()));
-            let (types, slots) = found.unwrap_or_default();
-            FunctionTypes { types, slots: slots.unwrap_or_default() }
         })
     }
 

@@ -2,6 +2,7 @@
 //! attached to functions.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex},
 };
@@ -12,7 +13,7 @@ use flea_object::{
     helper::Helper,
     insn::Insn,
     spec::{MapIdx, MapKind, MapSpec, Object as Spec, ProgramKind},
-    types::{Type, TypeId},
+    types::{Type, TypeId, Types},
 };
 use flea_symbols::{
     Site,
@@ -23,7 +24,8 @@ use flea_verifier::{Context, Permissions, Rejection, Target, Verified, Verifier}
 
 use crate::{
     error::{AttachError, LoadError},
-    function::{Function, FunctionTypes},
+    fit::{Fits, Fitted, ModuleKey},
+    function::Function,
     link::Link,
     registry::StackArgs,
     session::{Inner, lock},
@@ -82,10 +84,20 @@ pub(crate) struct Loaded {
     printk: Option<MapIdx>,
     printk_reader: Mutex<Option<flea_maps::RingBuf>>,
     permissions: Permissions,
-    verified: Mutex<HashMap<(usize, Context), Arc<Verified>>>,
-    /// Proofs that rest on the types of one function.
-    typed: Mutex<HashMap<(usize, RemoteAddr), Arc<Verified>>>,
+    fits: Fits,
+    verified: Mutex<HashMap<ProofKey, Arc<Verified>>>,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
+}
+
+/// What a proof depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct ProofKey {
+    program: usize,
+    context: Context,
+    /// Whose types the program was fitted to, if it was.
+    module: Option<ModuleKey>,
+    /// Whose types it needs besides its context, if it does.
+    function: Option<RemoteAddr>,
 }
 
 /// One program of an [`Object`].
@@ -158,8 +170,8 @@ impl Object {
                 printk,
                 printk_reader,
                 permissions: session.permissions(),
+                fits: Fits::default(),
                 verified: Mutex::default(),
-                typed: Mutex::default(),
                 attached: Mutex::default(),
             }),
         })
@@ -438,48 +450,70 @@ impl Program {
         Ok(verified)
     }
 
-    /// The proof for a function with this context, made once. Most programs need no types: to
-    /// them all arguments are numbers, whose proof holds for every function with as many. Types
-    /// are read for those that follow pointers.
+    /// The proof for a function with this context, made once for all functions where that
+    /// suffices: only a program that goes through the target's data needs the function's types.
     fn verify(&self, function: &Function, context: Context) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
-        let (key, typed_key) = ((self.index, context), (self.index, function.address()));
-        let known = lock(&loaded.verified).get(&key).cloned();
-        if let Some(known) = known.or_else(|| lock(&loaded.typed).get(&typed_key).cloned()) {
-            return Ok(known);
-        }
-        let verifier =
-            Verifier::new(self.spec(), &loaded.spec.maps, context).permit(loaded.permissions);
-        let untyped = match verifier.verify() {
-            Ok(verified) => {
-                let mut cache = lock(&loaded.verified);
-                return Ok(Arc::clone(cache.entry(key).or_insert_with(|| Arc::new(verified))));
-            }
-            Err(rejection) => rejection,
-        };
-        let verified = self.verify_typed(function, verifier).unwrap_or(Err(untyped));
-        let verified = verified.map_err(|rejection| AttachError::Rejected {
+        let fitted = loaded.fits.fit(&loaded.spec, self.index, function.owner());
+        let fitted = fitted.map_err(|source| AttachError::Core {
             program: self.name().to_owned(),
             function: function.name(),
-            rejection: Box::new(rejection),
+            source,
         })?;
-        let mut cache = lock(&loaded.typed);
-        Ok(Arc::clone(cache.entry(typed_key).or_insert_with(|| Arc::new(verified))))
+        let (module, fitted) = fitted.unzip();
+        let program = fitted.as_ref().map_or(self.spec(), |fitted| &fitted.program);
+        let verifier =
+            Verifier::new(program, &loaded.spec.maps, context).permit(loaded.permissions);
+        let for_all = ProofKey { program: self.index, context, module, function: None };
+        let for_this = ProofKey { function: Some(function.address()), ..for_all };
+        let rejected = |mut rejection: Rejection| {
+            if let Some(fitted) = &fitted {
+                fitted.explain(&mut rejection);
+            }
+            AttachError::Rejected {
+                program: self.name().to_owned(),
+                function: function.name(),
+                rejection: Box::new(rejection),
+            }
+        };
+        if let Some(known) = loaded.proof(for_this).or_else(|| loaded.proof(for_all)) {
+            return Ok(known);
+        }
+        let plain = match verifier.verify() {
+            Ok(verified) => return Ok(loaded.keep_proof(for_all, verified)),
+            Err(rejection) => rejection,
+        };
+        let Some((types, slots)) = self.target_types(function, context, fitted.as_deref()) else {
+            return Err(rejected(plain));
+        };
+        let target = Target { types: &types, slots: &slots };
+        let verified = verifier.target(target).verify().map_err(rejected)?;
+        Ok(loaded.keep_proof(for_this, verified))
     }
 
-    /// The same with the types of `function`, where they say anything of pointers.
-    fn verify_typed(
+    /// The types that pointers of the program lead to, and those of its context's words; `None`
+    /// where there are no such pointers.
+    fn target_types<'f>(
         &self,
-        function: &Function,
-        verifier: Verifier<'_>,
-    ) -> Option<Result<Verified, Rejection>> {
-        if matches!(self.kind(), ProgramKind::Uprobe | ProgramKind::Uretprobe) {
-            return None;
+        function: &'f Function,
+        context: Context,
+        fitted: Option<&Fitted>,
+    ) -> Option<(Cow<'f, Types>, Cow<'f, [Option<TypeId>]>)> {
+        let graph = match context {
+            Context::Tracing { .. } => Some(function.types()),
+            Context::PtRegs | Context::Memory { .. } => None,
+        };
+        let types = graph.map_or_else(Cow::default, |graph| Cow::Borrowed(&graph.types));
+        let slots = graph.and_then(|graph| graph.slots.first()).map_or(&[][..], Vec::as_slice);
+        if calls(&self.spec().insns, &[Helper::RdonlyCast as u32]) {
+            // The relocated program's numbers are those of the types that it was fitted to.
+            let mut named = fitted.map(|fitted| Types::clone(&fitted.types)).unwrap_or_default();
+            let slots = named.append(&types, slots);
+            return Some((Cow::Owned(named), Cow::Owned(slots)));
         }
-        let FunctionTypes { types, slots } = function.types();
         let is_pointer = |id: &TypeId| matches!(types.get(*id), Type::Pointer { .. });
         let has_pointers = slots.iter().flatten().any(is_pointer);
-        has_pointers.then(|| verifier.target(Target { types, slots }).verify())
+        has_pointers.then_some((types, Cow::Borrowed(slots)))
     }
 
     /// Whether `function` may be skipped: its caller goes on with a result that a program can
@@ -552,6 +586,14 @@ impl Loaded {
     /// Whether the program with this index can change the target's memory.
     pub(crate) fn writes_target(&self, index: usize) -> bool {
         calls(&self.spec.programs[index].insns, &[Helper::ProbeWriteUser as u32])
+    }
+
+    fn proof(&self, key: ProofKey) -> Option<Arc<Verified>> {
+        lock(&self.verified).get(&key).map(Arc::clone)
+    }
+
+    fn keep_proof(&self, key: ProofKey, verified: Verified) -> Arc<Verified> {
+        Arc::clone(lock(&self.verified).entry(key).or_insert(Arc::new(verified)))
     }
 
     /// The address behind a relocation, with the runtime at `runtime`.

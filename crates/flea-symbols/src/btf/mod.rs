@@ -5,7 +5,6 @@
 //! BTF names functions and has no addresses. A name is believed where one function of the
 //! module has it and all its prototypes agree.
 
-pub(crate) mod graph;
 mod signature;
 mod types;
 

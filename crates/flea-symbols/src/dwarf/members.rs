@@ -26,7 +26,6 @@ impl<'a> Graph<'_, 'a> {
                 _ => {}
             }
         }
-        members.sort_by_key(|member| member.bit_offset);
         let is_union = die.entry.tag() == dw::DW_TAG_union_type;
         Type::Struct { name, is_union, size_bytes, members }
     }

@@ -5,7 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 
-use flea_object::types::{c_name, essential_name};
+use flea_object::types::key;
 use gimli::UnitOffset;
 
 use super::dies::{Dies, File};
@@ -74,6 +74,6 @@ pub(crate) fn names_of(dies: &Dies<'_>, file: File, unit: usize) -> Vec<Named> {
 /// What programs may call `name` has the same.
 fn hash_of(name: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
-    essential_name(&c_name(name)).hash(&mut hasher);
+    key(name).hash(&mut hasher);
     hasher.finish()
 }

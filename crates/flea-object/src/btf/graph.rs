@@ -3,14 +3,14 @@
 use std::cell::OnceCell;
 use std::collections::HashMap;
 
-use flea_object::btf::{Btf, Kind};
-use flea_object::types::{Member, Type, TypeId, Types};
+use super::{Btf, Kind};
+use crate::types::{Member, Type, TypeId, Types};
 
 /// Arrays and pointers nested deeper than this are taken for a loop.
 const MAX_DEPTH: u32 = 32;
 
-/// Builds the graph of the parts of one module.
-pub(crate) struct Graph<'g, 'data> {
+/// Reads types out of the parts of one module, or the one of an object.
+pub struct Graph<'g, 'data> {
     parts: &'g [Btf<'data>],
     types: Types,
     ids: HashMap<(usize, u32), TypeId>,
@@ -30,8 +30,9 @@ struct Promise {
 }
 
 impl<'g, 'data> Graph<'g, 'data> {
-    /// Adds to `types`.
-    pub(crate) fn new(parts: &'g [Btf<'data>], types: Types) -> Self {
+    /// Adds to `types`. Members stay in the source's order.
+    #[must_use]
+    pub fn new(parts: &'g [Btf<'data>], types: Types) -> Self {
         Self {
             parts,
             types,
@@ -43,13 +44,14 @@ impl<'g, 'data> Graph<'g, 'data> {
     }
 
     /// The graph, complete.
-    pub(crate) fn into_types(mut self) -> Types {
+    #[must_use]
+    pub fn into_types(mut self) -> Types {
         self.finish();
         self.types
     }
 
     /// The graph as far as it is.
-    pub(crate) fn types_so_far(&mut self) -> &mut Types {
+    pub fn types_so_far(&mut self) -> &mut Types {
         self.finish();
         &mut self.types
     }
@@ -63,7 +65,7 @@ impl<'g, 'data> Graph<'g, 'data> {
     }
 
     /// Adds the types whose names `is_wanted`.
-    pub(crate) fn add_named(&mut self, is_wanted: impl Fn(&str) -> bool) {
+    pub fn add_named(&mut self, is_wanted: impl Fn(&str) -> bool) {
         let parts = self.parts;
         for (i, part) in parts.iter().enumerate() {
             for (btf_id, ty) in part.types() {
@@ -79,7 +81,7 @@ impl<'g, 'data> Graph<'g, 'data> {
     }
 
     /// The type with the BTF id `btf_id`, typedefs and qualifiers taken off.
-    pub(crate) fn id_of(&mut self, part: usize, btf_id: u32) -> TypeId {
+    pub fn id_of(&mut self, part: usize, btf_id: u32) -> TypeId {
         self.id_at(part, btf_id, None, 0)
     }
 
@@ -165,14 +167,13 @@ impl<'g, 'data> Graph<'g, 'data> {
                 Type::Enum { name, size_bytes, signed, values: values.collect() }
             }
             Kind::Struct { size_bytes, members, is_union } => {
-                let read = |member: &flea_object::btf::Member<'data>| Member {
+                let read = |member: &super::Member<'data>| Member {
                     name: member.name.to_owned(),
                     ty: self.id_of(part, member.type_id),
                     bit_offset: member.bit_offset.into(),
                     bit_size: Some(member.bit_size).filter(|bits| *bits > 0),
                 };
-                let mut members: Vec<Member> = members.iter().map(read).collect();
-                members.sort_by_key(|member| member.bit_offset);
+                let members: Vec<Member> = members.iter().map(read).collect();
                 Type::Struct { name, is_union: *is_union, size_bytes: *size_bytes, members }
             }
             _ => Type::Void,
