@@ -17,7 +17,7 @@ use crate::value::{Pointer, PointerKind, Value};
 /// graphs made of hostile debug information.
 const MAX_DEPTH: u32 = 32;
 /// How many members one load looks into: unions inside unions multiply.
-const MAX_STEPS: u32 = 100_000;
+const MAX_STEPS: u32 = 10_000;
 
 /// What a load finds at its place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -199,8 +199,9 @@ impl<'a> Walk<'a> {
     ) -> Result<Found, Fault> {
         let mut found = Vec::new();
         let mut fault = None;
-        for m in members {
-            match self.in_member(structure, m, off, depth) {
+        for (n, m) in members.iter().enumerate() {
+            let is_last = n + 1 == members.len();
+            match self.in_member(structure, (m, is_last), off, depth) {
                 Some(Ok(what)) => found.push(what),
                 Some(Err(e)) => fault = fault.or(Some(e)),
                 None => {}
@@ -223,19 +224,23 @@ impl<'a> Walk<'a> {
     fn in_member(
         self,
         structure: &'a str,
-        member: &'a Member,
+        (member, is_last): (&'a Member, bool),
         off: u64,
         depth: u32,
     ) -> Option<Result<Found, Fault>> {
         let begin = member.bit_offset / 8;
         if let Some(bits) = member.bit_size {
             // Compilers load the bytes around a bit-field and shift.
-            let end = (member.bit_offset + u64::from(bits)).div_ceil(8);
+            let end = member.bit_offset.saturating_add(u64::from(bits)).div_ceil(8);
             return (off < end && begin < off + self.size).then_some(Ok(Found::Part));
         }
         let at = off.checked_sub(begin)?;
         let inside = Inside { structure, member: &member.name, member_off: begin, off };
         if let Type::Array { of, n_elements: 0 } = *self.types.get(member.ty) {
+            // Elsewhere than at the end it only marks a place.
+            if !is_last {
+                return None;
+            }
             return Some(self.element(of, at, Some(inside), depth + 1));
         }
         let size_bytes = self.types.size_bytes(member.ty).filter(|size| at < *size)?;
@@ -245,7 +250,7 @@ impl<'a> Walk<'a> {
                 "access beyond the end of member {} (mend:{}) in struct {structure} with off \
                  {off} size {}",
                 member.name,
-                begin + size_bytes,
+                begin.saturating_add(size_bytes),
                 self.size
             ))));
         }
@@ -284,5 +289,98 @@ fn spelt(types: &Types, ty: TypeId, depth: u32) -> String {
         Type::Array { of, n_elements } => {
             format!("{}[{n_elements}]", spelt(types, *of, depth + 1))
         }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "random numbers are cut to size on purpose")]
+mod tests {
+    use super::*;
+    use crate::op::Reg;
+    use crate::soundness::generate::Random;
+
+    /// A graph as no compiler makes it: structures inside themselves, members anywhere.
+    fn hostile(random: &mut Random) -> (Types, Vec<TypeId>) {
+        let mut types = Types::default();
+        let ids: Vec<TypeId> = (0..12).map(|_| types.add(Type::Void)).collect();
+        for id in &ids {
+            let number = |random: &mut Random| match random.below(3) {
+                0 => random.number(),
+                1 => 8 * random.below(16),
+                _ => random.below(64),
+            };
+            let name = String::from("t");
+            let size_bytes = number(random) as u32;
+            let ty = match random.below(8) {
+                0 => Type::Int { name, size_bytes, signed: true, is_bool: false },
+                1 => Type::Pointer { to: random.pick(&ids) },
+                2 | 3 => Type::Array { of: random.pick(&ids), n_elements: random.below(4) as u32 },
+                4 => Type::Opaque { name },
+                _ => {
+                    let members = (0..random.below(9)).map(|_| Member {
+                        name: "m".into(),
+                        ty: random.pick(&ids),
+                        bit_offset: number(random),
+                        bit_size: (random.below(4) == 0).then(|| number(random) as u32),
+                    });
+                    let members = members.collect();
+                    Type::Struct { name, is_union: false, size_bytes, members }
+                }
+            };
+            types.set(*id, ty);
+        }
+        (types, ids)
+    }
+
+    #[test]
+    fn any_graph_gives_an_answer() {
+        let (mut n_found, mut n_refused) = (0, 0);
+        for seed in 0..400 {
+            let random = &mut Random::new(seed);
+            let (types, ids) = hostile(random);
+            for _ in 0..20 {
+                let ty = random.pick(&ids);
+                let off = match random.below(3) {
+                    0 => Scalar::signed(random.below(90) as i64, 90 + random.below(90) as i64),
+                    _ => Scalar::constant(random.below(90)),
+                };
+                let p = Pointer { kind: PointerKind::Target { ty }, off, or_null: None };
+                let request = Request {
+                    reg: Reg::R0,
+                    off: random.below(40) as i64 - 8,
+                    size_bytes: random.pick(&[1, 2, 4, 8]),
+                    access: Access::Read,
+                };
+                match load(&types, ty, request, &p) {
+                    Ok(_) => n_found += 1,
+                    Err(_) => n_refused += 1,
+                }
+                let _ = (name(&types, ty), value_of(&types, ty));
+            }
+        }
+        assert!(n_found > 500 && n_refused > 500, "{n_found} found, {n_refused} refused");
+    }
+
+    /// Unions inside unions, as many as can be: a bound, not a time.
+    #[test]
+    fn what_multiplies_is_cut_off() {
+        let mut types = Types::default();
+        let mut inner = types.add(Type::Int {
+            name: "u8".into(),
+            size_bytes: 1,
+            signed: false,
+            is_bool: false,
+        });
+        for _ in 0..30 {
+            let member = Member { name: "m".into(), ty: inner, bit_offset: 0, bit_size: None };
+            let members = vec![member; 4];
+            let name = "u".to_owned();
+            inner = types.add(Type::Struct { name, is_union: true, size_bytes: 1, members });
+        }
+        let kind = PointerKind::Target { ty: inner };
+        let p = Pointer { kind, off: Scalar::constant(0), or_null: None };
+        let request = Request { reg: Reg::R0, off: 0, size_bytes: 1, access: Access::Read };
+        // Cut off or not, what was found until then is a byte.
+        assert_eq!(load(&types, inner, request, &p), Ok(None));
     }
 }

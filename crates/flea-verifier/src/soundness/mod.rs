@@ -6,7 +6,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "random numbers are cut to size on purpose")]
 
-mod generate;
+pub(crate) mod generate;
 mod interpret;
 
 use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
