@@ -64,10 +64,6 @@ SEC("fentry/f") u64 prog(u64 *ctx) { return LINUX_KERNEL_VERSION; }
 #elif defined(CASE_not_a_session)
 extern _Bool bpf_session_is_return(void *ctx) __ksym;
 SEC("fexit/f") u64 prog(u64 *ctx) { return bpf_session_is_return(ctx); }
-#elif defined(CASE_core)
-struct task { u32 pid; } __attribute__((preserve_access_index));
-static __noinline u32 pid_of(struct task *task) { return task->pid; }
-SEC("fentry/f") u64 prog(u64 *ctx) { return pid_of((struct task *)ctx[0]); }
 #elif defined(CASE_address_in_data)
 u64 number;
 u64 *pointer = &number;
