@@ -103,7 +103,8 @@ pub struct Results {
 
 impl Results {
     fn agrees(self, ours: u64) -> bool {
-        self.kernel_low == ours as u32 && self.kernel.is_none_or(|kernel| kernel == ours)
+        u64::from(self.kernel_low) == ours & 0xffff_ffff
+            && self.kernel.is_none_or(|kernel| kernel == ours)
     }
 
     /// Who agrees with whom.

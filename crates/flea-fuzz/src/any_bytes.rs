@@ -91,8 +91,8 @@ fn instructions(seed: u64) -> Vec<Insn> {
 /// A known opcode with fields that often mean something.
 fn likely(random: &mut Random) -> Vec<Insn> {
     let mut insn = Insn {
-        opcode: random.word() as u8,
-        dst: random.below(12) as u8,
+        opcode: random.byte(),
+        dst: random.byte() % 12,
         src: random.pick(&[0, 0, 1, 2, 6, 10]),
         off: random.pick(&[0, 0, 0, 1, -8, -16, 8, 2]),
         imm: random.imm(),
@@ -121,7 +121,7 @@ fn mutated(random: &mut Random) -> Vec<Insn> {
             3 => insns[at].off = random.pick(&[-1, 0, 1, 7, -8, i16::MIN, i16::MAX]),
             _ => {
                 let mut bytes = insns[at].encode();
-                bytes[random.index(8)] = random.word() as u8;
+                bytes[random.index(8)] = random.byte();
                 insns[at] = Insn::decode(bytes);
             }
         }

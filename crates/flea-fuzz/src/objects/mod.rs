@@ -87,7 +87,7 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
     match random.below(10) {
         0 => bytes.truncate(at),
         1 => bytes[at] ^= 1 << random.below(8),
-        2 | 3 => bytes[at] = random.word() as u8,
+        2 | 3 => bytes[at] = random.byte(),
         4 => {
             let to = random.index(bytes.len());
             let n = random.index(64).min(bytes.len() - at.max(to));
