@@ -21,6 +21,7 @@ pub mod allocated;
 pub mod any_bytes;
 pub mod campaign;
 pub mod compiled;
+pub mod cpu;
 pub mod differences;
 pub mod kernel;
 pub mod machines;
