@@ -54,12 +54,12 @@ pub(crate) struct Linker<'a> {
     relocations: HashMap<SectionIdx, BTreeMap<u64, Relocation>>,
     lines: HashMap<&'a str, Vec<LineInfo<'a>>>,
     core_relocations: HashMap<&'a str, Vec<CoreRelocation<'a>>>,
+    prototypes: Prototypes<'a>,
     btf: &'a [Btf<'a>],
     /// The types that CO-RE relocations are about.
     types: Graph<'a, 'a>,
     /// What these may be called, by type id.
     type_names: HashMap<u32, Arc<[String]>>,
-    prototypes: Prototypes<'a>,
     maps_section: Option<SectionIdx>,
     /// Offset in `.maps` to index.
     map_at: HashMap<i64, u32>,
@@ -99,17 +99,18 @@ impl<'a> Linker<'a> {
             .map(|s| (s.idx, s.relocations.iter().map(|r| (r.offset, *r)).collect()))
             .collect();
         let offsets = declared.iter().map(|m| i64::try_from(m.offset).unwrap_or(i64::MAX));
-        let parts = btf.map_or(&[][..], std::slice::from_ref);
+        let prototypes = Prototypes::new(btf, ext);
+        let btf = btf.map_or(&[][..], std::slice::from_ref);
         Ok(Self {
             elf,
-            btf: parts,
-            types: Graph::new(parts, Types::default()),
+            btf,
+            types: Graph::new(btf, Types::default()),
             type_names: HashMap::new(),
             by_start,
             relocations,
             lines: by_section(&ext.lines, |l| (l.section, l.insn_idx)),
             core_relocations: by_section(&ext.core_relocations, |r| (r.section, r.insn_idx)),
-            prototypes: Prototypes::new(btf, ext),
+            prototypes,
             maps_section: elf.section_named(".maps").map(|s| s.idx),
             map_at: offsets.zip(0..).collect(),
             maps: declared.into_iter().map(|m| m.spec).collect(),

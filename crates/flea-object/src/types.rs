@@ -172,6 +172,32 @@ impl Types {
         }
     }
 
+    /// Adds all of `other`'s types behind those that are here, which keep their ids; `ids` of
+    /// `other` as they are then. Names are not taken along.
+    pub fn append(&mut self, other: &Self, ids: &[Option<TypeId>]) -> Vec<Option<TypeId>> {
+        // Void is there already.
+        let n = u32::try_from(self.types.len() - 1).expect("fewer than 2^32 types");
+        let moved = |id: TypeId| if id == TypeId::VOID { id } else { TypeId(id.0 + n) };
+        self.types.extend(other.types.iter().skip(1).map(|ty| {
+            let mut ty = ty.clone();
+            match &mut ty {
+                Type::Pointer { to } => *to = moved(*to),
+                Type::Array { of, .. } => *of = moved(*of),
+                Type::Struct { members, .. } => members.iter_mut().for_each(|m| m.ty = moved(m.ty)),
+                _ => {}
+            }
+            ty
+        }));
+        ids.iter().map(|id| id.map(moved)).collect()
+    }
+
+    /// The id with this number, as [`TypeId::index`] gives it.
+    #[must_use]
+    pub fn id(&self, index: u64) -> Option<TypeId> {
+        let index = u32::try_from(index).ok()?;
+        ((index as usize) < self.types.len()).then_some(TypeId(index))
+    }
+
     /// The type with this id; void where there is none.
     #[must_use]
     pub fn get(&self, id: TypeId) -> &Type {
@@ -429,6 +455,32 @@ mod tests {
         assert_eq!(types.size_bytes(table), Some(60));
         assert_eq!(types.size_bytes(flexible), None);
         assert_eq!(types.size_bytes(TypeId::VOID), None);
+    }
+
+    #[test]
+    fn graphs_one_behind_the_other() {
+        let graph = |name: &str| {
+            let mut types = Types::default();
+            let own = types.add(Type::Void);
+            let to_own = types.add(Type::Pointer { to: own });
+            let to_void = types.add(Type::Pointer { to: TypeId::VOID });
+            let member = |ty| Member { name: "m".into(), ty, bit_offset: 0, bit_size: None };
+            let members = vec![member(to_own), member(to_void)];
+            let name = name.to_owned();
+            types.set(own, Type::Struct { name, is_union: true, size_bytes: 8, members });
+            (types, own)
+        };
+        let ((mut all, first), (second, other)) = (graph("first"), graph("second"));
+        let ids = all.append(&second, &[Some(other), None, Some(TypeId::VOID)]);
+        let [Some(moved), None, Some(TypeId::VOID)] = ids[..] else { panic!("{ids:?}") };
+        for (id, expected) in [(first, "first"), (moved, "second")] {
+            let Type::Struct { name, members, .. } = all.get(id) else { panic!("no structure") };
+            assert_eq!(name, expected);
+            assert_eq!(*all.get(members[0].ty), Type::Pointer { to: id });
+            assert_eq!(*all.get(members[1].ty), Type::Pointer { to: TypeId::VOID });
+        }
+        assert_eq!(all.id(moved.index() as u64), Some(moved));
+        assert_eq!(all.id(7), None);
     }
 
     #[test]

@@ -34,6 +34,8 @@ struct KeptTypes {
 #[derive(Debug)]
 pub(crate) struct Fitted {
     pub(crate) program: Program,
+    /// What the module has of the types that programs name: type ids in `program` are theirs.
+    pub(crate) types: Arc<Types>,
     /// Instructions that ask for what the module does not have, and why; sorted.
     poisoned: Vec<(u32, String)>,
 }
@@ -64,7 +66,7 @@ impl Fits {
         let relocated = core_relo::relocate(&program.insns, relocations, &spec.types, &types)?;
         let program =
             Program { insns: relocated.insns, core_relocations: Vec::new(), ..program.clone() };
-        let fitted = Arc::new(Fitted { program, poisoned: relocated.poisoned });
+        let fitted = Arc::new(Fitted { program, types, poisoned: relocated.poisoned });
         let mut all = lock(&self.fitted);
         Ok(Some((module_key, Arc::clone(all.entry(key).or_insert(fitted)))))
     }

@@ -12,8 +12,6 @@ use flea_symbols::{
     signature::{Signature, StackWords},
 };
 
-use flea_verifier::Target;
-
 use crate::{
     error::FindError,
     modules::{Module, OpenError},
@@ -62,18 +60,8 @@ impl Function {
         &self.module
     }
 
-    /// The types of its words, for the verifier. Read on the first call.
-    pub(crate) fn target(&self) -> Target<'_> {
-        let graph = self.types();
-        Target { types: &graph.types, slots: graph.slots.first().map_or(&[][..], Vec::as_slice) }
-    }
-
-    /// Whether the type of any of its words is known.
-    pub(crate) fn has_typed_words(&self) -> bool {
-        self.signature().is_known() && self.target().slots.iter().any(Option::is_some)
-    }
-
-    fn types(&self) -> &TypeGraph {
+    /// The types of its words, in its module's. Read on the first call.
+    pub(crate) fn types(&self) -> &TypeGraph {
         self.types.get_or_init(|| {
             let signature = self.signature();
             let none = TypeNames::These(&[]);

@@ -68,6 +68,7 @@ pub use flea_object::{
 };
 pub use flea_process::{Exit, Pid};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
+pub use flea_verifier::Permissions;
 
 /// Why the verifier refused a program, as facts: see [`AttachError::Rejected`].
 pub mod rejection {

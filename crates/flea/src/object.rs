@@ -2,6 +2,7 @@
 //! attached to functions.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex},
 };
@@ -10,18 +11,20 @@ use flea_image::{Body, BodyRequest, Cpu, ProgramUse, RelocTarget, SkipResult};
 use flea_layout::plan::ArenaPlan;
 use flea_object::{
     helper::Helper,
+    insn::Insn,
     spec::{MapIdx, MapKind, MapSpec, Object as Spec, ProgramKind},
+    types::{Type, TypeId, Types},
 };
 use flea_symbols::{
     Site,
     addr::RemoteAddr,
     signature::{Signature, StackWords},
 };
-use flea_verifier::{Context, Verified, Verifier};
+use flea_verifier::{Context, Permissions, Rejection, Target, Verified, Verifier};
 
 use crate::{
     error::{AttachError, LoadError},
-    fit::{Fits, ModuleKey},
+    fit::{Fits, Fitted, ModuleKey},
     function::Function,
     link::Link,
     registry::StackArgs,
@@ -80,6 +83,7 @@ pub(crate) struct Loaded {
     pub(crate) base: RemoteAddr,
     printk: Option<MapIdx>,
     printk_reader: Mutex<Option<flea_maps::RingBuf>>,
+    permissions: Permissions,
     fits: Fits,
     verified: Mutex<HashMap<ProofKey, Arc<Verified>>>,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
@@ -165,6 +169,7 @@ impl Object {
                 base,
                 printk,
                 printk_reader,
+                permissions: session.permissions(),
                 fits: Fits::default(),
                 verified: Mutex::default(),
                 attached: Mutex::default(),
@@ -473,7 +478,7 @@ impl Program {
         &self,
         function: &Function,
         context: Context,
-        log: Option<&mut dyn FnMut(&str)>,
+        mut log: Option<&mut dyn FnMut(&str)>,
     ) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
         let fitted = loaded.fits.fit(&loaded.spec, self.index, function.owner());
@@ -484,26 +489,11 @@ impl Program {
         })?;
         let (module, fitted) = fitted.unzip();
         let program = fitted.as_ref().map_or(self.spec(), |fitted| &fitted.program);
-        let verifier = Verifier::new(program, &loaded.spec.maps, context);
+        let verifier =
+            Verifier::new(program, &loaded.spec.maps, context).permit(loaded.permissions);
         let for_all = ProofKey { program: self.index, context, module, function: None };
         let for_this = ProofKey { function: Some(function.address()), ..for_all };
-        if let Some(known) = loaded.proof(for_this).or_else(|| loaded.proof(for_all)) {
-            return Ok(known);
-        }
-        let plain = verifier.verify();
-        let is_tracing = matches!(context, Context::Tracing { .. });
-        let needs_types = plain.is_err() && is_tracing && function.has_typed_words();
-        let (verifier, key) = if needs_types {
-            (verifier.target(function.target()), for_this)
-        } else {
-            (verifier, for_all)
-        };
-        let proof = match log {
-            Some(line) => verifier.verify_logged(line),
-            None if needs_types => verifier.verify(),
-            None => plain,
-        };
-        let verified = proof.map_err(|mut rejection| {
+        let rejected = |mut rejection: Rejection| {
             if let Some(fitted) = &fitted {
                 fitted.explain(&mut rejection);
             }
@@ -512,8 +502,49 @@ impl Program {
                 function: function.name(),
                 rejection: Box::new(rejection),
             }
-        })?;
-        Ok(loaded.keep_proof(key, verified))
+        };
+        if let Some(known) = loaded.proof(for_this).or_else(|| loaded.proof(for_all)) {
+            return Ok(known);
+        }
+        let mut prove = |verifier: Verifier<'_>| match &mut log {
+            Some(line) => verifier.verify_logged(line),
+            None => verifier.verify(),
+        };
+        let plain = match prove(verifier) {
+            Ok(verified) => return Ok(loaded.keep_proof(for_all, verified)),
+            Err(rejection) => rejection,
+        };
+        let Some((types, slots)) = self.target_types(function, context, fitted.as_deref()) else {
+            return Err(rejected(plain));
+        };
+        let target = Target { types: &types, slots: &slots };
+        let verified = prove(verifier.target(target)).map_err(rejected)?;
+        Ok(loaded.keep_proof(for_this, verified))
+    }
+
+    /// The types that pointers of the program lead to, and those of its context's words; `None`
+    /// where there are no such pointers.
+    fn target_types<'f>(
+        &self,
+        function: &'f Function,
+        context: Context,
+        fitted: Option<&Fitted>,
+    ) -> Option<(Cow<'f, Types>, Cow<'f, [Option<TypeId>]>)> {
+        let graph = match context {
+            Context::Tracing { .. } => Some(function.types()),
+            Context::PtRegs | Context::Memory { .. } => None,
+        };
+        let types = graph.map_or_else(Cow::default, |graph| Cow::Borrowed(&graph.types));
+        let slots = graph.and_then(|graph| graph.slots.first()).map_or(&[][..], Vec::as_slice);
+        if calls(&self.spec().insns, &[Helper::RdonlyCast as u32]) {
+            // The relocated program's numbers are those of the types that it was fitted to.
+            let mut named = fitted.map(|fitted| Types::clone(&fitted.types)).unwrap_or_default();
+            let slots = named.append(&types, slots);
+            return Some((Cow::Owned(named), Cow::Owned(slots)));
+        }
+        let is_pointer = |id: &TypeId| matches!(types.get(*id), Type::Pointer { .. });
+        let has_pointers = slots.iter().flatten().any(is_pointer);
+        has_pointers.then_some((types, Cow::Borrowed(slots)))
     }
 
     /// Whether `function` may be skipped: its caller goes on with a result that a program can
@@ -583,6 +614,11 @@ fn cpu() -> Cpu {
 }
 
 impl Loaded {
+    /// Whether the program with this index can change the target's memory.
+    pub(crate) fn writes_target(&self, index: usize) -> bool {
+        calls(&self.spec.programs[index].insns, &[Helper::ProbeWriteUser as u32])
+    }
+
     fn proof(&self, key: ProofKey) -> Option<Arc<Verified>> {
         lock(&self.verified).get(&key).map(Arc::clone)
     }
@@ -654,13 +690,18 @@ fn stack_args(function: &Function, signature: &Signature) -> Result<StackArgs, A
     Ok(StackArgs { n_words, may_be_fewer, align_bytes })
 }
 
-fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {
-    let printk = [Helper::TracePrintk as u32, Helper::TraceVprintk as u32];
-    let used = spec.programs.iter().flat_map(|p| &p.insns).any(|insn| {
+/// Whether one of these helpers is called.
+fn calls(insns: &[Insn], helpers: &[u32]) -> bool {
+    insns.iter().any(|insn| {
         insn.opcode == flea_object::opcode::CALL_OP
             && insn.src == 0
-            && printk.contains(&insn.imm.cast_unsigned())
-    });
+            && helpers.contains(&insn.imm.cast_unsigned())
+    })
+}
+
+fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {
+    let printk = [Helper::TracePrintk as u32, Helper::TraceVprintk as u32];
+    let used = spec.programs.iter().any(|p| calls(&p.insns, &printk));
     used.then(|| {
         let index = u32::try_from(spec.maps.len()).expect("an object is far smaller");
         spec.maps.push(MapSpec {

@@ -45,7 +45,7 @@ pub enum ProgramFault {
     },
     /// A variable or function that the object does not define.
     #[error(
-        "refers to '{symbol}', which the object does not define; of kernel functions only bpf_session_is_return and bpf_session_cookie can be had"
+        "refers to '{symbol}', which the object does not define; of kernel functions only bpf_session_is_return, bpf_session_cookie and bpf_rdonly_cast can be had"
     )]
     Extern {
         /// Its name.
