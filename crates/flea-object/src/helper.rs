@@ -47,6 +47,10 @@ helpers! {
     GetCurrentUidGid = 15, "bpf_get_current_uid_gid";
     /// `long bpf_get_current_comm(buf, size)`
     GetCurrentComm = 16, "bpf_get_current_comm";
+    /// `long bpf_spin_lock(lock)`
+    SpinLock = 93, "bpf_spin_lock";
+    /// `long bpf_spin_unlock(lock)`
+    SpinUnlock = 94, "bpf_spin_unlock";
     /// `long bpf_probe_read_user(dst, size, src)`
     ProbeReadUser = 112, "bpf_probe_read_user";
     /// `long bpf_probe_read_user_str(dst, size, src)`

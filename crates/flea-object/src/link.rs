@@ -22,7 +22,7 @@ use crate::btf_ext::{BtfExt, CoreRelocation, LineInfo};
 use crate::elf::{Elf, Relocation, SectionIdx};
 use crate::error::ObjectError;
 use crate::insn::Insn;
-use crate::maps::DeclaredMap;
+use crate::maps::Declared;
 use crate::section::{SectionName, parse_name};
 use crate::spec::{MapSpec, Program, ProgramFunction, SourceLine};
 use crate::validate::MAX_INSNS;
@@ -53,6 +53,8 @@ pub(crate) struct Linker<'a> {
     map_at: HashMap<i64, u32>,
     maps: Vec<MapSpec>,
     data_maps: HashMap<SectionIdx, u32>,
+    /// Where global data sections have a lock.
+    data_locks: HashMap<SectionIdx, u32>,
     n_linked_insns: usize,
 }
 
@@ -71,7 +73,7 @@ impl<'a> Linker<'a> {
     pub(crate) fn new(
         elf: &'a Elf<'a>,
         ext: &BtfExt<'a>,
-        declared: Vec<DeclaredMap>,
+        declared: Declared,
     ) -> Result<Self, ProgramError> {
         let functions = find_functions(elf)?;
         let by_start = functions
@@ -85,7 +87,6 @@ impl<'a> Linker<'a> {
             .filter(|s| s.executable)
             .map(|s| (s.idx, s.relocations.iter().map(|r| (r.offset, *r)).collect()))
             .collect();
-        let offsets = declared.iter().map(|m| i64::try_from(m.offset).unwrap_or(i64::MAX));
         Ok(Self {
             elf,
             by_start,
@@ -93,9 +94,10 @@ impl<'a> Linker<'a> {
             lines: by_section(&ext.lines, |l| (l.section, l.insn_idx)),
             core_relocations: by_section(&ext.core_relocations, |r| (r.section, r.insn_idx)),
             maps_section: elf.section_named(".maps").map(|s| s.idx),
-            map_at: offsets.zip(0..).collect(),
-            maps: declared.into_iter().map(|m| m.spec).collect(),
+            map_at: declared.at,
+            maps: declared.maps,
             data_maps: HashMap::new(),
+            data_locks: declared.data_locks,
             functions,
             n_linked_insns: 0,
         })

@@ -21,6 +21,7 @@ mod collect;
 mod explore;
 pub mod facts;
 mod liveness;
+mod lock;
 mod machine;
 mod number;
 mod op;

@@ -4,7 +4,8 @@
 //! == name
 //! ctx 2 result session      (a "result" per result word; or: regs; or: mem 16;
 //!                            default: ctx 2)
-//! map array 4 8 1 ro        (kind, key bytes, value bytes, entries)
+//! map array 4 8 1 ro        (kind, key bytes, value bytes, entries; "lock 4": offset of the
+//!                            value's lock; "template"; "of 2": index of its template)
 //! ...instructions, see asm/mod.rs...
 //! => ok                     or: => @3 R1 invalid mem access 'scalar'
 //! ```
@@ -16,7 +17,7 @@
 
 mod asm;
 
-use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
+use flea_object::spec::{InnerMaps, MapIdx, MapKind, MapSpec, Program, ProgramKind};
 use flea_verifier::{Context, verify};
 
 struct Case {
@@ -72,10 +73,19 @@ fn map(text: &str) -> MapSpec {
         "array" => MapKind::Array,
         "percpu_hash" => MapKind::PerCpuHash,
         "percpu_array" => MapKind::PerCpuArray,
+        "array_of_maps" => MapKind::ArrayOfMaps,
+        "hash_of_maps" => MapKind::HashOfMaps,
         "ringbuf" => MapKind::RingBuf,
         other => panic!("map kind {other}"),
     };
+    let number = |word: &str| {
+        let at = w.iter().position(|found| *found == word)?;
+        Some(w[at + 1].parse().unwrap())
+    };
     MapSpec {
+        lock_offset: number("lock"),
+        template: w.contains(&"template"),
+        inner: number("of").map(|t| InnerMaps { template: MapIdx(t), init: Vec::new() }),
         name: w[0].to_string(),
         kind,
         key_size_bytes: w[1].parse().unwrap(),
@@ -84,6 +94,7 @@ fn map(text: &str) -> MapSpec {
         flags: 0,
         init: None,
         read_only: w.contains(&"ro"),
+        ..MapSpec::default()
     }
 }
 

@@ -32,7 +32,7 @@ use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
 
 pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, zero_cookie};
-pub(crate) use helper::call_runtime;
+pub(crate) use helper::{call_runtime, is_inline_array};
 pub(crate) use registers::is_saved_at_entry;
 pub(crate) use saves::Saves;
 
@@ -48,6 +48,8 @@ pub(crate) struct Use<'a> {
     pub cookie: u64,
     /// Word of this body's frame that holds the program's session cookie.
     pub cookie_word: u32,
+    /// Where a run goes that cannot get a lock; `None` where the program takes none.
+    pub given_up: Option<Block>,
 }
 
 /// What all programs of one body are translated with.
@@ -336,7 +338,11 @@ impl<'a, 'b> Translator<'a, 'b> {
                 let at = i64::try_from(map.slot_offset).unwrap_or(i64::MAX).wrapping_add(offset);
                 self.b.ins().iadd_imm_s(slot, at)
             }
-            MapKind::Hash | MapKind::PerCpuHash | MapKind::RingBuf => {
+            MapKind::Hash
+            | MapKind::PerCpuHash
+            | MapKind::ArrayOfMaps
+            | MapKind::HashOfMaps
+            | MapKind::RingBuf => {
                 return Err(CompileError::BadFacts { insn_idx: idx, what: "map has no element 0" });
             }
         };

@@ -182,6 +182,7 @@ fn map(text: &str) -> MapSpec {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     }
 }
 

@@ -162,7 +162,8 @@ impl Linker<'_> {
             return Ok(map);
         }
         let map = u32::try_from(self.maps.len()).expect("a map takes bytes of the file");
-        self.maps.push(maps::global_data(self.elf, section)?);
+        let lock_offset = self.data_locks.get(&section.idx).copied();
+        self.maps.push(maps::global_data(self.elf, section, lock_offset)?);
         self.data_maps.insert(section.idx, map);
         Ok(map)
     }

@@ -376,7 +376,10 @@ impl<'a> Interpreter<'a> {
                         self.frames.get(frame).is_some_and(|f| at(f.stack + 512))
                     }
                     PointerKind::Map(MapIdx(map)) => x == map_handle(map),
-                    PointerKind::MapValue(MapIdx(map)) => self.values_of(map).any(at),
+                    PointerKind::MapValue(MapIdx(map))
+                    | PointerKind::LockValue { map: MapIdx(map), .. } => {
+                        self.values_of(map).any(at)
+                    }
                     PointerKind::Ctx => self.bases(|k| k == Kind::Ctx).any(at),
                     PointerKind::Record { .. } => self.bases(|k| k == Kind::Record).any(at),
                     PointerKind::Cookie => self.bases(|k| k == Kind::Cookie).any(at),

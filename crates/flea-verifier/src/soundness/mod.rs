@@ -35,6 +35,7 @@ pub(crate) fn maps() -> Vec<MapSpec> {
         flags: 0,
         init: None,
         read_only,
+        ..MapSpec::default()
     };
     vec![
         map(".data", MapKind::Array, 4, 64, 1, false),
