@@ -43,7 +43,7 @@ use crate::translate::{
     Arguments, Env, Outcome, Parameters, Probes, Saves, Side, Translator, Use, call_runtime, op,
     proved, store_skip_value, zero_cookie,
 };
-use crate::x86_64::check::check_body;
+use crate::x86_64::check::{check_body, check_cpu};
 use crate::x86_64::slim::slim;
 
 /// Compiles all programs of `request` into at most four bodies.
@@ -203,10 +203,11 @@ fn build(
     b.switch_to_block(end);
     b.ins().return_(&[]);
     b.seal_all_blocks();
-    b.finalize(clif::isa()?.frontend_config());
-    let code = slim(clif::compile(func)?);
+    b.finalize(clif::isa(request.cpu)?.frontend_config());
+    let code = slim(clif::compile(func, request.cpu)?);
     // The compiler is not trusted with a register that a production process relies on.
     check_body(&code.bytes)?;
+    check_cpu(&code.bytes, request.cpu)?;
     Ok((code, outcome))
 }
 
@@ -307,21 +308,25 @@ fn emit_program(
     };
     // The context pointer is never used as a number.
     let ctx = b.ins().iconst(types::I64, 0);
-    let r0 = Translator::new(b, env, &used, outcome).program(ctx, ctx)?;
+    let mut translator = Translator::new(b, env, &used, outcome);
+    let skips = env.args.side == Side::Modify && program.verified.return_range() != (0..=0);
+    let r0 = if skips {
+        Some(translator.program(ctx, ctx)?)
+    } else {
+        translator.program_without_result(ctx, ctx)?;
+        None
+    };
     if let Some(run) = run {
         run.leave(b);
     }
-    if env.args.side == Side::Modify && program.verified.return_range() != (0..=0) {
-        skip_unless_zero(b, env, r0, after, end);
-    } else {
-        b.ins().jump(after, &[]);
+    match r0 {
+        Some(r0) => skip_unless_zero(b, env, r0, after, end),
+        None => {
+            b.ins().jump(after, &[]);
+        }
     }
     if let Some((run, block)) = given_up {
-        b.set_cold_block(block);
-        b.switch_to_block(block);
-        run.count_miss(b);
-        run.leave(b);
-        b.ins().jump(after, &[]);
+        run.give_up(b, block, after);
     }
     b.switch_to_block(after);
     Ok(())
@@ -390,6 +395,15 @@ impl Run {
         let misses = b.ins().load(types::I64, proved(), self.state, misses_at);
         let misses = b.ins().iadd_imm_s(misses, 1);
         b.ins().store(proved(), misses, self.state, misses_at);
+    }
+
+    /// What `block` does, where a run goes that cannot get a lock.
+    fn give_up(self, b: &mut FunctionBuilder<'_>, block: Block, after: Block) {
+        b.set_cold_block(block);
+        b.switch_to_block(block);
+        self.count_miss(b);
+        self.leave(b);
+        b.ins().jump(after, &[]);
     }
 
     fn leave(self, b: &mut FunctionBuilder<'_>) {
