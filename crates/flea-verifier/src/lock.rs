@@ -6,9 +6,9 @@
 //! ([`PointerKind::LockValue`]), even if it is the one that another lookup gave. So a lock of
 //! one inner map's value is never released by way of another's.
 //!
-//! Beyond Linux: no reference is held where a lock is taken. Linux waits for the lock as long
-//! as it takes; here a program that does not get it ends there, and nobody would give back what
-//! it holds.
+//! Beyond Linux: where a lock is taken, at most one record of each `bpf_ringbuf_reserve` is held.
+//! Linux waits for the lock as long as it takes; here a program that does not get it ends there,
+//! and compiled code gives back what it holds: it keeps one record for each such call.
 
 use flea_object::helper::Helper;
 use flea_object::spec::MapIdx;
@@ -81,11 +81,19 @@ pub(crate) fn check_call(state: &State, helper: Option<Helper>) -> Result<(), Fa
 /// `bpf_spin_lock` or `bpf_spin_unlock` of `lock`.
 pub(crate) fn apply(helper: Helper, lock: Lock, state: &mut State) -> Result<(), Fault> {
     if helper == Helper::SpinLock {
-        if !state.references().is_empty() {
-            let text = "bpf_spin_lock is not allowed while holding a reference";
+        let held = state.references();
+        let twice = held
+            .iter()
+            .enumerate()
+            .find(|(n, r)| held[..*n].iter().any(|other| other.insn_idx == r.insn_idx));
+        if let Some((_, reference)) = twice {
+            let text = format!(
+                "bpf_spin_lock while holding two references of insn {}",
+                reference.insn_idx
+            );
             return Err(Fault::new(text).hint(
-                "reserve the record behind bpf_spin_unlock, or submit it before bpf_spin_lock: \
-                 a program that cannot get the lock ends there",
+                "submit the first record before the second is reserved in the loop, or behind \
+                 bpf_spin_unlock",
             ));
         }
         state.set_lock(Some(lock));

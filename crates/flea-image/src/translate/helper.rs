@@ -82,8 +82,12 @@ impl Translator<'_, '_> {
                 let (arena, slot) = (self.arena(0, 0), self.slot(idx)?);
                 Ok(self.runtime(RuntimeFn::SpinUnlock, &[arena, r1, slot]))
             }
-            Helper::RingbufSubmit => Ok(self.runtime(RuntimeFn::RingbufSubmit, &[r1, r2])),
-            Helper::RingbufDiscard => Ok(self.runtime(RuntimeFn::RingbufDiscard, &[r1, r2])),
+            Helper::RingbufSubmit | Helper::RingbufDiscard => {
+                self.note_given_back(r1);
+                let discards = helper == Helper::RingbufDiscard;
+                let f = if discards { RuntimeFn::RingbufDiscard } else { RuntimeFn::RingbufSubmit };
+                Ok(self.runtime(f, &[r1, r2]))
+            }
             Helper::Fls64 => {
                 let zeros = self.b.ins().clz(r1);
                 let bits = self.iconst(64);
@@ -139,13 +143,17 @@ impl Translator<'_, '_> {
             Helper::RingbufOutput => {
                 self.runtime(RuntimeFn::RingbufOutput, &[arena, header, r2, r3, r4])
             }
-            Helper::RingbufReserve => self.runtime(RuntimeFn::RingbufReserve, &[arena, header, r2]),
+            Helper::RingbufReserve => {
+                let record = self.runtime(RuntimeFn::RingbufReserve, &[arena, header, r2]);
+                self.note_reserved(idx, record);
+                record
+            }
             _ => self.runtime(RuntimeFn::RingbufQuery, &[header, r2]),
         })
     }
 
-    /// `if flea_spin_lock(arena, lock, slot) != 0 { leave the program }`: without the lock
-    /// nothing that follows may run.
+    /// `if flea_spin_lock(arena, lock, slot) != 0 { discard records; leave the program }`: without
+    /// the lock nothing that follows may run.
     fn spin_lock(&mut self, idx: u32, lock: Value) -> Result<Value, CompileError> {
         let given_up = self
             .used
@@ -153,8 +161,12 @@ impl Translator<'_, '_> {
             .ok_or(CompileError::BadFacts { insn_idx: idx, what: "no way out of a lock" })?;
         let (arena, slot) = (self.arena(0, 0), self.slot(idx)?);
         let status = self.runtime(RuntimeFn::SpinLock, &[arena, lock, slot]);
-        let taken = self.b.create_block();
-        self.b.ins().brif(status, given_up, &[], taken, &[]);
+        let (taken, failed) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(failed);
+        self.b.ins().brif(status, failed, &[], taken, &[]);
+        self.b.switch_to_block(failed);
+        self.discard_records();
+        self.b.ins().jump(given_up, &[]);
         self.b.switch_to_block(taken);
         Ok(self.iconst(0))
     }
@@ -274,7 +286,7 @@ impl Translator<'_, '_> {
         Ok(self.runtime(RuntimeFn::Printk, &[arena, header, fmt, fmt_size, args, n_args]))
     }
 
-    fn runtime(&mut self, f: RuntimeFn, args: &[Value]) -> Value {
+    pub(super) fn runtime(&mut self, f: RuntimeFn, args: &[Value]) -> Value {
         self.out.calls_runtime = true;
         call_runtime(self.b, f, args)
     }

@@ -10,6 +10,7 @@ mod helper;
 mod jump;
 mod mem;
 pub(crate) mod op;
+mod records;
 mod registers;
 mod saves;
 
@@ -35,6 +36,8 @@ pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, 
 pub(crate) use helper::{call_runtime, is_inline_array};
 pub(crate) use registers::is_saved_at_entry;
 pub(crate) use saves::Saves;
+
+use records::Records;
 
 /// Instructions that one body may hold, calls inlined: Cranelift takes about a second for it.
 const MAX_INSNS: u32 = 100_000;
@@ -98,6 +101,7 @@ pub(crate) struct Translator<'a, 'b> {
     nonnull: HashSet<Value>,
     /// Somebody looks at what the main function returns.
     wants_result: bool,
+    records: Records,
 }
 
 /// One activation of one BPF function.
@@ -128,7 +132,15 @@ impl<'a, 'b> Translator<'a, 'b> {
         used: &'a Use<'a>,
         out: &'a mut Outcome,
     ) -> Self {
-        Self { b, env, used, out, nonnull: HashSet::new(), wants_result: true }
+        Self {
+            b,
+            env,
+            used,
+            out,
+            nonnull: HashSet::new(),
+            wants_result: true,
+            records: Records::default(),
+        }
     }
 
     /// Translates the whole program for what it does: its result is not even computed.
@@ -140,6 +152,7 @@ impl<'a, 'b> Translator<'a, 'b> {
     /// Translates the whole program; `r1` and `r2` as given. Returns r0 with the current block
     /// behind the program's end.
     pub fn program(&mut self, r1: Value, r2: Value) -> Result<Value, CompileError> {
+        self.begin_records();
         let zero = self.iconst(0);
         self.function(0, [r1, r2, zero, zero, zero], 0)
     }

@@ -166,3 +166,28 @@ int total(__u64 *ctx)
 	bpf_spin_unlock(&total_lock);
 	return 0;
 }
+
+/* A record that is reserved first, as nothing can be called under the lock. */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 4096);
+} notes SEC(".maps");
+
+SEC("fentry/inner_note")
+int note(__u64 *ctx)
+{
+	__u32 key = 0;
+	struct account *account = bpf_map_lookup_elem(&accounts, &key);
+	__u64 *record;
+
+	if (!account)
+		return 0;
+	record = bpf_ringbuf_reserve(&notes, sizeof(*record), 0);
+	if (!record)
+		return 0;
+	bpf_spin_lock(&account->lock);
+	*record = account->left;
+	bpf_spin_unlock(&account->lock);
+	bpf_ringbuf_submit(record, 0);
+	return 0;
+}

@@ -11,7 +11,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock};
 use std::thread;
 
 use anyhow::{Context as _, Result, ensure};
-use flea::{Link, Map, MapError, MapKind, Object, Session};
+use flea::{ArrayMap, Link, Map, MapError, MapKind, Object, Session};
 use flea_fixtures::{Tool, require};
 
 #[unsafe(no_mangle)]
@@ -36,6 +36,12 @@ extern "C" fn inner_handler(n: u64) -> u64 {
 #[inline(never)]
 extern "C" fn inner_reset(n: u64) -> u64 {
     black_box(n) + 3
+}
+
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn inner_note(n: u64) -> u64 {
+    black_box(n) + 4
 }
 
 /// The object in this process. Tests take turns, as each changes its code.
@@ -285,6 +291,73 @@ fn a_signal_handler_above_a_held_lock() -> Result<()> {
     assert!(changes > 0);
     // SAFETY: back to what it was.
     unsafe { libc::signal(libc::SIGUSR1, libc::SIG_DFL) };
+    Ok(())
+}
+
+/// What the handler below looks at, and whether it has found the lock held and waits.
+static ACCOUNTS: OnceLock<ArrayMap> = OnceLock::new();
+static WAITING: AtomicBool = AtomicBool::new(false);
+static GO_ON: AtomicBool = AtomicBool::new(false);
+
+/// In the middle of a change, stays there for a while. No other thread changes the account.
+extern "C" fn stay_in_a_change(_: libc::c_int) {
+    let Some(value) = ACCOUNTS.get().and_then(|accounts| accounts.get(0).ok()) else { return };
+    if word(&value, 0) != word(&value, 16) {
+        WAITING.store(true, Relaxed);
+        while !GO_ON.load(Relaxed) {
+            thread::yield_now();
+        }
+    }
+}
+
+/// The owner of a lock is held up: who wants it waits a bounded time, ends there, is counted, and
+/// has given its record back.
+#[test]
+fn a_lock_that_is_not_given_back_for_long() -> Result<()> {
+    let Some(bench) = Bench::new()? else { return Ok(()) };
+    let Some(Map::Array(accounts)) = bench.object.map("accounts") else { panic!("no accounts") };
+    let Some(Map::RingBuf(mut notes)) = bench.object.map("notes") else { panic!("no notes") };
+    let accounts = ACCOUNTS.get_or_init(|| accounts);
+    let link = bench.attach(&["deposit", "note"])?;
+    // SAFETY: the handler allocates, but what it interrupts does not.
+    unsafe { libc::signal(libc::SIGUSR2, stay_in_a_change as *const () as libc::sighandler_t) };
+    let stop = AtomicBool::new(false);
+    let owner = thread::spawn({
+        let stop = as_static(&stop);
+        move || {
+            while !stop.load(Relaxed) {
+                inner_deposit(1);
+            }
+        }
+    });
+    let mut n_sent = 0u64;
+    while !WAITING.load(Relaxed) {
+        // SAFETY: the thread is joined below.
+        unsafe { libc::pthread_kill(owner.as_pthread_t(), libc::SIGUSR2) };
+        n_sent += 1;
+        assert!(n_sent < 5_000_000, "no signal ever came in the middle of a change");
+        thread::yield_now();
+    }
+    for n in 1..=100 {
+        inner_note(n);
+        assert_eq!(bench.object.missed(), n);
+    }
+    let missed = bench.object.missed();
+    assert_eq!((notes.poll(|_| ()), notes.is_blocked(), notes.lost()), (0, false, 0));
+    assert_eq!(accounts.get_locked(0), Err(MapError::Busy));
+    stop.store(true, Relaxed);
+    GO_ON.store(true, Relaxed);
+    owner.join().unwrap();
+
+    let (left, right) = bench.account();
+    assert_eq!(left, right);
+    inner_note(1);
+    let mut seen = Vec::new();
+    notes.poll(|record| seen.push(word(record, 0)));
+    assert_eq!((seen, bench.object.missed()), (vec![left], missed));
+    link.detach()?;
+    // SAFETY: back to what it was.
+    unsafe { libc::signal(libc::SIGUSR2, libc::SIG_DFL) };
     Ok(())
 }
 
