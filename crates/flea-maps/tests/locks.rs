@@ -52,10 +52,12 @@ fn patiently<T>(mut attempt: impl FnMut() -> Option<T>) -> T {
 }
 
 fn take(target: &Target, value: u64, slot: u64) {
-    patiently(|| match lock(target, value, slot) {
-        EBUSY => None,
-        status => Some(assert_eq!(status, 0)),
-    });
+    succeed(|| lock(target, value, slot));
+}
+
+fn succeed(mut attempt: impl FnMut() -> i64) {
+    let status = patiently(|| Some(attempt()).filter(|status| *status != EBUSY));
+    assert_eq!(status, 0);
 }
 
 /// The element's value, read under its lock.
@@ -124,8 +126,8 @@ fn two_threads_and_the_controller_never_see_half_a_change() {
         });
         let value = target.lookup(map, &KEY, target.slot());
         // SAFETY: the value is mapped, and nobody writes it any more.
-        let sums = unsafe { ((value as *const u64).read(), ((value + 16) as *const u64).read()) };
-        assert_eq!(sums, (2 * ROUNDS, 2 * ROUNDS));
+        let sums = [value, value + 16].map(|at| unsafe { (at as *const u64).read() });
+        assert_eq!(sums, [2 * ROUNDS; 2]);
         assert_eq!(word(value).load(Relaxed) & 0x3f_ffff, 0, "it is free");
     }
 }
@@ -150,10 +152,7 @@ fn updates_under_the_lock_are_whole() {
                 let mut bytes = [0xff; 24];
                 bytes[..8].copy_from_slice(&n.to_le_bytes());
                 bytes[16..].copy_from_slice(&n.to_le_bytes());
-                patiently(|| match target.update(map, &KEY, &bytes, F_LOCK, slot) {
-                    EBUSY => None,
-                    status => Some(assert_eq!(status, 0)),
-                });
+                succeed(|| target.update(map, &KEY, &bytes, F_LOCK, slot));
                 let (a, b) = pair(&read(&target, map));
                 assert_eq!(a, b);
                 assert!(a >= n, "{a} is before {n}");

@@ -16,6 +16,8 @@
 
 mod facts;
 mod host;
+#[cfg(test)]
+mod inner_tests;
 mod native;
 pub mod worker;
 

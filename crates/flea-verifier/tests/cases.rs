@@ -91,8 +91,6 @@ fn map(text: &str) -> MapSpec {
         key_size_bytes: w[1].parse().unwrap(),
         value_size_bytes: w[2].parse().unwrap(),
         max_entries: w[3].parse().unwrap(),
-        flags: 0,
-        init: None,
         read_only: w.contains(&"ro"),
         ..MapSpec::default()
     }
