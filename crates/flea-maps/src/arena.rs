@@ -466,12 +466,16 @@ fn check_inner(spec: &MapSpec, maps: &[MapSpec]) -> Result<(), &'static str> {
     }
     let template = map(inner.template).filter(|t| t.template && !t.kind.holds_maps());
     let template = template.ok_or("what it names is no template")?.shape();
-    for &(slot, inner) in &inner.init {
-        let fits = map(inner).is_some_and(|m| !m.template && m.shape().fits(template));
+    if !inner.init.is_empty() && spec.key_size_bytes != 4 {
+        return Err("its keys have no 4 bytes, as those have of maps that it holds at the start");
+    }
+    for &(slot, held) in &inner.init {
+        let fits = map(held).is_some_and(|m| !m.template && m.shape().fits(template));
         if !fits {
             return Err("a map that it holds at the start is not as its template");
         }
-        if slot >= spec.max_entries || spec.key_size_bytes != 4 {
+        let outside = spec.kind == MapKind::ArrayOfMaps && slot >= spec.max_entries;
+        if outside || inner.init.len() as u64 > u64::from(spec.max_entries) {
             return Err("a map that it holds at the start has no place");
         }
     }

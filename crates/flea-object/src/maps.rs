@@ -173,7 +173,9 @@ pub enum MapFault {
         inner: String,
     },
     /// An initial value that has no place.
-    #[error("values[{slot}] = &{inner}: indices are below max_entries, and keys have 4 bytes")]
+    #[error(
+        "values[{slot}] = &{inner} has no place: an index is below max_entries, a hash has room for so many maps, and its keys have 4 bytes"
+    )]
     NoSuchSlot {
         /// Its index.
         slot: u32,

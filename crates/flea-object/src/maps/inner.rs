@@ -7,7 +7,7 @@ use super::{Declared, MapFault, read_definition};
 use crate::btf::{Btf, Kind};
 use crate::elf::{Elf, R_BPF_64_ABS64, Relocation, Section};
 use crate::error::ObjectError;
-use crate::spec::{InnerMaps, MapIdx, MapSpec};
+use crate::spec::{InnerMaps, MapIdx, MapKind, MapSpec};
 
 /// Bytes of one of `values`: an address.
 const SLOT_BYTES: u64 = 8;
@@ -101,7 +101,12 @@ fn initial(
             let inner = inner.name.clone();
             return Err(MapFault::WrongInner { slot, inner }.of(&spec.name).into());
         }
-        if slot >= spec.max_entries || spec.key_size_bytes != INDEX_BYTES {
+        let max = usize::try_from(spec.max_entries).unwrap_or(usize::MAX);
+        let has_place = match spec.kind {
+            MapKind::ArrayOfMaps => slot < spec.max_entries,
+            _ => init.len() < max,
+        };
+        if !has_place || spec.key_size_bytes != INDEX_BYTES {
             return Err(MapFault::NoSuchSlot { slot, inner: inner.name.clone() }
                 .of(&spec.name)
                 .into());

@@ -72,6 +72,16 @@ struct inner { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __
 struct inner one SEC(".maps");
 MAP(__uint(type, ARRAY_OF_MAPS); __uint(max_entries, 1); __type(key, u32);
     __array(values, struct inner);) = { .values = { [1] = &one } };
+#elif defined(CASE_inner_room)
+struct inner { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32); };
+struct inner one SEC(".maps");
+MAP(__uint(type, HASH_OF_MAPS); __uint(max_entries, 1); __type(key, u32);
+    __array(values, struct inner);) = { .values = { [5] = &one, [9] = &one } };
+#elif defined(CASE_inner_key)
+struct inner { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32); };
+struct inner one SEC(".maps");
+MAP(__uint(type, HASH_OF_MAPS); __uint(max_entries, 1); __type(key, u64);
+    __array(values, struct inner);) = { .values = { [0] = &one } };
 #elif defined(CASE_inner_data)
 struct inner { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32); };
 u64 number;
