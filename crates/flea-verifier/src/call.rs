@@ -28,6 +28,8 @@ struct Seen {
     fills: Vec<(usize, Span)>,
     release: Option<Pointer>,
     lock: Option<Lock>,
+    /// The largest key of a lookup in an array, where it is known.
+    key_max: Option<u64>,
 }
 
 impl Machine<'_> {
@@ -47,7 +49,9 @@ impl Machine<'_> {
         self.check_allowed(helper)?;
         let proto = proto(helper);
         let constants = std::array::from_fn(|n| state.reg(Reg::arg(n)).as_const());
-        let mut seen = Seen::default();
+        let key = self.lookup_key(helper, state);
+        self.facts.number(idx, key);
+        let mut seen = Seen { key_max: key.map(|(_, max)| max), ..Seen::default() };
         for (n, arg) in proto.args.iter().enumerate() {
             self.check_arg(state, helper, n, *arg, proto.args, &mut seen)?;
         }
@@ -275,6 +279,11 @@ impl Machine<'_> {
                 // Linux: errors are -1 to -4095.
                 let longest = i64::try_from(seen.max_size).unwrap_or(i64::MAX);
                 Value::scalar(Scalar::signed(-4095, longest))
+            }
+            // Every element of an array is there.
+            (Ret::ValueOrNull, Some(map)) if self.has_element(map, seen.key_max) => {
+                let element = self.fresh_id();
+                Value::pointer(self.value_of(map, Some(element))?)
             }
             (Ret::ValueOrNull, Some(map)) => {
                 let id = self.fresh_id();

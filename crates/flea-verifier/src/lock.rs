@@ -14,7 +14,7 @@ use flea_object::helper::Helper;
 use flea_object::spec::MapIdx;
 
 use crate::machine::Machine;
-use crate::op::Reg;
+use crate::op::{Op, Reg};
 use crate::proto::Arg;
 use crate::report::Fault;
 use crate::state::State;
@@ -81,21 +81,7 @@ pub(crate) fn check_call(state: &State, helper: Option<Helper>) -> Result<(), Fa
 /// `bpf_spin_lock` or `bpf_spin_unlock` of `lock`.
 pub(crate) fn apply(helper: Helper, lock: Lock, state: &mut State) -> Result<(), Fault> {
     if helper == Helper::SpinLock {
-        let held = state.references();
-        let twice = held
-            .iter()
-            .enumerate()
-            .find(|(n, r)| held[..*n].iter().any(|other| other.insn_idx == r.insn_idx));
-        if let Some((_, reference)) = twice {
-            let text = format!(
-                "bpf_spin_lock while holding two references of insn {}",
-                reference.insn_idx
-            );
-            return Err(Fault::new(text).hint(
-                "submit the first record before the second is reserved in the loop, or behind \
-                 bpf_spin_unlock",
-            ));
-        }
+        check_records(state)?;
         state.set_lock(Some(lock));
         return Ok(());
     }
@@ -108,6 +94,35 @@ pub(crate) fn apply(helper: Helper, lock: Lock, state: &mut State) -> Result<(),
             Ok(())
         }
     }
+}
+
+/// At most one record of each `bpf_ringbuf_reserve` is held.
+fn check_records(state: &State) -> Result<(), Fault> {
+    let held = state.references();
+    let is_second =
+        |(n, insn_idx): &(usize, usize)| held[..*n].iter().any(|other| other.insn_idx == *insn_idx);
+    let twice = held.iter().map(|r| r.insn_idx).enumerate().find(is_second);
+    let Some((_, insn_idx)) = twice else { return Ok(()) };
+    let text = format!("bpf_spin_lock while holding two references of insn {insn_idx}");
+    Err(Fault::new(text).hint(
+        "submit the first record before the second is reserved in the loop, or behind \
+         bpf_spin_unlock",
+    ))
+}
+
+/// Whether a global function may be called now: it is verified alone, as if no lock were held,
+/// and may take one.
+pub(crate) fn check_global_call(state: &State, ops: &[Op]) -> Result<(), Fault> {
+    if state.lock().is_some() {
+        let text = "global function calls are not allowed while holding a lock, \
+                    use static function instead";
+        return Err(Fault::new(text));
+    }
+    let lock = (Helper::SpinLock as u32).cast_signed();
+    if ops.iter().any(|op| matches!(op, Op::CallHelper { id } if *id == lock)) {
+        check_records(state)?;
+    }
+    Ok(())
 }
 
 /// The program ends.

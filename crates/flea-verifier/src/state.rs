@@ -47,8 +47,12 @@ impl Frame {
         Self { regs, stack: Stack::default(), function, call_idx }
     }
 
+    pub(crate) fn reg(&self, reg: Reg) -> &Value {
+        &self.regs[reg.index()]
+    }
+
     /// All registers, for the soundness tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "beliefs"))]
     pub(crate) fn registers(&self) -> &[Value; 11] {
         &self.regs
     }
@@ -82,6 +86,11 @@ impl State {
             references: Rc::default(),
             lock: None,
         }
+    }
+
+    /// At the entry of a function that is verified alone.
+    pub(crate) fn of_function(function: usize) -> Self {
+        Self { frames: vec![Rc::new(Frame::new(0, function, None))], ..Self::new() }
     }
 
     /// Number of the current frame, 0 for the main function's.
