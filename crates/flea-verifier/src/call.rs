@@ -1,10 +1,12 @@
 //! Calls of helpers: each argument against the prototype, then what the call leaves behind.
 
+use std::ops::RangeInclusive;
+
 use flea_object::helper::Helper;
 use flea_object::spec::{MapIdx, MapSpec};
 
 use crate::Context;
-use crate::access::{self, Access, Request, Target, followable, helper_stack_span};
+use crate::access::{self, Access, Request, Target, followable, stack_window};
 use crate::machine::Machine;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
@@ -25,6 +27,8 @@ struct Seen {
     max_size: u64,
     /// Stack bytes that the helper fills.
     fills: Vec<(usize, Span)>,
+    /// Stack bytes of which the helper fills some.
+    fills_somewhere: Vec<(usize, Span)>,
     release: Option<Pointer>,
 }
 
@@ -50,6 +54,9 @@ impl Machine<'_> {
         self.facts.call(idx, helper, seen.map, constants)?;
         for (frame, span) in &seen.fills {
             state.frame_at_mut(*frame).stack.store_anything(*span)?;
+        }
+        for (frame, window) in &seen.fills_somewhere {
+            state.frame_at_mut(*frame).stack.store_somewhere(*window, None)?;
         }
         if let Some(record) = seen.release {
             release(state, record)?;
@@ -105,13 +112,13 @@ impl Machine<'_> {
             }
             Arg::Key => {
                 let size = self.seen_map(seen)?.key_size_bytes;
-                self.memory(state, reg, arg, size, seen)
+                self.memory(state, reg, arg, size..=size, seen)
             }
             Arg::MapValue => {
                 let size = self.seen_map(seen)?.value_size_bytes;
-                self.memory(state, reg, arg, size, seen)
+                self.memory(state, reg, arg, size..=size, seen)
             }
-            Arg::FillU64 => self.memory(state, reg, arg, 8, seen),
+            Arg::FillU64 => self.memory(state, reg, arg, 8..=8, seen),
             // Checked with the size that follows.
             Arg::Read | Arg::Fill => Ok(()),
             Arg::Size(zero) => {
@@ -192,23 +199,17 @@ impl Machine<'_> {
         if max == 0 && state.reg(memory).as_const() == Some(0) {
             return Ok(());
         }
-        // Only if it is surely filled to the end may it be unwritten before.
-        let arg = if size.as_const().is_none() && memory_arg == Arg::Fill {
-            self.memory(state, memory, Arg::Read, max, seen)?;
-            Arg::Fill
-        } else {
-            memory_arg
-        };
-        self.memory(state, memory, arg, max, seen)
+        let min = u32::try_from(size.wide.umin).unwrap_or(max);
+        self.memory(state, memory, memory_arg, min..=max, seen)
     }
 
-    /// `size_bytes` bytes at `reg` that the helper reads or fills.
+    /// So many bytes at `reg` that the helper reads or fills.
     fn memory(
         &mut self,
         state: &State,
         reg: Reg,
         arg: Arg,
-        size_bytes: u32,
+        sizes_bytes: RangeInclusive<u32>,
         seen: &mut Seen,
     ) -> Result<(), Fault> {
         let value = state.reg(reg);
@@ -224,13 +225,22 @@ impl Machine<'_> {
         }
         let fills = matches!(arg, Arg::Fill | Arg::FillU64);
         let access = if fills { Access::Write } else { Access::Read };
-        let request = Request { reg, off: 0, size_bytes, access };
+        let (min, max) = sizes_bytes.into_inner();
+        let request = Request { reg, off: 0, size_bytes: max, access };
         let p = followable(reg, value)?;
         if let PointerKind::Stack { frame } = p.kind {
-            let span = helper_stack_span(request, p)?;
+            let span = stack_window(request, p)?;
             self.touch(state, frame, span);
             if fills {
-                seen.fills.push((frame, span));
+                // Bytes that are filled for any address and any size were written from here on;
+                // the others may not have been.
+                let from = p.off.wide.smax;
+                let end = p.off.wide.smin + i64::from(min);
+                let sure = u32::try_from(end - from).ok().and_then(|n| Span::new(from, n));
+                if sure != Some(span) {
+                    seen.fills_somewhere.push((frame, span));
+                }
+                seen.fills.extend(sure.map(|sure| (frame, sure)));
                 return Ok(());
             }
             let stack = &state.frame_at(frame).stack;
@@ -242,7 +252,7 @@ impl Machine<'_> {
                 .map_err(|e| Fault { message: indirect(&e.message, reg), ..e });
         }
         match access::check(request, p, self.maps, self.context)? {
-            Target::Stack { .. } | Target::Other(_) => Ok(()),
+            Target::Stack { .. } | Target::StackWindow { .. } | Target::Other(_) => Ok(()),
         }
     }
 

@@ -15,6 +15,7 @@
 )]
 
 mod access;
+mod alu;
 mod call;
 mod cfg;
 mod collect;

@@ -16,7 +16,7 @@ use crate::pointer::{self, Outcome};
 use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
-use crate::value::{Id, Number, PointerKind, Value};
+use crate::value::{Id, PointerKind, Value};
 
 /// What all paths share.
 pub(crate) struct Machine<'a> {
@@ -98,16 +98,7 @@ impl<'a> Machine<'a> {
         let ops = self.ops;
         self.facts.plain(idx);
         match ops[idx] {
-            Op::Alu { op, width, dst, src } => {
-                let (a, b) = (read(state, dst)?, operand(state, src)?);
-                let result = match (&a, &b) {
-                    (Value::Scalar(a), Value::Scalar(b)) => {
-                        Value::scalar(Scalar::alu(op, width, &a.set, &b.set))
-                    }
-                    _ => pointer::arithmetic(op, width, (dst, &a), &b)?,
-                };
-                state.set_reg(dst, result);
-            }
+            Op::Alu { op, width, dst, src } => self.alu(state, (op, width), dst, src)?,
             Op::Neg { width, dst } => {
                 let result = number(state, dst)?.neg(width);
                 state.set_reg(dst, Value::scalar(result));
@@ -122,8 +113,7 @@ impl<'a> Machine<'a> {
             }
             Op::Mov { width, dst, src } => self.mov(state, width, dst, src)?,
             Op::MovSx { width, bits, dst, src } => {
-                let result = number(state, src)?.sign_extend(bits, width);
-                state.set_reg(dst, Value::scalar(result));
+                self.mov_extended(state, width, bits, dst, src)?;
             }
             Op::Const { dst, value } => {
                 state.set_reg(dst, Value::scalar(Scalar::constant(value)));
@@ -185,46 +175,6 @@ impl<'a> Machine<'a> {
         exit(state)
     }
 
-    fn mov(
-        &mut self,
-        state: &mut State,
-        width: Width,
-        dst: Reg,
-        src: Operand,
-    ) -> Result<(), Fault> {
-        let result = match (src, width) {
-            (Operand::Imm(_), Width::W64) => operand(state, src)?,
-            (Operand::Imm(imm), Width::W32) => {
-                Value::scalar(Scalar::constant(u64::from(imm.cast_unsigned())))
-            }
-            (Operand::Reg(src), Width::W64) => {
-                read(state, src)?;
-                self.named(state, src)
-            }
-            (Operand::Reg(src), Width::W32) => {
-                if matches!(read(state, src)?, Value::Pointer(_)) {
-                    let text = format!("R{} partial copy of pointer", src.index());
-                    return Err(Fault::new(text));
-                }
-                Value::scalar(number(state, src)?.zero_extend(32))
-            }
-        };
-        state.set_reg(dst, result);
-        Ok(())
-    }
-
-    /// The value of `reg`, about to be copied: a number that is not known gets an id first,
-    /// so that what is learnt of the copy holds for it too.
-    fn named(&mut self, state: &mut State, reg: Reg) -> Value {
-        if let Value::Scalar(Number { set, id: None }) = *state.reg(reg)
-            && set.as_const().is_none()
-        {
-            let id = Some(self.fresh_id());
-            state.set_reg(reg, Value::Scalar(Number { set, id }));
-        }
-        *state.reg(reg)
-    }
-
     fn map_value_address(&self, map: MapIdx, off: u32) -> Result<Value, Fault> {
         let spec = self.map(map)?;
         if spec.kind != MapKind::Array || spec.max_entries != 1 || off >= spec.value_size_bytes {
@@ -259,7 +209,7 @@ impl<'a> Machine<'a> {
         let p = followable(place.base, state.reg(place.base))?;
         let target = access::check(request, p, self.maps, self.context)?;
         match target {
-            Target::Stack { frame, span } => {
+            Target::Stack { frame, span } | Target::StackWindow { frame, window: span } => {
                 self.touch(state, frame, span);
                 self.facts.access(idx, Region::Stack)?;
             }
@@ -271,6 +221,9 @@ impl<'a> Machine<'a> {
     fn load(&mut self, idx: usize, state: &mut State, place: Place) -> Result<Value, Fault> {
         match self.target(idx, state, place, Access::Read)? {
             Target::Stack { frame, span } => state.frame_at(frame).stack.load(span),
+            Target::StackWindow { frame, window } => {
+                state.frame_at(frame).stack.load_somewhere(window, place.size.bytes())
+            }
             Target::Other(_) => Ok(unknown_of(place.size)),
         }
     }
@@ -289,6 +242,9 @@ impl<'a> Machine<'a> {
                 Err(Fault::new(format!("R{r} leaks addr of ctx into mem")))
             }
             Target::Other(_) => Ok(()),
+            Target::StackWindow { frame, window } => {
+                state.frame_at_mut(frame).stack.store_somewhere(window, Some(&value))
+            }
             Target::Stack { frame, span } => {
                 let to_own_stack = matches!(
                     value,
@@ -299,7 +255,9 @@ impl<'a> Machine<'a> {
                     return Err(Fault::new(text));
                 }
                 let value = match src {
-                    Operand::Reg(src) if place.size == Size::B8 => self.named(state, src),
+                    Operand::Reg(src) if matches!(place.size, Size::B4 | Size::B8) => {
+                        self.named(state, src)
+                    }
                     _ => value,
                 };
                 state.frame_at_mut(frame).stack.store(span, value)
@@ -321,6 +279,11 @@ impl<'a> Machine<'a> {
             number_or_leak(state, Reg::R0)?;
         }
         let target = self.target(idx, state, place, Access::Atomic)?;
+        if let Target::StackWindow { frame, window } = target {
+            let stack = &mut state.frame_at_mut(frame).stack;
+            stack.load_somewhere(window, place.size.bytes())?;
+            stack.store_somewhere(window, None)?;
+        }
         if let Target::Stack { frame, span } = target {
             let stack = &mut state.frame_at_mut(frame).stack;
             if matches!(stack.load(span)?, Value::Pointer(_)) {
@@ -451,14 +414,14 @@ fn unknown_of(size: Size) -> Value {
     Value::scalar(Scalar::UNKNOWN.zero_extend(8 * size.bytes()))
 }
 
-fn read(state: &State, reg: Reg) -> Result<Value, Fault> {
+pub(crate) fn read(state: &State, reg: Reg) -> Result<Value, Fault> {
     match state.reg(reg) {
         Value::NotInit => Err(Fault::not_readable(reg)),
         value => Ok(*value),
     }
 }
 
-fn operand(state: &State, operand: Operand) -> Result<Value, Fault> {
+pub(crate) fn operand(state: &State, operand: Operand) -> Result<Value, Fault> {
     match operand {
         Operand::Reg(reg) => read(state, reg),
         Operand::Imm(imm) => Ok(Value::scalar(Scalar::imm(imm))),
@@ -466,7 +429,7 @@ fn operand(state: &State, operand: Operand) -> Result<Value, Fault> {
 }
 
 /// The number in `reg`; pointers are refused.
-fn number(state: &State, reg: Reg) -> Result<Scalar, Fault> {
+pub(crate) fn number(state: &State, reg: Reg) -> Result<Scalar, Fault> {
     match read(state, reg)? {
         Value::Scalar(n) => Ok(n.set),
         _ => Err(Fault::new(format!("R{} pointer arithmetic prohibited", reg.index()))),

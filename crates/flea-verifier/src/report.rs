@@ -69,7 +69,11 @@ pub(crate) fn show_value(value: &Value, maps: &[MapSpec]) -> String {
         Value::Scalar(n) => match (n.set.as_const(), n.id) {
             (Some(c), _) => format!("{}", c.cast_signed()),
             (None, id) => {
-                let mut parts: Vec<String> = id.map(|id| format!("id={id}")).into_iter().collect();
+                let shown = |id| match n.delta.cast_signed() {
+                    0 => format!("id={id}"),
+                    delta => format!("id={id}{delta:+}"),
+                };
+                let mut parts: Vec<String> = id.map(shown).into_iter().collect();
                 parts.extend(bounds(&n.set));
                 format!("scalar({})", parts.join(","))
             }

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use crate::liveness::Liveness;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
-use crate::stack::{Byte, Slot, Stack};
+use crate::stack::{Byte, Half, Slot, Stack};
 use crate::value::{Id, Number, Pointer, PointerKind, Value};
 
 /// One path's picture. Frames are shared with other paths until they are written.
@@ -158,13 +158,17 @@ impl State {
         }
     }
 
-    /// Records what was learnt of the number in `reg`, and of all that are equal to it.
+    /// Records what was learnt of the number in `reg`, and of all that are linked to it.
     pub(crate) fn learn(&mut self, reg: Reg, set: Scalar) {
-        let Value::Scalar(Number { id, .. }) = *self.reg(reg) else { return };
-        self.set_reg(reg, Value::Scalar(Number { set, id }));
-        if id.is_some() {
-            let same = |v: &Value| matches!(v, Value::Scalar(n) if n.id == id);
-            self.update(same, |_| Value::Scalar(Number { set, id }));
+        let Value::Scalar(known) = *self.reg(reg) else { return };
+        let known = Number { set, ..known };
+        self.set_reg(reg, Value::Scalar(known));
+        if known.id.is_some() {
+            let same = |v: &Value| matches!(v, Value::Scalar(n) if n.id == known.id);
+            self.update(same, |v| match v {
+                Value::Scalar(n) => Value::Scalar(n.told(&known)),
+                other => *other,
+            });
         }
     }
 
@@ -207,7 +211,7 @@ impl State {
         self.update(
             |v| matches!(v, Value::Scalar(Number { id: Some(id), .. }) if single.binary_search(id).is_ok()),
             |v| match v {
-                Value::Scalar(n) => Value::Scalar(Number { id: None, ..*n }),
+                Value::Scalar(n) => Value::Scalar(Number::unlinked(n.set)),
                 other => *other,
             },
         );
@@ -245,14 +249,34 @@ enum Match {
 
 /// Which id of one state is which of the other: one to one.
 #[derive(Default)]
-struct IdPairs(Vec<(Id, Id)>);
+struct IdPairs(Vec<IdPair>);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct IdPair {
+    a: Id,
+    /// `None`: a number of the other state that is linked to none.
+    b: Option<Id>,
+    /// What a number with `b` has on top of its partner's delta.
+    shift: u64,
+}
 
 impl IdPairs {
     fn pair(&mut self, a: Id, b: Id) -> bool {
-        match self.0.iter().find(|(x, y)| *x == a || *y == b) {
-            Some(known) => *known == (a, b),
+        self.add(IdPair { a, b: Some(b), shift: 0 })
+    }
+
+    /// Two linked numbers of one state are so linked in the other.
+    fn pair_numbers(&mut self, a: Id, delta: u64, b: &Number) -> bool {
+        self.add(IdPair { a, b: b.id, shift: b.delta.wrapping_sub(delta) })
+    }
+
+    fn add(&mut self, pair: IdPair) -> bool {
+        let same = |p: &&IdPair| p.a == pair.a || (p.b.is_some() && p.b == pair.b);
+        match self.0.iter().find(same) {
+            // What is linked to none is no second time the same.
+            Some(known) => *known == pair && pair.b.is_some(),
             None => {
-                self.0.push((a, b));
+                self.0.push(pair);
                 true
             }
         }
@@ -285,12 +309,13 @@ fn number_matches(a: &Number, b: &Number, how: Match, ids: &mut IdPairs) -> bool
         Match::Includes => a.set.includes(&b.set),
         Match::Equal => a.set == b.set,
     };
-    // Where `a` counts on two numbers being equal, they must be equal in `b`.
+    // Where `a` counts on two numbers being linked, they must be so in `b`. A link of one
+    // number alone says nothing.
     sets && match (a.id, b.id) {
         (None, None) => true,
         (None, Some(_)) => how == Match::Includes,
-        (Some(_), None) => false,
-        (Some(a), Some(b)) => ids.pair(a, b),
+        (Some(_), None) if how == Match::Equal => false,
+        (Some(id), _) => ids.pair_numbers(id, a.delta, b),
     }
 }
 
@@ -320,6 +345,9 @@ fn slot_matches(a: &Slot, b: &Slot, how: Match, ids: &mut IdPairs) -> bool {
         return match (a, b) {
             (Slot::Spill(a), Slot::Spill(b)) => value_matches(a, b, how, ids),
             (Slot::Bytes(a), Slot::Bytes(b)) => a == b,
+            (Slot::Halves(a), Slot::Halves(b)) => {
+                a.iter().zip(b.iter()).all(|(a, b)| half_matches(a, b, how, ids))
+            }
             _ => false,
         };
     }
@@ -331,14 +359,31 @@ fn slot_matches(a: &Slot, b: &Slot, how: Match, ids: &mut IdPairs) -> bool {
         Slot::Bytes(bytes) => {
             // Bytes of a pointer are never read as numbers where `a` was explored with
             // numbers: a pointer in `b` would be.
-            let pointer = matches!(b, Slot::Spill(Value::Pointer(_)));
             let unwritten = bytes.iter().all(|b| *b == Byte::Unwritten);
-            (unwritten || !pointer)
-                && bytes.iter().zip(b.bytes()).all(|(a, b)| match a {
-                    Byte::Unwritten => true,
-                    Byte::Anything => b != Byte::Unwritten,
-                    Byte::Zero => b == Byte::Zero,
-                })
+            (unwritten || !b.is_pointer()) && bytes_include(bytes, &b.bytes())
+        }
+        Slot::Halves(halves) => {
+            !b.is_pointer()
+                && halves.iter().zip(&b.halves()).all(|(a, b)| half_matches(a, b, how, ids))
         }
     }
+}
+
+fn half_matches(a: &Half, b: &Half, how: Match, ids: &mut IdPairs) -> bool {
+    match (a, b) {
+        (Half::Number(a), Half::Number(b)) => value_matches(a, b, how, ids),
+        (Half::Bytes(a), Half::Bytes(b)) if how == Match::Equal => a == b,
+        (_, _) if how == Match::Equal => false,
+        (Half::Number(_), _) if b.bytes().contains(&Byte::Unwritten) => false,
+        (Half::Number(a), _) => value_matches(a, &b.filled(), how, ids),
+        (Half::Bytes(a), _) => bytes_include(a, &b.bytes()),
+    }
+}
+
+fn bytes_include(a: &[Byte], b: &[Byte]) -> bool {
+    a.iter().zip(b).all(|(a, b)| match a {
+        Byte::Unwritten => true,
+        Byte::Anything => *b != Byte::Unwritten,
+        Byte::Zero => *b == Byte::Zero,
+    })
 }

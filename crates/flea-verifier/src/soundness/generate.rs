@@ -148,7 +148,9 @@ impl Builder<'_> {
     }
 
     fn piece(&mut self, depth: u32) {
-        match self.random.below(18) {
+        match self.random.below(20) {
+            18 => self.indexed_stack(),
+            19 => self.related(),
             0..=3 => self.arithmetic(),
             4 => {
                 let reg = self.reg();
@@ -257,6 +259,59 @@ impl Builder<'_> {
         } else {
             self.load(pointer, pointer, 32);
         }
+    }
+
+    /// An access to the written part of the stack at an index that is bounded first.
+    fn indexed_stack(&mut self) {
+        let (index, pointer) = (self.reg(), self.reg());
+        if index == pointer {
+            return;
+        }
+        let (bits, size) = self.random.pick(&[(0x10, 1i16), (0x08, 2), (0x00, 4), (0x18, 8)]);
+        let reach = self.random.pick(&[7i16, 15, 31]);
+        self.emit(0x57, index, 0, 0, i32::from(reach & -size));
+        self.emit(0xbf, pointer, 10, 0, 0);
+        self.emit(0x0f, pointer, index, 0, 0);
+        let room = u64::from((WRITTEN - reach - 1).cast_unsigned()) / 8;
+        let off = -WRITTEN + 8 * self.random.below(room + 1) as i16;
+        let off = if self.mistake() { off - 24 } else { off };
+        let (src, imm) = (self.reg(), self.random.pick(&[0, 0, 7]));
+        match self.random.below(3) {
+            0 => self.emit(bits | 0x61, pointer, pointer, off, 0),
+            1 => self.emit(bits | 0x62, pointer, 0, off, imm),
+            _ if src != pointer => self.emit(bits | 0x63, pointer, src, off, 0),
+            _ => {}
+        }
+        self.fresh(pointer);
+    }
+
+    /// A copy plus a constant, one of the two compared, the other used as an index.
+    fn related(&mut self) {
+        let (a, b) = (self.reg(), self.reg());
+        if a == b {
+            return;
+        }
+        match self.random.below(3) {
+            0 => self.emit(0x57, a, 0, 0, 0xff),
+            1 => self.emit(0xbc, a, a, 0, 0),
+            _ => {}
+        }
+        let copy = self.random.pick(&[0xbf, 0xbf, 0xbc]);
+        self.emit(copy, b, a, 0, 0);
+        let by = self.random.pick(&[1, 4, -1, -3, 16, i32::MIN]);
+        let add = self.random.pick(&[0x07, 0x07, 0x17, 0x04, 0x14]);
+        let moved = self.random.pick(&[a, b]);
+        self.emit(add, moved, 0, 0, by);
+        let (tested, used) = if self.random.chance(50) { (a, b) } else { (b, a) };
+        // Those for which it does not hold jump over the access.
+        let test = self.random.pick(&[0x25, 0x26, 0x65, 0x35]);
+        let bound = self.random.pick(&[10, 31, 20]);
+        self.emit(test, tested, 0, 4, bound);
+        self.emit(0x25, used, 0, 3, 31);
+        self.emit(0xbf, 1, 7, 0, 0);
+        self.emit(0x0f, 1, used, 0, 0);
+        self.load(1, 1, 32);
+        self.fresh(1);
     }
 
     fn atomic(&mut self) {

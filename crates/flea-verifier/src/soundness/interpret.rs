@@ -11,7 +11,7 @@ use crate::facts::{Fact, Region};
 use crate::number::scalar::{AluOp, Width};
 use crate::number::tests::{concrete, holds, sext};
 use crate::op::{Atomic, Op, Operand, Place, Reg};
-use crate::stack::{Byte, Slot};
+use crate::stack::{Byte, Half, Slot};
 use crate::state::State;
 use crate::value::{Id, PointerKind, Value};
 
@@ -355,17 +355,25 @@ impl<'a> Interpreter<'a> {
                 let x = u64::from_le_bytes(memory.try_into().expect("8 bytes"));
                 self.value_agrees(v, x, ids)
             }
-            Slot::Bytes(bytes) => {
-                bytes.iter().zip(memory).all(|(b, m)| *b != Byte::Zero || *m == 0)
-            }
+            Slot::Bytes(bytes) => bytes_agree(bytes, memory),
+            Slot::Halves(halves) => halves.iter().zip(memory.chunks(4)).all(|(half, m)| {
+                let x = u32::from_le_bytes(m.try_into().expect("4 bytes"));
+                match half {
+                    Half::Number(v) => self.value_agrees(v, u64::from(x), ids),
+                    Half::Bytes(bytes) => bytes_agree(bytes, m),
+                }
+            }),
         }
     }
 
     fn value_agrees(&self, value: &Value, x: u64, ids: &mut BTreeMap<Id, u64>) -> bool {
-        let mut same = |id: Option<Id>| id.is_none_or(|id| *ids.entry(id).or_insert(x) == x);
         match value {
             Value::NotInit => true,
-            Value::Scalar(n) => n.set.contains(x) && same(n.id),
+            Value::Scalar(n) => {
+                // What has the id, this number less its delta.
+                let base = x.wrapping_sub(n.delta);
+                n.set.contains(x) && n.id.is_none_or(|id| *ids.entry(id).or_insert(base) == base)
+            }
             Value::Pointer(p) => {
                 if p.or_null.is_some() && x == 0 {
                     return true;
@@ -385,6 +393,10 @@ impl<'a> Interpreter<'a> {
             }
         }
     }
+}
+
+fn bytes_agree(believed: &[Byte], memory: &[u8]) -> bool {
+    believed.iter().zip(memory).all(|(b, m)| *b != Byte::Zero || *m == 0)
 }
 
 fn agree(kind: Kind, fact: Fact) -> Result<(), String> {
