@@ -30,7 +30,12 @@ impl Machine<'_> {
                 let linked = self.sum(state, (op, width), (dst, x), (src, y));
                 Value::Scalar(linked.map_or(Number::unlinked(set), |n| Number { set, ..n }))
             }
-            _ => pointer::arithmetic(op, width, (dst, &a), &b)?,
+            _ => {
+                // How far a pointer is moved decides where it may be used.
+                self.trail.need(dst);
+                self.trail.need_operand(src);
+                pointer::arithmetic(op, width, (dst, &a), &b)?
+            }
         };
         state.set_reg(dst, result);
         Ok(())

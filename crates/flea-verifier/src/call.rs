@@ -46,7 +46,7 @@ impl Machine<'_> {
         })?;
         self.check_allowed(helper)?;
         let proto = proto(helper);
-        let constants = std::array::from_fn(|n| state.reg(Reg::arg(n)).as_const());
+        let constants = self.known_args(state, proto.args);
         let mut seen = Seen::default();
         for (n, arg) in proto.args.iter().enumerate() {
             self.check_arg(state, helper, n, *arg, proto.args, &mut seen)?;
@@ -68,6 +68,19 @@ impl Machine<'_> {
         let result = self.result(idx, proto.ret, &seen, constants, state);
         state.set_reg(Reg::R0, result);
         Ok(())
+    }
+
+    /// The numbers among the arguments that are known, for the compiler. They and the numbers that
+    /// the call is checked with are what a decision is made by.
+    fn known_args(&mut self, state: &State, args: &[Arg]) -> [Option<u64>; 5] {
+        std::array::from_fn(|n| {
+            let (arg, reg) = (args.get(n)?, Reg::arg(n));
+            let known = state.reg(reg).as_const();
+            if known.is_some() || !matches!(arg, Arg::Anything | Arg::Optional) {
+                self.trail.need(reg);
+            }
+            known
+        })
     }
 
     fn check_allowed(&self, helper: Helper) -> Result<(), Fault> {

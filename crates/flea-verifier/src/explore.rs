@@ -4,7 +4,8 @@
 //!
 //! 1. Where several ways lead to an instruction (a join), the state is compared with those
 //!    that were there before. A state that an earlier one includes needs no second look,
-//!    *once everything that followed from the earlier one has been explored*.
+//!    *once everything that followed from the earlier one has been explored*: only then is it
+//!    known which of its numbers matter ([`crate::precision`]), and only those are compared.
 //! 2. [`Node::open`] counts what is still to be explored below a remembered state; only at 0
 //!    may it prune. A state with `open > 0` is an ancestor of the current path (depth first:
 //!    every waiting branch hangs on one). To meet an equal one again is an infinite loop.
@@ -19,6 +20,9 @@ use crate::cfg::Cfg;
 use crate::liveness::Liveness;
 use crate::machine::{Flow, Machine};
 use crate::op::Op;
+#[cfg(any(test, feature = "beliefs"))]
+use crate::precision::Needs;
+use crate::precision::{Place, Precision};
 use crate::report::Fault;
 use crate::state::State;
 use crate::trace::Trace;
@@ -51,14 +55,14 @@ pub(crate) struct Explorer<'a> {
     /// Indices into `nodes`, for each instruction.
     remembered: Vec<Vec<usize>>,
     waiting: Vec<Path>,
-    steps: Vec<Step>,
+    precision: Precision<'a>,
     /// How often each jump backwards was followed.
     back_jumps: Vec<u32>,
     /// Lines of the log, in the second run of a refused program.
     trace: Option<Trace>,
-    /// Every state on arrival at every instruction.
+    /// Every state on arrival at every instruction, and the number of the step.
     #[cfg(any(test, feature = "beliefs"))]
-    pub(crate) beliefs: Option<Vec<Vec<State>>>,
+    beliefs: Option<Vec<Vec<(State, usize)>>>,
 }
 
 /// A refusal, and the last step of the path that led to it.
@@ -75,13 +79,8 @@ struct Node {
     /// Paths below it that are not yet explored to their end.
     open: u32,
     state: State,
-}
-
-/// One visit of an instruction.
-#[derive(Clone, Copy)]
-struct Step {
-    prev: Option<usize>,
-    insn_idx: usize,
+    /// Where [`Precision`] keeps what is needed of it.
+    mark: usize,
 }
 
 /// A path that waits to be explored, or is being explored.
@@ -91,8 +90,17 @@ struct Path {
     /// The last remembered state on it.
     node: usize,
     last_step: Option<usize>,
+    /// The last mark on it.
+    mark: usize,
     insns_since: u32,
     jumps_since: u32,
+}
+
+impl Path {
+    fn place(&self) -> Place {
+        let (last_step, mark, insn_idx) = (self.last_step, self.mark, self.idx);
+        Place { last_step, mark, insn_idx, depth: self.state.depth() }
+    }
 }
 
 impl<'a> Explorer<'a> {
@@ -103,6 +111,7 @@ impl<'a> Explorer<'a> {
         live: &'a Liveness,
     ) -> Self {
         let n_insns = machine.ops.len();
+        let precision = Precision::new(machine.ops);
         Self {
             machine,
             program,
@@ -111,7 +120,7 @@ impl<'a> Explorer<'a> {
             nodes: Vec::new(),
             remembered: vec![Vec::new(); n_insns],
             waiting: Vec::new(),
-            steps: Vec::new(),
+            precision,
             back_jumps: vec![0; n_insns],
             trace: None,
             #[cfg(any(test, feature = "beliefs"))]
@@ -130,12 +139,31 @@ impl<'a> Explorer<'a> {
         self.trace.map(Trace::into_lines).unwrap_or_default()
     }
 
+    /// The same walk, keeping every state.
+    #[cfg(any(test, feature = "beliefs"))]
+    pub(crate) fn remembering(mut self) -> Self {
+        self.beliefs = Some(vec![Vec::new(); self.machine.ops.len()]);
+        self.precision.before_steps = Some(Vec::new());
+        self
+    }
+
+    /// Every state on arrival at every instruction, with what was needed of it; `None` where they
+    /// were too many.
+    #[cfg(any(test, feature = "beliefs"))]
+    pub(crate) fn into_beliefs(self) -> Option<Vec<Vec<(State, Needs)>>> {
+        let needs = self.precision.before_steps?;
+        let with_needs = |(state, step): (State, usize)| Some((state, *needs.get(step)?));
+        let of_insn = |states: Vec<_>| states.into_iter().map(with_needs).collect();
+        self.beliefs?.into_iter().map(of_insn).collect()
+    }
+
     /// Explores everything.
     pub(crate) fn run(&mut self) -> Result<(), Refusal> {
         let state = self.machine.entry_state();
-        self.nodes.push(Node { parent: None, open: 1, state: state.clone() });
+        self.nodes.push(Node { parent: None, open: 1, state: state.clone(), mark: 0 });
+        let (node, mark, last_step) = (0, 0, None);
         let mut path =
-            Path { state, idx: 0, node: 0, last_step: None, insns_since: 0, jumps_since: 0 };
+            Path { state, idx: 0, node, last_step, mark, insns_since: 0, jumps_since: 0 };
         loop {
             let ended = self.advance(&mut path).map_err(|fault| self.refuse(&path, fault))?;
             if ended {
@@ -154,17 +182,19 @@ impl<'a> Explorer<'a> {
             return Ok(true);
         }
         let idx = path.idx;
-        let step = self.steps.len();
+        let step = self.precision.steps.len();
         if step >= BUDGET {
             return Err(self.too_large(step));
         }
-        self.steps.push(Step { prev: path.last_step, insn_idx: idx });
+        let mut place = path.place();
+        self.precision.begin(&mut place);
+        path.mark = place.mark;
         path.last_step = Some(step);
         path.insns_since += 1;
         #[cfg(any(test, feature = "beliefs"))]
         if let Some(beliefs) = &mut self.beliefs {
             if step < MAX_BELIEFS {
-                beliefs[idx].push(path.state.clone());
+                beliefs[idx].push((path.state.clone(), step));
             } else {
                 self.beliefs = None;
             }
@@ -173,6 +203,7 @@ impl<'a> Explorer<'a> {
             trace.before(step, idx, self.program, &path.state, self.machine.maps);
         }
         let flow = self.machine.step(idx, &mut path.state)?;
+        self.precision.end(place, std::mem::take(&mut self.machine.trail));
         if let Some(trace) = &mut self.trace {
             trace.after(step, idx, self.machine.ops, self.program, &path.state, self.machine.maps);
         }
@@ -225,8 +256,14 @@ impl<'a> Explorer<'a> {
                     return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
                         .hint("nothing that the loop's end depends on changes in it"));
                 }
-            } else if node.state.includes(&path.state) {
-                return Ok(true);
+            } else {
+                let needed = self.precision.needed_at(node.mark);
+                if node.state.includes(&path.state, needed) {
+                    // What follows was explored there: what is needed there is needed here.
+                    let needed = *needed;
+                    self.precision.need(path.place(), needed);
+                    return Ok(true);
+                }
             }
         }
         let far = path.insns_since >= MIN_INSNS_BETWEEN && path.jumps_since >= MIN_JUMPS_BETWEEN;
@@ -238,8 +275,12 @@ impl<'a> Explorer<'a> {
 
     fn remember(&mut self, path: &mut Path) {
         let n = self.nodes.len();
+        let mut place = path.place();
+        self.precision.mark(&mut place);
+        path.mark = place.mark;
         // The path now counts for the new node, and the new node for the old one.
-        self.nodes.push(Node { parent: Some(path.node), open: 1, state: path.state.clone() });
+        let (parent, state) = (Some(path.node), path.state.clone());
+        self.nodes.push(Node { parent, open: 1, state, mark: path.mark });
         path.node = n;
         path.insns_since = 0;
         path.jumps_since = 0;
@@ -282,9 +323,9 @@ impl<'a> Explorer<'a> {
             && steps.len() < crate::trace::MAX_STEPS
         {
             steps.insert(step);
-            at = self.steps.get(step).and_then(|s| s.prev);
+            at = self.precision.steps.get(step).and_then(|s| s.prev);
         }
-        let insn_idx = path.last_step.map_or(0, |s| self.steps[s].insn_idx);
+        let insn_idx = path.last_step.map_or(0, |s| self.precision.steps[s].insn_idx);
         let insn_idx = if fault.message.starts_with("infinite") { path.idx } else { insn_idx };
         Refusal { insn_idx, fault, steps }
     }

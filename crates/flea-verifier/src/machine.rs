@@ -13,6 +13,7 @@ use crate::number::compare::Cond;
 use crate::number::scalar::{Scalar, Width};
 use crate::op::{Atomic, Op, Operand, Place, Reg, Size};
 use crate::pointer::{self, Outcome};
+use crate::precision::{Touched, Trail};
 use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
@@ -30,6 +31,8 @@ pub(crate) struct Machine<'a> {
     /// Smallest and largest result of the main function, on the paths seen so far.
     returns: Option<(i64, i64)>,
     last_id: u32,
+    /// What the last step left behind for walks back.
+    pub(crate) trail: Trail,
 }
 
 /// Where control goes after an instruction.
@@ -56,6 +59,7 @@ impl<'a> Machine<'a> {
             stack_bytes: vec![0; cfg.functions.len()],
             returns: None,
             last_id: 0,
+            trail: Trail::default(),
         }
     }
 
@@ -97,6 +101,7 @@ impl<'a> Machine<'a> {
     pub(crate) fn step(&mut self, idx: usize, state: &mut State) -> Result<Flow, Fault> {
         let ops = self.ops;
         self.facts.plain(idx);
+        self.trail = Trail::default();
         match ops[idx] {
             Op::Alu { op, width, dst, src } => self.alu(state, (op, width), dst, src)?,
             Op::Neg { width, dst } => {
@@ -146,7 +151,7 @@ impl<'a> Machine<'a> {
             }
             Op::Goto { target } => return Ok(Flow::To(target)),
             Op::If { cond, width, dst, src, target } => {
-                return branch(state, Test { cond, width, dst, src }, idx + 1, target);
+                return self.branch(state, Test { cond, width, dst, src }, idx + 1, target);
             }
             Op::CallHelper { id } => self.call_helper(idx, id, state)?,
             Op::CallLocal { target } => {
@@ -166,6 +171,9 @@ impl<'a> Machine<'a> {
     }
 
     fn exit(&mut self, state: &mut State) -> Result<Flow, Fault> {
+        if state.depth() == 0 {
+            self.trail.need(Reg::R0);
+        }
         if state.depth() == 0
             && let Some(r0) = state.reg(Reg::R0).as_scalar()
         {
@@ -211,6 +219,8 @@ impl<'a> Machine<'a> {
         match target {
             Target::Stack { frame, span } | Target::StackWindow { frame, window: span } => {
                 self.touch(state, frame, span);
+                let certainly = matches!(target, Target::Stack { .. });
+                self.trail.touched = Some(Touched::new(frame, span, certainly));
                 self.facts.access(idx, Region::Stack)?;
             }
             Target::Other(region) => self.facts.access(idx, region)?,
@@ -311,36 +321,57 @@ struct Test {
     src: Operand,
 }
 
-fn branch(state: &mut State, test: Test, next: usize, jump: usize) -> Result<Flow, Fault> {
-    let Test { cond, width, dst, src } = test;
-    let (a, b) = (read(state, dst)?, operand(state, src)?);
-    if let (Value::Scalar(_), Value::Scalar(_)) = (&a, &b) {
-        let mut jump_state = state.clone();
-        let jumps = assume(&mut jump_state, test, cond);
-        let falls = assume(state, test, cond.opposite());
-        return Ok(match (falls, jumps) {
-            (true, true) => Flow::Both { next, jump, jump_state: Box::new(jump_state) },
-            (true, false) => Flow::To(next),
-            (false, true) => {
-                *state = jump_state;
-                Flow::To(jump)
+impl Machine<'_> {
+    fn branch(
+        &mut self,
+        state: &mut State,
+        test: Test,
+        next: usize,
+        jump: usize,
+    ) -> Result<Flow, Fault> {
+        let Test { cond, width, dst, src } = test;
+        let (a, b) = (read(state, dst)?, operand(state, src)?);
+        if let (Value::Scalar(x), Value::Scalar(y)) = (&a, &b) {
+            if x.id.is_some() || y.id.is_some() {
+                self.trail.linked = Some(state.linked([x, y]));
             }
-            // Both sides impossible: the state describes no machine at all.
-            (false, false) => Flow::End,
-        });
-    }
-    match pointer::compare(cond, width, (dst, &a), &b)? {
-        Outcome::Unknown => {
-            let jump_state = Box::new(state.clone());
-            Ok(Flow::Both { next, jump, jump_state })
+            let mut jump_state = state.clone();
+            let jumps = assume(&mut jump_state, test, cond);
+            let falls = assume(state, test, cond.opposite());
+            if falls && jumps {
+                return Ok(Flow::Both { next, jump, jump_state: Box::new(jump_state) });
+            }
+            self.trail.need(dst);
+            self.trail.need_operand(src);
+            return Ok(match (falls, jumps) {
+                (true, _) => Flow::To(next),
+                (false, true) => {
+                    *state = jump_state;
+                    Flow::To(jump)
+                }
+                // Both sides impossible: the state describes no machine at all.
+                (false, false) => Flow::End,
+            });
         }
-        Outcome::Known(true) => Ok(Flow::To(jump)),
-        Outcome::Known(false) => Ok(Flow::To(next)),
-        Outcome::Null { id, null_if } => {
-            let mut jump_state = Box::new(state.clone());
-            set_null(&mut jump_state, id, null_if);
-            set_null(state, id, !null_if);
-            Ok(Flow::Both { next, jump, jump_state })
+        let outcome = pointer::compare(cond, width, (dst, &a), &b)?;
+        if outcome != Outcome::Unknown {
+            // One of the two is the number that it was compared with.
+            self.trail.need(dst);
+            self.trail.need_operand(src);
+        }
+        match outcome {
+            Outcome::Unknown => {
+                let jump_state = Box::new(state.clone());
+                Ok(Flow::Both { next, jump, jump_state })
+            }
+            Outcome::Known(true) => Ok(Flow::To(jump)),
+            Outcome::Known(false) => Ok(Flow::To(next)),
+            Outcome::Null { id, null_if } => {
+                let mut jump_state = Box::new(state.clone());
+                set_null(&mut jump_state, id, null_if);
+                set_null(state, id, !null_if);
+                Ok(Flow::Both { next, jump, jump_state })
+            }
         }
     }
 }

@@ -66,6 +66,17 @@ impl Span {
         self.off.unsigned_abs().next_multiple_of(8)
     }
 
+    /// The slots of its highest and its lowest byte.
+    pub(crate) fn first_and_last_slot(self) -> (usize, usize) {
+        let size = self.size_bytes.max(1).cast_signed();
+        (slot_of(self.off + size - 1), slot_of(self.off))
+    }
+
+    /// It is one whole slot.
+    pub(crate) fn is_whole_slot(self) -> bool {
+        self.whole_slot().is_some()
+    }
+
     /// The slot, if this is one whole slot.
     fn whole_slot(self) -> Option<usize> {
         (self.size_bytes == 8 && self.off % 8 == 0).then(|| slot_of(self.off))
@@ -297,6 +308,12 @@ impl Stack {
     /// All registers spilled here.
     pub(crate) fn spills(&self) -> impl Iterator<Item = &Value> {
         self.slots.iter().flat_map(Slot::values)
+    }
+
+    /// The slots, a bit each, in which a register is spilled that `wanted` picks.
+    pub(crate) fn slots_with(&self, wanted: impl Fn(&Value) -> bool) -> u64 {
+        let slots = self.slots.iter().zip(0u32..);
+        slots.filter(|(slot, _)| slot.values().any(&wanted)).fold(0, |all, (_, i)| all | 1 << i)
     }
 
     /// Forgets slots that nobody reads any more, and numbers that nobody's safety hangs on.

@@ -1,14 +1,16 @@
 //! The verifier's picture of the machine on one path: call frames, and references that are
 //! still to be released.
 //!
-//! **Invariant**: `a.includes(b)` only where every concrete machine that `b` describes is
-//! also described by `a`. Pruning rests on it.
+//! **Invariant**: `a.includes(b, needed)` only where every concrete machine that `b` describes is
+//! also described by `a`, were the numbers that are not `needed` any numbers in `a`. Pruning rests
+//! on it; see [`crate::precision`].
 
 use std::rc::Rc;
 
 use crate::liveness::Liveness;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
+use crate::precision::{FrameNeeds, Needs};
 use crate::stack::{Byte, Half, Slot, Stack};
 use crate::value::{Id, Number, Pointer, PointerKind, Value};
 
@@ -217,17 +219,33 @@ impl State {
         );
     }
 
-    /// Every machine that `other` describes is described by `self`.
-    pub(crate) fn includes(&self, other: &Self) -> bool {
-        self.matches(other, Match::Includes)
+    /// Where the numbers are that have the id of one of `numbers`.
+    pub(crate) fn linked(&self, numbers: [&Number; 2]) -> Needs {
+        let ids = numbers.map(|n| n.id);
+        let wanted =
+            |v: &Value| matches!(v, Value::Scalar(n) if n.id.is_some() && ids.contains(&n.id));
+        let mut found = Needs::default();
+        for (depth, frame) in self.frames.iter().enumerate() {
+            for (reg, _) in frame.regs.iter().enumerate().filter(|(_, v)| wanted(v)) {
+                found.add_reg(depth, reg);
+            }
+            found.add_slots(depth, frame.stack.slots_with(wanted));
+        }
+        found
+    }
+
+    /// Every machine that `other` describes is described by `self`, where only the numbers in
+    /// `needed` are looked at.
+    pub(crate) fn includes(&self, other: &Self, needed: &Needs) -> bool {
+        self.matches(other, Match::Includes, needed)
     }
 
     /// Both describe the same, up to the names of ids.
     pub(crate) fn equals(&self, other: &Self) -> bool {
-        self.matches(other, Match::Equal)
+        self.matches(other, Match::Equal, &Needs::ALL)
     }
 
-    fn matches(&self, other: &Self, how: Match) -> bool {
+    fn matches(&self, other: &Self, how: Match, needed: &Needs) -> bool {
         if self.frames.len() != other.frames.len()
             || self.references.len() != other.references.len()
         {
@@ -236,7 +254,12 @@ impl State {
         let mut ids = IdPairs::default();
         let references = self.references.iter().zip(other.references.iter());
         references.clone().all(|(a, b)| a.insn_idx == b.insn_idx && ids.pair(a.id, b.id))
-            && self.frames.iter().zip(&other.frames).all(|(a, b)| a.matches(b, how, &mut ids))
+            && self
+                .frames
+                .iter()
+                .zip(&other.frames)
+                .enumerate()
+                .all(|(depth, (a, b))| a.matches(b, how, needed.frame(depth), &mut ids))
     }
 }
 
@@ -284,13 +307,23 @@ impl IdPairs {
 }
 
 impl Frame {
-    fn matches(&self, other: &Self, how: Match, ids: &mut IdPairs) -> bool {
+    fn matches(&self, other: &Self, how: Match, needed: FrameNeeds, ids: &mut IdPairs) -> bool {
         if self.call_idx != other.call_idx || self.function != other.function {
             return false;
         }
         let n_slots = self.stack.n_slots().max(other.stack.n_slots());
-        self.regs.iter().zip(&other.regs).all(|(a, b)| value_matches(a, b, how, ids))
-            && (0..n_slots).all(|i| slot_matches(self.stack.slot(i), other.stack.slot(i), how, ids))
+        let regs = self.regs.iter().zip(&other.regs).enumerate();
+        regs.into_iter().all(|(i, (a, b))| match (a, b) {
+            (Value::Scalar(_), Value::Scalar(_)) if !needed.has_reg(i) => true,
+            _ => value_matches(a, b, how, ids),
+        }) && (0..n_slots).all(|i| {
+            let (a, b) = (self.stack.slot(i), other.stack.slot(i));
+            if needed.has_slot(i) || a.is_pointer() {
+                slot_matches(a, b, how, ids)
+            } else {
+                written_matches(a, b)
+            }
+        })
     }
 }
 
@@ -338,6 +371,13 @@ fn pointer_matches(a: &Pointer, b: &Pointer, how: Match, ids: &mut IdPairs) -> b
             (Some(a), Some(b)) => ids.pair(a, b),
             _ => false,
         }
+}
+
+/// What is written in `a` is written in `b`, and is no pointer there.
+fn written_matches(a: &Slot, b: &Slot) -> bool {
+    let a = a.bytes().map(|b| if b == Byte::Unwritten { b } else { Byte::Anything });
+    let unwritten = a.iter().all(|b| *b == Byte::Unwritten);
+    unwritten || (!b.is_pointer() && bytes_include(&a, &b.bytes()))
 }
 
 fn slot_matches(a: &Slot, b: &Slot, how: Match, ids: &mut IdPairs) -> bool {

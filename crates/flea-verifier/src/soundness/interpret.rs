@@ -11,6 +11,7 @@ use super::meaning::{concrete, holds, sext};
 use crate::facts::{Fact, Region};
 use crate::number::scalar::{AluOp, Width};
 use crate::op::{Atomic, Op, Operand, Place, Reg};
+use crate::precision::Needs;
 use crate::stack::{Byte, Half, Slot};
 use crate::state::State;
 use crate::value::{Id, PointerKind, Value};
@@ -161,10 +162,14 @@ impl<'a> Interpreter<'a> {
         self.regs()[reg.index()] = x;
     }
 
-    pub(crate) fn run(&mut self, beliefs: &[Vec<State>], facts: &[Fact]) -> Result<u64, String> {
+    pub(crate) fn run(
+        &mut self,
+        beliefs: &[Vec<(State, Needs)>],
+        facts: &[Fact],
+    ) -> Result<u64, String> {
         let mut idx = 0;
         for _ in 0..MAX_STEPS {
-            if !beliefs[idx].iter().any(|s| self.agrees(s)) {
+            if !beliefs[idx].iter().any(|(state, needs)| self.agrees(state, needs)) {
                 let n = beliefs[idx].len();
                 let regs = *self.regs();
                 return Err(format!("insn {idx}: none of {n} states describes {regs:x?}"));
@@ -416,16 +421,23 @@ impl<'a> Interpreter<'a> {
     }
 
     /// `state` describes the machine.
-    fn agrees(&self, state: &State) -> bool {
+    fn agrees(&self, state: &State, needs: &Needs) -> bool {
         if state.depth() + 1 != self.frames.len() {
             return false;
         }
         let mut ids = BTreeMap::new();
         self.frames.iter().enumerate().all(|(depth, frame)| {
             let believed = state.frame_at(depth);
-            let regs = believed.registers().iter().zip(frame.regs);
-            let regs = regs.into_iter().all(|(v, x)| self.value_agrees(v, x, &mut ids));
+            let needed = needs.frame(depth);
+            let regs = believed.registers().iter().zip(frame.regs).enumerate();
+            let regs = regs.into_iter().all(|(i, (v, x))| {
+                let any_number = matches!(v, Value::Scalar(_)) && !needed.has_reg(i);
+                any_number || self.value_agrees(v, x, &mut ids)
+            });
             regs && (0..believed.stack.n_slots()).all(|i| {
+                if !needed.has_slot(i) && !believed.stack.slot(i).is_pointer() {
+                    return true;
+                }
                 let memory = &self.objects[&frame.stack].bytes[512 - 8 * (i + 1)..][..8];
                 self.slot_agrees(believed.stack.slot(i), memory, &mut ids)
             })
