@@ -11,10 +11,12 @@ PROG(do_while) { struct big *b = big_at(0); u32 i = 0; u64 s = 0; if (!b) return
 	_Pragma("nounroll") do { s += b->words[i]; } while (++i < 256); return s & 1; }
 PROG(nested) { struct big *b = big_at(0); u64 s = 0; if (!b) return 0;
 	_Pragma("nounroll") for (int i = 0; i < 8; i++)
-	_Pragma("nounroll") for (int j = 0; j < 8; j++) s += b->slots[i * 8 + j]; return s & 1; }
+	_Pragma("nounroll") for (int j = 0; j < 8; j++) s += b->slots[i * 8 + j];
+	return s & 1; }
 PROG(triangle) { struct big *b = big_at(0); u64 s = 0; if (!b) return 0;
 	_Pragma("nounroll") for (int i = 0; i < 10; i++)
-	_Pragma("nounroll") for (int j = 0; j <= i; j++) s += b->slots[i + j]; return s & 1; }
+	_Pragma("nounroll") for (int j = 0; j <= i; j++) s += b->slots[i + j];
+	return s & 1; }
 PROG(bounded_by_argument) { struct big *b = big_at(0); u64 s = 0; u32 n = ctx[0]; if (!b) return 0;
 	_Pragma("nounroll") for (u32 i = 0; i < n && i < 64; i++) s += b->slots[i]; return s & 1; }
 PROG(bounded_int) { struct big *b = big_at(0); u64 s = 0; int n = ctx[0]; if (!b) return 0;

@@ -10,7 +10,7 @@ PROG(string_cut) { AREA(s); long n = probe_read_user_str(s->bytes, 128, (void *)
 PROG(two_strings) { AREA(s); long n = probe_read_user_str(s->bytes, 256, (void *)ctx[0]); if (n < 0 || n > 256) return 0;
 	long m = probe_read_user_str(s->bytes + n, 256, (void *)ctx[1]); if (m < 0 || m > 256) return 0; u32 total = n + m; ringbuf_output(&events, s->bytes, total & 1023, 0); return 0; }
 PROG(three_strings) { AREA(s); u32 off = 0;
-	_Pragma("unroll") for (int i = 0; i < 3; i++) { if (off > 4096 - 256) break; long n = probe_read_user_str(s->bytes + off, 256, (void *)ctx[i]); if (n <= 0) break; off += n; }
+	_Pragma("nounroll") for (int i = 0; i < 3; i++) { if (off > 4096 - 256) break; long n = probe_read_user_str(s->bytes + off, 256, (void *)ctx[i]); if (n <= 0) break; off += n; }
 	s->n = off; return 0; }
 PROG(argv) { AREA(s); u32 off = 0; u64 args = ctx[0];
 	_Pragma("nounroll") for (int i = 0; i < 20; i++) { u64 p = 0; if (probe_read_user(&p, 8, (void *)(args + 8 * i)) || !p) break;
