@@ -31,8 +31,10 @@ use crate::trace::Trace;
 pub(crate) const BUDGET: usize = 1_000_000;
 /// Branches that may wait (Linux: BPF_COMPLEXITY_LIMIT_JMP_SEQ).
 const MAX_WAITING: usize = 8192;
-/// States remembered per instruction.
-const MAX_REMEMBERED: usize = 64;
+/// Explored states remembered per instruction: those that closed or pruned last. A loop of a
+/// thousand rounds with a branch in it leaves a thousand branches waiting, and each, the innermost
+/// first, is pruned by what the one before it has left.
+const MAX_CLOSED: usize = 64;
 /// Of its own path's states, so many are looked at. A cycle that is longer is not seen as
 /// one, and ends at the budget.
 const MAX_ANCESTORS: usize = 16;
@@ -52,8 +54,8 @@ pub(crate) struct Explorer<'a> {
     cfg: &'a Cfg,
     live: &'a Liveness,
     nodes: Vec<Node>,
-    /// Indices into `nodes`, for each instruction.
-    remembered: Vec<Vec<usize>>,
+    /// For each instruction.
+    remembered: Vec<Remembered>,
     waiting: Vec<Path>,
     precision: Precision<'a>,
     /// How often each jump backwards was followed.
@@ -73,12 +75,23 @@ pub(crate) struct Refusal {
     pub(crate) steps: BTreeSet<usize>,
 }
 
+/// The remembered states of one instruction, by their index into `nodes`, the newest last.
+#[derive(Clone, Default)]
+struct Remembered {
+    /// Ancestors of the current path.
+    open: Vec<usize>,
+    /// Explored to their end.
+    closed: Vec<usize>,
+}
+
 /// A remembered state.
 struct Node {
     parent: Option<usize>,
     /// Paths below it that are not yet explored to their end.
     open: u32,
-    state: State,
+    /// `None` where it can prune nothing any more.
+    state: Option<State>,
+    insn_idx: usize,
     /// Where [`Precision`] keeps what is needed of it.
     mark: usize,
 }
@@ -118,7 +131,7 @@ impl<'a> Explorer<'a> {
             cfg,
             live,
             nodes: Vec::new(),
-            remembered: vec![Vec::new(); n_insns],
+            remembered: vec![Remembered::default(); n_insns],
             waiting: Vec::new(),
             precision,
             back_jumps: vec![0; n_insns],
@@ -160,7 +173,7 @@ impl<'a> Explorer<'a> {
     /// Explores everything.
     pub(crate) fn run(&mut self) -> Result<(), Refusal> {
         let state = self.machine.entry_state();
-        self.nodes.push(Node { parent: None, open: 1, state: state.clone(), mark: 0 });
+        self.nodes.push(Node { parent: None, open: 1, state: None, insn_idx: 0, mark: 0 });
         let (node, mark, last_step) = (0, 0, None);
         let mut path =
             Path { state, idx: 0, node, last_step, mark, insns_since: 0, jumps_since: 0 };
@@ -247,30 +260,39 @@ impl<'a> Explorer<'a> {
     fn arrive(&mut self, path: &mut Path) -> Result<bool, Fault> {
         let idx = path.idx;
         path.state.forget_dead(idx, self.live);
-        let mut ancestors = 0;
-        for &n in self.remembered[idx].iter().rev() {
-            let node = &self.nodes[n];
-            if node.open > 0 {
-                ancestors += 1;
-                if ancestors <= MAX_ANCESTORS && node.state.equals(&path.state) {
-                    return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
-                        .hint("nothing that the loop's end depends on changes in it"));
-                }
-            } else {
-                let needed = self.precision.needed_at(node.mark);
-                if node.state.includes(&path.state, needed) {
-                    // What follows was explored there: what is needed there is needed here.
-                    let needed = *needed;
-                    self.precision.need(path.place(), needed);
-                    return Ok(true);
-                }
-            }
+        let same = |n: &usize| {
+            self.nodes[*n].state.as_ref().is_some_and(|state| state.equals(&path.state))
+        };
+        if self.remembered[idx].open.iter().rev().take(MAX_ANCESTORS).any(same) {
+            return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
+                .hint("nothing that the loop's end depends on changes in it"));
+        }
+        if self.prune(path) {
+            return Ok(true);
         }
         let far = path.insns_since >= MIN_INSNS_BETWEEN && path.jumps_since >= MIN_JUMPS_BETWEEN;
-        if far || self.remembered[idx].is_empty() {
+        let Remembered { open, closed } = &self.remembered[idx];
+        if far || (open.is_empty() && closed.is_empty()) {
             self.remember(path);
         }
         Ok(false)
+    }
+
+    /// Whether what follows was explored from a state that includes this one.
+    fn prune(&mut self, path: &Path) -> bool {
+        let closed = &self.remembered[path.idx].closed;
+        let includes = |n: &usize| {
+            let Node { state, mark, .. } = &self.nodes[*n];
+            let needed = self.precision.needed_at(*mark);
+            state.as_ref().is_some_and(|state| state.includes(&path.state, needed))
+        };
+        let Some(at) = closed.iter().rposition(includes) else { return false };
+        let n = self.remembered[path.idx].closed.remove(at);
+        self.remembered[path.idx].closed.push(n);
+        // What was needed there is needed here.
+        let needed = *self.precision.needed_at(self.nodes[n].mark);
+        self.precision.need(path.place(), needed);
+        true
     }
 
     fn remember(&mut self, path: &mut Path) {
@@ -279,18 +301,12 @@ impl<'a> Explorer<'a> {
         self.precision.mark(&mut place);
         path.mark = place.mark;
         // The path now counts for the new node, and the new node for the old one.
-        let (parent, state) = (Some(path.node), path.state.clone());
-        self.nodes.push(Node { parent, open: 1, state, mark: path.mark });
+        let (parent, state) = (Some(path.node), Some(path.state.clone()));
+        self.nodes.push(Node { parent, open: 1, state, insn_idx: path.idx, mark: path.mark });
         path.node = n;
         path.insns_since = 0;
         path.jumps_since = 0;
-        let list = &mut self.remembered[path.idx];
-        list.push(n);
-        if list.len() > MAX_REMEMBERED {
-            // The first ones see other paths into a loop, the last ones the loop's own.
-            let dropped = list.remove(MAX_REMEMBERED / 2);
-            self.nodes[dropped].state = State::new();
-        }
+        self.remembered[path.idx].open.push(n);
     }
 
     /// A path below `node` has been explored to its end.
@@ -301,7 +317,20 @@ impl<'a> Explorer<'a> {
             if self.nodes[n].open > 0 {
                 return;
             }
+            self.closed(n);
             at = self.nodes[n].parent;
+        }
+    }
+
+    /// Everything below `n` has been explored.
+    fn closed(&mut self, n: usize) {
+        let Remembered { open, closed } = &mut self.remembered[self.nodes[n].insn_idx];
+        let Some(at) = open.iter().rposition(|o| *o == n) else { return };
+        open.remove(at);
+        closed.push(n);
+        if closed.len() > MAX_CLOSED {
+            let oldest = closed.remove(0);
+            self.nodes[oldest].state = None;
         }
     }
 

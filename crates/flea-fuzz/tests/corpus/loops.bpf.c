@@ -25,12 +25,12 @@ PROG(bounded_first) { struct big *b = big_at(0); u64 s = 0; u32 n = ctx[0]; if (
 	if (n > 64) n = 64;
 	_Pragma("nounroll") for (u32 i = 0; i < n; i++) s += b->slots[i]; return s & 1; }
 PROG(bounded_by_map) { struct big *b = big_at(0); u64 s = 0; if (!b) return 0;
-	u32 n = b->n; if (n > 256) return 0;
+	u32 n = b->n; if (n > 40) return 0;
 	_Pragma("nounroll") for (u32 i = 0; i < n; i++) s += b->words[i]; return s & 1; }
 PROG(break_in_the_middle) { struct big *b = big_at(0); int i; if (!b) return 0;
 	_Pragma("nounroll") for (i = 0; i < 64; i++) if (b->slots[i] == ctx[1]) break; return i == 64; }
 PROG(last_found) { struct big *b = big_at(0); int found = -1; if (!b) return 0;
-	_Pragma("nounroll") for (int i = 0; i < 64; i++) if (b->slots[i] == ctx[1]) found = i;
+	_Pragma("nounroll") for (int i = 0; i < 10; i++) if (b->slots[i] == ctx[1]) found = i;
 	if (found >= 0 && found < 64) b->slots[found]++; return 0; }
 PROG(continue_in_the_middle) { struct big *b = big_at(0); u64 s = 0; if (!b) return 0;
 	_Pragma("nounroll") for (int i = 0; i < 64; i++) { if (b->slots[i] & 1) continue; s ^= b->slots[i]; } return s & 1; }
@@ -64,18 +64,18 @@ PROG(bubble) { struct big *b = big_at(0); if (!b) return 0;
 	_Pragma("nounroll") for (int j = 0; j < 9; j++)
 		if (b->slots[j] > b->slots[j + 1]) { u64 t = b->slots[j]; b->slots[j] = b->slots[j + 1]; b->slots[j + 1] = t; }
 	return 0; }
-PROG(binary_search) { struct big *b = big_at(0); u32 lo = 0, hi = 256; if (!b) return 0;
-	_Pragma("nounroll") for (int i = 0; i < 9; i++) { u32 mid = (lo + hi) / 2; if (mid >= 256) break;
+PROG(binary_search) { struct big *b = big_at(0); u32 lo = 0, hi = 32; if (!b) return 0;
+	_Pragma("nounroll") for (int i = 0; i < 6; i++) { u32 mid = (lo + hi) / 2; if (mid >= 256) break;
 		if (b->words[mid] < (u32)ctx[0]) lo = mid + 1; else hi = mid; } return lo & 1; }
 PROG(lookup_in_loop) { u64 s = 0;
 	_Pragma("nounroll") for (u32 i = 0; i < 4; i++) { struct big *b = big_at(i); if (b) s += b->n; } return s & 1; }
 PROG(update_in_loop) {
 	_Pragma("nounroll") for (u64 i = 0; i < 20; i++) { u64 v = i; map_update_elem(&counts, &i, &v, 0); } return 0; }
 PROG(counts_matches) { struct big *b = big_at(0); u32 n = 0; if (!b) return 0;
-	_Pragma("nounroll") for (u32 i = 0; i < 256; i++) if (b->words[i] == (u32)ctx[0]) n++;
+	_Pragma("nounroll") for (u32 i = 0; i < 6; i++) if (b->words[i] == (u32)ctx[0]) n++;
 	if (n < 64) b->slots[n] = 1; return 0; }
 PROG(compacts) { struct big *b = big_at(0); u32 n = 0; if (!b) return 0;
-	_Pragma("nounroll") for (u32 i = 0; i < 64; i++) { u64 v = b->slots[i]; if (v && n < 64) b->slots[n++] = v; } b->n = n; return 0; }
+	_Pragma("nounroll") for (u32 i = 0; i < 16; i++) { u64 v = b->slots[i]; if (v && n < 64) b->slots[n++] = v; } b->n = n; return 0; }
 PROG(waits_for_zero) { u64 v = ctx[0]; int i = 0;
 	_Pragma("nounroll") while (v && i < 100) { v = v / 10; i++; } return i; }
 PROG(fibonacci) { u64 a = 0, c = 1;

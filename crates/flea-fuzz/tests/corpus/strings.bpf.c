@@ -28,7 +28,7 @@ PROG(decimal) { AREA(s); u64 v = ctx[0]; u32 i = 0;
 PROG(hexadecimal) { char out[17]; u64 v = ctx[0];
 	_Pragma("nounroll") for (int i = 0; i < 16; i++) { u32 d = (v >> (60 - 4 * i)) & 15; out[i] = d < 10 ? '0' + d : 'a' + d - 10; } out[16] = 0; ringbuf_output(&events, out, 17, 0); return 0; }
 PROG(last_slash) { AREA(s); int last = -1; probe_read_user_str(s->bytes, 256, (void *)ctx[0]);
-	_Pragma("nounroll") for (int i = 0; i < 256; i++) { if (!s->bytes[i]) break; if (s->bytes[i] == '/') last = i; } if (last >= 0 && last < 255) s->bytes[last + 1] = 0; return 0; }
+	_Pragma("nounroll") for (int i = 0; i < 8; i++) { if (!s->bytes[i]) break; if (s->bytes[i] == '/') last = i; } if (last >= 0 && last < 255) s->bytes[last + 1] = 0; return 0; }
 PROG(parsed_number) { AREA(s); u64 v = 0; probe_read_user_str(s->bytes, 32, (void *)ctx[0]);
 	_Pragma("nounroll") for (int i = 0; i < 20; i++) { u8 c = s->bytes[i] - '0'; if (c > 9) break; v = v * 10 + c; } if (v < 64) s->slots[v]++; return 0; }
 PROG(line_copied) { AREA(s);

@@ -43,9 +43,9 @@ PROG(open_hash) { struct big *b = big_at(0); if (!b) return 0; u32 h = (u32)ctx[
 PROG(state_machine) { struct big *b = scratch_area(); if (!b) return 0; u32 state = 0, n = 0;
 	_Pragma("nounroll") for (int i = 0; i < 100; i++) { u8 c = b->bytes[i]; switch (state) { case 0: if (c == '"') state = 1; break; case 1: if (c == '\\') state = 2; else if (c == '"') { state = 0; n++; } break; case 2: state = 1; break; } } b->n = n; return 0; }
 PROG(json_depth) { struct big *b = scratch_area(); if (!b) return 0; int depth = 0, max = 0;
-	_Pragma("nounroll") for (int i = 0; i < 64; i++) { u8 c = b->bytes[i]; if (c == '{') depth++; else if (c == '}') depth--; if (depth > max) max = depth; } if (max >= 0 && max < 64) b->slots[max]++; return 0; }
+	_Pragma("nounroll") for (int i = 0; i < 8; i++) { u8 c = b->bytes[i]; if (c == '{') depth++; else if (c == '}') depth--; if (depth > max) max = depth; } if (max >= 0 && max < 64) b->slots[max]++; return 0; }
 PROG(minmax) { struct big *b = big_at(0); u32 lo = 0, hi = 0; if (!b) return 0;
-	_Pragma("nounroll") for (u32 i = 1; i < 32; i++) { if (b->slots[i] < b->slots[lo & 63]) lo = i; if (b->slots[i] > b->slots[hi & 63]) hi = i; } b->n = lo * 64 + hi; return 0; }
+	_Pragma("nounroll") for (u32 i = 1; i < 6; i++) { if (b->slots[i] < b->slots[lo & 63]) lo = i; if (b->slots[i] > b->slots[hi & 63]) hi = i; } b->n = lo * 64 + hi; return 0; }
 PROG(bits_counted) { struct big *b = big_at(0); u32 n = 0; if (!b) return 0; u64 v = ctx[0];
 	_Pragma("nounroll") for (int i = 0; i < 64; i++) { if (v & 1) n++; v >>= 1; } b->words[n]++; return 0; }
 PROG(prefix_sums) { struct big *b = big_at(0); if (!b) return 0; u64 s = 0;
