@@ -2,9 +2,9 @@
 //!
 //! A copy is linked to its original, and so is a copy that a known number is added to or
 //! subtracted from: `r2 = r1; r2 += 4; if r2 < 16 ...` says something of `r1`. **Invariant**: two
-//! numbers get the same id only where, as 64-bit numbers, one is the other plus a constant. A
-//! 32-bit operation keeps a link only if it gives what the 64-bit one would; anything else breaks
-//! it (CVE-2026-43070).
+//! numbers get the same id only where one is the other plus a constant, or the lower half of that,
+//! zero-extended, where [`Number::part`] says so. Any other operation breaks the link
+//! (CVE-2026-43070).
 
 use crate::machine::{Machine, number, operand, read};
 use crate::number::scalar::{AluOp, Scalar, Width};
@@ -104,7 +104,7 @@ impl Machine<'_> {
             && set.as_const().is_none()
         {
             let id = Some(self.fresh_id());
-            state.set_reg(reg, Value::Scalar(Number { set, id, delta: 0 }));
+            state.set_reg(reg, Value::Scalar(Number { id, ..Number::unlinked(set) }));
         }
         *state.reg(reg)
     }
@@ -135,10 +135,16 @@ impl Machine<'_> {
             _ => return None,
         };
         linked.id?;
-        if width == Width::W32 && !stays_in_half(&linked.set, by) {
-            return None;
-        }
-        Some(Number { delta: linked.delta.wrapping_add(by), ..linked })
+        let delta = linked.delta.wrapping_add(by);
+        let part = match (width, linked.part) {
+            // The 64-bit sum would be the same, or is only half known anyway.
+            (Width::W32, part) if stays_in_half(&linked.set, by) => part,
+            (Width::W32, _) => Width::W32,
+            (Width::W64, Width::W64) => Width::W64,
+            (Width::W64, Width::W32) if stays_in_half(&linked.set, by) => Width::W32,
+            (Width::W64, Width::W32) => return None,
+        };
+        Some(Number { delta, part, ..linked })
     }
 }
 

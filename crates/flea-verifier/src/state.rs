@@ -348,6 +348,7 @@ fn number_matches(a: &Number, b: &Number, how: Match, ids: &mut IdPairs) -> bool
         (None, None) => true,
         (None, Some(_)) => how == Match::Includes,
         (Some(_), None) if how == Match::Equal => false,
+        (Some(_), Some(_)) if a.part != b.part => false,
         (Some(id), _) => ids.pair_numbers(id, a.delta, b),
     }
 }

@@ -19,27 +19,34 @@ pub(crate) enum Value {
 }
 
 /// A number, possibly linked to others: all with the same `id` are one and the same number, each
-/// plus its own `delta` (wrapping around), so that what is learnt of one holds for all.
+/// plus its own `delta` (wrapping around), so that what is learnt of one holds for all. What
+/// 32-bit arithmetic made is the lower half of such a sum, zero-extended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Number {
     pub(crate) set: Scalar,
     pub(crate) id: Option<Id>,
     /// 0 where there is no id.
     pub(crate) delta: u64,
+    /// How much of the sum this is; all of it where there is no id.
+    pub(crate) part: Width,
 }
 
 impl Number {
     /// A number that is linked to none.
     pub(crate) const fn unlinked(set: Scalar) -> Self {
-        Self { set, id: None, delta: 0 }
+        Self { set, id: None, delta: 0, part: Width::W64 }
     }
 
     /// What is known of this number now that `other`, which has the same id, is known better.
     pub(crate) fn told(&self, other: &Self) -> Self {
-        let by = self.delta.wrapping_sub(other.delta);
-        let set = match by {
-            0 => other.set,
-            _ => Scalar::alu(AluOp::Add, Width::W64, &other.set, &Scalar::constant(by)),
+        let by = Scalar::constant(self.delta.wrapping_sub(other.delta));
+        let set = match (other.part, self.part) {
+            (Width::W64, Width::W64) => Scalar::alu(AluOp::Add, Width::W64, &other.set, &by),
+            (_, Width::W32) => Scalar::alu(AluOp::Add, Width::W32, &other.set, &by),
+            // The upper half of the sum is not known.
+            (Width::W32, Width::W64) => {
+                Scalar::alu(AluOp::Add, Width::W32, &other.set, &by).lower_half()
+            }
         };
         // No common member: this path describes no machine, so anything may be said of it.
         Self { set: self.set.intersect(&set).unwrap_or(set), ..*self }

@@ -69,6 +69,11 @@ impl Scalar {
         min <= self.wide.smin && self.wide.smax <= max
     }
 
+    /// All numbers with the lower half of a member.
+    pub(crate) fn lower_half(&self) -> Self {
+        Self { wide: Range::UNKNOWN, low: self.low }.settled()
+    }
+
     /// `x` is a member.
     #[cfg(any(test, feature = "beliefs"))]
     pub(crate) const fn contains(&self, x: u64) -> bool {

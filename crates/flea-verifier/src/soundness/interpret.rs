@@ -444,7 +444,7 @@ impl<'a> Interpreter<'a> {
         })
     }
 
-    fn slot_agrees(&self, slot: &Slot, memory: &[u8], ids: &mut BTreeMap<Id, u64>) -> bool {
+    fn slot_agrees(&self, slot: &Slot, memory: &[u8], ids: &mut BTreeMap<Id, Linked>) -> bool {
         match slot {
             Slot::Spill(v) => {
                 let x = u64::from_le_bytes(memory.try_into().expect("8 bytes"));
@@ -461,13 +461,12 @@ impl<'a> Interpreter<'a> {
         }
     }
 
-    fn value_agrees(&self, value: &Value, x: u64, ids: &mut BTreeMap<Id, u64>) -> bool {
+    fn value_agrees(&self, value: &Value, x: u64, ids: &mut BTreeMap<Id, Linked>) -> bool {
         match value {
             Value::NotInit => true,
             Value::Scalar(n) => {
-                // What has the id, this number less its delta.
-                let base = x.wrapping_sub(n.delta);
-                n.set.contains(x) && n.id.is_none_or(|id| *ids.entry(id).or_insert(base) == base)
+                n.set.contains(x)
+                    && n.id.is_none_or(|id| ids.entry(id).or_default().agrees(n.part, n.delta, x))
             }
             Value::Pointer(p) => {
                 if p.or_null.is_some() && x == 0 {
@@ -487,6 +486,22 @@ impl<'a> Interpreter<'a> {
                 }
             }
         }
+    }
+}
+
+/// What has an id, as far as the numbers linked to it have told.
+#[derive(Default)]
+struct Linked {
+    whole: Option<u64>,
+    lower: Option<u64>,
+}
+
+impl Linked {
+    /// `x` is that plus `delta`, or the lower half of the sum.
+    fn agrees(&mut self, part: Width, delta: u64, x: u64) -> bool {
+        let base = x.wrapping_sub(delta);
+        let lower = *self.lower.get_or_insert(base & 0xffff_ffff) == base & 0xffff_ffff;
+        lower && (part == Width::W32 || *self.whole.get_or_insert(base) == base)
     }
 }
 
