@@ -16,13 +16,16 @@
 
 pub mod against_interpreter;
 pub mod against_kernel;
-//pub mod against_prevail;
-//pub mod any_bytes;
+pub mod against_prevail;
+pub mod allocated;
+pub mod any_bytes;
 pub mod campaign;
 pub mod compiled;
+pub mod cpu;
+pub mod differences;
 pub mod kernel;
 pub mod machines;
 pub mod minimise;
-//pub mod objects;
+pub mod objects;
 pub mod tally;
 pub mod text;

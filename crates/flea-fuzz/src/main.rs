@@ -6,7 +6,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, bail};
 use flea_fuzz::against_interpreter::AgainstInterpreter;
 use flea_fuzz::against_kernel::AgainstKernel;
+use flea_fuzz::against_prevail::{self, AgainstPrevail};
+use flea_fuzz::allocated::Counting;
+use flea_fuzz::any_bytes::AnyBytes;
 use flea_fuzz::campaign::{self, End, Fuzzer};
+use flea_fuzz::objects::Objects;
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 const USAGE: &str = "\
 usage: flea-fuzz [--minutes N] [--inputs N] [--only NAME] [--seed S]
@@ -16,7 +23,9 @@ NAME is kernel, interpreter, prevail, bytes or elf; N minutes or inputs are for 
 
 /// The argument that makes this process a worker.
 const WORKER: &str = "--worker";
-const NAMES: [&str; 2] = ["kernel", "interpreter"];
+/// And one that asks prevail.
+const PREVAIL_WORKER: &str = "--prevail-worker";
+const NAMES: [&str; 5] = ["kernel", "interpreter", "prevail", "bytes", "elf"];
 
 struct Options {
     end: End,
@@ -45,15 +54,26 @@ fn options(args: &[String]) -> Result<Options> {
 }
 
 fn worker() -> Result<Command> {
+    again(WORKER)
+}
+
+fn prevail_worker() -> Result<Command> {
+    again(PREVAIL_WORKER)
+}
+
+fn again(argument: &str) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.arg(WORKER);
+    command.arg(argument);
     Ok(command)
 }
 
 fn fuzzer(name: &str) -> Result<Box<dyn Fuzzer>> {
     Ok(match name {
         "kernel" => Box::new(AgainstKernel::new(worker)?),
-        _ => Box::new(AgainstInterpreter::new(worker)),
+        "interpreter" => Box::new(AgainstInterpreter::new(worker)),
+        "prevail" => Box::new(AgainstPrevail::new(prevail_worker)),
+        "bytes" => Box::new(AnyBytes::new()),
+        _ => Box::new(Objects::new()?),
     })
 }
 
@@ -87,6 +107,7 @@ fn main() -> Result<ExitCode> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     match args.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [WORKER] => flea_vectors::worker::serve().map(|()| ExitCode::SUCCESS),
+        [PREVAIL_WORKER] => against_prevail::serve().map(|()| ExitCode::SUCCESS),
         ["--show", seed] => show(seed.parse().context("--show")?),
         ["--help" | "-h"] => {
             println!("{USAGE}");

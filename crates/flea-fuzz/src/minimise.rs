@@ -139,6 +139,7 @@ mod tests {
         let insns = asm.finish().expect("a program");
         let small = minimise(&insns, |p| result(p) == Some(10));
         assert_eq!(result(&small), Some(10));
-        assert_eq!(small.len(), 4, "{small:?}");
+        // Registers start out as 0 in the interpreter.
+        assert_eq!(small.len(), 3, "{small:?}");
     }
 }

@@ -56,6 +56,8 @@ pub(crate) struct Builder<'a> {
     pub(crate) out: Vec<Insn>,
     /// Numbers that count the rounds of a loop around this place.
     pub(crate) counters: Vec<u8>,
+    /// Numbers' registers that hold a pointer for a while.
+    pub(crate) pointers: &'static [u8],
     /// 0 for the main function.
     pub(crate) function: usize,
     pub(crate) n_functions: usize,
@@ -71,6 +73,7 @@ impl<'a> Builder<'a> {
             style,
             out: Vec::new(),
             counters: Vec::new(),
+            pointers: &[],
             function: 0,
             n_functions,
             comparable: true,
@@ -264,7 +267,12 @@ impl<'a> Builder<'a> {
 
     /// A number to be read.
     pub(crate) fn source(&mut self) -> u8 {
-        self.random.pick(&NUMBERS)
+        loop {
+            let reg = self.random.pick(&NUMBERS);
+            if !self.pointers.contains(&reg) {
+                return reg;
+            }
+        }
     }
 
     /// A number to be overwritten: no loop depends on it, nearly always.

@@ -38,6 +38,7 @@ impl Builder<'_> {
         if copies {
             self.mov(8, 0);
         }
+        self.pointers = if copies { &[0, 8] } else { &[0] };
         if self.mistake() {
             self.comparable = false;
         } else {
@@ -55,6 +56,7 @@ impl Builder<'_> {
             self.mov_imm(0, 77);
             self.land(over);
         }
+        self.pointers = &[];
         if copies {
             self.fresh(8);
         }

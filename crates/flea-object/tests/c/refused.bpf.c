@@ -72,6 +72,9 @@ SEC("fentry/f") u64 prog(u64 *ctx) { return pid_of((struct task *)ctx[0]); }
 u64 number;
 u64 *pointer = &number;
 SEC("fentry/f") u64 prog(u64 *ctx) { return *(volatile u64 *)pointer; }
+#elif defined(CASE_much_data)
+volatile char one[40 << 20] SEC(".bss.one"), two[40 << 20] SEC(".bss.two");
+SEC("fentry/f") u64 prog(u64 *ctx) { return one[5] + two[5]; }
 #else
 #error which case?
 #endif

@@ -18,6 +18,8 @@ use crate::value::{Id, PointerKind, Value};
 use crate::{Context, PT_REGS_BYTES};
 
 const MAX_STEPS: usize = 20_000;
+/// No ring has room for a larger record here.
+const MAX_RECORD_BYTES: u64 = 1 << 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
@@ -351,7 +353,7 @@ impl<'a> Interpreter<'a> {
                 self.readable(args[1], size)?;
                 Ok((self.numbers)())
             }
-            Helper::RingbufReserve if self.below(3) > 0 => {
+            Helper::RingbufReserve if args[1] <= MAX_RECORD_BYTES && self.below(3) > 0 => {
                 Ok(self.allocate(Kind::Record, args[1] as usize))
             }
             Helper::RingbufReserve => Ok(0),
