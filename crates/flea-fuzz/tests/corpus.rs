@@ -98,10 +98,8 @@ fn what_the_kernel_accepts_is_accepted() {
     };
     let all = judge_all(&clang, &kernel);
     let kernel_accepts: Vec<_> = all.iter().filter(|v| v.kernels.is_none()).collect();
-    let only_kernel: Vec<_> = kernel_accepts
-        .iter()
-        .filter_map(|v| Some((v.name.as_str(), v.ours.as_deref()?)))
-        .collect();
+    let only_kernel: Vec<_> =
+        kernel_accepts.iter().filter_map(|v| Some((v.name.as_str(), v.ours.as_deref()?))).collect();
     let only_we: Vec<_> = all
         .iter()
         .filter(|v| v.ours.is_none())

@@ -162,6 +162,8 @@ impl Touched {
 pub(crate) struct Trail {
     /// Registers of the current frame, as they were before the step, that a decision was made by.
     pub(crate) needs: u16,
+    /// Slots that a decision was made by.
+    needed_slots: Option<Touched>,
     pub(crate) touched: Option<Touched>,
     /// What a comparison narrowed beside its two sides, and its sides.
     pub(crate) linked: Option<Needs>,
@@ -171,6 +173,11 @@ impl Trail {
     /// A decision depends on the number in `reg`.
     pub(crate) fn need(&mut self, reg: Reg) {
         self.needs |= 1 << reg.index();
+    }
+
+    /// A decision depends on the bytes of `span`.
+    pub(crate) fn need_stack(&mut self, frame: usize, span: Span) {
+        self.needed_slots = Some(Touched::new(frame, span, false));
     }
 
     pub(crate) fn need_operand(&mut self, operand: Operand) {
@@ -226,17 +233,21 @@ pub(crate) struct Precision<'a> {
 }
 
 impl<'a> Precision<'a> {
-    /// With the mark 0 at the program's entry.
     pub(crate) fn new(ops: &'a [Op]) -> Self {
-        let entry = Mark { prev: None, step: None, needs: Needs::default() };
         Self {
             ops,
             steps: Vec::new(),
-            marks: vec![entry],
+            marks: Vec::new(),
             linked: Vec::new(),
             #[cfg(any(test, feature = "beliefs"))]
             before_steps: None,
         }
+    }
+
+    /// The mark at the entry of a function that is walked from there on.
+    pub(crate) fn entry(&mut self) -> usize {
+        self.marks.push(Mark { prev: None, step: None, needs: Needs::default() });
+        self.marks.len() - 1
     }
 
     /// A step is about to be made at `place`: its number.
@@ -257,8 +268,11 @@ impl<'a> Precision<'a> {
 
     /// The step that began last, at `place`, is done.
     pub(crate) fn end(&mut self, place: Place, trail: Trail) {
-        let needs = Needs::of_regs(place.depth, trail.needs);
-        if trail.needs != 0 {
+        let mut needs = Needs::of_regs(place.depth, trail.needs);
+        if let Some(slots) = trail.needed_slots {
+            needs.add_slots(usize::from(slots.frame), slots.slots());
+        }
+        if !needs.is_empty() {
             self.need(place, needs);
         }
         let linked = trail.linked.map(|linked| {
@@ -389,8 +403,9 @@ fn undo(
                 needs.add(&sides);
             }
         }
-        // What a helper's result depends on is needed by its call.
-        Op::CallHelper { .. } => frame.regs &= !0x3f,
+        // What a helper's result depends on is needed by its call. A global function's is any
+        // number.
+        Op::CallHelper { .. } | Op::CallLocal { .. } => frame.regs &= !0x3f,
         _ => *needs = Needs::ALL,
     }
 }
