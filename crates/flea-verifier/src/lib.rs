@@ -39,6 +39,7 @@ mod stack;
 mod state;
 mod story;
 mod trace;
+mod upper;
 mod value;
 
 use flea_object::spec::{MapSpec, Program};

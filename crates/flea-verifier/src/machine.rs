@@ -18,6 +18,7 @@ use crate::precision::{Touched, Trail};
 use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
+use crate::upper::UpperHalves;
 use crate::value::{Id, PointerKind, Value};
 
 /// What all paths share.
@@ -27,6 +28,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) ops: &'a [Op],
     pub(crate) cfg: &'a Cfg,
     pub(crate) facts: Collector,
+    pub(crate) upper: UpperHalves,
     /// Bytes of stack touched, by function.
     pub(crate) stack_bytes: Vec<u32>,
     /// Smallest and largest result of the main function, on the paths seen so far.
@@ -59,6 +61,7 @@ impl<'a> Machine<'a> {
             ops,
             cfg,
             facts: Collector::new(ops.len()),
+            upper: UpperHalves::new(ops, cfg),
             stack_bytes: vec![0; cfg.functions.len()],
             returns: None,
             called: BTreeSet::new(),

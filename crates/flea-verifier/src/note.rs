@@ -31,12 +31,15 @@ impl Machine<'_> {
             Width::W32 => (set.low.umin, set.low.umax),
         });
         // What the compiler cannot use is not said, so that paths need not be parted by it.
+        let half = u64::from(u32::MAX);
         let is_move = matches!(self.ops[idx], Op::Mov { .. });
-        let useful = |(min, max): &(u64, u64)| {
-            if is_move { *max <= u64::from(u32::MAX) } else { *min > 0 || *max < u64::MAX }
+        let by_construction = is_move && self.upper.is_zero(idx, src);
+        let range = match range {
+            Some(_) if by_construction => Some((0, half)),
+            Some((_, max)) if is_move && max > half => None,
+            other => other,
         };
-        let range = range.filter(useful);
-        if range.is_some() {
+        if range.is_some_and(|range| range != (0, u64::MAX)) && !by_construction {
             self.trail.need(src);
         }
         self.facts.number(idx, range);

@@ -8,7 +8,7 @@ use flea_object::spec::{MapIdx, MapKind, MapSpec};
 
 use super::Numbers;
 use super::meaning::{concrete, holds, sext};
-use crate::facts::{Fact, Region};
+use crate::facts::{Branch, Fact, Operands, Region, Verified};
 use crate::number::scalar::{AluOp, Width};
 use crate::op::{Atomic, Op, Operand, Place, Reg};
 use crate::precision::Needs;
@@ -167,7 +167,7 @@ impl<'a> Interpreter<'a> {
     pub(crate) fn run(
         &mut self,
         beliefs: &[Vec<(State, Needs)>],
-        facts: &[Fact],
+        verified: &Verified,
     ) -> Result<u64, String> {
         let mut idx = 0;
         for _ in 0..MAX_STEPS {
@@ -176,12 +176,46 @@ impl<'a> Interpreter<'a> {
                 let regs = *self.regs();
                 return Err(format!("insn {idx}: none of {n} states describes {regs:x?}"));
             }
-            match self.step(idx, facts[idx]).map_err(|e| format!("insn {idx}: {e}"))? {
-                Some(next) => idx = next,
-                None => return Ok(self.result),
-            }
+            // Fewer instructions than u32 counts.
+            let operands = verified.operands(idx as u32);
+            let next = self
+                .check_number(idx, operands)
+                .and_then(|()| self.step(idx, verified.facts()[idx]))
+                .map_err(|e| format!("insn {idx}: {e}"))?;
+            let Some(next) = next else { return Ok(self.result) };
+            self.check_branch(idx, next, operands)?;
+            idx = next;
         }
         Err("the program does not end".into())
+    }
+
+    /// The number that the compiler was told of is in its range.
+    fn check_number(&mut self, idx: usize, said: Operands) -> Result<(), String> {
+        let x = match self.ops[idx] {
+            Op::Alu { width, src: src @ Operand::Reg(_), .. } => {
+                let x = self.get(src);
+                if width == Width::W64 { x } else { x & 0xffff_ffff }
+            }
+            Op::Mov { width: Width::W32, src, .. } => self.get(src),
+            // What it looks up is a key where something is said of it.
+            Op::CallHelper { .. } if (said.min, said.max) != (0, u64::MAX) => {
+                let at = self.regs()[2];
+                self.read(at, 4)?.1
+            }
+            _ => return Ok(()),
+        };
+        let inside = (said.min..=said.max).contains(&x);
+        inside.then_some(()).ok_or_else(|| format!("{x:#x} was said to be in {said:?}"))
+    }
+
+    fn check_branch(&self, idx: usize, next: usize, said: Operands) -> Result<(), String> {
+        let Op::If { target, .. } = self.ops[idx] else { return Ok(()) };
+        let expected = match said.branch {
+            Some(Branch::Jumps) => target,
+            Some(Branch::Falls) => idx + 1,
+            None => next,
+        };
+        (next == expected).then_some(()).ok_or_else(|| format!("insn {idx}: goes to {next}"))
     }
 
     fn step(&mut self, idx: usize, fact: Fact) -> Result<Option<usize>, String> {

@@ -76,7 +76,7 @@ impl<'a> Beliefs<'a> {
     /// Where the machine did what the verifier had excluded.
     pub fn run(&self, numbers: Numbers<'_>) -> Result<u64, String> {
         let mut interpreter = Interpreter::new(&self.ops, self.maps, self.context, numbers);
-        let r0 = interpreter.run(&self.states, self.verified.facts())?;
+        let r0 = interpreter.run(&self.states, &self.verified)?;
         let range = self.verified.return_range();
         let inside = range.contains(&r0.cast_signed());
         inside.then_some(r0).ok_or_else(|| format!("returns {r0:#x}, not in {range:?}"))
