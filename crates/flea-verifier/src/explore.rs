@@ -16,6 +16,7 @@ use std::collections::BTreeSet;
 
 use flea_object::spec::Program;
 
+use crate::budget::{self, Loop};
 use crate::cfg::Cfg;
 use crate::liveness::Liveness;
 use crate::machine::{Flow, Machine};
@@ -385,15 +386,19 @@ impl<'a> Explorer<'a> {
         }
     }
 
-    fn too_large(&self, processed: usize) -> Fault {
-        let fault =
-            Fault::new(format!("BPF program is too large. Processed {} insn", processed + 1));
-        match self.back_jumps.iter().enumerate().max_by_key(|(_, n)| **n) {
-            Some((idx, n)) if *n > 0 => fault.hint(format!(
-                "the jump back at insn {idx} was followed {n} times: give its loop a smaller bound"
-            )),
-            _ => fault.hint("too many paths: split the program or join its branches earlier"),
-        }
+    fn too_large(&self, n_processed: usize) -> Fault {
+        let eater = Loop::hottest(self.machine.ops, &self.back_jumps).map(|eater| {
+            // Two rounds of the current path: the newest, and the one before it.
+            let mut rounds = self.remembered[eater.head()].open.iter().rev();
+            let (after, before) = (rounds.next(), rounds.next());
+            let node = |n: &usize| Some((self.nodes[*n].state.as_ref()?, self.nodes[*n].mark));
+            let before = before.and_then(node);
+            let rounds = before.zip(after.and_then(node)).map(|((before, mark), (after, _))| {
+                (before, self.precision.needed_at(mark), after)
+            });
+            eater.describe(self.program, self.machine.maps, &self.precision.steps, rounds)
+        });
+        budget::too_large(n_processed, eater)
     }
 
     fn refuse(&self, path: &Path, fault: Fault) -> Refusal {

@@ -17,6 +17,7 @@
 mod access;
 mod advice;
 mod alu;
+mod budget;
 mod call;
 mod cfg;
 mod collect;

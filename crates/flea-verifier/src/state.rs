@@ -243,6 +243,24 @@ impl State {
         found
     }
 
+    /// A register of the current function with another number in `later`, and both numbers: one
+    /// that is needed, if any such differs.
+    pub(crate) fn changed_register(
+        &self,
+        later: &Self,
+        needed: &Needs,
+    ) -> Option<(Reg, Value, Value)> {
+        let needed = needed.frame(self.depth());
+        let pairs = Reg::all().map(|reg| (reg, *self.reg(reg), *later.reg(reg)));
+        let differs = |(_, a, b): &(Reg, Value, Value)| match (a, b) {
+            (Value::Scalar(a), Value::Scalar(b)) => a.set != b.set,
+            _ => false,
+        };
+        let changed: Vec<_> = pairs.filter(differs).collect();
+        let first_needed = changed.iter().find(|(reg, _, _)| needed.has_reg(reg.index()));
+        first_needed.or(changed.first()).copied()
+    }
+
     /// Every machine that `other` describes is described by `self`, where only the numbers in
     /// `needed` are looked at.
     pub(crate) fn includes(&self, other: &Self, needed: &Needs) -> bool {
