@@ -6,7 +6,7 @@
 //! zero-extended, where [`Number::part`] says so. Any other operation breaks the link
 //! (CVE-2026-43070).
 
-use crate::machine::{Machine, number, operand, read};
+use crate::machine::{Machine, any_of, number, operand, read};
 use crate::number::scalar::{AluOp, Scalar, Width};
 use crate::op::{Operand, Reg};
 use crate::pointer;
@@ -34,7 +34,12 @@ impl Machine<'_> {
                 // How far a pointer is moved decides where it may be used.
                 self.trail.need(dst);
                 self.trail.need_operand(src);
-                pointer::arithmetic(op, width, (dst, &a), &b)?
+                match pointer::arithmetic(op, width, (dst, &a), &b) {
+                    Err(_) if self.are_numbers(&a, &b) => {
+                        Value::scalar(Scalar::alu(op, width, &any_of(&a), &any_of(&b)))
+                    }
+                    result => result?,
+                }
             }
         };
         state.set_reg(dst, result);

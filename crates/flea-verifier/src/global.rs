@@ -16,7 +16,8 @@
 
 use flea_object::spec::{Param, Prototype};
 
-use crate::access::{self, Access, Request, Target, check_aligned, followable, stack_window};
+use crate::access::{self, Access, Request, check_aligned, followable, stack_window};
+use crate::lock;
 use crate::machine::Machine;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
@@ -83,6 +84,7 @@ impl Machine<'_> {
                  with each of its callers"
             )));
         }
+        lock::check_global_call(state, self.ops)?;
         self.called.insert(function);
         for (n, param) in prototype.params.iter().enumerate().take(5) {
             let checked = self.check_param(state, n, param);
@@ -180,9 +182,8 @@ impl Machine<'_> {
             };
         }
         for access in [Access::Read, Access::Write] {
-            match access::check(request(access), p, self.maps, self.context)? {
-                Target::Stack { .. } | Target::StackWindow { .. } | Target::Other(_) => {}
-            }
+            // Memory of the target's own is never written, so it fails here.
+            access::check(request(access), p, self.maps, self.context, self.types())?;
         }
         Ok(())
     }

@@ -4,12 +4,13 @@ use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
 use flea_object::spec::{MapIdx, MapKind, MapSpec};
+use flea_object::types::Types;
 
-use crate::Context;
 use crate::access::{self, Access, Request, Target, followable};
 use crate::cfg::Cfg;
 use crate::collect::Collector;
 use crate::facts::Region;
+use crate::lock;
 use crate::number::compare::Cond;
 use crate::number::scalar::{Scalar, Width};
 use crate::op::{Atomic, Op, Operand, Place, Reg, Size};
@@ -19,12 +20,15 @@ use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
 use crate::upper::UpperHalves;
-use crate::value::{Id, PointerKind, Value};
+use crate::value::{Id, Pointer, PointerKind, Value};
+use crate::{Context, Permissions, typed};
 
 /// What all paths share.
 pub(crate) struct Machine<'a> {
     pub(crate) maps: &'a [MapSpec],
     pub(crate) context: Context,
+    target: Option<crate::Target<'a>>,
+    pub(crate) permissions: Permissions,
     pub(crate) ops: &'a [Op],
     pub(crate) cfg: &'a Cfg,
     pub(crate) facts: Collector,
@@ -58,6 +62,8 @@ impl<'a> Machine<'a> {
         Self {
             maps,
             context,
+            target: None,
+            permissions: Permissions::default(),
             ops,
             cfg,
             facts: Collector::new(ops.len()),
@@ -68,6 +74,21 @@ impl<'a> Machine<'a> {
             last_id: 0,
             trail: Trail::default(),
         }
+    }
+
+    /// The context's words have the types of `target`.
+    pub(crate) fn typed_by(self, target: Option<crate::Target<'a>>) -> Self {
+        Self { target, ..self }
+    }
+
+    /// The program may do what `permissions` say.
+    pub(crate) fn permit(self, permissions: Permissions) -> Self {
+        Self { permissions, ..self }
+    }
+
+    /// The types that typed pointers point to.
+    pub(crate) fn types(&self) -> Option<&'a Types> {
+        self.target.map(|t| t.types)
     }
 
     /// What the program starts with.
@@ -110,6 +131,7 @@ impl<'a> Machine<'a> {
         self.facts.plain(idx);
         self.trail = Trail::default();
         self.note_operand(idx, state);
+        self.loosen(&ops[idx], state);
         match ops[idx] {
             Op::Alu { op, width, dst, src } => self.alu(state, (op, width), dst, src)?,
             Op::Neg { width, dst } => {
@@ -133,7 +155,10 @@ impl<'a> Machine<'a> {
                 return Ok(Flow::To(idx + 2));
             }
             Op::MapAddress { dst, map } => {
-                self.map(MapIdx(map))?;
+                if self.map(MapIdx(map))?.template {
+                    let text = format!("map {map} is a template, which is no map by itself");
+                    return Err(Fault::new(text).hint("look a map up in its map of maps"));
+                }
                 state.set_reg(dst, Value::pointer(PointerKind::Map(MapIdx(map))));
                 return Ok(Flow::To(idx + 2));
             }
@@ -183,11 +208,9 @@ impl<'a> Machine<'a> {
     }
 
     fn exit(&mut self, state: &mut State) -> Result<Flow, Fault> {
-        let is_main = state.depth() == 0 && state.frame().function == 0;
-        if is_main {
+        if state.depth() == 0 && state.frame().function == 0 {
             self.trail.need(Reg::R0);
-        }
-        if is_main && let Some(r0) = state.reg(Reg::R0).as_scalar() {
+            let r0 = any_of(state.reg(Reg::R0));
             let (min, max) = self.returns.unwrap_or((i64::MAX, i64::MIN));
             self.returns = Some((min.min(r0.wide.smin), max.max(r0.wide.smax)));
         }
@@ -196,13 +219,14 @@ impl<'a> Machine<'a> {
 
     fn map_value_address(&self, map: MapIdx, off: u32) -> Result<Value, Fault> {
         let spec = self.map(map)?;
-        if spec.kind != MapKind::Array || spec.max_entries != 1 || off >= spec.value_size_bytes {
+        let is_single = spec.kind == MapKind::Array && spec.max_entries == 1 && !spec.template;
+        if !is_single || off >= spec.value_size_bytes {
             return Err(Fault::new(format!(
                 "invalid access to map value pointer, value_size={} off={off}",
                 spec.value_size_bytes
             )));
         }
-        let base = Value::pointer(PointerKind::MapValue(map));
+        let base = Value::pointer(self.value_of(map, None)?);
         match base {
             Value::Pointer(p) => {
                 let off = Scalar::constant(u64::from(off));
@@ -226,7 +250,7 @@ impl<'a> Machine<'a> {
             access,
         };
         let p = followable(place.base, state.reg(place.base))?;
-        let target = access::check(request, p, self.maps, self.context)?;
+        let target = access::check(request, p, self.maps, self.context, self.types())?;
         match target {
             Target::Stack { frame, span } | Target::StackWindow { frame, window: span } => {
                 self.touch(state, frame, span);
@@ -235,6 +259,7 @@ impl<'a> Machine<'a> {
                 self.facts.access(idx, Region::Stack)?;
             }
             Target::Other(region) => self.facts.access(idx, region)?,
+            Target::Typed(_) => self.facts.access(idx, Region::Target)?,
         }
         Ok(target)
     }
@@ -245,8 +270,19 @@ impl<'a> Machine<'a> {
             Target::StackWindow { frame, window } => {
                 state.frame_at(frame).stack.load_somewhere(window, place.size.bytes())
             }
+            Target::Other(Region::Ctx { offset_bytes }) => {
+                Ok(self.context_word(offset_bytes).unwrap_or(unknown_of(place.size)))
+            }
             Target::Other(_) => Ok(unknown_of(place.size)),
+            Target::Typed(value) => Ok(value.unwrap_or(unknown_of(place.size))),
         }
+    }
+
+    /// What the context's word at `offset_bytes` is known to be.
+    fn context_word(&self, offset_bytes: i32) -> Option<Value> {
+        let target = self.target.filter(|_| matches!(self.context, Context::Tracing { .. }))?;
+        let slot = usize::try_from(offset_bytes / 8).ok()?;
+        typed::value_of(target.types, (*target.slots.get(slot)?)?)
     }
 
     fn store(
@@ -262,7 +298,7 @@ impl<'a> Machine<'a> {
                 let r = if let Operand::Reg(r) = src { r.index() } else { 0 };
                 Err(Fault::new(format!("R{r} leaks addr of ctx into mem")))
             }
-            Target::Other(_) => Ok(()),
+            Target::Other(_) | Target::Typed(_) => Ok(()),
             Target::StackWindow { frame, window } => {
                 state.frame_at_mut(frame).stack.store_somewhere(window, Some(&value))
             }
@@ -321,6 +357,43 @@ impl<'a> Machine<'a> {
         }
         Ok(())
     }
+}
+
+/// Pointers that Linux has as numbers, and how they become such.
+impl Machine<'_> {
+    /// Numbers, or pointers that may be computed with.
+    pub(crate) fn are_numbers(&self, a: &Value, b: &Value) -> bool {
+        [a, b].into_iter().all(|v| v.as_scalar().is_some() || self.is_loose(v))
+    }
+
+    fn is_loose(&self, value: &Value) -> bool {
+        match (value, self.types()) {
+            (Value::Pointer(Pointer { kind: PointerKind::Target { ty }, .. }), Some(types)) => {
+                typed::is_number_in_linux(types, *ty)
+            }
+            _ => false,
+        }
+    }
+
+    /// Before an instruction that makes no sense of a pointer, one that may be computed with is
+    /// made the number that it is.
+    fn loosen(&self, op: &Op, state: &mut State) {
+        let reg = match *op {
+            Op::Neg { dst, .. } | Op::Swap { dst, .. } | Op::Trunc { dst, .. } => dst,
+            Op::Mov { width: Width::W32, src: Operand::Reg(src), .. }
+            | Op::MovSx { src, .. }
+            | Op::Atomic { src, .. } => src,
+            _ => return,
+        };
+        if self.is_loose(state.reg(reg)) {
+            state.set_reg(reg, Value::UNKNOWN);
+        }
+    }
+}
+
+/// The number in a register: any, where it is a pointer.
+pub(crate) fn any_of(value: &Value) -> Scalar {
+    value.as_scalar().copied().unwrap_or(Scalar::UNKNOWN)
 }
 
 /// A conditional jump.
@@ -434,6 +507,7 @@ fn exit(state: &mut State) -> Result<Flow, Fault> {
     match r0 {
         Value::NotInit => return Err(Fault::not_readable(Reg::R0)),
         Value::Scalar(_) => {}
+        Value::Pointer(_) if r0.is_target() => {}
         Value::Pointer(p) if state.frame().function > 0 => {
             return Err(Fault::new(format!(
                 "At subprogram exit the register R0 is not a scalar value ({})",
@@ -454,6 +528,7 @@ fn exit(state: &mut State) -> Result<Flow, Fault> {
         ))
         .hint("submit or discard the record on every path"));
     }
+    lock::check_exit(state)?;
     Ok(Flow::End)
 }
 

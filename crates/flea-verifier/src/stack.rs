@@ -182,6 +182,11 @@ impl Half {
 }
 
 impl Slot {
+    /// A pointer of ours, of which nobody may have or change a part.
+    fn must_stay_whole(&self) -> bool {
+        matches!(self, Self::Spill(v @ Value::Pointer(_)) if !v.is_target())
+    }
+
     /// The bytes of a slot, a spilled register taken apart.
     pub(crate) fn bytes(&self) -> [Byte; 8] {
         match self {
@@ -336,7 +341,7 @@ impl Stack {
             *self.slot_mut(slot) = Slot::Spill(value);
             return Ok(());
         }
-        if matches!(value, Value::Pointer(_)) {
+        if matches!(value, Value::Pointer(_)) && !value.is_target() {
             return Err(Fault::new("invalid size of register spill")
                 .hint("a pointer can be stored only whole: 8 bytes at a multiple of 8"));
         }
@@ -367,11 +372,11 @@ impl Stack {
         window: Span,
         value: Option<&Value>,
     ) -> Result<(), Fault> {
-        if matches!(value, Some(Value::Pointer(_))) {
+        if value.is_some_and(|v| matches!(v, Value::Pointer(_)) && !v.is_target()) {
             return Err(Fault::new("invalid size of register spill")
                 .hint("a pointer can be stored only at a known place of the stack"));
         }
-        if window.slots().any(|(slot, _)| self.slot(slot).is_pointer()) {
+        if window.slots().any(|(slot, _)| self.slot(slot).must_stay_whole()) {
             return Err(Fault::new("attempt to corrupt spilled pointer on stack"));
         }
         let zero = value.and_then(Value::as_const) == Some(0);
@@ -390,7 +395,7 @@ impl Stack {
     }
 
     fn check_pointers_kept(&self, span: Span) -> Result<(), Fault> {
-        if span.slots().any(|(slot, n)| n < 8 && self.slot(slot).is_pointer()) {
+        if span.slots().any(|(slot, n)| n < 8 && self.slot(slot).must_stay_whole()) {
             return Err(Fault::new("attempt to corrupt spilled pointer on stack"));
         }
         Ok(())
@@ -418,7 +423,7 @@ impl Stack {
             return Ok(*value);
         }
         self.check_written(span)?;
-        if span.slots().any(|(s, _)| self.slot(s).is_pointer()) {
+        if span.slots().any(|(s, _)| self.slot(s).must_stay_whole()) {
             return Err(Fault::new("invalid size of register fill")
                 .hint("a spilled pointer can be read back only whole"));
         }

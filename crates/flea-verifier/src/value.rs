@@ -1,6 +1,7 @@
 //! What a register holds: nothing yet, a number, or a pointer.
 
 use flea_object::spec::MapIdx;
+use flea_object::types::TypeId;
 
 use crate::number::scalar::{AluOp, Scalar, Width};
 
@@ -71,10 +72,13 @@ pub(crate) enum PointerKind {
     Stack { frame: usize },
     /// The context.
     Ctx,
-    /// A map itself, not its values.
+    /// A map itself, not its values; of a template, some map of its shape.
     Map(MapIdx),
     /// A value of a map.
     MapValue(MapIdx),
+    /// A value of a map whose values have a lock. `element` says which lookup gave it: values of
+    /// two lookups count as different. `None`: the map's only one.
+    LockValue { map: MapIdx, element: Option<Id> },
     /// A ring buffer record that must be submitted or discarded.
     Record { size_bytes: u32, reference: Id },
     /// The u64 of `bpf_session_cookie`.
@@ -83,6 +87,9 @@ pub(crate) enum PointerKind {
     Memory { size_bytes: u32 },
     /// What a global function was given the address of: whose it is, its caller knows.
     Argument { size_bytes: u32, align_bytes: u32 },
+    /// A value of this type in the target's own data, or anything else, NULL too: nobody has
+    /// proved the address, and loads cannot fault. It is a number as well, and no secret.
+    Target { ty: TypeId },
 }
 
 impl Value {
@@ -118,6 +125,11 @@ impl Value {
         }
     }
 
+    /// A pointer into the target's data.
+    pub(crate) const fn is_target(&self) -> bool {
+        matches!(self, Self::Pointer(Pointer { kind: PointerKind::Target { .. }, .. }))
+    }
+
     pub(crate) const fn is_ctx(&self) -> bool {
         matches!(self, Self::Pointer(Pointer { kind: PointerKind::Ctx, .. }))
     }
@@ -127,6 +139,10 @@ impl Pointer {
     /// Linux's name for this type of register.
     pub(crate) fn type_name(&self) -> String {
         let null = if self.or_null.is_some() { "_or_null" } else { "" };
+        if let (PointerKind::Map(_), Some(_)) = (self.kind, self.or_null) {
+            // What a lookup in a map of maps gives is a value until it is known not to be null.
+            return "map_value_or_null".into();
+        }
         format!("{}{null}", self.kind.name())
     }
 }
@@ -138,9 +154,10 @@ impl PointerKind {
             Self::Stack { .. } => "fp",
             Self::Ctx => "ctx",
             Self::Map(_) => "map_ptr",
-            Self::MapValue(_) => "map_value",
+            Self::MapValue(_) | Self::LockValue { .. } => "map_value",
             Self::Record { .. } => "ringbuf_mem",
             Self::Cookie | Self::Memory { .. } | Self::Argument { .. } => "mem",
+            Self::Target { .. } => "ptr_",
         }
     }
 }

@@ -121,6 +121,9 @@ fn data() -> MapSpec {
         flags: 0,
         init: None,
         read_only: false,
+        inner: None,
+        lock_offset: None,
+        template: false,
     }
 }
 
