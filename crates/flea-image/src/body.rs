@@ -206,14 +206,15 @@ fn build(
     Ok((code, outcome))
 }
 
-/// Does the program itself name its thread's slot?
+/// Does the program, or what its tail calls lead to, itself name its thread's slot?
 pub(crate) fn uses_slot(verified: &Verified, plan: &ArenaPlan) -> bool {
     let per_thread = |map: MapIdx| {
         let kind = plan.maps.get(map.0 as usize).map(|m| m.kind);
         matches!(kind, Some(MapKind::PerCpuArray | MapKind::PerCpuHash))
     };
-    let facts = verified.facts().iter().zip(verified.insns());
-    facts.into_iter().any(|(fact, insn)| match *fact {
+    let members = verified.members();
+    let mut facts = members.flat_map(|member| member.facts().iter().zip(member.insns()));
+    facts.any(|(fact, insn)| match *fact {
         Fact::Call { helper: Helper::GetPrandomU32 | Helper::MapUpdateElem, .. } => true,
         Fact::Call { helper: Helper::MapLookupElem, map: Some(map), .. } => {
             let array = plan.maps.get(map.0 as usize).map(|m| m.kind);
@@ -274,12 +275,8 @@ fn emit_program(
     end: Block,
 ) -> Result<(), CompileError> {
     let program = chosen.program;
-    let used = Use {
-        verified: &chosen.verified,
-        kind: Some(program.kind),
-        cookie: program.cookie,
-        cookie_word: chosen.cookie_word,
-    };
+    let kind = Some(program.kind);
+    let members = Use::members(&chosen.verified, kind, program.cookie, chosen.cookie_word);
     let guarded = match (chosen.guard, env.slot) {
         (Guard::Needed, Some(slot)) => Some(slot),
         _ => None,
@@ -293,7 +290,7 @@ fn emit_program(
     });
     // The context pointer is never used as a number.
     let ctx = b.ins().iconst(types::I64, 0);
-    let r0 = Translator::new(b, env, &used, outcome).program(ctx, ctx)?;
+    let r0 = Translator::new(b, env, &members, outcome).program(ctx, ctx)?;
     if let Some(state) = state {
         let zero = b.ins().iconst(types::I64, 0);
         // Without this barrier (no machine code) Cranelift might find `active = rsp` dead.

@@ -40,8 +40,17 @@ pub(crate) enum Guard {
     Needless,
 }
 
-/// Decides from the program alone.
+/// Decides from the program and what its tail calls lead to: one run, one guard.
 pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
+    let of_all = verified.members().map(|member| of_member(member, plan));
+    of_all.fold(Guard::Needless, |strictest, guard| match (strictest, guard) {
+        (Guard::Needed, _) | (_, Guard::Needed) => Guard::Needed,
+        (Guard::UnlessMerged, _) | (_, Guard::UnlessMerged) => Guard::UnlessMerged,
+        _ => Guard::Needless,
+    })
+}
+
+fn of_member(verified: &Verified, plan: &ArenaPlan) -> Guard {
     let mut merged_writes = false;
     for (i, fact) in verified.facts().iter().enumerate() {
         match *fact {
@@ -80,6 +89,7 @@ fn may_disturb(helper: Helper, map: Option<MapKind>) -> bool {
         | Helper::GetFuncRet
         | Helper::GetFuncArgCnt
         | Helper::Fls64
+        | Helper::TailCall
         | Helper::SessionIsReturn
         | Helper::SessionCookie => false,
         _ => true,

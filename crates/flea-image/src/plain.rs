@@ -64,8 +64,8 @@ pub fn compile_function(request: &PlainRequest<'_>) -> Result<Code, CompileError
         has_runtime: request.plan.is_some(),
         slot,
     };
-    let used = Use { verified, kind: None, cookie: 0, cookie_word: 0 };
-    let result = Translator::new(&mut b, &env, &used, &mut outcome).program(r1, r2)?;
+    let members = Use::members(verified, None, 0, 0);
+    let result = Translator::new(&mut b, &env, &members, &mut outcome).program(r1, r2)?;
     b.ins().return_(&[result]);
     b.switch_to_block(without_slot);
     let nothing = b.ins().iconst(types::I64, 0);

@@ -145,7 +145,8 @@ impl Arena {
     /// A map, whatever its kind.
     ///
     /// # Errors
-    /// [`MapError::NoSuchMap`]
+    /// [`MapError::NoSuchMap`]; [`MapError::HoldsPrograms`] of a program array, which has no
+    /// elements here
     pub fn map_at(&self, index: MapIdx) -> Result<Map, MapError> {
         let placement = self.placement(index)?;
         Ok(match placement.kind {
@@ -154,6 +155,7 @@ impl Arena {
             MapKind::PerCpuHash => Map::PerCpuHash(self.percpu_hash(index)?),
             MapKind::PerCpuArray => Map::PerCpuArray(self.percpu_array(index)?),
             MapKind::RingBuf => Map::RingBuf(self.ringbuf(index)?),
+            MapKind::ProgArray => return Err(MapError::HoldsPrograms { index }),
         })
     }
 
@@ -364,7 +366,7 @@ fn check_map(spec: &MapSpec) -> Result<(), &'static str> {
         return Err("its value's size is 0 or over 1 GiB");
     }
     match spec.kind {
-        MapKind::Array | MapKind::PerCpuArray if spec.key_size_bytes != 4 => {
+        MapKind::Array | MapKind::PerCpuArray | MapKind::ProgArray if spec.key_size_bytes != 4 => {
             return Err("the key of an array has 4 bytes");
         }
         MapKind::Hash | MapKind::PerCpuHash

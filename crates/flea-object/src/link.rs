@@ -71,7 +71,7 @@ impl<'a> Linker<'a> {
     pub(crate) fn new(
         elf: &'a Elf<'a>,
         ext: &BtfExt<'a>,
-        declared: Vec<DeclaredMap>,
+        declared: &[DeclaredMap],
     ) -> Result<Self, ProgramError> {
         let functions = find_functions(elf)?;
         let by_start = functions
@@ -94,7 +94,7 @@ impl<'a> Linker<'a> {
             core_relocations: by_section(&ext.core_relocations, |r| (r.section, r.insn_idx)),
             maps_section: elf.section_named(".maps").map(|s| s.idx),
             map_at: offsets.zip(0..).collect(),
-            maps: declared.into_iter().map(|m| m.spec).collect(),
+            maps: declared.iter().map(|m| m.spec.clone()).collect(),
             data_maps: HashMap::new(),
             functions,
             n_linked_insns: 0,

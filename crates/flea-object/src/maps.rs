@@ -20,6 +20,8 @@ use crate::error::ObjectError;
 use crate::spec::{MapKind, MapSpec};
 
 const PAGE_BYTES: u32 = 4096;
+/// An element of a program array: in Linux, a file descriptor.
+const PROGRAM_BYTES: u32 = 4;
 /// A hash key is on the program's stack (Linux: `MAX_BPF_STACK`).
 const MAX_HASH_KEY_BYTES: u32 = 512;
 /// Linux: `KMALLOC_MAX_SIZE` less the element's header.
@@ -66,7 +68,7 @@ pub enum MapFault {
     NotADefinition,
     /// A member that has no meaning, or none here.
     #[error(
-        "member '{member}' is not supported; type, max_entries, map_flags, key, value, key_size and value_size are"
+        "member '{member}' is not supported; type, max_entries, map_flags, key, value, key_size and value_size are, and values for a PROG_ARRAY"
     )]
     UnsupportedMember {
         /// Its name.
@@ -90,7 +92,7 @@ pub enum MapFault {
     },
     /// A type that this build does not have.
     #[error(
-        "map type {kind} ({name}) is not supported; HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY and RINGBUF are"
+        "map type {kind} ({name}) is not supported; HASH, ARRAY, PROG_ARRAY, PERCPU_HASH, PERCPU_ARRAY and RINGBUF are"
     )]
     UnsupportedKind {
         /// Linux's number.
@@ -132,10 +134,36 @@ pub enum MapFault {
         /// What of.
         symbol: String,
     },
+    /// An address in a definition, at a place that holds none.
+    #[error(
+        "its definition holds the address of '{symbol}' at offset {offset}; only values of a PROG_ARRAY hold some"
+    )]
+    AddressInDefinition {
+        /// From the definition's start.
+        offset: u64,
+        /// What of.
+        symbol: String,
+    },
+    /// A value of a program array that is something else.
+    #[error("values[{index}] is '{symbol}', which is no program: a global function with a SEC is")]
+    NotAProgram {
+        /// Which.
+        index: u32,
+        /// Its name.
+        symbol: String,
+    },
+    /// More values than elements.
+    #[error("values[{index}] is past its end: max_entries is {max_entries}")]
+    TooManyValues {
+        /// Which.
+        index: u32,
+        /// How many there can be.
+        max_entries: u32,
+    },
 }
 
 impl MapFault {
-    fn of(self, map: &str) -> MapError {
+    pub(crate) fn of(self, map: &str) -> MapError {
         MapError { map: map.to_owned(), fault: self }
     }
 }
@@ -145,6 +173,8 @@ impl MapFault {
 pub(crate) struct DeclaredMap {
     pub offset: u64,
     pub spec: MapSpec,
+    /// Where its `values` begin in the section, if it has some.
+    pub values_at: Option<u64>,
 }
 
 /// Reads every map of `.maps`, in the order of the section.
@@ -166,8 +196,9 @@ pub(crate) fn read_declared(
     let mut maps = Vec::new();
     for (name, type_id) in btf.data_section(".maps")? {
         let offset = *offsets.get(name).ok_or_else(|| MapFault::NotADefinition.of(name))?;
-        let spec = read_definition(btf, name, type_id)?;
-        maps.push(DeclaredMap { offset, spec });
+        let (spec, values_offset) = read_definition(btf, name, type_id)?;
+        let values_at = values_offset.map(|at| offset.saturating_add(at));
+        maps.push(DeclaredMap { offset, spec, values_at });
     }
     maps.sort_by_key(|map| map.offset);
     Ok(maps)
@@ -221,11 +252,17 @@ struct Definition {
     value_size_bytes: Option<u32>,
 }
 
-fn read_definition(btf: &Btf<'_>, map: &str, type_id: u32) -> Result<MapSpec, ObjectError> {
+/// The map, and where in the structure its `values` are.
+fn read_definition(
+    btf: &Btf<'_>,
+    map: &str,
+    type_id: u32,
+) -> Result<(MapSpec, Option<u64>), ObjectError> {
     let Kind::Struct { members, .. } = &btf.resolve(type_id)?.kind else {
         return Err(MapFault::NotADefinition.of(map).into());
     };
     let mut definition = Definition::default();
+    let mut values_offset = None;
     for member in members {
         let bad = || MapFault::BadMember { member: member.name.to_owned() }.of(map);
         let unsupported = || MapFault::UnsupportedMember { member: member.name.to_owned() };
@@ -247,12 +284,27 @@ fn read_definition(btf: &Btf<'_>, map: &str, type_id: u32) -> Result<MapSpec, Ob
                     set_size(&mut definition.value_size_bytes, "value", size, map)?;
                 }
             }
+            // Behind the others, as libbpf wants it: the type is known by now.
+            "values" if definition.kind == Some(MapKind::ProgArray as u32) => {
+                if !is_program_pointers(btf, member.type_id)? {
+                    return Err(bad().into());
+                }
+                set_size(&mut definition.value_size_bytes, "value", PROGRAM_BYTES, map)?;
+                values_offset = Some(u64::from(member.bit_offset / 8));
+            }
             // Harmless where they ask for nothing: no pinning, no node, no extra.
             "pinning" | "numa_node" | "map_extra" if uint()? == 0 => {}
             _ => return Err(unsupported().of(map).into()),
         }
     }
-    Ok(definition.into_spec(map)?)
+    Ok((definition.into_spec(map)?, values_offset))
+}
+
+/// `__array(values, int (void *))` is `int (*values[])(void *)`.
+fn is_program_pointers(btf: &Btf<'_>, type_id: u32) -> Result<bool, ObjectError> {
+    let Kind::Array { of, .. } = btf.resolve(type_id)?.kind else { return Ok(false) };
+    let Kind::Ptr { to } = btf.resolve(of)?.kind else { return Ok(false) };
+    Ok(matches!(btf.resolve(to)?.kind, Kind::Proto { .. }))
 }
 
 /// `__uint(x, N)` is `int (*x)[N]`.
@@ -318,7 +370,7 @@ impl MapSpec {
             MapKind::Hash | MapKind::PerCpuHash => {
                 BPF_F_NO_PREALLOC | BPF_F_ZERO_SEED | BPF_F_RDONLY_PROG
             }
-            MapKind::RingBuf => 0,
+            MapKind::RingBuf | MapKind::ProgArray => 0,
         };
         let (flags, unknown) = (self.flags, self.flags & !allowed);
         if unknown != 0 {
@@ -336,6 +388,11 @@ fn check_sizes(spec: &MapSpec) -> Result<(), MapFault> {
     match spec.kind {
         MapKind::Array | MapKind::PerCpuArray => {
             size("key_size", key, key == 4, "an array's key is 4 bytes")?;
+        }
+        MapKind::ProgArray => {
+            size("key_size", key, key == 4, "an array's key is 4 bytes")?;
+            let expected = "a program array's value is 4 bytes";
+            size("value_size", value, value == PROGRAM_BYTES, expected)?;
         }
         MapKind::Hash | MapKind::PerCpuHash => {
             let ok = (1..=MAX_HASH_KEY_BYTES).contains(&key);
@@ -359,8 +416,7 @@ fn check_sizes(spec: &MapSpec) -> Result<(), MapFault> {
 }
 
 fn kind_from_number(number: u32) -> Option<MapKind> {
-    use MapKind::{Array, Hash, PerCpuArray, PerCpuHash, RingBuf};
-    [Hash, Array, PerCpuHash, PerCpuArray, RingBuf].into_iter().find(|k| *k as u32 == number)
+    MapKind::ALL.iter().copied().find(|kind| *kind as u32 == number)
 }
 
 /// `BPF_MAP_TYPE_*` without the prefix.

@@ -7,6 +7,7 @@ use crate::elf::Elf;
 use crate::error::ObjectError;
 use crate::link::Linker;
 use crate::maps;
+use crate::prog_array;
 use crate::spec::Object;
 
 /// Reads an eBPF object as `clang -target bpf -O2 -g -c` makes it and libbpf takes it.
@@ -24,9 +25,11 @@ pub fn parse(bytes: &[u8]) -> Result<Object, ObjectError> {
         _ => BtfExt::default(),
     };
     let declared = maps::read_declared(&elf, btf.as_ref())?;
-    let mut linker = Linker::new(&elf, &ext, declared)?;
+    let slots = prog_array::named_slots(&elf, &declared)?;
+    let mut linker = Linker::new(&elf, &ext, &declared)?;
     let programs = linker.link_programs()?;
-    Ok(Object { maps: linker.into_maps(), programs, license: license(&elf) })
+    let program_slots = slots.iter().map(|s| s.resolve(&programs)).collect::<Result<_, _>>()?;
+    Ok(Object { maps: linker.into_maps(), programs, license: license(&elf), program_slots })
 }
 
 fn license(elf: &Elf<'_>) -> Option<String> {

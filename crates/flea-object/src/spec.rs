@@ -11,6 +11,19 @@ pub struct Object {
     pub programs: Vec<Program>,
     /// The `license` section.
     pub license: Option<String>,
+    /// What program arrays hold to begin with.
+    pub program_slots: Vec<ProgramSlot>,
+}
+
+/// A program in a program array, where `bpf_tail_call` finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProgramSlot {
+    /// The array.
+    pub map: MapIdx,
+    /// Where in it.
+    pub index: u32,
+    /// Index into [`Object::programs`].
+    pub program: usize,
 }
 
 /// Index into [`Object::maps`].
@@ -46,6 +59,8 @@ pub enum MapKind {
     Hash = 1,
     /// `BPF_MAP_TYPE_ARRAY`
     Array = 2,
+    /// `BPF_MAP_TYPE_PROG_ARRAY`: its elements are programs, see [`Object::program_slots`].
+    ProgArray = 3,
     /// `BPF_MAP_TYPE_PERCPU_HASH`
     PerCpuHash = 5,
     /// `BPF_MAP_TYPE_PERCPU_ARRAY`
@@ -56,8 +71,14 @@ pub enum MapKind {
 
 impl MapKind {
     /// All of them.
-    pub const ALL: &'static [Self] =
-        &[Self::Hash, Self::Array, Self::PerCpuHash, Self::PerCpuArray, Self::RingBuf];
+    pub const ALL: &'static [Self] = &[
+        Self::Hash,
+        Self::Array,
+        Self::ProgArray,
+        Self::PerCpuHash,
+        Self::PerCpuArray,
+        Self::RingBuf,
+    ];
 }
 
 /// One program: a main function and the functions it calls.

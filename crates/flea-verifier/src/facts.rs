@@ -4,6 +4,8 @@ use std::ops::RangeInclusive;
 
 use flea_object::{helper::Helper, insn::Insn, spec::MapIdx};
 
+use crate::targets::Targets;
+
 /// An accepted program. Only [`crate::verify`] makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verified {
@@ -11,6 +13,7 @@ pub struct Verified {
     pub(crate) facts: Vec<Fact>,
     pub(crate) functions: Vec<Function>,
     pub(crate) returns: RangeInclusive<i64>,
+    pub(crate) targets: Targets,
 }
 
 impl Verified {
@@ -23,7 +26,8 @@ impl Verified {
         facts: Vec<Fact>,
         functions: Vec<Function>,
     ) -> Self {
-        Self { insns, facts, functions, returns: i64::MIN..=i64::MAX }
+        let (returns, targets) = (i64::MIN..=i64::MAX, Targets::default());
+        Self { insns, facts, functions, returns, targets }
     }
 
     /// The same program where only instructions run for which `runs(insn_idx)`: proved by the

@@ -31,6 +31,8 @@ mod report;
 mod soundness;
 mod stack;
 mod state;
+mod tail;
+pub mod targets;
 mod trace;
 mod value;
 
@@ -45,6 +47,7 @@ use machine::Machine;
 use op::Op;
 use report::Fault;
 use stack::STACK_BYTES;
+use targets::Targets;
 
 pub use access::PT_REGS_BYTES;
 pub use facts::Verified;
@@ -162,6 +165,7 @@ impl<'a> Verifier<'a> {
             functions: functions(&cfg, &machine.stack_bytes),
             returns: machine.return_range(),
             facts: machine.facts.into_facts(),
+            targets: Targets::default(),
         })
     }
 }
@@ -179,6 +183,7 @@ fn check_size(program: &Program) -> Result<(), (usize, Fault)> {
 
 /// The stack of the deepest chain of calls (each frame rounded up as in Linux) must fit.
 fn check_stack(cfg: &Cfg, ops: &[Op], stack_bytes: &[u32]) -> Result<(), (usize, Fault)> {
+    let frame_bytes = |function: usize| stack_bytes[function].max(1).next_multiple_of(32);
     let mut chains = vec![(0, 0); cfg.functions.len()];
     for &function in &cfg.callees_first {
         let span = cfg.functions[function];
@@ -190,8 +195,7 @@ fn check_stack(cfg: &Cfg, ops: &[Op], stack_bytes: &[u32]) -> Result<(), (usize,
             })
             .max()
             .unwrap_or((0, 0));
-        let own = stack_bytes[function].max(1).next_multiple_of(32);
-        chains[function] = (deepest.0 + own, deepest.1 + 1);
+        chains[function] = (deepest.0 + frame_bytes(function), deepest.1 + 1);
     }
     let (bytes, frames) = chains[0];
     // A program without calls has been held to its own 512 bytes already.
@@ -199,7 +203,7 @@ fn check_stack(cfg: &Cfg, ops: &[Op], stack_bytes: &[u32]) -> Result<(), (usize,
         let text = format!("combined stack size of {frames} calls is {bytes}. Too large");
         return Err((0, Fault::new(text).hint("keep large variables in a per-CPU array")));
     }
-    Ok(())
+    tail::check_callers(cfg, ops, frame_bytes)
 }
 
 fn functions(cfg: &Cfg, stack_bytes: &[u32]) -> Vec<Function> {

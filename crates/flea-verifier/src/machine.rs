@@ -16,6 +16,7 @@ use crate::pointer::{self, Outcome};
 use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
+use crate::tail::TAIL_CALL;
 use crate::value::{Id, Number, PointerKind, Value};
 
 /// What all paths share.
@@ -158,6 +159,7 @@ impl<'a> Machine<'a> {
             Op::If { cond, width, dst, src, target } => {
                 return branch(state, Test { cond, width, dst, src }, idx + 1, target);
             }
+            Op::CallHelper { id: TAIL_CALL } => return self.tail_call(idx, state),
             Op::CallHelper { id } => self.call_helper(idx, id, state)?,
             Op::CallLocal { target } => {
                 let function = self.cfg.function_at(target);
@@ -173,6 +175,11 @@ impl<'a> Machine<'a> {
     /// What the program returns on the paths seen so far; anything where none has ended.
     pub(crate) fn return_range(&self) -> RangeInclusive<i64> {
         self.returns.map_or(i64::MIN..=i64::MAX, |(min, max)| min..=max)
+    }
+
+    /// Another program may say what this one returns.
+    pub(crate) fn returns_anything(&mut self) {
+        self.returns = Some((i64::MIN, i64::MAX));
     }
 
     fn exit(&mut self, state: &mut State) -> Result<Flow, Fault> {
