@@ -44,6 +44,8 @@ mod object;
 mod own;
 mod patch;
 mod placement;
+mod program_array;
+mod rebuild;
 mod reclaim;
 pub mod registry;
 mod remote;
@@ -62,17 +64,21 @@ pub use flea_object::{
     helper::Helper,
     insn::Insn,
     parse as parse_object,
-    spec::{MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec, ProgramKind},
+    spec::{
+        MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec, ProgramKind,
+        ProgramSlot,
+    },
 };
 pub use flea_process::{Exit, Pid};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
 
 pub use self::{
-    error::{AttachError, FindError, LoadError, RemoteError, SessionError},
+    error::{AttachError, FindError, LoadError, ProgramArrayError, RemoteError, SessionError},
     function::Function,
     link::Link,
     modules::{Module, OpenError},
     object::{Attachment, Object, Program},
     patch::{Patch, PatchError, Replacement, ResolveError},
+    program_array::ProgramArray,
     session::Session,
 };

@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard},
 };
 
 use flea_image::{Body, BodyRequest, ProgramUse, RelocTarget, SkipResult};
@@ -17,12 +17,14 @@ use flea_symbols::{
     addr::RemoteAddr,
     signature::{Signature, StackWords},
 };
-use flea_verifier::{Context, Verified};
+use flea_verifier::{Context, Verified, targets};
 
 use crate::{
-    error::{AttachError, LoadError},
+    error::{AttachError, LoadError, ProgramArrayError},
     function::Function,
     link::Link,
+    program_array::{ProgramArray, Slots},
+    rebuild::{self, Rebuild},
     registry::StackArgs,
     session::{Inner, lock},
     transaction,
@@ -81,6 +83,18 @@ pub(crate) struct Loaded {
     printk_reader: Mutex<Option<flea_maps::RingBuf>>,
     verified: Mutex<HashMap<(usize, Context), Arc<Verified>>>,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
+    /// Read for as long as programs are compiled and attached, so that none is with old contents
+    /// once they have been changed.
+    slots: RwLock<Slots>,
+    /// What is attached, where program arrays might change it.
+    links: Mutex<Vec<Attached>>,
+}
+
+/// What one [`Link`] has attached: a body for each function, in the order in which the
+/// attachments first name it.
+struct Attached {
+    ids: Vec<u32>,
+    attachments: Vec<Attachment>,
 }
 
 /// One program of an [`Object`].
@@ -138,6 +152,7 @@ pub(crate) struct Prepared {
 
 impl Object {
     pub(crate) fn load(session: &Arc<Inner>, mut spec: Spec) -> Result<Self, LoadError> {
+        let slots = RwLock::new(Slots::of(&spec)?);
         let printk = add_printk_map(&mut spec);
         let n_programs = u32::try_from(spec.programs.len()).expect("an object is far smaller");
         let plan = ArenaPlan::new(&spec.maps, n_programs);
@@ -154,6 +169,8 @@ impl Object {
                 printk_reader,
                 verified: Mutex::default(),
                 attached: Mutex::default(),
+                slots,
+                links: Mutex::default(),
             }),
         })
     }
@@ -175,7 +192,16 @@ impl Object {
         &self.inner.spec.maps
     }
 
-    /// The map with this name.
+    /// The program array with this name.
+    #[must_use]
+    pub fn program_array(&self, name: &str) -> Option<ProgramArray> {
+        let is_it = |m: &MapSpec| m.name == name && m.kind == MapKind::ProgArray;
+        let index = self.inner.spec.maps.iter().position(is_it)?;
+        Some(ProgramArray::new(self.clone(), map_idx(index)))
+    }
+
+    /// The map with this name. Not a program array, which holds nothing to read or write:
+    /// [`Object::program_array`].
     ///
     /// ```
     /// # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
@@ -215,12 +241,18 @@ impl Object {
     /// # Errors
     /// [`AttachError`] for the first that cannot be; the target runs as before.
     pub fn attach(&self, attachments: &[Attachment]) -> Result<Link, AttachError> {
-        let prepared = self.prepare(attachments)?;
+        let slots = self.slots();
+        let prepared = self.prepare(attachments, &slots)?;
         let keys: Vec<_> = attachments.iter().map(|a| (a.program, a.function.address())).collect();
         self.claim(&keys, attachments)?;
         let ids = transaction::attach(&self.inner, &prepared).inspect_err(|_| {
             self.release(&keys);
         })?;
+        if self.inner.spec.maps.iter().any(|m| m.kind == MapKind::ProgArray) {
+            let (ids, attachments) = (ids.clone(), attachments.to_vec());
+            lock(&self.inner.links).push(Attached { ids, attachments });
+        }
+        drop(slots);
         Ok(Link::new(self.clone(), ids, keys))
     }
 
@@ -254,6 +286,60 @@ impl Object {
             .sum()
     }
 
+    /// What stands in the program arrays.
+    pub(crate) fn slots(&self) -> RwLockReadGuard<'_, Slots> {
+        self.inner.slots.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes what stands in `map`, and what is attached with it: all of that, or nothing.
+    pub(crate) fn change_slots(
+        &self,
+        map: MapIdx,
+        edit: impl FnOnce(&mut Slots, &Spec) -> Result<(), ProgramArrayError>,
+    ) -> Result<(), ProgramArrayError> {
+        let spec = &self.inner.spec;
+        let mut slots = self.inner.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let mut changed = slots.clone();
+        edit(&mut changed, spec)?;
+        // `map` itself is not what leads to `map`: before and after, the same programs do.
+        let users = slots.users(spec, map);
+        let made_anew = self.to_rebuild(&changed, |program| users.contains(&program));
+        let outcome = made_anew.and_then(|what| rebuild::rebuild(&self.inner, &what));
+        outcome.map_err(|error| {
+            let map = spec.maps[map.0 as usize].name.clone();
+            ProgramArrayError::Rebuild { map, error: Box::new(error) }
+        })?;
+        *slots = changed;
+        Ok(())
+    }
+
+    /// The bodies with programs that `changes` picks, with `slots`.
+    fn to_rebuild(
+        &self,
+        slots: &Slots,
+        changes: impl Fn(usize) -> bool,
+    ) -> Result<Rebuild, AttachError> {
+        let mut what = Rebuild::default();
+        for Attached { ids, attachments } in lock(&self.inner.links).iter() {
+            if !attachments.iter().any(|a| changes(a.program)) {
+                continue;
+            }
+            let prepared = self.prepare(attachments, slots)?;
+            for (id, prepared) in ids.iter().zip(prepared) {
+                if prepared.uses.iter().any(|(program, _)| changes(*program)) {
+                    what.ids.push(*id);
+                    what.prepared.push(prepared);
+                }
+            }
+        }
+        Ok(what)
+    }
+
+    /// The link with these bodies has taken them off.
+    pub(crate) fn forget(&self, ids: &[u32]) {
+        lock(&self.inner.links).retain(|link| link.ids != ids);
+    }
+
     pub(crate) fn release(&self, keys: &[(usize, RemoteAddr)]) {
         let mut attached = lock(&self.inner.attached);
         for key in keys {
@@ -284,12 +370,16 @@ impl Object {
         Ok(())
     }
 
-    fn prepare(&self, attachments: &[Attachment]) -> Result<Vec<Prepared>, AttachError> {
+    fn prepare(
+        &self,
+        attachments: &[Attachment],
+        slots: &Slots,
+    ) -> Result<Vec<Prepared>, AttachError> {
         let mut by_address: HashMap<RemoteAddr, usize> = HashMap::new();
         let mut prepared: Vec<Prepared> = Vec::new();
         for a in attachments {
             let program = Program { object: self.clone(), index: a.program };
-            let verified = program.check(&a.function)?;
+            let verified = program.check_with(&a.function, slots)?;
             let at = *by_address.entry(a.function.address()).or_insert(prepared.len());
             if at == prepared.len() {
                 prepared.push(self.prepare_function(&a.function)?);
@@ -411,17 +501,36 @@ impl Program {
         self.object.attach(&attachments)
     }
 
+    /// Whether it stands in a program array: one that is not attached itself is run by tail
+    /// calls.
+    #[must_use]
+    pub fn is_in_program_array(&self) -> bool {
+        self.object.slots().hold(self.index)
+    }
+
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
+    pub(crate) fn is_of(&self, object: &Object) -> bool {
+        Arc::ptr_eq(&self.object.inner, &object.inner)
+    }
+
     /// Whether it could be attached to `function`: there is a site, the verifier accepts it with
     /// this signature, and the stack arguments are known where a frame has to pass them on.
     ///
     /// # Errors
     /// The reason why not.
     pub fn check(&self, function: &Function) -> Result<Arc<Verified>, AttachError> {
+        self.check_with(function, &self.object.slots())
+    }
+
+    fn check_with(&self, function: &Function, slots: &Slots) -> Result<Arc<Verified>, AttachError> {
         function
             .site()
             .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
-        let verified = self.verify(function, context(signature, self.kind()))?;
+        let verified = self.verify_all(function, context(signature, self.kind()), slots)?;
         if flea_image::needs_frame(self.kind(), &verified, signature) {
             stack_args(function, signature)?;
         }
@@ -429,6 +538,22 @@ impl Program {
             self.check_skip(function)?;
         }
         Ok(verified)
+    }
+
+    /// The proof for a function with this context, with what its tail calls lead to.
+    fn verify_all(
+        &self,
+        function: &Function,
+        context: Context,
+        slots: &Slots,
+    ) -> Result<Arc<Verified>, AttachError> {
+        let verified = self.verify(function, context)?;
+        if verified.tail_calls().next().is_none() {
+            return Ok(verified);
+        }
+        let prove =
+            |index| Program { object: self.object.clone(), index }.verify(function, context);
+        targets::link(self.index, slots.all(), prove).map(Arc::new)
     }
 
     /// The proof for a function with this context, made once.
