@@ -490,6 +490,49 @@ mod tests {
         }
     }
 
+    /// Program 0 at index 0 of every array, and nothing else.
+    struct Itself;
+
+    impl Host for Itself {
+        fn call(&mut self, _: i32, _: [u64; 5], _: &mut Memory) -> Result<u64, String> {
+            Err("no helpers".to_owned())
+        }
+
+        fn map_handle(&self, _: MapIdx) -> Option<u64> {
+            Some(1)
+        }
+
+        fn map_value_address(&self, _: MapIdx) -> Option<u64> {
+            None
+        }
+
+        fn tail_target(&self, _: u64, index: u32) -> Result<Option<usize>, String> {
+            Ok((index == 0).then_some(0))
+        }
+    }
+
+    /// `*r1 += 1; bpf_tail_call(r1, map, index); return *r1`, in memory that r1 points at.
+    fn counts_runs(index: u64) -> u64 {
+        let mut asm = Asm::new();
+        asm.mov64_reg(R6, R1).mov64_imm(R2, 1).atomic_add(Size::DW, R6, 0, R2);
+        asm.map_ref(R2, MapIdx(0)).lddw(R3, index).call(Helper::TailCall);
+        asm.load(Size::DW, R0, R6, 0).exit();
+        let insns = asm.finish().unwrap();
+        let mut memory = Memory::new();
+        let at = memory.add(vec![0; 8], Protection::ReadWrite);
+        let programs = [insns.as_slice()];
+        let interpreter = Interpreter::new(&insns).unwrap().targets(&programs).unwrap();
+        interpreter.run([at, 0, 0, 0, 0], &mut memory, &mut Itself).unwrap()
+    }
+
+    #[test]
+    fn tail_calls_end_after_33() {
+        assert_eq!(counts_runs(0), 34);
+        assert_eq!(counts_runs(1), 1);
+        // Linux looks at the low half.
+        assert_eq!(counts_runs(7 << 32), 34);
+    }
+
     #[test]
     fn maps_and_helpers() {
         let mut asm = Asm::new();

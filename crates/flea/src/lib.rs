@@ -51,6 +51,7 @@ pub mod registry;
 mod remote;
 mod replace;
 mod session;
+mod slots;
 mod transaction;
 mod unload;
 mod unwinder;

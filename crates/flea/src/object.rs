@@ -3,7 +3,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard},
+    sync::{Arc, Mutex, RwLock},
 };
 
 use flea_image::{Body, BodyRequest, ProgramUse, RelocTarget, SkipResult};
@@ -20,13 +20,13 @@ use flea_symbols::{
 use flea_verifier::{Context, Verified, targets};
 
 use crate::{
-    error::{AttachError, LoadError, ProgramArrayError},
+    error::{AttachError, LoadError},
     function::Function,
     link::Link,
-    program_array::{ProgramArray, Slots},
-    rebuild::{self, Rebuild},
+    program_array::{Attached, ProgramArray},
     registry::StackArgs,
     session::{Inner, lock},
+    slots::Slots,
     transaction,
 };
 
@@ -85,16 +85,9 @@ pub(crate) struct Loaded {
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
     /// Read for as long as programs are compiled and attached, so that none is with old contents
     /// once they have been changed.
-    slots: RwLock<Slots>,
+    pub(crate) slots: RwLock<Slots>,
     /// What is attached, where program arrays might change it.
-    links: Mutex<Vec<Attached>>,
-}
-
-/// What one [`Link`] has attached: a body for each function, in the order in which the
-/// attachments first name it.
-struct Attached {
-    ids: Vec<u32>,
-    attachments: Vec<Attachment>,
+    pub(crate) links: Mutex<Vec<Attached>>,
 }
 
 /// One program of an [`Object`].
@@ -132,7 +125,7 @@ pub struct Program {
 #[derive(Clone, Debug)]
 pub struct Attachment {
     /// Index into the object's programs.
-    program: usize,
+    pub(crate) program: usize,
     function: Function,
     cookie: u64,
 }
@@ -248,10 +241,7 @@ impl Object {
         let ids = transaction::attach(&self.inner, &prepared).inspect_err(|_| {
             self.release(&keys);
         })?;
-        if self.inner.spec.maps.iter().any(|m| m.kind == MapKind::ProgArray) {
-            let (ids, attachments) = (ids.clone(), attachments.to_vec());
-            lock(&self.inner.links).push(Attached { ids, attachments });
-        }
+        self.remember(&ids, attachments);
         drop(slots);
         Ok(Link::new(self.clone(), ids, keys))
     }
@@ -286,60 +276,6 @@ impl Object {
             .sum()
     }
 
-    /// What stands in the program arrays.
-    pub(crate) fn slots(&self) -> RwLockReadGuard<'_, Slots> {
-        self.inner.slots.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Changes what stands in `map`, and what is attached with it: all of that, or nothing.
-    pub(crate) fn change_slots(
-        &self,
-        map: MapIdx,
-        edit: impl FnOnce(&mut Slots, &Spec) -> Result<(), ProgramArrayError>,
-    ) -> Result<(), ProgramArrayError> {
-        let spec = &self.inner.spec;
-        let mut slots = self.inner.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let mut changed = slots.clone();
-        edit(&mut changed, spec)?;
-        // `map` itself is not what leads to `map`: before and after, the same programs do.
-        let users = slots.users(spec, map);
-        let made_anew = self.to_rebuild(&changed, |program| users.contains(&program));
-        let outcome = made_anew.and_then(|what| rebuild::rebuild(&self.inner, &what));
-        outcome.map_err(|error| {
-            let map = spec.maps[map.0 as usize].name.clone();
-            ProgramArrayError::Rebuild { map, error: Box::new(error) }
-        })?;
-        *slots = changed;
-        Ok(())
-    }
-
-    /// The bodies with programs that `changes` picks, with `slots`.
-    fn to_rebuild(
-        &self,
-        slots: &Slots,
-        changes: impl Fn(usize) -> bool,
-    ) -> Result<Rebuild, AttachError> {
-        let mut what = Rebuild::default();
-        for Attached { ids, attachments } in lock(&self.inner.links).iter() {
-            if !attachments.iter().any(|a| changes(a.program)) {
-                continue;
-            }
-            let prepared = self.prepare(attachments, slots)?;
-            for (id, prepared) in ids.iter().zip(prepared) {
-                if prepared.uses.iter().any(|(program, _)| changes(*program)) {
-                    what.ids.push(*id);
-                    what.prepared.push(prepared);
-                }
-            }
-        }
-        Ok(what)
-    }
-
-    /// The link with these bodies has taken them off.
-    pub(crate) fn forget(&self, ids: &[u32]) {
-        lock(&self.inner.links).retain(|link| link.ids != ids);
-    }
-
     pub(crate) fn release(&self, keys: &[(usize, RemoteAddr)]) {
         let mut attached = lock(&self.inner.attached);
         for key in keys {
@@ -370,7 +306,7 @@ impl Object {
         Ok(())
     }
 
-    fn prepare(
+    pub(crate) fn prepare(
         &self,
         attachments: &[Attachment],
         slots: &Slots,
