@@ -73,6 +73,7 @@ fn map(text: &str) -> MapSpec {
         "percpu_hash" => MapKind::PerCpuHash,
         "percpu_array" => MapKind::PerCpuArray,
         "ringbuf" => MapKind::RingBuf,
+        "prog_array" => MapKind::ProgArray,
         other => panic!("map kind {other}"),
     };
     MapSpec {

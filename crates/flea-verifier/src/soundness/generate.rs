@@ -148,7 +148,7 @@ impl Builder<'_> {
     }
 
     fn piece(&mut self, depth: u32) {
-        match self.random.below(18) {
+        match self.random.below(19) {
             0..=3 => self.arithmetic(),
             4 => {
                 let reg = self.reg();
@@ -164,6 +164,7 @@ impl Builder<'_> {
             14 => self.read_target(),
             15 if depth > 0 => self.repeat(depth),
             16 => self.call(),
+            17 => self.tail_call(6),
             _ if depth > 0 => self.branch(depth),
             _ => self.arithmetic(),
         }
@@ -335,6 +336,21 @@ impl Builder<'_> {
         self.helper(helper);
     }
 
+    /// With the context in `ctx`. Nothing is known of what comes back.
+    fn tail_call(&mut self, ctx: u8) {
+        let map = if self.mistake() { 1 } else { 4 };
+        if self.random.chance(50) {
+            let index = self.random.below(10) as i32;
+            self.emit(0xb7, 3, 0, 0, index);
+        }
+        self.emit(0xbf, 1, ctx, 0, 0);
+        self.wide(2, PSEUDO_MAP, map, 0);
+        self.helper(Helper::TailCall);
+        if !self.mistake() {
+            self.fresh(0);
+        }
+    }
+
     fn repeat(&mut self, depth: u32) {
         let counter = self.random.pick(&[8u8, 9]);
         self.emit(0xb7, counter, 0, 0, 0);
@@ -384,6 +400,7 @@ impl Builder<'_> {
             self.emit(0xbf, 2, 10, 0, 0);
             let off = -8 * (1 + self.random.below(8) as i32);
             self.emit(0x07, 2, 0, 0, off);
+            self.emit(0xbf, 3, 6, 0, 0);
             self.calls.push(self.out.len());
             self.emit(0x85, 0, PSEUDO_CALL, 0, 0);
             for reg in 1..=5 {
@@ -392,7 +409,7 @@ impl Builder<'_> {
         }
     }
 
-    /// One function: takes a number and a pointer to 8 bytes of its caller's stack.
+    /// One function: takes a number, a pointer to 8 bytes of its caller's stack, and the context.
     fn link_calls(&mut self) {
         let start = self.out.len();
         for at in std::mem::take(&mut self.calls) {
@@ -407,6 +424,14 @@ impl Builder<'_> {
         self.emit(0xa5, 1, 0, 1, 7);
         self.emit(0x57, 0, 0, 0, 31);
         self.emit(0x7b, 2, 0, 0, 0);
+        if self.random.chance(50) {
+            self.emit(0xbf, 8, 0, 0, 0);
+            self.emit(0xbf, 1, 3, 0, 0);
+            self.emit(0xb7, 3, 0, 0, 1);
+            self.wide(2, PSEUDO_MAP, 4, 0);
+            self.emit(0x85, 0, 0, 0, Helper::TailCall as i32);
+            self.emit(0xbf, 0, 8, 0, 0);
+        }
         self.emit(0x79, 3, 10, -8, 0);
         self.emit(0x1f, 0, 3, 0, 0);
         self.emit(0x95, 0, 0, 0, 0);

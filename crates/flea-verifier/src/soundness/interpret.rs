@@ -13,6 +13,8 @@ use crate::number::tests::{concrete, holds, sext};
 use crate::op::{Atomic, Op, Operand, Place, Reg};
 use crate::stack::{Byte, Slot};
 use crate::state::State;
+use crate::tail::TAIL_CALL;
+use crate::targets::TailCall;
 use crate::value::{Id, PointerKind, Value};
 
 const MAX_STEPS: usize = 20_000;
@@ -214,6 +216,13 @@ impl<'a> Interpreter<'a> {
                 let jumps = holds(cond, bits(width), a, b);
                 return Ok(Some(if jumps { target } else { idx + 1 }));
             }
+            Op::CallHelper { id: TAIL_CALL } => {
+                if self.tail_call(fact)? {
+                    // The target's stack is another one, and its result any.
+                    self.regs()[0] = self.random.next();
+                    return Ok(self.leave());
+                }
+            }
             Op::CallHelper { id } => self.helper(id, fact)?,
             Op::CallLocal { target } => {
                 let regs = *self.regs();
@@ -322,6 +331,21 @@ impl<'a> Interpreter<'a> {
         self.regs()[1..=5].fill(scramble);
         self.regs()[0] = result;
         Ok(())
+    }
+
+    /// Whether there is a program at the index: by chance.
+    fn tail_call(&mut self, fact: Fact) -> Result<bool, String> {
+        let [ctx, map, index]: [u64; 3] = std::array::from_fn(|n| self.regs()[n + 1]);
+        let call = TailCall::of(0, fact).ok_or("no tail call's fact")?;
+        if !self.bases(|kind| kind == Kind::Ctx).any(|base| base == ctx) {
+            return Err("not the context".into());
+        }
+        if map != map_handle(call.map.0) || call.index.is_some_and(|known| known != index as u32) {
+            return Err(format!("{map:#x} at {index} was said to be {call:?}"));
+        }
+        let scramble = self.random.next();
+        self.regs()[0..=5].fill(scramble);
+        Ok(self.random.below(2) == 0)
     }
 
     fn values_of(&self, map: u32) -> impl Iterator<Item = u64> + '_ {

@@ -24,7 +24,8 @@ use interpret::Interpreter;
 
 pub(crate) const CONTEXT: Context = Context::Tracing { n_args: 3, n_results: 1, session: true };
 
-/// A direct array, a hash with 8-byte keys, a ring buffer, a read-only array.
+/// A direct array, a hash with 8-byte keys, a ring buffer, a read-only array, a program
+/// array.
 pub(crate) fn maps() -> Vec<MapSpec> {
     let map = |name: &str, kind, key, value, max_entries, read_only| MapSpec {
         name: name.into(),
@@ -41,6 +42,7 @@ pub(crate) fn maps() -> Vec<MapSpec> {
         map("hash", MapKind::Hash, 8, 32, 4, false),
         map("rb", MapKind::RingBuf, 0, 0, 4096, false),
         map(".rodata", MapKind::Array, 4, 16, 1, true),
+        map("jumps", MapKind::ProgArray, 4, 4, 8, false),
     ]
 }
 
