@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use flea_image::{
-    BODY_FRAMES_OFFSET, BodyRequest, CompileError, PlainRequest, ProgramUse, RelocTarget,
+    BODY_FRAMES_OFFSET, BodyRequest, CompileError, Cpu, PlainRequest, ProgramUse, RelocTarget,
     compile_body, compile_function,
 };
 use flea_layout::shared::THREAD_TABLE_BYTES;
@@ -127,6 +127,7 @@ fn is_a_body(verified: &Verified, maps: &[MapSpec], kind: ProgramKind) {
         function_address: RemoteAddr(0x40_1000),
         frame_offset: BODY_FRAMES_OFFSET,
         printk_map: None,
+        cpu: Cpu::default(),
     })
     .unwrap();
 }

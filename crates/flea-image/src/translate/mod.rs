@@ -98,6 +98,8 @@ pub(crate) struct Translator<'a, 'b> {
     tails: Tails,
     /// Values that cannot be 0: addresses of array elements at a known index.
     nonnull: HashSet<Value>,
+    /// Somebody looks at what the main function returns.
+    wants_result: bool,
 }
 
 /// One activation of one BPF function.
@@ -130,7 +132,14 @@ impl<'a, 'b> Translator<'a, 'b> {
         out: &'a mut Outcome,
     ) -> Self {
         let (used, tails) = (&members[0], Tails::default());
-        Self { b, env, used, out, members, tails, nonnull: HashSet::new() }
+        let nonnull = HashSet::new();
+        Self { b, env, used, out, members, tails, nonnull, wants_result: true }
+    }
+
+    /// Translates the whole program for what it does: its result is not even computed.
+    pub fn program_without_result(mut self, r1: Value, r2: Value) -> Result<(), CompileError> {
+        self.wants_result = false;
+        self.program(r1, r2).map(|_| ())
     }
 
     /// Translates the whole program; `r1` and `r2` as given. Returns r0 with the current block
@@ -189,6 +198,9 @@ impl<'a, 'b> Translator<'a, 'b> {
             self.b.ins().jump(scope.end, &[]);
         }
         self.b.switch_to_block(scope.end);
+        if depth == 0 && !self.wants_result {
+            return Ok(self.iconst(0));
+        }
         Ok(self.b.use_var(scope.regs[0]))
     }
 

@@ -146,7 +146,10 @@ impl Translator<'_, '_> {
         depth: u32,
     ) -> Result<Value, CompileError> {
         let end = self.b.create_block();
-        let r0 = self.b.append_block_param(end, types::I64);
+        let r0 = match depth == 0 && !self.wants_result {
+            true => None,
+            false => Some(self.b.append_block_param(end, types::I64)),
+        };
         let region = Region { end, entries: BTreeMap::new(), waiting: Vec::new() };
         self.tails.regions.push(region);
         let is_main = function == 0;
@@ -158,7 +161,7 @@ impl Translator<'_, '_> {
             self.tails.nested.pop();
         } else {
             let result = self.one_function(function, args, depth)?;
-            self.b.ins().jump(end, &[result.into()]);
+            self.end_with(result);
         }
         while let Some((member, insn_idx)) = self.next_waiting() {
             self.target(member, insn_idx, depth)?;
@@ -169,7 +172,16 @@ impl Translator<'_, '_> {
         self.used = used;
         self.tails.regions.pop();
         self.b.switch_to_block(end);
-        Ok(r0)
+        Ok(r0.unwrap_or_else(|| self.iconst(0)))
+    }
+
+    /// Goes behind the innermost region with `result`, if that is looked at.
+    fn end_with(&mut self, result: Value) {
+        let end = self.tails.regions.last().expect("`region` has opened it").end;
+        match self.b.block_params(end).is_empty() {
+            true => self.b.ins().jump(end, &[]),
+            false => self.b.ins().jump(end, &[result.into()]),
+        };
     }
 
     fn next_waiting(&mut self) -> Option<(Member, u32)> {
@@ -182,14 +194,14 @@ impl Translator<'_, '_> {
             return Err(CompileError::TailRecursion { insn_idx });
         }
         let region = self.tails.regions.last().expect("`region` has opened it");
-        let (entry, end) = (region.entries[&member], region.end);
+        let entry = region.entries[&member];
         let [r1, r2] = self.tails.args.expect("the program has begun");
         self.tails.nested.push(member);
         self.used = &self.members[member.0];
         self.b.switch_to_block(entry);
         let zero = self.iconst(0);
         let result = self.one_function(0, [r1, r2, zero, zero, zero], depth)?;
-        self.b.ins().jump(end, &[result.into()]);
+        self.end_with(result);
         self.tails.nested.pop();
         Ok(())
     }

@@ -11,6 +11,8 @@
 //! program fentry                        or fexit, fsession, fmod_ret, uprobe, uretprobe
 //!   r0 = *(u64 *)(r1 + 0)               in the notation of flea-verifier's tests/asm
 //!   exit
+//! held 1 3                              a program at index 3 of map 1, for tail calls
+//!   exit
 //! run: rdi=5 xmm0=0x10                  all other registers are the rig's pattern
 //! ---
 //! ```
@@ -39,7 +41,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use expect_test::expect_file;
-use flea_image::{BODY_FRAMES_OFFSET, Body, BodyRequest, ProgramUse, compile_body};
+use flea_image::{BODY_FRAMES_OFFSET, Body, BodyRequest, Cpu, ProgramUse, compile_body};
 use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
 use flea_symbols::addr::RemoteAddr;
 use flea_verifier::{Context, Verified, verify};
@@ -76,6 +78,7 @@ fn compile(maps: &[MapSpec], verified: &Verified, kind: ProgramKind) -> Body {
         function_address: RemoteAddr(0x40_1000),
         frame_offset: BODY_FRAMES_OFFSET,
         printk_map: None,
+        cpu: Cpu::default(),
     })
     .unwrap()
 }
