@@ -133,8 +133,9 @@ impl Translator<'_, '_> {
     pub(super) fn makes_tail_calls(&self, function: u32) -> bool {
         let verified = self.used.verified;
         let Some(function) = verified.functions().get(function as usize) else { return false };
-        let range = function.start_insn_idx..function.end_insn_idx;
-        verified.tail_calls().any(|call| range.contains(&call.insn_idx))
+        let range = function.start_insn_idx as usize..function.end_insn_idx as usize;
+        let facts = verified.facts().get(range).unwrap_or_default();
+        facts.iter().any(|fact| TailCall::of(0, *fact).is_some())
     }
 
     /// A function with tail calls and all that they lead to. Returns r0 with the current block
