@@ -2,6 +2,7 @@
 //! it follows a tail call both ways, whatever stands in a program array.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::sync::Arc;
 
 use flea_object::helper::Helper;
@@ -80,11 +81,15 @@ pub fn link<E>(
         next += 1;
         for call in proof.tail_calls() {
             for (index, &program) in call.reached(slots) {
-                if !members.contains_key(&program) {
-                    members.insert(program, Member(proofs.len()));
-                    proofs.push(prove(program)?);
-                }
-                targets.slots.insert((call.map, index), members[&program]);
+                let member = match members.entry(program) {
+                    Entry::Occupied(known) => *known.get(),
+                    Entry::Vacant(new) => {
+                        let member = *new.insert(Member(proofs.len()));
+                        proofs.push(prove(program)?);
+                        member
+                    }
+                };
+                targets.slots.insert((call.map, index), member);
             }
         }
     }
