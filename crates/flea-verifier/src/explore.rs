@@ -37,6 +37,10 @@ const MAX_ANCESTORS: usize = 16;
 const MIN_INSNS_BETWEEN: u32 = 8;
 const MIN_JUMPS_BETWEEN: u32 = 2;
 
+/// States that are kept for a comparison with a running program; beyond it none are.
+#[cfg(any(test, feature = "beliefs"))]
+const MAX_BELIEFS: usize = 20_000;
+
 /// The walk.
 pub(crate) struct Explorer<'a> {
     pub(crate) machine: Machine<'a>,
@@ -53,7 +57,7 @@ pub(crate) struct Explorer<'a> {
     /// Lines of the log, in the second run of a refused program.
     trace: Option<Trace>,
     /// Every state on arrival at every instruction.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "beliefs"))]
     pub(crate) beliefs: Option<Vec<Vec<State>>>,
 }
 
@@ -110,7 +114,7 @@ impl<'a> Explorer<'a> {
             steps: Vec::new(),
             back_jumps: vec![0; n_insns],
             trace: None,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "beliefs"))]
             beliefs: None,
         }
     }
@@ -157,9 +161,13 @@ impl<'a> Explorer<'a> {
         self.steps.push(Step { prev: path.last_step, insn_idx: idx });
         path.last_step = Some(step);
         path.insns_since += 1;
-        #[cfg(test)]
+        #[cfg(any(test, feature = "beliefs"))]
         if let Some(beliefs) = &mut self.beliefs {
-            beliefs[idx].push(path.state.clone());
+            if step < MAX_BELIEFS {
+                beliefs[idx].push(path.state.clone());
+            } else {
+                self.beliefs = None;
+            }
         }
         if let Some(trace) = &mut self.trace {
             trace.before(step, idx, self.program, &path.state, self.machine.maps);

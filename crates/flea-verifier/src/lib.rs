@@ -27,8 +27,8 @@ mod op;
 mod pointer;
 mod proto;
 mod report;
-#[cfg(test)]
-mod soundness;
+#[cfg(any(test, feature = "beliefs"))]
+pub mod soundness;
 mod stack;
 mod state;
 mod tail;
