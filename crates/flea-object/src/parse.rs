@@ -26,7 +26,7 @@ pub fn parse(bytes: &[u8]) -> Result<Object, ObjectError> {
     };
     let declared = maps::read_declared(&elf, btf.as_ref())?;
     let slots = prog_array::named_slots(&elf, &declared)?;
-    let mut linker = Linker::new(&elf, &ext, &declared)?;
+    let mut linker = Linker::new(&elf, btf.as_ref(), &ext, &declared)?;
     let programs = linker.link_programs()?;
     let program_slots = slots.iter().map(|s| s.resolve(&programs)).collect::<Result<_, _>>()?;
     Ok(Object { maps: linker.into_maps(), programs, license: license(&elf), program_slots })

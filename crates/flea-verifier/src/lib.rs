@@ -15,22 +15,27 @@
 )]
 
 mod access;
+mod advice;
 mod call;
 mod cfg;
 mod collect;
 mod explore;
 pub mod facts;
+mod global;
 mod liveness;
 mod machine;
+mod note;
 mod number;
 mod op;
 mod pointer;
 mod proto;
+mod rejection;
 mod report;
 #[cfg(any(test, feature = "beliefs"))]
 pub mod soundness;
 mod stack;
 mod state;
+mod story;
 mod tail;
 pub mod targets;
 mod trace;
@@ -47,10 +52,13 @@ use machine::Machine;
 use op::Op;
 use report::Fault;
 use stack::STACK_BYTES;
+use story::Path;
 use targets::Targets;
+use trace::Sink;
 
 pub use access::PT_REGS_BYTES;
 pub use facts::Verified;
+pub use rejection::{Event, Known, Line, Place, Rejection, What};
 
 /// What a program is given in `r1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -74,20 +82,6 @@ pub enum Context {
         /// How many.
         size_bytes: u32,
     },
-}
-
-/// Why a program was refused: the report that a person reads.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}", .log.last().map_or("rejected", |l| l.as_str()))]
-pub struct Rejection {
-    /// The instruction at fault.
-    pub insn_idx: u32,
-    /// Linux's words for it (`R1 invalid mem access 'scalar'`).
-    pub message: String,
-    /// The way there, as Linux's verifier log prints it, the message last.
-    pub log: Vec<String>,
-    /// What to change.
-    pub hint: Option<String>,
 }
 
 /// Proves `program` safe against `maps` and `context`, or says why not: [`Verifier`] with
@@ -141,22 +135,42 @@ impl<'a> Verifier<'a> {
     /// # Errors
     /// [`Rejection`] with the first fault found.
     pub fn verify(&self) -> Result<Verified, Rejection> {
+        self.prove(None)
+    }
+
+    /// The same, and `line` is called with each line of a log like that of Linux's level 2: all
+    /// visited instructions with the registers they touch, of an accepted program too.
+    ///
+    /// # Errors
+    /// [`Rejection`] with the first fault found.
+    pub fn verify_logged(&self, line: &mut dyn FnMut(&str)) -> Result<Verified, Rejection> {
+        self.prove(Some(line))
+    }
+
+    fn prove(&self, sink: Option<Sink<'_>>) -> Result<Verified, Rejection> {
         let Self { program, maps, context, .. } = *self;
-        let structural = |(idx, fault)| rejection(idx, fault, Vec::new());
+        let structural = |(idx, fault)| rejection(program, idx, fault);
         check_size(program).map_err(structural)?;
         let ops = op::decode(&program.insns).map_err(structural)?;
-        let cfg = Cfg::new(&ops).map_err(structural)?;
+        let cfg = Cfg::new(&ops).map_err(structural)?.with_globals(program);
         let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
         let explorer =
             || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
 
-        let mut walk = explorer();
-        if let Err(Refusal { insn_idx, fault, steps }) = walk.run() {
-            // Printing every state on the way would cost more than the proof: the same walk
-            // again, now that it is known which steps are worth printing.
+        let mut walk = match sink {
+            Some(sink) => explorer().logged(sink),
+            None => explorer(),
+        };
+        let outcome = walk.run();
+        walk.summary(outcome.as_ref().err());
+        if let Err(Refusal { insn_idx, fault, steps }) = outcome {
+            // Keeping every state on the way would cost more than the proof: the same walk
+            // again, now that it is known which steps are worth it.
             let mut again = explorer().traced(steps);
-            let log = again.run().err().map(|_| again.into_log()).unwrap_or_default();
-            return Err(rejection(insn_idx, fault, log));
+            let refused_again = again.run().is_err();
+            let (log, visits) = if refused_again { again.into_path() } else { Default::default() };
+            let path = Path { visits: &visits, ops: &ops, program, maps };
+            return Err(told(path, insn_idx, fault, log));
         }
         let machine = walk.machine;
         check_stack(&cfg, &ops, &machine.stack_bytes).map_err(structural)?;
@@ -164,6 +178,7 @@ impl<'a> Verifier<'a> {
             insns: program.insns.clone(),
             functions: functions(&cfg, &machine.stack_bytes),
             returns: machine.return_range(),
+            operands: machine.facts.operands(),
             facts: machine.facts.into_facts(),
             targets: Targets::default(),
         })
@@ -220,10 +235,26 @@ fn functions(cfg: &Cfg, stack_bytes: &[u32]) -> Vec<Function> {
         .collect()
 }
 
-fn rejection(insn_idx: usize, fault: Fault, mut log: Vec<String>) -> Rejection {
+/// A fault that no path leads to.
+fn rejection(program: &Program, insn_idx: usize, fault: Fault) -> Rejection {
     let Fault { message, hint } = fault;
-    log.push(message.clone());
+    Rejection {
+        insn_idx: u32::try_from(insn_idx).unwrap_or(u32::MAX),
+        log: vec![message.clone()],
+        message,
+        place: Place::of(insn_idx, program),
+        story: Vec::new(),
+        hint,
+    }
+}
+
+/// A fault at the end of `path`.
+fn told(path: Path<'_>, insn_idx: usize, fault: Fault, mut log: Vec<String>) -> Rejection {
+    let story = story::story(path, &fault.message);
+    let hint = advice::advice(path, &fault, &story);
+    let hint = global::with_advice(path, hint);
+    log.push(fault.message.clone());
     let surplus = log.len().saturating_sub(trace::MAX_LINES);
     log.drain(..surplus);
-    Rejection { insn_idx: u32::try_from(insn_idx).unwrap_or(u32::MAX), message, log, hint }
+    Rejection { story, hint, log, ..rejection(path.program, insn_idx, fault) }
 }

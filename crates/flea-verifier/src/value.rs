@@ -54,6 +54,8 @@ pub(crate) enum PointerKind {
     Cookie,
     /// The bytes of `Context::Memory`.
     Memory { size_bytes: u32 },
+    /// What a global function was given the address of: whose it is, its caller knows.
+    Argument { size_bytes: u32, align_bytes: u32 },
 }
 
 impl Value {
@@ -111,7 +113,7 @@ impl PointerKind {
             Self::Map(_) => "map_ptr",
             Self::MapValue(_) => "map_value",
             Self::Record { .. } => "ringbuf_mem",
-            Self::Cookie | Self::Memory { .. } => "mem",
+            Self::Cookie | Self::Memory { .. } | Self::Argument { .. } => "mem",
         }
     }
 }

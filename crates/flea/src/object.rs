@@ -315,7 +315,7 @@ impl Object {
         let mut prepared: Vec<Prepared> = Vec::new();
         for a in attachments {
             let program = Program { object: self.clone(), index: a.program };
-            let verified = program.check_with(&a.function, slots)?;
+            let verified = program.check_with(&a.function, slots, None)?;
             let at = *by_address.entry(a.function.address()).or_insert(prepared.len());
             if at == prepared.len() {
                 prepared.push(self.prepare_function(&a.function)?);
@@ -458,15 +458,34 @@ impl Program {
     /// # Errors
     /// The reason why not.
     pub fn check(&self, function: &Function) -> Result<Arc<Verified>, AttachError> {
-        self.check_with(function, &self.object.slots())
+        self.check_with(function, &self.object.slots(), None)
     }
 
-    fn check_with(&self, function: &Function, slots: &Slots) -> Result<Arc<Verified>, AttachError> {
+    /// The same, and `line` is called with each line of the verifier's log: every instruction
+    /// that it visits with the registers that this touches, as Linux's level 2. Silent where the
+    /// proof is known from another function that looks alike.
+    ///
+    /// # Errors
+    /// The reason why not.
+    pub fn check_logged(
+        &self,
+        function: &Function,
+        line: &mut dyn FnMut(&str),
+    ) -> Result<Arc<Verified>, AttachError> {
+        self.check_with(function, &self.object.slots(), Some(line))
+    }
+
+    fn check_with(
+        &self,
+        function: &Function,
+        slots: &Slots,
+        log: Option<&mut dyn FnMut(&str)>,
+    ) -> Result<Arc<Verified>, AttachError> {
         function
             .site()
             .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
-        let verified = self.verify_all(function, context(signature, self.kind()), slots)?;
+        let verified = self.verify_all(function, context(signature, self.kind()), slots, log)?;
         if flea_image::needs_frame(self.kind(), &verified, signature) {
             stack_args(function, signature)?;
         }
@@ -482,30 +501,45 @@ impl Program {
         function: &Function,
         context: Context,
         slots: &Slots,
+        mut log: Option<&mut dyn FnMut(&str)>,
     ) -> Result<Arc<Verified>, AttachError> {
-        let verified = self.verify(function, context)?;
+        let mut prove = |index| {
+            let program = Program { object: self.object.clone(), index };
+            let log = match &mut log {
+                Some(line) => Some(&mut **line as &mut dyn FnMut(&str)),
+                None => None,
+            };
+            program.verify(function, context, log)
+        };
+        let verified = prove(self.index)?;
         if verified.tail_calls().next().is_none() {
             return Ok(verified);
         }
-        let prove =
-            |index| Program { object: self.object.clone(), index }.verify(function, context);
         targets::link(self.index, slots.all(), prove).map(Arc::new)
     }
 
     /// The proof for a function with this context, made once.
-    fn verify(&self, function: &Function, context: Context) -> Result<Arc<Verified>, AttachError> {
+    fn verify(
+        &self,
+        function: &Function,
+        context: Context,
+        log: Option<&mut dyn FnMut(&str)>,
+    ) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
         let key = (self.index, context);
         if let Some(known) = lock(&loaded.verified).get(&key) {
             return Ok(Arc::clone(known));
         }
-        let verified = flea_verifier::verify(self.spec(), &loaded.spec.maps, context)
-            .map(Arc::new)
-            .map_err(|rejection| AttachError::Rejected {
-                program: self.name().to_owned(),
-                function: function.name(),
-                rejection: Box::new(rejection),
-            })?;
+        let verifier = flea_verifier::Verifier::new(self.spec(), &loaded.spec.maps, context);
+        let proof = match log {
+            Some(line) => verifier.verify_logged(line),
+            None => verifier.verify(),
+        };
+        let verified = proof.map(Arc::new).map_err(|rejection| AttachError::Rejected {
+            program: self.name().to_owned(),
+            function: function.name(),
+            rejection: Box::new(rejection),
+        })?;
         let mut cache = lock(&loaded.verified);
         Ok(Arc::clone(cache.entry(key).or_insert(verified)))
     }

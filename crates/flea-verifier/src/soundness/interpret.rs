@@ -490,6 +490,8 @@ impl<'a> Interpreter<'a> {
                     PointerKind::Record { .. } => self.bases(|k| k == Kind::Record).any(at),
                     PointerKind::Cookie => self.bases(|k| k == Kind::Cookie).any(at),
                     PointerKind::Memory { .. } => self.bases(|k| k == Kind::Memory).any(at),
+                    // No generated program has global functions.
+                    PointerKind::Argument { .. } => false,
                 }
             }
         }
