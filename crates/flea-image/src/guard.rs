@@ -91,6 +91,7 @@ fn may_disturb(helper: Helper, map: Option<MapKind>) -> bool {
         | Helper::GetFuncArgCnt
         | Helper::Fls64
         | Helper::TailCall
+        | Helper::RdonlyCast
         | Helper::SessionIsReturn
         | Helper::SessionCookie => false,
         _ => true,

@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 
 use compiled::{compile, gcc};
 use flea_symbols::addr::{FileOffset, Svma};
-use flea_symbols::{Module, ModuleError, Pattern};
+use flea_symbols::{Module, ModuleError, Pattern, TypeNames};
 use proptest::prelude::*;
 
 const SOURCE: &str = "
@@ -52,6 +52,11 @@ fn exercise(image: &[u8], debug: Option<&[u8]>) {
         let signature = module.signature(function);
         let _ = signature.declaration(&function.name);
         let _ = module.stack_words_proof(function);
+        let graph = module.types(&[(function, &signature)], TypeNames::These(&["s", "t"]));
+        assert!(graph.slots[0].len() > signature.arg_words().count());
+    }
+    for (id, _) in module.types(&[], TypeNames::All).types.iter() {
+        let _ = id.index();
     }
 }
 

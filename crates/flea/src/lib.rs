@@ -36,6 +36,7 @@ pub mod attached;
 pub mod builtin;
 mod change;
 mod error;
+mod fit;
 pub mod frames_file;
 mod function;
 mod link;
@@ -72,6 +73,7 @@ pub use flea_object::{
 };
 pub use flea_process::{Exit, Pid};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
+pub use flea_verifier::Permissions;
 
 /// Why the verifier refused a program, as facts: see [`AttachError::Rejected`].
 pub mod rejection {

@@ -10,9 +10,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use flea_object::types::Types;
 use flea_process::{Mapping, Pid, ProcError};
 use flea_symbols::{
-    ModuleError,
+    ModuleError, TypeNames,
     addr::{RemoteAddr, Svma},
 };
 use memmap2::Mmap;
@@ -169,6 +170,11 @@ impl Module {
             Ok(cell) => Ok(cell.with_dependent(|_, symbols| f(symbols))),
             Err(error) => Err(Arc::clone(error)),
         }
+    }
+
+    /// The types that programs may call by one of `names`.
+    pub(crate) fn types_named(&self, names: &[&str]) -> Result<Types, Arc<OpenError>> {
+        self.with_symbols(|s| s.types(&[], TypeNames::These(names)).types)
     }
 
     /// Where `address` is in the target.

@@ -5,13 +5,15 @@ use std::sync::Arc;
 
 use flea_image::SiteKind;
 use flea_object::spec::{MapIdx, MapKind, MapSpec, Program, ProgramKind};
+use flea_object::types::TypeId;
 use flea_symbols::signature::{
     ArgWord, Param, RetWord, Return, Signature, SignatureSource, StackWords, Type,
 };
-use flea_verifier::{Context, Verified, targets, verify};
+use flea_verifier::{Context, Target, Verified, Verifier, targets};
 use iced_x86::code_asm::*;
 
 use crate::asm;
+use crate::graph::Graph;
 use crate::support::rig::{self, assemble};
 
 /// One file's upper part.
@@ -23,6 +25,9 @@ pub struct Case {
     pub stack_align_bytes: u32,
     pub is_unwinder: bool,
     pub controllers: Vec<Controller>,
+    /// Types of the target, and which of them the context's words have.
+    graph: Graph,
+    slots: Vec<Option<TypeId>>,
     /// The registers of each run that are named.
     pub runs: Vec<Vec<(String, u64)>>,
 }
@@ -104,6 +109,8 @@ impl Case {
             is_unwinder: false,
             controllers: vec![],
             runs: vec![],
+            graph: Graph::parse(text.lines().filter(|l| l.starts_with("struct "))),
+            slots: vec![],
         };
         let mut programs: Vec<(usize, ProgramKind, Vec<&str>)> = vec![];
         let mut held: Vec<((MapIdx, u32), Vec<&str>)> = vec![];
@@ -125,6 +132,8 @@ impl Case {
                     held.push((slot(rest), vec![]));
                 }
                 "run:" => case.runs.push(run(rest)),
+                "struct" => {}
+                "slots" => case.slots = case.graph.slots(rest),
                 _ if is_held => held.last_mut().unwrap().1.push(line),
                 _ => programs.last_mut().unwrap_or_else(|| panic!("what is {line}")).2.push(line),
             }
@@ -238,7 +247,9 @@ fn verified(lines: &[&str], kind: ProgramKind, case: &Case) -> Verified {
         ProgramKind::Uprobe | ProgramKind::Uretprobe => Context::PtRegs,
         _ => tracing,
     };
-    verify(&program, &case.maps, context).unwrap_or_else(|e| panic!("{}", e.log.join("\n")))
+    let target = Target { types: &case.graph.types, slots: &case.slots };
+    let verifier = Verifier::new(&program, &case.maps, context).target(target);
+    verifier.verify().unwrap_or_else(|e| panic!("{}", e.log.join("\n")))
 }
 
 /// `u64 f(int a, double b)`: integers and pointers, float and double, `__int128` results.
