@@ -95,7 +95,7 @@ pub enum Kind<'a> {
         /// Marked as signed, or with a value that would be negative.
         signed: bool,
         /// Names and values, signed ones sign-extended.
-        values: Vec<(&'a str, u64)>,
+        values: Vec<Enumerator<'a>>,
     },
     /// A pointer.
     Ptr {
@@ -160,6 +160,9 @@ pub enum Kind<'a> {
         component: u32,
     },
 }
+
+/// A name and its value.
+pub type Enumerator<'a> = (&'a str, u64);
 
 /// An integer type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -398,7 +401,7 @@ impl<'a> Btf<'a> {
         reader: &mut Reader<'a>,
         n_values: u32,
         flag: bool,
-    ) -> Result<(Vec<(&'a str, u64)>, bool), BtfError> {
+    ) -> Result<(Vec<Enumerator<'a>>, bool), BtfError> {
         let words = (0..n_values)
             .map(|_| Ok((self.string(reader.u32()?)?, reader.u32()?)))
             .collect::<Result<Vec<_>, BtfError>>()?;
@@ -414,7 +417,7 @@ impl<'a> Btf<'a> {
         &self,
         reader: &mut Reader<'a>,
         n_values: u32,
-    ) -> Result<Vec<(&'a str, u64)>, BtfError> {
+    ) -> Result<Vec<Enumerator<'a>>, BtfError> {
         (0..n_values)
             .map(|_| {
                 let (name, low, high) = (reader.u32()?, reader.u32()?, reader.u32()?);

@@ -27,6 +27,8 @@ use spec::Spec;
 use value::Outcome;
 
 pub use patch::POISON;
+#[cfg(test)]
+pub(crate) use tests::any_types;
 
 /// Steps from the outermost type to a field; more are damage. Linux's number.
 pub(crate) const MAX_STEPS: usize = 64;
@@ -195,7 +197,7 @@ impl CoreRelocation {
     }
 
     /// The first of its names that `target` knows, and its types there of the same kind.
-    fn candidates<'t>(&self, local: &Types, target: &'t Types) -> (&str, Vec<TypeId>) {
+    fn candidates(&self, local: &Types, target: &Types) -> (&str, Vec<TypeId>) {
         let known = self.names.iter().map(|name| (name.as_str(), target.named(name)));
         let known = known.filter(|(_, ids)| !ids.is_empty());
         for (name, ids) in known {

@@ -25,8 +25,8 @@ pub fn parse(bytes: &[u8]) -> Result<Object, ObjectError> {
         _ => BtfExt::default(),
     };
     let declared = maps::read_declared(&elf, btf.as_ref())?;
-    let slots = prog_array::named_slots(&elf, &declared)?;
-    let mut linker = Linker::new(&elf, btf.as_ref(), &ext, &declared)?;
+    let slots = prog_array::named_slots(&elf, &declared.program_arrays)?;
+    let mut linker = Linker::new(&elf, btf.as_ref(), &ext, declared)?;
     let programs = linker.link_programs()?;
     let program_slots = slots.iter().map(|s| s.resolve(&programs)).collect::<Result<_, _>>()?;
     let (maps, types) = linker.into_parts();

@@ -12,69 +12,82 @@
 //! `values` has no bytes of its own in the type: the variable goes on behind the structure, with
 //! an address for each program, of which the file has the relocations.
 
-use crate::elf::{Elf, R_BPF_64_ABS64, Relocation, Section};
-use crate::maps::{DeclaredMap, MapError, MapFault};
+use std::ops::Range;
+
+use crate::btf::{Btf, Kind};
+use crate::elf::{Elf, R_BPF_64_ABS64, Relocation};
+use crate::error::ObjectError;
+use crate::maps::{MapError, MapFault};
 use crate::spec::{MapIdx, Program, ProgramSlot};
 
 /// Bytes of an address.
 const POINTER_BYTES: u64 = 8;
 
+/// An array with `values`.
+#[derive(Debug)]
+pub(crate) struct FilledArray {
+    pub map: MapIdx,
+    pub name: String,
+    pub max_entries: u32,
+    /// Its variable in `.maps`.
+    pub place: Range<u64>,
+    /// Where in it the values begin.
+    pub values_offset: u64,
+}
+
 /// An element whose program is known by name alone.
 pub(crate) struct NamedSlot<'a> {
     map: MapIdx,
-    map_name: &'a str,
+    map_name: String,
     index: u32,
     symbol: &'a str,
 }
 
-/// The elements that the definitions in `.maps` name.
+/// `__array(values, int (void *))` is `int (*values[])(void *)`.
+pub(crate) fn are_program_pointers(btf: &Btf<'_>, type_id: u32) -> Result<bool, ObjectError> {
+    let Kind::Array { of, .. } = btf.resolve(type_id)?.kind else { return Ok(false) };
+    let Kind::Ptr { to } = btf.resolve(of)?.kind else { return Ok(false) };
+    Ok(matches!(btf.resolve(to)?.kind, Kind::Proto { .. }))
+}
+
+/// The elements that `arrays` name.
 pub(crate) fn named_slots<'a>(
     elf: &'a Elf<'_>,
-    declared: &'a [DeclaredMap],
+    arrays: &[FilledArray],
 ) -> Result<Vec<NamedSlot<'a>>, MapError> {
     let Some(section) = elf.section_named(".maps") else { return Ok(Vec::new()) };
-    section
-        .relocations
-        .iter()
-        .map(|relocation| named_slot(elf, section, declared, relocation))
-        .collect()
+    let mut slots = Vec::new();
+    for array in arrays {
+        for relocation in section.relocations.iter().filter(|r| array.place.contains(&r.offset)) {
+            slots.push(named_slot(elf, array, *relocation)?);
+        }
+    }
+    Ok(slots)
 }
 
 fn named_slot<'a>(
     elf: &'a Elf<'_>,
-    section: &Section<'_>,
-    declared: &'a [DeclaredMap],
-    relocation: &Relocation,
+    array: &FilledArray,
+    relocation: Relocation,
 ) -> Result<NamedSlot<'a>, MapError> {
     let symbol = &elf.symbols[relocation.symbol];
-    // Sorted by offset.
-    let behind = declared.partition_point(|map| map.offset <= relocation.offset);
-    let Some(at) = behind.checked_sub(1) else {
-        let fault = MapFault::AddressInDefinition {
-            offset: relocation.offset,
-            symbol: symbol.name.clone(),
-        };
-        return Err(fault.of(&section.name));
-    };
-    let map = &declared[at];
-    let fault = |fault: MapFault| Err(fault.of(&map.spec.name));
-    let into_values = map.values_at.and_then(|values| relocation.offset.checked_sub(values));
-    let index = into_values
-        .filter(|offset| relocation.r_type == R_BPF_64_ABS64 && offset % POINTER_BYTES == 0)
-        .and_then(|offset| u32::try_from(offset / POINTER_BYTES).ok());
+    let fault = |fault: MapFault| Err(fault.of(&array.name));
+    let offset = relocation.offset - array.place.start;
+    let index = offset
+        .checked_sub(array.values_offset)
+        .filter(|at| relocation.r_type == R_BPF_64_ABS64 && at.is_multiple_of(POINTER_BYTES))
+        .and_then(|at| u32::try_from(at / POINTER_BYTES).ok());
     let Some(index) = index else {
-        let (offset, symbol) = (relocation.offset - map.offset, symbol.name.clone());
-        return fault(MapFault::AddressInDefinition { offset, symbol });
+        return fault(MapFault::AddressInDefinition { offset, symbol: symbol.name.clone() });
     };
-    let max_entries = map.spec.max_entries;
+    let max_entries = array.max_entries;
     if index >= max_entries {
         return fault(MapFault::TooManyValues { index, max_entries });
     }
     if !symbol.function || symbol.local {
         return fault(MapFault::NotAProgram { index, symbol: symbol.name.clone() });
     }
-    let map_idx = MapIdx(u32::try_from(at).expect("a map takes bytes of the file"));
-    Ok(NamedSlot { map: map_idx, map_name: &map.spec.name, index, symbol: &symbol.name })
+    Ok(NamedSlot { map: array.map, map_name: array.name.clone(), index, symbol: &symbol.name })
 }
 
 impl NamedSlot<'_> {
@@ -83,7 +96,7 @@ impl NamedSlot<'_> {
         let Self { map, index, symbol, .. } = *self;
         let program = programs.iter().position(|program| program.name == symbol);
         let program = program.ok_or_else(|| {
-            MapFault::NotAProgram { index, symbol: symbol.to_owned() }.of(self.map_name)
+            MapFault::NotAProgram { index, symbol: symbol.to_owned() }.of(&self.map_name)
         })?;
         Ok(ProgramSlot { map, index, program })
     }

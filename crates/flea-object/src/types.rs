@@ -17,6 +17,8 @@ pub struct Types {
     types: Vec<Type>,
     /// By [`key`].
     names: BTreeMap<String, Vec<TypeId>>,
+    /// Names by typedefs, as C headers spell them.
+    typedefs: BTreeMap<String, Vec<TypeId>>,
 }
 
 /// One type.
@@ -113,7 +115,7 @@ impl TypeId {
 
 impl Default for Types {
     fn default() -> Self {
-        Self { types: vec![Type::Void], names: BTreeMap::new() }
+        Self { types: vec![Type::Void], names: BTreeMap::new(), typedefs: BTreeMap::new() }
     }
 }
 
@@ -139,6 +141,20 @@ impl Types {
         if !ids.contains(&id) {
             ids.push(id);
         }
+    }
+
+    /// Lets `id` be found by `name`, which a typedef gives it.
+    pub fn add_typedef(&mut self, name: &str, id: TypeId) {
+        self.add_name(name, id);
+        let ids = self.typedefs.entry(c_name(name).into_owned()).or_default();
+        if !ids.contains(&id) {
+            ids.push(id);
+        }
+    }
+
+    /// Names that typedefs give, as C headers spell them, and what each may mean.
+    pub fn typedefs(&self) -> impl Iterator<Item = (&str, &[TypeId])> {
+        self.typedefs.iter().map(|(name, ids)| (name.as_str(), ids.as_slice()))
     }
 
     /// The types that `name` may mean, a flavour (`name___2`) taken off.
@@ -345,7 +361,11 @@ pub fn c_name(name: &str) -> Cow<'_, str> {
     let scopes: Vec<String> = spelled.split("::").map(words).filter(|s| !s.is_empty()).collect();
     let spelled = scopes.join("__");
     let needs_start = spelled.is_empty() || spelled.starts_with(|c: char| c.is_ascii_digit());
-    if needs_start { format!("_{spelled}").into() } else { spelled.into() }
+    match spelled {
+        _ if needs_start => format!("_{spelled}").into(),
+        _ if RESERVED.contains(&spelled.as_str()) => format!("{spelled}_").into(),
+        _ => spelled.into(),
+    }
 }
 
 /// What C headers for programs call the base class `tag` in a class: it has no name there.
@@ -382,6 +402,7 @@ mod tests {
         check("(anonymous namespace)::S", "anonymous_namespace__S");
         check("core::option::Option<&str>", "core__option__Option_ref_str");
         check("0", "_0");
+        check("(char)", "char_");
         check("_vptr.Base", "vptr_Base");
         check("größe", "gr_e");
         check("", "");

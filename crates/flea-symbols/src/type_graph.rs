@@ -28,6 +28,14 @@ pub struct TypeGraph {
     /// `ctx`'s order, then the result. `None` for a part of a larger value, and where it is not
     /// known. A result that is not there, or not known, has one word.
     pub slots: Vec<Vec<Option<TypeId>>>,
+    /// The types of the functions' parameters and results, whole.
+    pub declared: Vec<TypeId>,
+}
+
+/// What is read of functions.
+struct Found {
+    slots: Vec<Vec<Option<TypeId>>>,
+    declared: Vec<TypeId>,
 }
 
 impl Module<'_> {
@@ -35,28 +43,35 @@ impl Module<'_> {
     /// What a name means is searched in all of the module's debug information.
     #[must_use]
     pub fn types(&self, functions: &[(&Function, &Signature)], names: TypeNames<'_>) -> TypeGraph {
-        let mut slots = vec![Vec::new(); functions.len()];
-        let found = self.dwarf_types(functions, names, &mut slots);
-        let mut types = self.btf_types(found, functions, names, &mut slots);
+        let mut found = Found { slots: vec![Vec::new(); functions.len()], declared: Vec::new() };
+        let types = self.dwarf_types(functions, names, &mut found);
+        let mut types = self.btf_types(types, functions, names, &mut found);
         types.sort_members();
+        let Found { mut slots, declared } = found;
         for ((_, signature), slots) in functions.iter().zip(&mut slots) {
             slots.resize(n_slots(signature), None);
         }
-        TypeGraph { types, slots }
+        TypeGraph { types, slots, declared }
+    }
+
+    /// Whether any debug information is there that may describe types.
+    #[must_use]
+    pub fn describes_types(&self) -> bool {
+        self.debug_info().has_units() || !self.type_info().parts().is_empty()
     }
 
     fn dwarf_types(
         &self,
         functions: &[(&Function, &Signature)],
         names: TypeNames<'_>,
-        slots: &mut [Vec<Option<TypeId>>],
+        found: &mut Found,
     ) -> Types {
         let info = self.debug_info();
         let view = info.dwarf();
         let dies = Dies::new(&view);
         let index = || info.type_index();
         let mut graph = dwarf::graph::Graph::new(&dies, &index);
-        for ((function, signature), slots) in functions.iter().zip(slots) {
+        for ((function, signature), slots) in functions.iter().zip(&mut found.slots) {
             if signature.source != SignatureSource::Dwarf {
                 continue;
             }
@@ -68,6 +83,7 @@ impl Module<'_> {
                 let params: Vec<TypeId> = params.iter().map(|die| graph.type_of(die)).collect();
                 let ret = graph.type_of(&die);
                 *slots = slots_of(graph.types_so_far(), signature, &params, ret);
+                found.declared.extend(params.into_iter().chain([ret]));
             }
         }
         match names {
@@ -82,7 +98,7 @@ impl Module<'_> {
         types: Types,
         functions: &[(&Function, &Signature)],
         names: TypeNames<'_>,
-        slots: &mut [Vec<Option<TypeId>>],
+        found: &mut Found,
     ) -> Types {
         let info = self.type_info();
         // What DWARF knows is not added a second time.
@@ -94,7 +110,7 @@ impl Module<'_> {
         };
         let has_dwarf = types.len() > 1;
         let mut graph = btf::Graph::new(info.parts(), types);
-        for ((function, signature), slots) in functions.iter().zip(slots) {
+        for ((function, signature), slots) in functions.iter().zip(&mut found.slots) {
             let from_btf = signature.source == SignatureSource::Btf;
             if let Some((part, params, ret)) = info.prototype(function).filter(|_| from_btf) {
                 let named = signature.params.len().min(params.len());
@@ -102,6 +118,7 @@ impl Module<'_> {
                     params[..named].iter().map(|id| graph.id_of(part, *id)).collect();
                 let ret = graph.id_of(part, ret);
                 *slots = slots_of(graph.types_so_far(), signature, &params, ret);
+                found.declared.extend(params.into_iter().chain([ret]));
             }
         }
         match names {

@@ -16,6 +16,8 @@ use flea_object::interp::{Interpreter, Memory, NoHost, Protection};
 use flea_object::spec::{Object, Program};
 use flea_object::types::Types;
 use flea_symbols::{Module, TypeNames};
+use object::{Object as _, ObjectSection as _};
+use proptest::prelude::*;
 
 const TARGET: &str = include_str!("core_relo/target.c");
 /// Their ways to relocate differ.
@@ -23,6 +25,17 @@ const CLANGS: [&str; 3] = ["clang-14", "clang-16", "clang-19"];
 
 /// The object by every clang that there is.
 fn objects() -> Vec<(&'static str, Object)> {
+    let parse =
+        |(clang, bytes): &(&'static str, Vec<u8>)| (*clang, flea_object::parse(bytes).unwrap());
+    files().iter().map(parse).collect()
+}
+
+fn files() -> &'static [(&'static str, Vec<u8>)] {
+    static FILES: OnceLock<Vec<(&str, Vec<u8>)>> = OnceLock::new();
+    FILES.get_or_init(compile_objects)
+}
+
+fn compile_objects() -> Vec<(&'static str, Vec<u8>)> {
     let directory: PathBuf = [env!("CARGO_MANIFEST_DIR"), "tests", "core_relo"].iter().collect();
     let mut found = Vec::new();
     for clang in CLANGS {
@@ -32,7 +45,7 @@ fn objects() -> Vec<(&'static str, Object)> {
             .output();
         let Ok(output) = output else { continue };
         assert!(output.status.success(), "{clang}: {}", String::from_utf8_lossy(&output.stderr));
-        found.push((clang, flea_object::parse(&output.stdout).unwrap()));
+        found.push((clang, output.stdout));
     }
     if found.is_empty() {
         assert!(std::env::var_os("CI").is_none(), "no clang on CI");
@@ -138,6 +151,37 @@ fn what_is_missing_poisons_its_instruction() {
                 "field 'struct node___mine.gone': the target's 'node' has no such field, \
                  or one of another kind"
             );
+        }
+    }
+}
+
+/// Bytes of types and relocations, changed anywhere.
+fn damaged() -> impl Strategy<Value = (usize, Vec<(usize, u8)>)> {
+    let change = (any::<prop::sample::Index>().prop_map(|at| at.index(1 << 20)), any::<u8>());
+    (0usize..8, prop::collection::vec(change, 1..6))
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// There is an answer or an error.
+    #[test]
+    fn damaged_objects_are_no_trouble((which, changes) in damaged()) {
+        let Some((_, good)) = files().get(which % files().len().max(1)) else { return Ok(()) };
+        let file = object::File::parse(good.as_slice()).unwrap();
+        let ranges = [".BTF", ".BTF.ext"].map(|name| file.section_by_name(name).unwrap());
+        let mut bytes = good.clone();
+        for (at, value) in changes {
+            let (start, len) = ranges[at % 2].file_range().unwrap();
+            bytes[usize::try_from(start).unwrap() + at / 2 % usize::try_from(len).unwrap()] = value;
+        }
+        let Ok(object) = flea_object::parse(&bytes) else { return Ok(()) };
+        let types = types_for(&object, &builds()[which % builds().len()].bytes);
+        for program in &object.programs {
+            let (insns, relocations) = (&program.insns, &program.core_relocations);
+            if let Ok(relocated) = relocate(insns, relocations, &object.types, &types) {
+                prop_assert_eq!(relocated.insns.len(), insns.len());
+            }
         }
     }
 }

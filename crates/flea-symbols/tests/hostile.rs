@@ -7,6 +7,8 @@ mod compiled;
 use std::sync::OnceLock;
 
 use compiled::{compile, gcc};
+use flea_object::header::header;
+use flea_object::types::TypeId;
 use flea_symbols::addr::{FileOffset, Svma};
 use flea_symbols::{Module, ModuleError, Pattern, TypeNames};
 use proptest::prelude::*;
@@ -55,9 +57,9 @@ fn exercise(image: &[u8], debug: Option<&[u8]>) {
         let graph = module.types(&[(function, &signature)], TypeNames::These(&["s", "t"]));
         assert!(graph.slots[0].len() > signature.arg_words().count());
     }
-    for (id, _) in module.types(&[], TypeNames::All).types.iter() {
-        let _ = id.index();
-    }
+    let types = module.types(&[], TypeNames::All).types;
+    let ids: Vec<TypeId> = types.iter().map(|(id, _)| id).collect();
+    assert!(header(&types, &ids).text.ends_with("#endif\n"));
 }
 
 proptest! {

@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::time::Instant;
 
 use flea_layout::plan::ArenaPlan;
+use flea_object::LOCK_BYTES;
 use flea_object::helper::Helper;
 use flea_object::interp::{Host, Memory, Protection};
 use flea_object::spec::{MapIdx, MapKind, MapSpec};
@@ -18,6 +19,7 @@ const EOPNOTSUPP: i64 = -95;
 
 const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
+const BPF_F_LOCK: u64 = 4;
 /// A ring buffer record's header.
 const RECORD_HEADER_BYTES: u64 = 8;
 /// What a map looks like in a register; outside all memory.
@@ -33,6 +35,8 @@ enum Table {
     Ring { used_bytes: u64 },
     /// A program array: a vector is one program, so it is empty.
     Programs,
+    /// Which map is at which key.
+    Maps(BTreeMap<Vec<u8>, u32>),
 }
 
 /// The maps of one vector.
@@ -42,6 +46,8 @@ pub(crate) struct MapsHost {
     context: Vec<u64>,
     /// Addresses of ring buffer records that are reserved and not given back.
     records: HashSet<u64>,
+    /// Address of the lock that the program holds.
+    held_lock: Option<u64>,
     since: Instant,
 }
 
@@ -67,6 +73,10 @@ impl MapsHost {
             MapKind::Hash | MapKind::PerCpuHash => Table::Hash(BTreeMap::new()),
             MapKind::RingBuf => Table::Ring { used_bytes: 0 },
             MapKind::ProgArray => Table::Programs,
+            MapKind::ArrayOfMaps | MapKind::HashOfMaps => {
+                let init = spec.inner.iter().flat_map(|inner| &inner.init);
+                Table::Maps(init.map(|(key, map)| (key.to_le_bytes().to_vec(), map.0)).collect())
+            }
         });
         let tables = tables.collect();
         Self {
@@ -74,6 +84,7 @@ impl MapsHost {
             tables,
             context,
             records: HashSet::new(),
+            held_lock: None,
             since: Instant::now(),
         }
     }
@@ -96,6 +107,7 @@ impl MapsHost {
                 if inside { base + index * stride } else { 0 }
             }
             Table::Hash(elements) => elements.get(key).copied().unwrap_or(0),
+            Table::Maps(maps) => maps.get(key).map_or(0, |map| HANDLE_BASE + u64::from(*map)),
             Table::Ring { .. } | Table::Programs => 0,
         }
     }
@@ -108,7 +120,9 @@ impl MapsHost {
         flags: u64,
         memory: &mut Memory,
     ) -> Result<i64, String> {
-        if flags > BPF_EXIST {
+        let lock = self.specs[map].lock_offset;
+        let (flags, locked) = (flags & !BPF_F_LOCK, flags & BPF_F_LOCK != 0);
+        if flags > BPF_EXIST || (locked && lock.is_none()) {
             return Ok(EINVAL);
         }
         let found = self.lookup(map, &key);
@@ -120,15 +134,37 @@ impl MapsHost {
                 if elements.len() as u64 >= u64::from(self.specs[map].max_entries) {
                     return Ok(E2BIG);
                 }
-                elements.insert(key, memory.add(value.to_vec(), Protection::ReadWrite));
+                let mut value = value.to_vec();
+                if let Some(lock) = lock_bytes(&mut value, lock) {
+                    lock.fill(0);
+                }
+                elements.insert(key, memory.add(value, Protection::ReadWrite));
                 return Ok(0);
             }
             (Table::Hash(_), _) if flags == BPF_NOEXIST => return Ok(EEXIST),
-            (Table::Ring { .. } | Table::Programs, _) => return Ok(EINVAL),
+            (Table::Ring { .. } | Table::Programs | Table::Maps(_), _) => return Ok(EINVAL),
             _ => {}
         }
         let place = memory.write(found, value.len() as u64).map_err(|e| e.to_string())?;
-        place.copy_from_slice(value);
+        let mut value = value.to_vec();
+        if let (Some(to), Some(from)) = (lock_bytes(&mut value, lock), lock_bytes(place, lock)) {
+            to.copy_from_slice(from);
+        }
+        place.copy_from_slice(&value);
+        Ok(0)
+    }
+
+    /// There is one thread: nobody waits.
+    fn lock(&mut self, helper: Helper, at: u64, memory: &Memory) -> Result<u64, String> {
+        memory.load(at, LOCK_BYTES).map_err(|e| e.to_string())?;
+        let (before, after) = match helper {
+            Helper::SpinLock => (None, Some(at)),
+            _ => (Some(at), None),
+        };
+        if self.held_lock != before {
+            return Err(format!("{} of {at:#x} with {:x?} held", helper.name(), self.held_lock));
+        }
+        self.held_lock = after;
         Ok(0)
     }
 
@@ -142,7 +178,7 @@ impl MapsHost {
                     ENOENT
                 }
             }
-            Table::Array { .. } | Table::Ring { .. } | Table::Programs => EINVAL,
+            Table::Array { .. } | Table::Ring { .. } | Table::Programs | Table::Maps(_) => EINVAL,
         }
     }
 
@@ -226,6 +262,7 @@ impl Host for MapsHost {
                 let known = self.records.remove(&args[0]);
                 known.then_some(0).ok_or_else(|| format!("{:#x} is no record", args[0]))
             }
+            Helper::SpinLock | Helper::SpinUnlock => self.lock(helper, args[0], memory),
             // Any clock that goes forward: the compiled program reads it at another time.
             Helper::KtimeGetNs | Helper::KtimeGetBootNs => {
                 Ok(u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX))
@@ -270,7 +307,7 @@ impl Host for MapsHost {
     fn map_value_address(&self, map: MapIdx) -> Option<u64> {
         match self.tables.get(map.0 as usize)? {
             Table::Array { base, .. } => Some(*base),
-            Table::Hash(_) | Table::Ring { .. } | Table::Programs => None,
+            Table::Hash(_) | Table::Ring { .. } | Table::Programs | Table::Maps(_) => None,
         }
     }
 
@@ -280,6 +317,12 @@ impl Host for MapsHost {
             _ => Err(format!("{map:#x} is no program array")),
         }
     }
+}
+
+/// The lock's bytes in a value, where it has one.
+fn lock_bytes(value: &mut [u8], lock: Option<u32>) -> Option<&mut [u8]> {
+    let start = usize::try_from(lock?).ok()?;
+    value.get_mut(start..start + usize::try_from(LOCK_BYTES).ok()?)
 }
 
 fn comm(out: u64, size: u64, memory: &mut Memory) -> Result<u64, String> {

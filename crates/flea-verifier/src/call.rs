@@ -6,6 +6,7 @@ use flea_object::types::{Type, TypeId};
 
 use crate::Context;
 use crate::access::{self, Access, Request, followable, helper_stack_span};
+use crate::lock::{self, Lock};
 use crate::machine::Machine;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
@@ -27,6 +28,7 @@ struct Seen {
     /// Stack bytes that the helper fills.
     fills: Vec<(usize, Span)>,
     release: Option<Pointer>,
+    lock: Option<Lock>,
     /// The largest key of a lookup in an array, where it is known.
     key_max: Option<u64>,
     cast_to: Option<TypeId>,
@@ -40,7 +42,9 @@ impl Machine<'_> {
         id: i32,
         state: &mut State,
     ) -> Result<(), Fault> {
-        let helper = Helper::from_id(id).ok_or_else(|| {
+        let known = Helper::from_id(id);
+        lock::check_call(state, known)?;
+        let helper = known.ok_or_else(|| {
             Fault::new(format!("invalid func unknown#{id}"))
                 .hint("this helper of Linux does not exist here")
         })?;
@@ -60,11 +64,14 @@ impl Machine<'_> {
         if let Some(record) = seen.release {
             release(state, record)?;
         }
+        if let Some(lock) = seen.lock {
+            lock::apply(helper, lock, state)?;
+        }
         state.set_reg(Reg::R0, Value::NotInit);
         for reg in (0..5).map(Reg::arg) {
             state.set_reg(reg, Value::NotInit);
         }
-        let result = self.result(idx, proto.ret, &seen, constants, state);
+        let result = self.result(idx, proto.ret, &seen, constants, state)?;
         state.set_reg(Reg::R0, result);
         Ok(())
     }
@@ -117,7 +124,7 @@ impl Machine<'_> {
                     Err(Fault::new(format!("R{r} leaks addr into helper function")))
                 }
             },
-            Arg::ElementMap | Arg::WrittenMap | Arg::RingBuf | Arg::ProgArray => {
+            Arg::LookupMap | Arg::WrittenMap | Arg::RingBuf | Arg::ProgArray => {
                 seen.map = Some(self.map_arg(reg, &value, arg, helper)?);
                 Ok(())
             }
@@ -150,6 +157,10 @@ impl Machine<'_> {
                 seen.release = Some(record_arg(reg, &value)?);
                 Ok(())
             }
+            Arg::Lock => {
+                seen.lock = Some(self.lock_arg(reg, &value)?);
+                Ok(())
+            }
             Arg::Ctx => ctx_arg(reg, &value),
             Arg::Castable if value.as_scalar().is_some() || value.is_target() => Ok(()),
             Arg::Castable => Err(mismatch(reg, &value, arg)),
@@ -180,7 +191,8 @@ impl Machine<'_> {
     }
 
     fn map_arg(&self, reg: Reg, value: &Value, arg: Arg, helper: Helper) -> Result<MapIdx, Fault> {
-        let Value::Pointer(Pointer { kind: PointerKind::Map(map), .. }) = *value else {
+        let Value::Pointer(Pointer { kind: PointerKind::Map(map), or_null: None, .. }) = *value
+        else {
             return Err(mismatch(reg, value, arg));
         };
         let spec = self.map(map)?;
@@ -303,12 +315,11 @@ impl Machine<'_> {
         seen: &Seen,
         constants: [Option<u64>; 5],
         state: &mut State,
-    ) -> Value {
-        let or_null = |machine: &mut Self, kind| {
-            let or_null = Some(machine.fresh_id());
-            Value::Pointer(Pointer { kind, off: Scalar::constant(0), or_null })
+    ) -> Result<Value, Fault> {
+        let or_null = |id, kind| {
+            Value::Pointer(Pointer { kind, off: Scalar::constant(0), or_null: Some(id) })
         };
-        match (ret, seen.map) {
+        Ok(match (ret, seen.map) {
             (Ret::Void, _) => Value::NotInit,
             (Ret::LengthOrError, _) => {
                 // Linux: errors are -1 to -4095.
@@ -317,14 +328,22 @@ impl Machine<'_> {
             }
             // Every element of an array is there.
             (Ret::ValueOrNull, Some(map)) if self.has_element(map, seen.key_max) => {
-                Value::pointer(PointerKind::MapValue(map))
+                let element = self.fresh_id();
+                Value::pointer(self.value_of(map, Some(element))?)
             }
-            (Ret::ValueOrNull, Some(map)) => or_null(self, PointerKind::MapValue(map)),
+            (Ret::ValueOrNull, Some(map)) => {
+                let id = self.fresh_id();
+                let kind = match &self.map(map)?.inner {
+                    Some(inner) => PointerKind::Map(inner.template),
+                    None => self.value_of(map, Some(id))?,
+                };
+                or_null(id, kind)
+            }
             (Ret::RecordOrNull, _) => {
                 let size_bytes = constants[1].and_then(|s| u32::try_from(s).ok()).unwrap_or(0);
                 let reference = self.fresh_id();
                 state.acquire(Reference { id: reference, insn_idx: idx });
-                or_null(self, PointerKind::Record { size_bytes, reference })
+                or_null(self.fresh_id(), PointerKind::Record { size_bytes, reference })
             }
             (Ret::BitNumber, _) => Value::scalar(Scalar::signed(0, 64)),
             (Ret::Cast, _) => match seen.cast_to {
@@ -333,7 +352,7 @@ impl Machine<'_> {
             },
             (Ret::Cookie, _) => Value::pointer(PointerKind::Cookie),
             (Ret::Number | Ret::ValueOrNull, _) => Value::UNKNOWN,
-        }
+        })
     }
 }
 

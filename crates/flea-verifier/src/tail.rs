@@ -8,6 +8,7 @@
 use flea_object::helper::Helper;
 
 use crate::cfg::Cfg;
+use crate::lock;
 use crate::machine::{Flow, Machine};
 use crate::op::{Op, Reg};
 use crate::report::Fault;
@@ -37,6 +38,8 @@ impl Machine<'_> {
             }
             return Ok(Flow::To(idx + 1));
         }
+        // The target may take a lock.
+        lock::check_records(&hit, Helper::TailCall)?;
         hit.set_reg(Reg::R0, Value::UNKNOWN);
         Ok(match hit.leave() {
             Some(call_idx) => {

@@ -54,12 +54,14 @@ mod replace;
 mod session;
 mod slots;
 mod transaction;
+pub mod types;
 mod unload;
 mod unwinder;
 mod vdso;
 
 pub use flea_maps::{
-    ArrayMap, HashMap, Map, MapError, PerCpuArrayMap, PerCpuHashMap, RingBuf, Update,
+    ArrayMap, ArrayOfMaps, HashMap, HashOfMaps, Map, MapError, PerCpuArrayMap, PerCpuHashMap,
+    RingBuf, Update,
 };
 pub use flea_object::{
     ObjectError, asm,
@@ -67,8 +69,8 @@ pub use flea_object::{
     insn::Insn,
     parse as parse_object,
     spec::{
-        MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec, ProgramKind,
-        ProgramSlot,
+        InnerMaps, MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec,
+        ProgramKind, ProgramSlot,
     },
 };
 pub use flea_process::{Exit, Pid};

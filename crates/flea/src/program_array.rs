@@ -42,9 +42,7 @@ use crate::{
 ///     key_size_bytes: 4,
 ///     value_size_bytes,
 ///     max_entries: 1,
-///     flags: 0,
-///     init: None,
-///     read_only: false,
+///     ..MapSpec::default()
 /// };
 /// let spec = ObjectSpec {
 ///     maps: vec![map("jumps", MapKind::ProgArray, 4), map("calls", MapKind::Array, 8)],

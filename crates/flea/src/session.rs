@@ -16,6 +16,7 @@ use crate::{
     modules::{self, Module},
     object::Object,
     patch::{Patch, PatchError},
+    types::{self, TypesError},
     vdso,
 };
 
@@ -195,6 +196,17 @@ impl Session {
     pub fn find(&self, pattern: &str) -> Result<Vec<Function>, FindError> {
         let modules = lock(&self.inner.modules).clone();
         function::find(self.inner.pid, &modules, pattern)
+    }
+
+    /// A C header of types of the target, for programs to be compiled against: those of the
+    /// functions and types `names` (`[MODULE:]NAME`), and all that they lead to. All are of one
+    /// module: the main executable where none is named, or another that has them.
+    ///
+    /// # Errors
+    /// No debug information, or none that has the names.
+    pub fn types_header(&self, names: &[String]) -> Result<String, TypesError> {
+        let modules = lock(&self.inner.modules).clone();
+        types::of_modules(&modules, names)
     }
 
     /// Allows the programs of objects that are loaded from now on what no program may by itself;

@@ -138,9 +138,7 @@ mod tests {
             key_size_bytes: 4,
             value_size_bytes: 4,
             max_entries: 3,
-            flags: 0,
-            init: None,
-            read_only: false,
+            ..MapSpec::default()
         };
         let slot = |&(map, index, program)| ProgramSlot { map: MapIdx(map), index, program };
         let program_slots = slots.iter().map(slot).collect();

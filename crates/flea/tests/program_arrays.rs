@@ -62,9 +62,7 @@ fn maps() -> Vec<MapSpec> {
         key_size_bytes: 4,
         value_size_bytes,
         max_entries,
-        flags: 0,
-        init: None,
-        read_only: false,
+        ..MapSpec::default()
     };
     let log_bytes = u32::try_from(8 * N_WORDS).unwrap();
     vec![

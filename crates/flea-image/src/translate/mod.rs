@@ -10,6 +10,7 @@ mod helper;
 mod jump;
 mod mem;
 pub(crate) mod op;
+mod records;
 mod registers;
 mod saves;
 mod tail;
@@ -33,10 +34,12 @@ use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
 
 pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, zero_cookie};
-pub(crate) use helper::call_runtime;
+pub(crate) use helper::{call_runtime, is_inline_array};
 pub(crate) use registers::is_saved_at_entry;
 pub(crate) use saves::Saves;
 use tail::Tails;
+
+use records::Records;
 
 /// Instructions that one body may hold, calls inlined: Cranelift takes about a second for it.
 const MAX_INSNS: u32 = 100_000;
@@ -44,12 +47,15 @@ const MAX_INSNS: u32 = 100_000;
 const MAX_CALL_DEPTH: u32 = 8;
 
 /// What one program is translated with.
+#[derive(Clone, Copy)]
 pub(crate) struct Use<'a> {
     pub verified: &'a Verified,
     pub kind: Option<ProgramKind>,
     pub cookie: u64,
     /// Word of this body's frame that holds the program's session cookie.
     pub cookie_word: u32,
+    /// Where a run goes that cannot get a lock; `None` where the program takes none.
+    pub given_up: Option<Block>,
 }
 
 /// What all programs of one body are translated with.
@@ -103,6 +109,7 @@ pub(crate) struct Translator<'a, 'b> {
     nonnull: HashSet<Value>,
     /// Somebody looks at what the main function returns.
     wants_result: bool,
+    records: Records,
 }
 
 /// One activation of one BPF function.
@@ -137,8 +144,17 @@ impl<'a, 'b> Translator<'a, 'b> {
         out: &'a mut Outcome,
     ) -> Self {
         let (used, tails) = (&members[0], Tails::default());
-        let nonnull = HashSet::new();
-        Self { b, env, used, out, members, tails, nonnull, wants_result: true }
+        Self {
+            b,
+            env,
+            used,
+            out,
+            members,
+            tails,
+            nonnull: HashSet::new(),
+            wants_result: true,
+            records: Records::default(),
+        }
     }
 
     /// Translates the whole program for what it does: its result is not even computed.
@@ -151,6 +167,7 @@ impl<'a, 'b> Translator<'a, 'b> {
     /// behind the program's end.
     pub fn program(&mut self, r1: Value, r2: Value) -> Result<Value, CompileError> {
         self.start_tails(r1, r2);
+        self.begin_records();
         let zero = self.iconst(0);
         self.function(0, [r1, r2, zero, zero, zero], 0)
     }
@@ -378,7 +395,12 @@ impl<'a, 'b> Translator<'a, 'b> {
                 let at = i64::try_from(map.slot_offset).unwrap_or(i64::MAX).wrapping_add(offset);
                 self.b.ins().iadd_imm_s(slot, at)
             }
-            MapKind::Hash | MapKind::PerCpuHash | MapKind::RingBuf | MapKind::ProgArray => {
+            MapKind::Hash
+            | MapKind::PerCpuHash
+            | MapKind::ArrayOfMaps
+            | MapKind::HashOfMaps
+            | MapKind::ProgArray
+            | MapKind::RingBuf => {
                 return Err(CompileError::BadFacts { insn_idx: idx, what: "map has no element 0" });
             }
         };

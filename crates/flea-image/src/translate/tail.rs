@@ -25,7 +25,6 @@ use cranelift_codegen::ir::{
 };
 use cranelift_frontend::Variable;
 use flea_object::helper::MAX_TAIL_CALLS;
-use flea_object::spec::ProgramKind;
 use flea_verifier::Verified;
 use flea_verifier::facts::Fact;
 use flea_verifier::targets::{Member, TailCall};
@@ -66,15 +65,10 @@ struct Run {
 }
 
 impl<'a> Use<'a> {
-    /// `verified` and all programs that its tail calls lead to, which run as it does: of its
-    /// kind, with its cookies.
-    pub fn members(
-        verified: &'a Verified,
-        kind: Option<ProgramKind>,
-        cookie: u64,
-        cookie_word: u32,
-    ) -> Vec<Self> {
-        verified.members().map(|verified| Self { verified, kind, cookie, cookie_word }).collect()
+    /// A program and all that its tail calls lead to, which run as it does: of its kind, with its
+    /// cookies.
+    pub fn members(first: Self) -> Vec<Self> {
+        first.verified.members().map(|verified| Self { verified, ..first }).collect()
     }
 }
 
@@ -129,6 +123,11 @@ impl Translator<'_, '_> {
         }
     }
 
+    /// The program whose instructions are being translated.
+    pub(super) fn member(&self) -> Member {
+        self.tails.nested.last().copied().unwrap_or(Member::FIRST)
+    }
+
     /// Whether a function of the present program has a region of its own.
     pub(super) fn makes_tail_calls(&self, function: u32) -> bool {
         let verified = self.used.verified;
@@ -154,8 +153,8 @@ impl Translator<'_, '_> {
         let region = Region { end, entries: BTreeMap::new(), waiting: Vec::new() };
         self.tails.regions.push(region);
         let is_main = function == 0;
-        let (used, member) = (self.used, self.tails.nested.last().copied());
-        if let (true, Some(member)) = (is_main, member) {
+        let (used, member) = (self.used, self.member());
+        if is_main {
             // Tail calls may come back to it.
             let entry = self.entry(member, 0);
             self.b.ins().jump(entry, &[]);
@@ -168,7 +167,7 @@ impl Translator<'_, '_> {
             self.target(member, insn_idx, depth)?;
         }
         if is_main {
-            self.tails.nested.extend(member);
+            self.tails.nested.push(member);
         }
         self.used = used;
         self.tails.regions.pop();

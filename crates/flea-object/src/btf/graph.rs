@@ -3,7 +3,7 @@
 use std::cell::OnceCell;
 use std::collections::HashMap;
 
-use super::{Btf, Kind};
+use super::{Btf, Kind, Word};
 use crate::types::{Member, Type, TypeId, Types};
 
 /// Arrays and pointers nested deeper than this are taken for a loop.
@@ -18,8 +18,10 @@ pub struct Graph<'g, 'data> {
     /// Structs, unions and enums that are still to be read.
     todo: Vec<Promise>,
     /// Definitions by name and whether they are unions, by part.
-    definitions: OnceCell<HashMap<(&'data str, bool), Vec<(usize, u32)>>>,
+    definitions: OnceCell<Definitions<'data>>,
 }
+
+type Definitions<'data> = HashMap<(&'data str, bool), Vec<(usize, u32)>>;
 
 /// What is read when everything that may name it has an id.
 struct Promise {
@@ -98,10 +100,11 @@ impl<'g, 'data> Graph<'g, 'data> {
             return TypeId::VOID;
         }
         if let Kind::Alias { of, .. } | Kind::Var { of } = ty.kind {
-            let name = Some(ty.name).filter(|name| !name.is_empty());
+            let is_typedef = matches!(ty.kind, Kind::Alias { word: Word::Typedef, .. });
+            let name = Some(ty.name).filter(|name| is_typedef && !name.is_empty());
             let id = self.id_at(part, of, name.or(given), depth + 1);
             if let Some(name) = name {
-                self.types.add_name(name, id);
+                self.types.add_typedef(name, id);
             }
             return id;
         }
@@ -196,7 +199,7 @@ impl<'g, 'data> Graph<'g, 'data> {
     }
 }
 
-fn definitions<'data>(parts: &[Btf<'data>]) -> HashMap<(&'data str, bool), Vec<(usize, u32)>> {
+fn definitions<'data>(parts: &[Btf<'data>]) -> Definitions<'data> {
     let mut found: HashMap<_, Vec<_>> = HashMap::new();
     for (i, part) in parts.iter().enumerate() {
         for (btf_id, ty) in part.types() {

@@ -132,7 +132,7 @@ pub(super) fn find(
         match *step {
             Step::Member { owner, index } => {
                 let Type::Struct { members, .. } = local.get(owner) else { return None };
-                id = walk.to_member(members.get(index)?, id, 0)?;
+                id = walk.go_to_member(members.get(index)?, id, 0)?;
             }
             Step::Element { index, .. } => {
                 if i > 0 {
@@ -157,7 +157,7 @@ struct Walk<'t> {
 
 impl Walk<'_> {
     /// Goes to the member of `id` that is called as `wanted`, through what has no name; its type.
-    fn to_member(&mut self, wanted: &Member, id: TypeId, depth: usize) -> Option<TypeId> {
+    fn go_to_member(&mut self, wanted: &Member, id: TypeId, depth: usize) -> Option<TypeId> {
         let Type::Struct { members, .. } = self.target.get(id) else { return None };
         if depth > MAX_STEPS {
             return None;
@@ -177,7 +177,7 @@ impl Walk<'_> {
                 return Some(member.ty);
             }
             if member.name.is_empty() {
-                let found = self.to_member(wanted, member.ty, depth + 1);
+                let found = self.go_to_member(wanted, member.ty, depth + 1);
                 if found.is_some() {
                     return found;
                 }

@@ -206,7 +206,7 @@ fn both_halves_of_a_long_constant_are_poisoned() {
 }
 
 /// Any types at all, cycles included.
-fn any_types() -> impl Strategy<Value = Types> {
+pub(crate) fn any_types() -> impl Strategy<Value = Types> {
     let id = 0usize..8;
     let name = prop::sample::select(vec!["", "a", "b", "a___x"]).prop_map(str::to_owned);
     let member = (name.clone(), id.clone(), any::<u64>(), proptest::option::of(any::<u32>()));

@@ -163,9 +163,9 @@ pub(super) fn may_change_size(
     let (Some((local_ty, _)), Some((target_ty, _))) = (original.field, answer.field) else {
         return false;
     };
-    match (local.get(local_ty), target.get(target_ty)) {
-        (Type::Pointer { .. }, Type::Pointer { .. }) => true,
-        (Type::Int { signed: false, .. }, Type::Int { signed: false, .. }) => true,
-        _ => false,
-    }
+    matches!(
+        (local.get(local_ty), target.get(target_ty)),
+        (Type::Pointer { .. }, Type::Pointer { .. })
+            | (Type::Int { signed: false, .. }, Type::Int { signed: false, .. })
+    )
 }

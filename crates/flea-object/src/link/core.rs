@@ -24,14 +24,15 @@ impl Linker<'_> {
             let section = self.elf.section(f.section).map_or("", |s| s.name.as_str());
             let range = start..start + f.insns.len();
             let inside = in_range(self.core_relocations.get(section), range, |r| r.insn_idx);
-            for record in inside.to_vec() {
+            let records: Vec<btf_ext::CoreRelocation<'_>> = inside.to_vec();
+            for record in &records {
                 let insn_idx = record.insn_idx - start;
                 let bad = |what| ProgramFault::BadCoreRelocation {
                     function: name.to_owned(),
                     insn_idx,
                     what,
                 };
-                found.push(self.core_relocation(&record, base + insn_idx).map_err(bad)?);
+                found.push(self.core_relocation(record, base + insn_idx).map_err(bad)?);
             }
         }
         found.sort_by_key(|relocation| relocation.insn_idx);

@@ -137,7 +137,7 @@ impl<'g, 'a> Graph<'g, 'a> {
             let own = is_typedef.then(|| self.name_of(die)).flatten().map(|named| named.name);
             let id = self.target_of(die, depth + 1, own.clone().or(given));
             if let Some(name) = own {
-                self.types.add_name(&name, id);
+                self.types.add_typedef(&name, id);
             }
             return id;
         }

@@ -114,6 +114,10 @@ impl<'data> DebugInfo<'data> {
         units.flat_map(|unit| self.subprograms_of(*unit).as_ref().clone()).collect()
     }
 
+    pub(crate) fn has_units(&self) -> bool {
+        matches!(self.dwarf().units().next(), Ok(Some(_)))
+    }
+
     /// Where its types are defined. Reads all units.
     pub(crate) fn type_index(&self) -> &TypeIndex {
         self.type_index.get_or_init(|| TypeIndex::read(&Dies::new(&self.dwarf())))
