@@ -35,7 +35,7 @@ const ALL: [Knowledge; 4] = [
     },
     Knowledge {
         is_had: |insns| insns.iter().any(is_open_shift),
-        why: "the upper half behind a 32-bit shift by any number",
+        why: "what a shift by any number leaves",
         words: &[],
     },
     Knowledge {
@@ -69,7 +69,7 @@ fn is_subtraction(insn: &Insn) -> bool {
 }
 
 fn is_open_shift(insn: &Insn) -> bool {
-    insn.class() == op::ALU
+    matches!(insn.class(), op::ALU | op::ALU64)
         && insn.is_source_register()
         && matches!(insn.code(), op::LSH | op::RSH | op::ARSH)
 }
