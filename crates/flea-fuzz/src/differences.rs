@@ -22,7 +22,7 @@ const RANGES: [&str; 3] = [
     "unbounded memory access, make sure to bounds check",
 ];
 
-const ALL: [Knowledge; 4] = [
+const ALL: [Knowledge; 5] = [
     Knowledge {
         is_had: |insns| insns.iter().any(is_remainder),
         why: "bounds of quotients and remainders",
@@ -40,8 +40,13 @@ const ALL: [Knowledge; 4] = [
     },
     Knowledge {
         is_had: |insns| insns.iter().any(is_stored) && insns.iter().any(is_narrow_load),
-        why: "parts of a stored constant",
+        why: "parts of a stored number",
         words: &[],
+    },
+    Knowledge {
+        is_had: |insns| insns.iter().any(is_copy) && insns.iter().any(is_narrow_sum),
+        why: "a copied number to which a constant is added in 32 bits: Linux links them as in 64",
+        words: &["pointer offset"],
     },
 ];
 
@@ -75,7 +80,15 @@ fn is_open_shift(insn: &Insn) -> bool {
 }
 
 fn is_stored(insn: &Insn) -> bool {
-    insn.class() == op::ST && insn.dst == op::FRAME_POINTER
+    matches!(insn.class(), op::ST | op::STX) && insn.mode() == op::MEM && insn.access_bytes() == 8
+}
+
+fn is_copy(insn: &Insn) -> bool {
+    insn.opcode == op::ALU64 | op::MOV | op::X
+}
+
+fn is_narrow_sum(insn: &Insn) -> bool {
+    insn.opcode == op::ALU | op::ADD || insn.opcode == op::ALU | op::SUB
 }
 
 fn is_narrow_load(insn: &Insn) -> bool {
