@@ -58,6 +58,11 @@ pub struct ArenaHeader {
     pub n_maps: u32,
     /// Where the next search for a dead thread's slot begins, once all are handed out.
     pub scan_cursor: AtomicU32,
+    /// Which `bpf_spin_lock` is suspected of having a dead owner: offset / 4, low bits << 32 |
+    /// its word.
+    pub lock_suspect: AtomicU64,
+    /// Since when (CLOCK_MONOTONIC, ns).
+    pub lock_suspect_since_ns: AtomicU64,
 }
 
 /// Offset of the first [`MapHeader`] from the arena's base.
@@ -77,8 +82,15 @@ pub struct SlotHeader {
     /// When the slot was taken from a dead thread (CLOCK_MONOTONIC, ns); 0 where it was not,
     /// or where nobody can still be using it. Counts while `owner` is [`SLOT_VACANT`].
     pub vacated_ns: AtomicU64,
+    /// The stack pointer of the run that is going on on this thread of a program that takes
+    /// locks, or 0: a recursion guard that all such programs share, as one of them could wait
+    /// for a lock that another holds further up the same stack.
+    pub locking: u64,
+    /// The offset of the `bpf_spin_lock` that this thread took last and has not given back, or
+    /// is waiting for; 0 for none.
+    pub held_lock: AtomicU64,
     /// Room to grow.
-    pub reserved: [u64; 5],
+    pub reserved: [u64; 3],
 }
 
 /// [`SlotHeader::owner`] of a slot that was handed out once and is free again.
@@ -123,6 +135,13 @@ pub struct MapHeader {
     pub slot_offset: u64,
     /// Whatever the kind needs: lock words, free lists, producer and consumer positions.
     pub state: [AtomicU64; 16],
+    /// One more than the offset of the lock in a value; 0 where there is none.
+    pub lock_offset_plus_1: u32,
+    /// Room to grow.
+    pub reserved: u32,
+    /// Maps of maps: offset from the arena's base of the header that those of inner maps must
+    /// be like.
+    pub template_offset: u64,
 }
 
 /// Bytes of one hash bucket: `{ first node: u32, lock: u32 }`.
@@ -161,8 +180,16 @@ pub enum RuntimeFn {
     ThreadSlot,
     /// `(vdso_clock_gettime or 0, clock_id) -> ns`
     ClockNs,
-    /// `(arena, map, key, slot) -> value address or 0`, hash kinds.
+    /// `(arena, map, key, slot) -> value address or 0`, all kinds with elements. Compiled code
+    /// looks into arrays itself where it knows which. The slot may be 0 but for per-CPU kinds.
     HashLookup,
+    /// `(arena, map, key) -> address of an inner map's header or 0`, maps of maps.
+    InnerMap,
+    /// `(arena, lock, slot) -> 0 or -errno`: takes a value's lock, or gives up after a bounded
+    /// wait.
+    SpinLock,
+    /// `(arena, lock, slot) -> 0`
+    SpinUnlock,
     /// `(arena, map, key, value, flags, slot) -> 0 or -errno`, all kinds with elements.
     MapUpdate,
     /// `(arena, map, key) -> 0 or -errno`
@@ -181,6 +208,9 @@ pub enum RuntimeFn {
     ProbeReadUser,
     /// `(dst, size_bytes, src) -> length with the NUL, or -errno`
     ProbeReadUserStr,
+    /// `(dst, src, size_bytes) -> 0 or -errno`; writes nothing that the target itself could not
+    /// write, never faults.
+    ProbeWriteUser,
     /// `() -> tgid << 32 | tid`
     PidTgid,
     /// `() -> gid << 32 | uid`
@@ -198,10 +228,13 @@ pub enum RuntimeFn {
 
 impl RuntimeFn {
     /// All of them.
-    pub const ALL: [RuntimeFn; 18] = [
+    pub const ALL: [RuntimeFn; 22] = [
         RuntimeFn::ThreadSlot,
         RuntimeFn::ClockNs,
         RuntimeFn::HashLookup,
+        RuntimeFn::InnerMap,
+        RuntimeFn::SpinLock,
+        RuntimeFn::SpinUnlock,
         RuntimeFn::MapUpdate,
         RuntimeFn::MapDelete,
         RuntimeFn::RingbufReserve,
@@ -211,6 +244,7 @@ impl RuntimeFn {
         RuntimeFn::RingbufQuery,
         RuntimeFn::ProbeReadUser,
         RuntimeFn::ProbeReadUserStr,
+        RuntimeFn::ProbeWriteUser,
         RuntimeFn::PidTgid,
         RuntimeFn::UidGid,
         RuntimeFn::Comm,
@@ -226,6 +260,9 @@ impl RuntimeFn {
             RuntimeFn::ThreadSlot => "flea_thread_slot",
             RuntimeFn::ClockNs => "flea_clock_ns",
             RuntimeFn::HashLookup => "flea_hash_lookup",
+            RuntimeFn::InnerMap => "flea_inner_map",
+            RuntimeFn::SpinLock => "flea_spin_lock",
+            RuntimeFn::SpinUnlock => "flea_spin_unlock",
             RuntimeFn::MapUpdate => "flea_map_update",
             RuntimeFn::MapDelete => "flea_map_delete",
             RuntimeFn::RingbufReserve => "flea_ringbuf_reserve",
@@ -235,6 +272,7 @@ impl RuntimeFn {
             RuntimeFn::RingbufQuery => "flea_ringbuf_query",
             RuntimeFn::ProbeReadUser => "flea_probe_read_user",
             RuntimeFn::ProbeReadUserStr => "flea_probe_read_user_str",
+            RuntimeFn::ProbeWriteUser => "flea_probe_write_user",
             RuntimeFn::PidTgid => "flea_pid_tgid",
             RuntimeFn::UidGid => "flea_uid_gid",
             RuntimeFn::Comm => "flea_comm",

@@ -25,6 +25,7 @@ mod mem;
 mod printk;
 mod probe;
 mod ringbuf;
+mod spin;
 #[path = "../../flea-layout/src/shared.rs"]
 mod shared;
 #[path = "x86_64/mod.rs"]
@@ -98,6 +99,9 @@ macro_rules! entries {
 entries! {
     flea_thread_slot => thread_slot;
     flea_hash_lookup => hash_lookup;
+    flea_inner_map => inner_map;
+    flea_spin_lock => spin_lock;
+    flea_spin_unlock => spin_unlock;
     flea_map_update => map_update;
     flea_map_delete => map_delete;
     flea_ringbuf_reserve => ringbuf_reserve;
@@ -107,6 +111,7 @@ entries! {
     flea_ringbuf_query => ringbuf_query;
     flea_probe_read_user => probe_read_user;
     flea_probe_read_user_str => probe_read_user_str;
+    flea_probe_write_user => probe_write_user;
     flea_pid_tgid => pid_tgid;
     flea_uid_gid => uid_gid;
     flea_comm => comm;
@@ -181,6 +186,24 @@ unsafe extern "C" fn hash_lookup(arena: u64, map: u64, key: u64, slot: u64) -> u
     let Some(map) = Map::new(unsafe { map::arena(arena) }, map) else { return 0 };
     // SAFETY: `key` and `slot` are what they are called.
     unsafe { map.lookup(key, slot) }.unwrap_or(0)
+}
+
+unsafe extern "C" fn inner_map(arena: u64, map: u64, key: u64) -> u64 {
+    // SAFETY: `arena` is an arena.
+    let Some(map) = Map::new(unsafe { map::arena(arena) }, map) else { return 0 };
+    // SAFETY: `key` is what it is called.
+    unsafe { map.inner(key) }.unwrap_or(0)
+}
+
+unsafe extern "C" fn spin_lock(arena: u64, lock: u64, slot: u64) -> i64 {
+    // SAFETY: `arena` is an arena.
+    status(map::spin_lock(unsafe { map::arena(arena) }, lock, slot))
+}
+
+unsafe extern "C" fn spin_unlock(arena: u64, lock: u64, slot: u64) -> i64 {
+    // SAFETY: `arena` is an arena.
+    map::spin_unlock(unsafe { map::arena(arena) }, lock, slot);
+    0
 }
 
 unsafe extern "C" fn map_update(
@@ -274,6 +297,12 @@ unsafe extern "C" fn probe_read_user_str(to: u64, size_bytes: u32, from: u64) ->
         Ok(length) => i64::from(length),
         Err(errno) => errno.to_return(),
     }
+}
+
+unsafe extern "C" fn probe_write_user(to: u64, from: u64, size_bytes: u32) -> i64 {
+    // SAFETY: `from` is readable for `size_bytes`, and the user of this program has allowed it to
+    // change what it likes.
+    status(unsafe { probe::write(to, from as *const u8, size_bytes) })
 }
 
 unsafe extern "C" fn pid_tgid() -> u64 {

@@ -1,10 +1,14 @@
 //! Calls of helpers: each argument against the prototype, then what the call leaves behind.
 
+use std::ops::RangeInclusive;
+
 use flea_object::helper::Helper;
 use flea_object::spec::{MapIdx, MapSpec};
+use flea_object::types::{Type, TypeId};
 
 use crate::Context;
-use crate::access::{self, Access, Request, Target, followable, helper_stack_span};
+use crate::access::{self, Access, Request, followable, stack_window};
+use crate::lock::{self, Lock};
 use crate::machine::Machine;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
@@ -25,9 +29,13 @@ struct Seen {
     max_size: u64,
     /// Stack bytes that the helper fills.
     fills: Vec<(usize, Span)>,
+    /// Stack bytes of which the helper fills some.
+    fills_somewhere: Vec<(usize, Span)>,
     release: Option<Pointer>,
+    lock: Option<Lock>,
     /// The largest key of a lookup in an array, where it is known.
     key_max: Option<u64>,
+    cast_to: Option<TypeId>,
 }
 
 impl Machine<'_> {
@@ -38,13 +46,15 @@ impl Machine<'_> {
         id: i32,
         state: &mut State,
     ) -> Result<(), Fault> {
-        let helper = Helper::from_id(id).ok_or_else(|| {
+        let known = Helper::from_id(id);
+        lock::check_call(state, known)?;
+        let helper = known.ok_or_else(|| {
             Fault::new(format!("invalid func unknown#{id}"))
                 .hint("this helper of Linux does not exist here")
         })?;
         self.check_allowed(helper)?;
         let proto = proto(helper);
-        let constants = std::array::from_fn(|n| state.reg(Reg::arg(n)).as_const());
+        let constants = self.known_args(state, proto.args);
         let key = self.lookup_key(helper, state);
         self.facts.number(idx, key);
         let mut seen = Seen { key_max: key.map(|(_, max)| max), ..Seen::default() };
@@ -55,16 +65,35 @@ impl Machine<'_> {
         for (frame, span) in &seen.fills {
             state.frame_at_mut(*frame).stack.store_anything(*span)?;
         }
+        for (frame, window) in &seen.fills_somewhere {
+            state.frame_at_mut(*frame).stack.store_somewhere(*window, None)?;
+        }
         if let Some(record) = seen.release {
             release(state, record)?;
+        }
+        if let Some(lock) = seen.lock {
+            lock::apply(helper, lock, state)?;
         }
         state.set_reg(Reg::R0, Value::NotInit);
         for reg in (0..5).map(Reg::arg) {
             state.set_reg(reg, Value::NotInit);
         }
-        let result = self.result(idx, proto.ret, &seen, constants, state);
+        let result = self.result(idx, proto.ret, &seen, constants, state)?;
         state.set_reg(Reg::R0, result);
         Ok(())
+    }
+
+    /// The numbers among the arguments that are known, for the compiler. They and the numbers that
+    /// the call is checked with are what a decision is made by.
+    fn known_args(&mut self, state: &State, args: &[Arg]) -> [Option<u64>; 5] {
+        std::array::from_fn(|n| {
+            let (arg, reg) = (args.get(n)?, Reg::arg(n));
+            let known = state.reg(reg).as_const();
+            if known.is_some() || !matches!(arg, Arg::Anything | Arg::Optional) {
+                self.trail.need(reg);
+            }
+            known
+        })
     }
 
     fn check_allowed(&self, helper: Helper) -> Result<(), Fault> {
@@ -73,6 +102,11 @@ impl Machine<'_> {
             let name = helper.name();
             return Err(Fault::new(format!("program of this type cannot use helper {name}"))
                 .hint("only programs in SEC(\"fsession/...\") run at both ends of a call"));
+        }
+        if helper == Helper::ProbeWriteUser && !self.permissions.write_target {
+            let name = helper.name();
+            return Err(Fault::new(format!("program of this type cannot use helper {name}"))
+                .hint("it can crash the target: allow it with `flea run --allow-write`"));
         }
         let words =
             matches!(helper, Helper::GetFuncArg | Helper::GetFuncRet | Helper::GetFuncArgCnt);
@@ -103,19 +137,19 @@ impl Machine<'_> {
                 Err(mismatch(reg, &value, arg).hint("the context has no address to pass on"))
             }
             Arg::Anything | Arg::Optional => Ok(()),
-            Arg::ElementMap | Arg::WrittenMap | Arg::RingBuf => {
+            Arg::LookupMap | Arg::WrittenMap | Arg::RingBuf => {
                 seen.map = Some(self.map_arg(reg, &value, arg, helper)?);
                 Ok(())
             }
             Arg::Key => {
                 let size = self.seen_map(seen)?.key_size_bytes;
-                self.memory(state, reg, arg, size, seen)
+                self.memory(state, reg, arg, size..=size, seen)
             }
             Arg::MapValue => {
                 let size = self.seen_map(seen)?.value_size_bytes;
-                self.memory(state, reg, arg, size, seen)
+                self.memory(state, reg, arg, size..=size, seen)
             }
-            Arg::FillU64 => self.memory(state, reg, arg, 8, seen),
+            Arg::FillU64 => self.memory(state, reg, arg, 8..=8, seen),
             // Checked with the size that follows.
             Arg::Read | Arg::Fill => Ok(()),
             Arg::Size(zero) => {
@@ -136,12 +170,42 @@ impl Machine<'_> {
                 seen.release = Some(record_arg(reg, &value)?);
                 Ok(())
             }
+            Arg::Lock => {
+                seen.lock = Some(self.lock_arg(reg, &value)?);
+                Ok(())
+            }
             Arg::Ctx => ctx_arg(reg, &value),
+            Arg::Castable if value.as_scalar().is_some() || value.is_target() => Ok(()),
+            Arg::Castable => Err(mismatch(reg, &value, arg)),
+            Arg::TypeId => {
+                seen.cast_to = Some(self.cast_to(reg, &value)?);
+                Ok(())
+            }
+        }
+    }
+
+    /// The structure whose number is in `reg`.
+    fn cast_to(&self, reg: Reg, value: &Value) -> Result<TypeId, Fault> {
+        let Some(number) = value.as_const() else {
+            let text = format!("R{} must be a known constant", reg.index());
+            return Err(Fault::new(text).hint("write bpf_core_cast(pointer, struct name)"));
+        };
+        let known = self.types().and_then(|types| Some((types, types.id(number)?)));
+        match known {
+            Some((types, id)) if matches!(types.get(id), Type::Struct { .. }) => Ok(id),
+            Some((_, id)) if id != TypeId::VOID => Err(Fault::new(
+                "kfunc bpf_rdonly_cast type ID argument must be of a struct or void",
+            )),
+            _ => {
+                Err(Fault::new(format!("Unknown type ID {number} passed to kfunc bpf_rdonly_cast"))
+                    .hint("the target's debug information has no such type"))
+            }
         }
     }
 
     fn map_arg(&self, reg: Reg, value: &Value, arg: Arg, helper: Helper) -> Result<MapIdx, Fault> {
-        let Value::Pointer(Pointer { kind: PointerKind::Map(map), .. }) = *value else {
+        let Value::Pointer(Pointer { kind: PointerKind::Map(map), or_null: None, .. }) = *value
+        else {
             return Err(mismatch(reg, value, arg));
         };
         let spec = self.map(map)?;
@@ -196,45 +260,57 @@ impl Machine<'_> {
         if max == 0 && state.reg(memory).as_const() == Some(0) {
             return Ok(());
         }
-        // Only if it is surely filled to the end may it be unwritten before.
-        let arg = if size.as_const().is_none() && memory_arg == Arg::Fill {
-            self.memory(state, memory, Arg::Read, max, seen)?;
-            Arg::Fill
-        } else {
-            memory_arg
-        };
-        self.memory(state, memory, arg, max, seen)
+        let min = u32::try_from(size.wide.umin).unwrap_or(max);
+        self.memory(state, memory, memory_arg, min..=max, seen)
     }
 
-    /// `size_bytes` bytes at `reg` that the helper reads or fills.
+    /// So many bytes at `reg` that the helper reads or fills.
     fn memory(
         &mut self,
         state: &State,
         reg: Reg,
         arg: Arg,
-        size_bytes: u32,
+        sizes_bytes: RangeInclusive<u32>,
         seen: &mut Seen,
     ) -> Result<(), Fault> {
         let value = state.reg(reg);
         let fits = matches!(
             value,
             Value::Pointer(Pointer { kind, or_null: None, .. })
-                if !matches!(kind, PointerKind::Ctx | PointerKind::Map(_))
+                if !matches!(
+                    kind,
+                    PointerKind::Ctx | PointerKind::Map(_) | PointerKind::Target { .. }
+                )
         );
         if !fits {
             let e = mismatch(reg, value, arg);
             let null = matches!(value, Value::Pointer(Pointer { or_null: Some(_), .. }));
-            return Err(if null { e.hint("compare the pointer with NULL first") } else { e });
+            return Err(match value {
+                _ if null => e.hint("compare the pointer with NULL first"),
+                _ if value.is_target() => {
+                    e.hint("copy the target's memory with bpf_probe_read_user first")
+                }
+                _ => e,
+            });
         }
         let fills = matches!(arg, Arg::Fill | Arg::FillU64);
         let access = if fills { Access::Write } else { Access::Read };
-        let request = Request { reg, off: 0, size_bytes, access };
+        let (min, max) = sizes_bytes.into_inner();
+        let request = Request { reg, off: 0, size_bytes: max, access };
         let p = followable(reg, value)?;
         if let PointerKind::Stack { frame } = p.kind {
-            let span = helper_stack_span(request, p)?;
+            let span = stack_window(request, p)?;
             self.touch(state, frame, span);
             if fills {
-                seen.fills.push((frame, span));
+                // Bytes that are filled for any address and any size were written from here on;
+                // the others may not have been.
+                let from = p.off.wide.smax;
+                let end = p.off.wide.smin + i64::from(min);
+                let sure = u32::try_from(end - from).ok().and_then(|n| Span::new(from, n));
+                if sure != Some(span) {
+                    seen.fills_somewhere.push((frame, span));
+                }
+                seen.fills.extend(sure.map(|sure| (frame, sure)));
                 return Ok(());
             }
             let stack = &state.frame_at(frame).stack;
@@ -245,9 +321,7 @@ impl Machine<'_> {
                 .check_written(span)
                 .map_err(|e| Fault { message: indirect(&e.message, reg), ..e });
         }
-        match access::check(request, p, self.maps, self.context)? {
-            Target::Stack { .. } | Target::Other(_) => Ok(()),
-        }
+        access::check(request, p, self.maps, self.context, self.types()).map(|_| ())
     }
 
     fn result(
@@ -257,12 +331,11 @@ impl Machine<'_> {
         seen: &Seen,
         constants: [Option<u64>; 5],
         state: &mut State,
-    ) -> Value {
-        let or_null = |machine: &mut Self, kind| {
-            let or_null = Some(machine.fresh_id());
-            Value::Pointer(Pointer { kind, off: Scalar::constant(0), or_null })
+    ) -> Result<Value, Fault> {
+        let or_null = |id, kind| {
+            Value::Pointer(Pointer { kind, off: Scalar::constant(0), or_null: Some(id) })
         };
-        match (ret, seen.map) {
+        Ok(match (ret, seen.map) {
             (Ret::Void, _) => Value::NotInit,
             (Ret::LengthOrError, _) => {
                 // Linux: errors are -1 to -4095.
@@ -271,19 +344,31 @@ impl Machine<'_> {
             }
             // Every element of an array is there.
             (Ret::ValueOrNull, Some(map)) if self.has_element(map, seen.key_max) => {
-                Value::pointer(PointerKind::MapValue(map))
+                let element = self.fresh_id();
+                Value::pointer(self.value_of(map, Some(element))?)
             }
-            (Ret::ValueOrNull, Some(map)) => or_null(self, PointerKind::MapValue(map)),
+            (Ret::ValueOrNull, Some(map)) => {
+                let id = self.fresh_id();
+                let kind = match &self.map(map)?.inner {
+                    Some(inner) => PointerKind::Map(inner.template),
+                    None => self.value_of(map, Some(id))?,
+                };
+                or_null(id, kind)
+            }
             (Ret::RecordOrNull, _) => {
                 let size_bytes = constants[1].and_then(|s| u32::try_from(s).ok()).unwrap_or(0);
                 let reference = self.fresh_id();
                 state.acquire(Reference { id: reference, insn_idx: idx });
-                or_null(self, PointerKind::Record { size_bytes, reference })
+                or_null(self.fresh_id(), PointerKind::Record { size_bytes, reference })
             }
             (Ret::BitNumber, _) => Value::scalar(Scalar::signed(0, 64)),
+            (Ret::Cast, _) => match seen.cast_to {
+                Some(ty) => Value::pointer(PointerKind::Target { ty }),
+                None => Value::UNKNOWN,
+            },
             (Ret::Cookie, _) => Value::pointer(PointerKind::Cookie),
             (Ret::Number | Ret::ValueOrNull, _) => Value::UNKNOWN,
-        }
+        })
     }
 }
 

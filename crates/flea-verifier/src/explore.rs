@@ -4,7 +4,8 @@
 //!
 //! 1. Where several ways lead to an instruction (a join), the state is compared with those
 //!    that were there before. A state that an earlier one includes needs no second look,
-//!    *once everything that followed from the earlier one has been explored*.
+//!    *once everything that followed from the earlier one has been explored*: only then is it
+//!    known which of its numbers matter ([`crate::precision`]), and only those are compared.
 //! 2. [`Node::open`] counts what is still to be explored below a remembered state; only at 0
 //!    may it prune. A state with `open > 0` is an ancestor of the current path (depth first:
 //!    every waiting branch hangs on one). To meet an equal one again is an infinite loop.
@@ -15,10 +16,14 @@ use std::collections::BTreeSet;
 
 use flea_object::spec::Program;
 
+use crate::budget::{self, Loop};
 use crate::cfg::Cfg;
 use crate::liveness::Liveness;
 use crate::machine::{Flow, Machine};
 use crate::op::Op;
+#[cfg(any(test, feature = "beliefs"))]
+use crate::precision::Needs;
+use crate::precision::{Place, Precision};
 use crate::report::Fault;
 use crate::state::State;
 use crate::story::Visit;
@@ -28,8 +33,10 @@ use crate::trace::{self, Sink, Trace};
 pub(crate) const BUDGET: usize = 1_000_000;
 /// Branches that may wait (Linux: BPF_COMPLEXITY_LIMIT_JMP_SEQ).
 const MAX_WAITING: usize = 8192;
-/// States remembered per instruction.
-const MAX_REMEMBERED: usize = 64;
+/// Explored states remembered per instruction: those that closed or pruned last. A loop of a
+/// thousand rounds with a branch in it leaves a thousand branches waiting, and each, the innermost
+/// first, is pruned by what the one before it has left.
+const MAX_CLOSED: usize = 64;
 /// Of its own path's states, so many are looked at. A cycle that is longer is not seen as
 /// one, and ends at the budget.
 const MAX_ANCESTORS: usize = 16;
@@ -49,17 +56,17 @@ pub(crate) struct Explorer<'a> {
     cfg: &'a Cfg,
     live: &'a Liveness,
     nodes: Vec<Node>,
-    /// Indices into `nodes`, for each instruction.
-    remembered: Vec<Vec<usize>>,
+    /// For each instruction.
+    remembered: Vec<Remembered>,
     waiting: Vec<Path>,
-    steps: Vec<Step>,
+    precision: Precision<'a>,
     /// How often each jump backwards was followed.
     back_jumps: Vec<u32>,
     /// What is written down: the path, in the second run of a refused program, or everything.
     trace: Option<Trace<'a>>,
-    /// Every state on arrival at every instruction.
+    /// Every state on arrival at every instruction, and the number of the step.
     #[cfg(any(test, feature = "beliefs"))]
-    pub(crate) beliefs: Option<Vec<Vec<State>>>,
+    beliefs: Option<Vec<Vec<(State, usize)>>>,
 }
 
 /// A refusal, and the last step of the path that led to it.
@@ -70,19 +77,25 @@ pub(crate) struct Refusal {
     pub(crate) steps: BTreeSet<usize>,
 }
 
+/// The remembered states of one instruction, by their index into `nodes`, the newest last.
+#[derive(Clone, Default)]
+struct Remembered {
+    /// Ancestors of the current path.
+    open: Vec<usize>,
+    /// Explored to their end.
+    closed: Vec<usize>,
+}
+
 /// A remembered state.
 struct Node {
     parent: Option<usize>,
     /// Paths below it that are not yet explored to their end.
     open: u32,
-    state: State,
-}
-
-/// One visit of an instruction.
-#[derive(Clone, Copy)]
-struct Step {
-    prev: Option<usize>,
+    /// `None` where it can prune nothing any more.
+    state: Option<State>,
     insn_idx: usize,
+    /// Where [`Precision`] keeps what is needed of it.
+    mark: usize,
 }
 
 /// A path that waits to be explored, or is being explored.
@@ -92,8 +105,17 @@ struct Path {
     /// The last remembered state on it.
     node: usize,
     last_step: Option<usize>,
+    /// The last mark on it.
+    mark: usize,
     insns_since: u32,
     jumps_since: u32,
+}
+
+impl Path {
+    fn place(&self) -> Place {
+        let (last_step, mark, insn_idx) = (self.last_step, self.mark, self.idx);
+        Place { last_step, mark, insn_idx, depth: self.state.depth() }
+    }
 }
 
 impl<'a> Explorer<'a> {
@@ -104,15 +126,16 @@ impl<'a> Explorer<'a> {
         live: &'a Liveness,
     ) -> Self {
         let n_insns = machine.ops.len();
+        let precision = Precision::new(machine.ops);
         Self {
             machine,
             program,
             cfg,
             live,
             nodes: Vec::new(),
-            remembered: vec![Vec::new(); n_insns],
+            remembered: vec![Remembered::default(); n_insns],
             waiting: Vec::new(),
-            steps: Vec::new(),
+            precision,
             back_jumps: vec![0; n_insns],
             trace: None,
             #[cfg(any(test, feature = "beliefs"))]
@@ -139,8 +162,8 @@ impl<'a> Explorer<'a> {
 
     /// Linux's last lines of a log: what the walk took.
     pub(crate) fn summary(&mut self, refusal: Option<&Refusal>) {
-        let n_insns = self.steps.len();
-        let most = self.remembered.iter().map(Vec::len).max().unwrap_or(0);
+        let n_insns = self.precision.steps.len();
+        let most = self.remembered.iter().map(|r| r.open.len() + r.closed.len()).max().unwrap_or(0);
         let n_states = self.nodes.len();
         let depths: Vec<String> = self.machine.stack_bytes.iter().map(u32::to_string).collect();
         if let Some(trace) = &mut self.trace {
@@ -153,6 +176,24 @@ impl<'a> Explorer<'a> {
                  total_states {n_states} peak_states {n_states} mark_read 0"
             ));
         }
+    }
+
+    /// The same walk, keeping every state.
+    #[cfg(any(test, feature = "beliefs"))]
+    pub(crate) fn remembering(mut self) -> Self {
+        self.beliefs = Some(vec![Vec::new(); self.machine.ops.len()]);
+        self.precision.before_steps = Some(Vec::new());
+        self
+    }
+
+    /// Every state on arrival at every instruction, with what was needed of it; `None` where they
+    /// were too many.
+    #[cfg(any(test, feature = "beliefs"))]
+    pub(crate) fn into_beliefs(self) -> Option<Vec<Vec<(State, Needs)>>> {
+        let needs = self.precision.before_steps?;
+        let with_needs = |(state, step): (State, usize)| Some((state, *needs.get(step)?));
+        let of_insn = |states: Vec<_>| states.into_iter().map(with_needs).collect();
+        self.beliefs?.into_iter().map(of_insn).collect()
     }
 
     /// Explores everything.
@@ -176,9 +217,9 @@ impl<'a> Explorer<'a> {
 
     /// Explores everything from `idx` on.
     fn run_from(&mut self, idx: usize, state: State) -> Result<(), Refusal> {
-        let node = self.nodes.len();
-        self.nodes.push(Node { parent: None, open: 1, state: state.clone() });
-        let mut path = Path { state, idx, node, last_step: None, insns_since: 0, jumps_since: 0 };
+        let (node, mark, last_step) = (self.nodes.len(), self.precision.entry(), None);
+        self.nodes.push(Node { parent: None, open: 1, state: None, insn_idx: idx, mark });
+        let mut path = Path { state, idx, node, last_step, mark, insns_since: 0, jumps_since: 0 };
         loop {
             let ended = self.advance(&mut path).map_err(|fault| self.refuse(&path, fault))?;
             if ended {
@@ -197,18 +238,20 @@ impl<'a> Explorer<'a> {
             return Ok(true);
         }
         let idx = path.idx;
-        let step = self.steps.len();
+        let step = self.precision.steps.len();
         if step >= BUDGET {
             return Err(self.too_large(step));
         }
-        let prev = path.last_step.map(|prev| (prev, self.steps[prev].insn_idx));
-        self.steps.push(Step { prev: path.last_step, insn_idx: idx });
+        let prev = path.last_step.map(|prev| (prev, self.precision.steps[prev].insn_idx));
+        let mut place = path.place();
+        self.precision.begin(&mut place);
+        path.mark = place.mark;
         path.last_step = Some(step);
         path.insns_since += 1;
         #[cfg(any(test, feature = "beliefs"))]
         if let Some(beliefs) = &mut self.beliefs {
             if step < MAX_BELIEFS {
-                beliefs[idx].push(path.state.clone());
+                beliefs[idx].push((path.state.clone(), step));
             } else {
                 self.beliefs = None;
             }
@@ -218,13 +261,13 @@ impl<'a> Explorer<'a> {
         if let Some(trace) = &mut self.trace {
             trace.before(seen, &path.state);
         }
-        self.machine.note_operand(idx, &path.state);
         let flow = self.machine.step(idx, &mut path.state);
         if let Some(trace) = &mut self.trace {
             trace.after(seen, flow.as_ref().map(|_| &path.state).map_err(|_| ()));
         }
         let flow = flow?;
         self.machine.note_branch(idx, &flow);
+        self.precision.end(place, std::mem::take(&mut self.machine.trail));
         if matches!(self.machine.ops[idx], Op::Goto { .. } | Op::If { .. }) {
             path.jumps_since += 1;
         }
@@ -265,44 +308,57 @@ impl<'a> Explorer<'a> {
     fn arrive(&mut self, path: &mut Path) -> Result<bool, Fault> {
         let idx = path.idx;
         path.state.forget_dead(idx, self.live);
-        let mut ancestors = 0;
-        for &n in self.remembered[idx].iter().rev() {
-            let node = &self.nodes[n];
-            if node.open > 0 {
-                ancestors += 1;
-                if ancestors <= MAX_ANCESTORS && node.state.equals(&path.state) {
-                    return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
-                        .hint("nothing that the loop's end depends on changes in it"));
-                }
-            } else if node.state.includes(&path.state) {
-                if let Some(trace) = &mut self.trace {
-                    let prev = path.last_step.map(|step| (step, self.steps[step].insn_idx));
-                    trace.pruned(prev, idx);
-                }
-                return Ok(true);
+        let same = |n: &usize| {
+            self.nodes[*n].state.as_ref().is_some_and(|state| state.equals(&path.state))
+        };
+        if self.remembered[idx].open.iter().rev().take(MAX_ANCESTORS).any(same) {
+            return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
+                .hint("nothing that the loop's end depends on changes in it"));
+        }
+        if self.prune(path) {
+            if let Some(trace) = &mut self.trace {
+                let insn_idx = |step: usize| self.precision.steps[step].insn_idx;
+                trace.pruned(path.last_step.map(|step| (step, insn_idx(step))), idx);
             }
+            return Ok(true);
         }
         let far = path.insns_since >= MIN_INSNS_BETWEEN && path.jumps_since >= MIN_JUMPS_BETWEEN;
-        if far || self.remembered[idx].is_empty() {
+        let Remembered { open, closed } = &self.remembered[idx];
+        if far || (open.is_empty() && closed.is_empty()) {
             self.remember(path);
         }
         Ok(false)
     }
 
+    /// Whether what follows was explored from a state that includes this one.
+    fn prune(&mut self, path: &Path) -> bool {
+        let closed = &self.remembered[path.idx].closed;
+        let includes = |n: &usize| {
+            let Node { state, mark, .. } = &self.nodes[*n];
+            let needed = self.precision.needed_at(*mark);
+            state.as_ref().is_some_and(|state| state.includes(&path.state, needed))
+        };
+        let Some(at) = closed.iter().rposition(includes) else { return false };
+        let n = self.remembered[path.idx].closed.remove(at);
+        self.remembered[path.idx].closed.push(n);
+        // What was needed there is needed here.
+        let needed = *self.precision.needed_at(self.nodes[n].mark);
+        self.precision.need(path.place(), needed);
+        true
+    }
+
     fn remember(&mut self, path: &mut Path) {
         let n = self.nodes.len();
+        let mut place = path.place();
+        self.precision.mark(&mut place);
+        path.mark = place.mark;
         // The path now counts for the new node, and the new node for the old one.
-        self.nodes.push(Node { parent: Some(path.node), open: 1, state: path.state.clone() });
+        let (parent, state) = (Some(path.node), Some(path.state.clone()));
+        self.nodes.push(Node { parent, open: 1, state, insn_idx: path.idx, mark: path.mark });
         path.node = n;
         path.insns_since = 0;
         path.jumps_since = 0;
-        let list = &mut self.remembered[path.idx];
-        list.push(n);
-        if list.len() > MAX_REMEMBERED {
-            // The first ones see other paths into a loop, the last ones the loop's own.
-            let dropped = list.remove(MAX_REMEMBERED / 2);
-            self.nodes[dropped].state = State::new();
-        }
+        self.remembered[path.idx].open.push(n);
     }
 
     /// A path below `node` has been explored to its end.
@@ -313,19 +369,36 @@ impl<'a> Explorer<'a> {
             if self.nodes[n].open > 0 {
                 return;
             }
+            self.closed(n);
             at = self.nodes[n].parent;
         }
     }
 
-    fn too_large(&self, processed: usize) -> Fault {
-        let fault =
-            Fault::new(format!("BPF program is too large. Processed {} insn", processed + 1));
-        match self.back_jumps.iter().enumerate().max_by_key(|(_, n)| **n) {
-            Some((idx, n)) if *n > 0 => fault.hint(format!(
-                "the jump back at insn {idx} was followed {n} times: give its loop a smaller bound"
-            )),
-            _ => fault.hint("too many paths: split the program or join its branches earlier"),
+    /// Everything below `n` has been explored.
+    fn closed(&mut self, n: usize) {
+        let Remembered { open, closed } = &mut self.remembered[self.nodes[n].insn_idx];
+        let Some(at) = open.iter().rposition(|o| *o == n) else { return };
+        open.remove(at);
+        closed.push(n);
+        if closed.len() > MAX_CLOSED {
+            let oldest = closed.remove(0);
+            self.nodes[oldest].state = None;
         }
+    }
+
+    fn too_large(&self, n_processed: usize) -> Fault {
+        let eater = Loop::hottest(self.machine.ops, &self.back_jumps).map(|eater| {
+            // Two rounds of the current path: the newest, and the one before it.
+            let mut rounds = self.remembered[eater.head()].open.iter().rev();
+            let (after, before) = (rounds.next(), rounds.next());
+            let node = |n: &usize| Some((self.nodes[*n].state.as_ref()?, self.nodes[*n].mark));
+            let before = before.and_then(node);
+            let rounds = before.zip(after.and_then(node)).map(|((before, mark), (after, _))| {
+                (before, self.precision.needed_at(mark), after)
+            });
+            eater.describe(self.program, self.machine.maps, &self.precision.steps, rounds)
+        });
+        budget::too_large(n_processed, eater)
     }
 
     fn refuse(&self, path: &Path, fault: Fault) -> Refusal {
@@ -335,9 +408,9 @@ impl<'a> Explorer<'a> {
             && steps.len() < trace::MAX_STEPS
         {
             steps.insert(step);
-            at = self.steps.get(step).and_then(|s| s.prev);
+            at = self.precision.steps.get(step).and_then(|s| s.prev);
         }
-        let insn_idx = path.last_step.map_or(0, |s| self.steps[s].insn_idx);
+        let insn_idx = path.last_step.map_or(0, |s| self.precision.steps[s].insn_idx);
         let insn_idx = if fault.message.starts_with("infinite") { path.idx } else { insn_idx };
         Refusal { insn_idx, fault, steps }
     }

@@ -1,8 +1,8 @@
 //! Proves that an eBPF program cannot harm the process it runs in.
 //!
 //! [`verify`] is the only door: it decodes ([`op`]), looks at the shape ([`cfg`]), asks which
-//! registers matter where ([`liveness`]), then walks all paths ([`explore`]) with one
-//! instruction at a time ([`machine`]) over states ([`state`]) of registers ([`value`]),
+//! registers matter where ([`liveness`]), then walks all paths ([`explore`], which asks
+//! [`precision`] what they hang on) with one instruction at a time ([`machine`]) over states ([`state`]) of registers ([`value`]),
 //! stack slots ([`stack`]) and numbers ([`number`]). What it learns on the way becomes
 //! [`facts`] for the compiler.
 //!
@@ -16,6 +16,8 @@
 
 mod access;
 mod advice;
+mod alu;
+mod budget;
 mod call;
 mod cfg;
 mod collect;
@@ -23,11 +25,13 @@ mod explore;
 pub mod facts;
 mod global;
 mod liveness;
+mod lock;
 mod machine;
 mod note;
 mod number;
 mod op;
 mod pointer;
+mod precision;
 mod proto;
 mod rejection;
 mod report;
@@ -37,6 +41,8 @@ mod stack;
 mod state;
 mod story;
 mod trace;
+mod typed;
+mod upper;
 mod value;
 
 use flea_object::spec::{MapSpec, Program};
@@ -100,8 +106,15 @@ pub struct Verifier<'a> {
     program: &'a Program,
     maps: &'a [MapSpec],
     context: Context,
-    #[expect(dead_code, reason = "typed pointers into the target are built upon it")]
     target: Option<Target<'a>>,
+    permissions: Permissions,
+}
+
+/// What a program may do that it may not unless somebody has said so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Permissions {
+    /// `bpf_probe_write_user`: a mistake can crash the target, or make it do anything.
+    pub write_target: bool,
 }
 
 /// The types of the function that a program is attached to.
@@ -118,13 +131,20 @@ impl<'a> Verifier<'a> {
     /// A program that runs with `context` and names `maps` by index.
     #[must_use]
     pub fn new(program: &'a Program, maps: &'a [MapSpec], context: Context) -> Self {
-        Self { program, maps, context, target: None }
+        let permissions = Permissions::default();
+        Self { program, maps, context, target: None, permissions }
     }
 
     /// The context's words have the types of `target`.
     #[must_use]
     pub fn target(self, target: Target<'a>) -> Self {
         Self { target: Some(target), ..self }
+    }
+
+    /// It may do what `permissions` say.
+    #[must_use]
+    pub fn permit(self, permissions: Permissions) -> Self {
+        Self { permissions, ..self }
     }
 
     /// Proves the program safe, or says why not.
@@ -145,14 +165,15 @@ impl<'a> Verifier<'a> {
     }
 
     fn prove(&self, sink: Option<Sink<'_>>) -> Result<Verified, Rejection> {
-        let Self { program, maps, context, .. } = *self;
+        let Self { program, maps, context, target, permissions } = *self;
         let structural = |(idx, fault)| rejection(program, idx, fault);
         check_size(program).map_err(structural)?;
         let ops = op::decode(&program.insns).map_err(structural)?;
         let cfg = Cfg::new(&ops).map_err(structural)?.with_globals(program);
         let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
-        let explorer =
-            || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
+        let machine =
+            || Machine::new(maps, context, &ops, &cfg).typed_by(target).permit(permissions);
+        let explorer = || Explorer::new(machine(), program, &cfg, &live);
 
         let mut walk = match sink {
             Some(sink) => explorer().logged(sink),

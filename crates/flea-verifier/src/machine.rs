@@ -4,28 +4,35 @@ use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
 use flea_object::spec::{MapIdx, MapKind, MapSpec};
+use flea_object::types::Types;
 
-use crate::Context;
 use crate::access::{self, Access, Request, Target, followable};
 use crate::cfg::Cfg;
 use crate::collect::Collector;
 use crate::facts::Region;
+use crate::lock;
 use crate::number::compare::Cond;
 use crate::number::scalar::{Scalar, Width};
 use crate::op::{Atomic, Op, Operand, Place, Reg, Size};
 use crate::pointer::{self, Outcome};
+use crate::precision::{Touched, Trail};
 use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
-use crate::value::{Id, Number, PointerKind, Value};
+use crate::upper::UpperHalves;
+use crate::value::{Id, Pointer, PointerKind, Value};
+use crate::{Context, Permissions, typed};
 
 /// What all paths share.
 pub(crate) struct Machine<'a> {
     pub(crate) maps: &'a [MapSpec],
     pub(crate) context: Context,
+    target: Option<crate::Target<'a>>,
+    pub(crate) permissions: Permissions,
     pub(crate) ops: &'a [Op],
     pub(crate) cfg: &'a Cfg,
     pub(crate) facts: Collector,
+    pub(crate) upper: UpperHalves,
     /// Bytes of stack touched, by function.
     pub(crate) stack_bytes: Vec<u32>,
     /// Smallest and largest result of the main function, on the paths seen so far.
@@ -33,6 +40,8 @@ pub(crate) struct Machine<'a> {
     /// Global functions that some path calls.
     pub(crate) called: BTreeSet<usize>,
     last_id: u32,
+    /// What the last step left behind for walks back.
+    pub(crate) trail: Trail,
 }
 
 /// Where control goes after an instruction.
@@ -53,14 +62,33 @@ impl<'a> Machine<'a> {
         Self {
             maps,
             context,
+            target: None,
+            permissions: Permissions::default(),
             ops,
             cfg,
             facts: Collector::new(ops.len()),
+            upper: UpperHalves::new(ops, cfg),
             stack_bytes: vec![0; cfg.functions.len()],
             returns: None,
             called: BTreeSet::new(),
             last_id: 0,
+            trail: Trail::default(),
         }
+    }
+
+    /// The context's words have the types of `target`.
+    pub(crate) fn typed_by(self, target: Option<crate::Target<'a>>) -> Self {
+        Self { target, ..self }
+    }
+
+    /// The program may do what `permissions` say.
+    pub(crate) fn permit(self, permissions: Permissions) -> Self {
+        Self { permissions, ..self }
+    }
+
+    /// The types that typed pointers point to.
+    pub(crate) fn types(&self) -> Option<&'a Types> {
+        self.target.map(|t| t.types)
     }
 
     /// What the program starts with.
@@ -101,17 +129,11 @@ impl<'a> Machine<'a> {
     pub(crate) fn step(&mut self, idx: usize, state: &mut State) -> Result<Flow, Fault> {
         let ops = self.ops;
         self.facts.plain(idx);
+        self.trail = Trail::default();
+        self.note_operand(idx, state);
+        self.loosen(&ops[idx], state);
         match ops[idx] {
-            Op::Alu { op, width, dst, src } => {
-                let (a, b) = (read(state, dst)?, operand(state, src)?);
-                let result = match (&a, &b) {
-                    (Value::Scalar(a), Value::Scalar(b)) => {
-                        Value::scalar(Scalar::alu(op, width, &a.set, &b.set))
-                    }
-                    _ => pointer::arithmetic(op, width, (dst, &a), &b)?,
-                };
-                state.set_reg(dst, result);
-            }
+            Op::Alu { op, width, dst, src } => self.alu(state, (op, width), dst, src)?,
             Op::Neg { width, dst } => {
                 let result = number(state, dst)?.neg(width);
                 state.set_reg(dst, Value::scalar(result));
@@ -126,15 +148,17 @@ impl<'a> Machine<'a> {
             }
             Op::Mov { width, dst, src } => self.mov(state, width, dst, src)?,
             Op::MovSx { width, bits, dst, src } => {
-                let result = number(state, src)?.sign_extend(bits, width);
-                state.set_reg(dst, Value::scalar(result));
+                self.mov_extended(state, width, bits, dst, src)?;
             }
             Op::Const { dst, value } => {
                 state.set_reg(dst, Value::scalar(Scalar::constant(value)));
                 return Ok(Flow::To(idx + 2));
             }
             Op::MapAddress { dst, map } => {
-                self.map(MapIdx(map))?;
+                if self.map(MapIdx(map))?.template {
+                    let text = format!("map {map} is a template, which is no map by itself");
+                    return Err(Fault::new(text).hint("look a map up in its map of maps"));
+                }
                 state.set_reg(dst, Value::pointer(PointerKind::Map(MapIdx(map))));
                 return Ok(Flow::To(idx + 2));
             }
@@ -160,7 +184,7 @@ impl<'a> Machine<'a> {
             }
             Op::Goto { target } => return Ok(Flow::To(target)),
             Op::If { cond, width, dst, src, target } => {
-                return branch(state, Test { cond, width, dst, src }, idx + 1, target);
+                return self.branch(state, Test { cond, width, dst, src }, idx + 1, target);
             }
             Op::CallHelper { id } => self.call_helper(idx, id, state)?,
             Op::CallLocal { target } => {
@@ -184,63 +208,25 @@ impl<'a> Machine<'a> {
     }
 
     fn exit(&mut self, state: &mut State) -> Result<Flow, Fault> {
-        let is_main = state.depth() == 0 && state.frame().function == 0;
-        if is_main && let Some(r0) = state.reg(Reg::R0).as_scalar() {
+        if state.depth() == 0 && state.frame().function == 0 {
+            self.trail.need(Reg::R0);
+            let r0 = any_of(state.reg(Reg::R0));
             let (min, max) = self.returns.unwrap_or((i64::MAX, i64::MIN));
             self.returns = Some((min.min(r0.wide.smin), max.max(r0.wide.smax)));
         }
         exit(state)
     }
 
-    fn mov(
-        &mut self,
-        state: &mut State,
-        width: Width,
-        dst: Reg,
-        src: Operand,
-    ) -> Result<(), Fault> {
-        let result = match (src, width) {
-            (Operand::Imm(_), Width::W64) => operand(state, src)?,
-            (Operand::Imm(imm), Width::W32) => {
-                Value::scalar(Scalar::constant(u64::from(imm.cast_unsigned())))
-            }
-            (Operand::Reg(src), Width::W64) => {
-                read(state, src)?;
-                self.named(state, src)
-            }
-            (Operand::Reg(src), Width::W32) => {
-                if matches!(read(state, src)?, Value::Pointer(_)) {
-                    let text = format!("R{} partial copy of pointer", src.index());
-                    return Err(Fault::new(text));
-                }
-                Value::scalar(number(state, src)?.zero_extend(32))
-            }
-        };
-        state.set_reg(dst, result);
-        Ok(())
-    }
-
-    /// The value of `reg`, about to be copied: a number that is not known gets an id first,
-    /// so that what is learnt of the copy holds for it too.
-    fn named(&mut self, state: &mut State, reg: Reg) -> Value {
-        if let Value::Scalar(Number { set, id: None }) = *state.reg(reg)
-            && set.as_const().is_none()
-        {
-            let id = Some(self.fresh_id());
-            state.set_reg(reg, Value::Scalar(Number { set, id }));
-        }
-        *state.reg(reg)
-    }
-
     fn map_value_address(&self, map: MapIdx, off: u32) -> Result<Value, Fault> {
         let spec = self.map(map)?;
-        if spec.kind != MapKind::Array || spec.max_entries != 1 || off >= spec.value_size_bytes {
+        let is_single = spec.kind == MapKind::Array && spec.max_entries == 1 && !spec.template;
+        if !is_single || off >= spec.value_size_bytes {
             return Err(Fault::new(format!(
                 "invalid access to map value pointer, value_size={} off={off}",
                 spec.value_size_bytes
             )));
         }
-        let base = Value::pointer(PointerKind::MapValue(map));
+        let base = Value::pointer(self.value_of(map, None)?);
         match base {
             Value::Pointer(p) => {
                 let off = Scalar::constant(u64::from(off));
@@ -264,13 +250,16 @@ impl<'a> Machine<'a> {
             access,
         };
         let p = followable(place.base, state.reg(place.base))?;
-        let target = access::check(request, p, self.maps, self.context)?;
+        let target = access::check(request, p, self.maps, self.context, self.types())?;
         match target {
-            Target::Stack { frame, span } => {
+            Target::Stack { frame, span } | Target::StackWindow { frame, window: span } => {
                 self.touch(state, frame, span);
+                let certainly = matches!(target, Target::Stack { .. });
+                self.trail.touched = Some(Touched::new(frame, span, certainly));
                 self.facts.access(idx, Region::Stack)?;
             }
             Target::Other(region) => self.facts.access(idx, region)?,
+            Target::Typed(_) => self.facts.access(idx, Region::Target)?,
         }
         Ok(target)
     }
@@ -278,8 +267,22 @@ impl<'a> Machine<'a> {
     fn load(&mut self, idx: usize, state: &mut State, place: Place) -> Result<Value, Fault> {
         match self.target(idx, state, place, Access::Read)? {
             Target::Stack { frame, span } => state.frame_at(frame).stack.load(span),
+            Target::StackWindow { frame, window } => {
+                state.frame_at(frame).stack.load_somewhere(window, place.size.bytes())
+            }
+            Target::Other(Region::Ctx { offset_bytes }) => {
+                Ok(self.context_word(offset_bytes).unwrap_or(unknown_of(place.size)))
+            }
             Target::Other(_) => Ok(unknown_of(place.size)),
+            Target::Typed(value) => Ok(value.unwrap_or(unknown_of(place.size))),
         }
+    }
+
+    /// What the context's word at `offset_bytes` is known to be.
+    fn context_word(&self, offset_bytes: i32) -> Option<Value> {
+        let target = self.target.filter(|_| matches!(self.context, Context::Tracing { .. }))?;
+        let slot = usize::try_from(offset_bytes / 8).ok()?;
+        typed::value_of(target.types, (*target.slots.get(slot)?)?)
     }
 
     fn store(
@@ -295,7 +298,10 @@ impl<'a> Machine<'a> {
                 let r = if let Operand::Reg(r) = src { r.index() } else { 0 };
                 Err(Fault::new(format!("R{r} leaks addr of ctx into mem")))
             }
-            Target::Other(_) => Ok(()),
+            Target::Other(_) | Target::Typed(_) => Ok(()),
+            Target::StackWindow { frame, window } => {
+                state.frame_at_mut(frame).stack.store_somewhere(window, Some(&value))
+            }
             Target::Stack { frame, span } => {
                 let to_own_stack = matches!(
                     value,
@@ -306,7 +312,9 @@ impl<'a> Machine<'a> {
                     return Err(Fault::new(text));
                 }
                 let value = match src {
-                    Operand::Reg(src) if place.size == Size::B8 => self.named(state, src),
+                    Operand::Reg(src) if matches!(place.size, Size::B4 | Size::B8) => {
+                        self.named(state, src)
+                    }
                     _ => value,
                 };
                 state.frame_at_mut(frame).stack.store(span, value)
@@ -328,6 +336,11 @@ impl<'a> Machine<'a> {
             number_or_leak(state, Reg::R0)?;
         }
         let target = self.target(idx, state, place, Access::Atomic)?;
+        if let Target::StackWindow { frame, window } = target {
+            let stack = &mut state.frame_at_mut(frame).stack;
+            stack.load_somewhere(window, place.size.bytes())?;
+            stack.store_somewhere(window, None)?;
+        }
         if let Target::Stack { frame, span } = target {
             let stack = &mut state.frame_at_mut(frame).stack;
             if matches!(stack.load(span)?, Value::Pointer(_)) {
@@ -346,6 +359,43 @@ impl<'a> Machine<'a> {
     }
 }
 
+/// Pointers that Linux has as numbers, and how they become such.
+impl Machine<'_> {
+    /// Numbers, or pointers that may be computed with.
+    pub(crate) fn are_numbers(&self, a: &Value, b: &Value) -> bool {
+        [a, b].into_iter().all(|v| v.as_scalar().is_some() || self.is_loose(v))
+    }
+
+    fn is_loose(&self, value: &Value) -> bool {
+        match (value, self.types()) {
+            (Value::Pointer(Pointer { kind: PointerKind::Target { ty }, .. }), Some(types)) => {
+                typed::is_number_in_linux(types, *ty)
+            }
+            _ => false,
+        }
+    }
+
+    /// Before an instruction that makes no sense of a pointer, one that may be computed with is
+    /// made the number that it is.
+    fn loosen(&self, op: &Op, state: &mut State) {
+        let reg = match *op {
+            Op::Neg { dst, .. } | Op::Swap { dst, .. } | Op::Trunc { dst, .. } => dst,
+            Op::Mov { width: Width::W32, src: Operand::Reg(src), .. }
+            | Op::MovSx { src, .. }
+            | Op::Atomic { src, .. } => src,
+            _ => return,
+        };
+        if self.is_loose(state.reg(reg)) {
+            state.set_reg(reg, Value::UNKNOWN);
+        }
+    }
+}
+
+/// The number in a register: any, where it is a pointer.
+pub(crate) fn any_of(value: &Value) -> Scalar {
+    value.as_scalar().copied().unwrap_or(Scalar::UNKNOWN)
+}
+
 /// A conditional jump.
 #[derive(Clone, Copy)]
 struct Test {
@@ -355,36 +405,57 @@ struct Test {
     src: Operand,
 }
 
-fn branch(state: &mut State, test: Test, next: usize, jump: usize) -> Result<Flow, Fault> {
-    let Test { cond, width, dst, src } = test;
-    let (a, b) = (read(state, dst)?, operand(state, src)?);
-    if let (Value::Scalar(_), Value::Scalar(_)) = (&a, &b) {
-        let mut jump_state = state.clone();
-        let jumps = assume(&mut jump_state, test, cond);
-        let falls = assume(state, test, cond.opposite());
-        return Ok(match (falls, jumps) {
-            (true, true) => Flow::Both { next, jump, jump_state: Box::new(jump_state) },
-            (true, false) => Flow::To(next),
-            (false, true) => {
-                *state = jump_state;
-                Flow::To(jump)
+impl Machine<'_> {
+    fn branch(
+        &mut self,
+        state: &mut State,
+        test: Test,
+        next: usize,
+        jump: usize,
+    ) -> Result<Flow, Fault> {
+        let Test { cond, width, dst, src } = test;
+        let (a, b) = (read(state, dst)?, operand(state, src)?);
+        if let (Value::Scalar(x), Value::Scalar(y)) = (&a, &b) {
+            if x.id.is_some() || y.id.is_some() {
+                self.trail.linked = Some(state.linked([x, y]));
             }
-            // Both sides impossible: the state describes no machine at all.
-            (false, false) => Flow::End,
-        });
-    }
-    match pointer::compare(cond, width, (dst, &a), &b)? {
-        Outcome::Unknown => {
-            let jump_state = Box::new(state.clone());
-            Ok(Flow::Both { next, jump, jump_state })
+            let mut jump_state = state.clone();
+            let jumps = assume(&mut jump_state, test, cond);
+            let falls = assume(state, test, cond.opposite());
+            if falls && jumps {
+                return Ok(Flow::Both { next, jump, jump_state: Box::new(jump_state) });
+            }
+            self.trail.need(dst);
+            self.trail.need_operand(src);
+            return Ok(match (falls, jumps) {
+                (true, _) => Flow::To(next),
+                (false, true) => {
+                    *state = jump_state;
+                    Flow::To(jump)
+                }
+                // Both sides impossible: the state describes no machine at all.
+                (false, false) => Flow::End,
+            });
         }
-        Outcome::Known(true) => Ok(Flow::To(jump)),
-        Outcome::Known(false) => Ok(Flow::To(next)),
-        Outcome::Null { id, null_if } => {
-            let mut jump_state = Box::new(state.clone());
-            set_null(&mut jump_state, id, null_if);
-            set_null(state, id, !null_if);
-            Ok(Flow::Both { next, jump, jump_state })
+        let outcome = pointer::compare(cond, width, (dst, &a), &b)?;
+        if outcome != Outcome::Unknown {
+            // One of the two is the number that it was compared with.
+            self.trail.need(dst);
+            self.trail.need_operand(src);
+        }
+        match outcome {
+            Outcome::Unknown => {
+                let jump_state = Box::new(state.clone());
+                Ok(Flow::Both { next, jump, jump_state })
+            }
+            Outcome::Known(true) => Ok(Flow::To(jump)),
+            Outcome::Known(false) => Ok(Flow::To(next)),
+            Outcome::Null { id, null_if } => {
+                let mut jump_state = Box::new(state.clone());
+                set_null(&mut jump_state, id, null_if);
+                set_null(state, id, !null_if);
+                Ok(Flow::Both { next, jump, jump_state })
+            }
         }
     }
 }
@@ -436,6 +507,7 @@ fn exit(state: &mut State) -> Result<Flow, Fault> {
     match r0 {
         Value::NotInit => return Err(Fault::not_readable(Reg::R0)),
         Value::Scalar(_) => {}
+        Value::Pointer(_) if r0.is_target() => {}
         Value::Pointer(p) if state.frame().function > 0 => {
             return Err(Fault::new(format!(
                 "At subprogram exit the register R0 is not a scalar value ({})",
@@ -456,6 +528,7 @@ fn exit(state: &mut State) -> Result<Flow, Fault> {
         ))
         .hint("submit or discard the record on every path"));
     }
+    lock::check_exit(state)?;
     Ok(Flow::End)
 }
 
@@ -464,14 +537,14 @@ fn unknown_of(size: Size) -> Value {
     Value::scalar(Scalar::UNKNOWN.zero_extend(8 * size.bytes()))
 }
 
-fn read(state: &State, reg: Reg) -> Result<Value, Fault> {
+pub(crate) fn read(state: &State, reg: Reg) -> Result<Value, Fault> {
     match state.reg(reg) {
         Value::NotInit => Err(Fault::not_readable(reg)),
         value => Ok(*value),
     }
 }
 
-fn operand(state: &State, operand: Operand) -> Result<Value, Fault> {
+pub(crate) fn operand(state: &State, operand: Operand) -> Result<Value, Fault> {
     match operand {
         Operand::Reg(reg) => read(state, reg),
         Operand::Imm(imm) => Ok(Value::scalar(Scalar::imm(imm))),
@@ -479,7 +552,7 @@ fn operand(state: &State, operand: Operand) -> Result<Value, Fault> {
 }
 
 /// The number in `reg`; pointers are refused.
-fn number(state: &State, reg: Reg) -> Result<Scalar, Fault> {
+pub(crate) fn number(state: &State, reg: Reg) -> Result<Scalar, Fault> {
     match read(state, reg)? {
         Value::Scalar(n) => Ok(n.set),
         _ => Err(Fault::new(format!("R{} pointer arithmetic prohibited", reg.index()))),

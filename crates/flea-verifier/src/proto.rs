@@ -18,9 +18,9 @@ pub(crate) enum Arg {
     Anything,
     /// As `Anything`, and need not be set at all (a variadic helper's).
     Optional,
-    /// A map with elements.
-    ElementMap,
-    /// A map with elements that the helper changes.
+    /// A map with elements, also one whose elements are maps.
+    LookupMap,
+    /// A map with elements that are values, which the helper changes.
     WrittenMap,
     /// A ring buffer.
     RingBuf,
@@ -40,8 +40,14 @@ pub(crate) enum Arg {
     KnownSize,
     /// A record that is given back.
     Record,
+    /// The lock in a map's value.
+    Lock,
     /// The context.
     Ctx,
+    /// A number, or a pointer into the target's data: none into ours.
+    Castable,
+    /// The number of one of the target's structures.
+    TypeId,
 }
 
 /// Whether a size may be 0.
@@ -64,6 +70,8 @@ pub(crate) enum Ret {
     Cookie,
     /// 0 to 64.
     BitNumber,
+    /// A pointer to the type that the second argument says.
+    Cast,
 }
 
 const SIZE: Arg = Arg::Size(ZeroSize::Refused);
@@ -72,11 +80,11 @@ const SIZE_OR_ZERO: Arg = Arg::Size(ZeroSize::Allowed);
 /// `helper`'s prototype.
 pub(crate) const fn proto(helper: Helper) -> Proto {
     use Arg::{
-        Anything, Ctx, ElementMap, Fill, FillU64, Key, KnownSize, MapValue, Optional, Read, Record,
-        RingBuf, WrittenMap,
+        Anything, Castable, Ctx, Fill, FillU64, Key, KnownSize, Lock, LookupMap, MapValue,
+        Optional, Read, Record, RingBuf, TypeId, WrittenMap,
     };
     let (args, ret): (&'static [Arg], Ret) = match helper {
-        Helper::MapLookupElem => (&[ElementMap, Key], Ret::ValueOrNull),
+        Helper::MapLookupElem => (&[LookupMap, Key], Ret::ValueOrNull),
         Helper::MapUpdateElem => (&[WrittenMap, Key, MapValue, Anything], Ret::Number),
         Helper::MapDeleteElem => (&[WrittenMap, Key], Ret::Number),
         Helper::KtimeGetNs
@@ -88,11 +96,17 @@ pub(crate) const fn proto(helper: Helper) -> Proto {
         Helper::TracePrintk => (&[Read, SIZE, Optional, Optional, Optional], Ret::Number),
         Helper::TraceVprintk => (&[Read, SIZE, Read, SIZE_OR_ZERO], Ret::Number),
         Helper::GetCurrentComm => (&[Fill, SIZE], Ret::Number),
-        Helper::ProbeReadUser => (&[Fill, SIZE_OR_ZERO, Anything], Ret::Number),
-        Helper::ProbeReadUserStr => (&[Fill, SIZE_OR_ZERO, Anything], Ret::LengthOrError),
+        Helper::ProbeReadUser | Helper::ProbeRead | Helper::ProbeReadKernel => {
+            (&[Fill, SIZE_OR_ZERO, Anything], Ret::Number)
+        }
+        Helper::ProbeReadUserStr | Helper::ProbeReadStr | Helper::ProbeReadKernelStr => {
+            (&[Fill, SIZE_OR_ZERO, Anything], Ret::LengthOrError)
+        }
+        Helper::ProbeWriteUser => (&[Anything, Read, SIZE], Ret::Number),
         Helper::RingbufOutput => (&[RingBuf, Read, SIZE_OR_ZERO, Anything], Ret::Number),
         Helper::RingbufReserve => (&[RingBuf, KnownSize, Anything], Ret::RecordOrNull),
         Helper::RingbufSubmit | Helper::RingbufDiscard => (&[Record, Anything], Ret::Void),
+        Helper::SpinLock | Helper::SpinUnlock => (&[Lock], Ret::Void),
         Helper::RingbufQuery => (&[RingBuf, Anything], Ret::Number),
         Helper::GetFuncIp
         | Helper::GetAttachCookie
@@ -101,6 +115,7 @@ pub(crate) const fn proto(helper: Helper) -> Proto {
         Helper::GetFuncArg => (&[Ctx, Anything, FillU64], Ret::Number),
         Helper::GetFuncRet => (&[Ctx, FillU64], Ret::Number),
         Helper::SessionCookie => (&[Ctx], Ret::Cookie),
+        Helper::RdonlyCast => (&[Castable, TypeId], Ret::Cast),
         Helper::Fls64 => (&[Anything], Ret::BitNumber),
     };
     Proto { args, ret }
@@ -110,7 +125,8 @@ impl Arg {
     /// Whether a map of this kind fits, for the arguments that take a map.
     pub(crate) const fn takes_map(self, kind: MapKind) -> bool {
         match self {
-            Self::ElementMap | Self::WrittenMap => !matches!(kind, MapKind::RingBuf),
+            Self::LookupMap => !matches!(kind, MapKind::RingBuf),
+            Self::WrittenMap => !matches!(kind, MapKind::RingBuf) && !kind.holds_maps(),
             Self::RingBuf => matches!(kind, MapKind::RingBuf),
             _ => false,
         }
@@ -119,13 +135,17 @@ impl Arg {
     /// Linux's list of the types that fit, as its messages print it.
     pub(crate) const fn expected(self) -> &'static str {
         match self {
-            Self::ElementMap | Self::WrittenMap | Self::RingBuf => "map_ptr",
+            Self::LookupMap | Self::WrittenMap | Self::RingBuf => "map_ptr",
             Self::Key | Self::MapValue | Self::Read | Self::Fill | Self::FillU64 => {
                 "fp, map_value, mem, ringbuf_mem"
             }
             Self::Record => "ringbuf_mem",
+            Self::Lock => "map_value",
             Self::Ctx => "ctx",
-            Self::Anything | Self::Optional | Self::Size(_) | Self::KnownSize => "scalar",
+            Self::Anything | Self::Optional | Self::Size(_) | Self::KnownSize | Self::TypeId => {
+                "scalar"
+            }
+            Self::Castable => "scalar, ptr_",
         }
     }
 }

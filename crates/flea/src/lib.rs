@@ -36,6 +36,7 @@ pub mod attached;
 pub mod builtin;
 mod change;
 mod error;
+mod fit;
 pub mod frames_file;
 mod function;
 mod link;
@@ -50,22 +51,28 @@ mod remote;
 mod replace;
 mod session;
 mod transaction;
+pub mod types;
 mod unload;
 mod unwinder;
 mod vdso;
 
 pub use flea_maps::{
-    ArrayMap, HashMap, Map, MapError, PerCpuArrayMap, PerCpuHashMap, RingBuf, Update,
+    ArrayMap, ArrayOfMaps, HashMap, HashOfMaps, Map, MapError, PerCpuArrayMap, PerCpuHashMap,
+    RingBuf, Update,
 };
 pub use flea_object::{
     ObjectError, asm,
     helper::Helper,
     insn::Insn,
     parse as parse_object,
-    spec::{MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec, ProgramKind},
+    spec::{
+        InnerMaps, MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec,
+        ProgramKind,
+    },
 };
 pub use flea_process::{Exit, Pid};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
+pub use flea_verifier::Permissions;
 
 /// Why the verifier refused a program, as facts: see [`AttachError::Rejected`].
 pub mod rejection {

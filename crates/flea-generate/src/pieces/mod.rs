@@ -10,7 +10,7 @@ use crate::builder::Builder;
 impl Builder<'_> {
     /// Any piece; `depth` branches and loops may be around what is in it.
     pub(crate) fn piece(&mut self, depth: u32) {
-        match self.random.below(33) {
+        match self.random.below(34) {
             0..=5 => self.arithmetic(),
             6 => {
                 let reg = self.target();
@@ -33,6 +33,7 @@ impl Builder<'_> {
             24 => self.read_target(),
             25 => self.changing_number(),
             26 => self.call(),
+            33 => self.related(),
             27 if self.function > 0 => self.early_exit(),
             28..=29 if depth > 0 => self.repeat(depth),
             _ if depth > 0 => self.branch(depth),

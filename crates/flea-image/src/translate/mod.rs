@@ -2,7 +2,7 @@
 //!
 //! BPF registers are Cranelift variables, so SSA construction and register allocation are
 //! Cranelift's. Start with [`Translator::function`]; arithmetic is in [`alu`], loads and stores
-//! in [`mem`], helpers in [`helper`], what the context shows in [`context`] and [`registers`].
+//! in [`mem`], from the target's data in [`target`], helpers in [`helper`], what the context shows in [`context`] and [`registers`].
 
 mod alu;
 mod context;
@@ -10,8 +10,10 @@ mod helper;
 mod jump;
 mod mem;
 pub(crate) mod op;
+mod records;
 mod registers;
 mod saves;
+mod target;
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
@@ -32,9 +34,11 @@ use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
 
 pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, zero_cookie};
-pub(crate) use helper::call_runtime;
+pub(crate) use helper::{call_runtime, is_inline_array};
 pub(crate) use registers::is_saved_at_entry;
 pub(crate) use saves::Saves;
+
+use records::Records;
 
 /// Instructions that one body may hold, calls inlined: Cranelift takes about a second for it.
 const MAX_INSNS: u32 = 100_000;
@@ -48,6 +52,8 @@ pub(crate) struct Use<'a> {
     pub cookie: u64,
     /// Word of this body's frame that holds the program's session cookie.
     pub cookie_word: u32,
+    /// Where a run goes that cannot get a lock; `None` where the program takes none.
+    pub given_up: Option<Block>,
 }
 
 /// What all programs of one body are translated with.
@@ -76,6 +82,8 @@ pub(crate) struct Outcome {
     pub reads: Reads,
     pub saves: Saves,
     pub calls_runtime: bool,
+    /// Where the target's data is read into.
+    target_buffer: Option<StackSlot>,
     n_insns: u32,
 }
 
@@ -96,6 +104,7 @@ pub(crate) struct Translator<'a, 'b> {
     nonnull: HashSet<Value>,
     /// Somebody looks at what the main function returns.
     wants_result: bool,
+    records: Records,
 }
 
 /// One activation of one BPF function.
@@ -107,6 +116,8 @@ struct Scope {
     slot: Option<StackSlot>,
     stack_bytes: i32,
     blocks: BTreeMap<u32, Block>,
+    /// What loads from the target that are still to come will give: read with an earlier one.
+    loaded: BTreeMap<u32, Value>,
     /// The function's instructions.
     range: Range<u32>,
     /// Where `exit` goes.
@@ -126,7 +137,15 @@ impl<'a, 'b> Translator<'a, 'b> {
         used: &'a Use<'a>,
         out: &'a mut Outcome,
     ) -> Self {
-        Self { b, env, used, out, nonnull: HashSet::new(), wants_result: true }
+        Self {
+            b,
+            env,
+            used,
+            out,
+            nonnull: HashSet::new(),
+            wants_result: true,
+            records: Records::default(),
+        }
     }
 
     /// Translates the whole program for what it does: its result is not even computed.
@@ -138,6 +157,7 @@ impl<'a, 'b> Translator<'a, 'b> {
     /// Translates the whole program; `r1` and `r2` as given. Returns r0 with the current block
     /// behind the program's end.
     pub fn program(&mut self, r1: Value, r2: Value) -> Result<Value, CompileError> {
+        self.begin_records();
         let zero = self.iconst(0);
         self.function(0, [r1, r2, zero, zero, zero], 0)
     }
@@ -237,7 +257,8 @@ impl<'a, 'b> Translator<'a, 'b> {
         let blocks = self.leaders(function.start_insn_idx, function.end_insn_idx);
         let end = self.b.create_block();
         let range = function.start_insn_idx..function.end_insn_idx;
-        Ok(Scope { regs, frame, cells, slot, stack_bytes, blocks, range, end, depth })
+        let loaded = BTreeMap::new();
+        Ok(Scope { regs, frame, cells, slot, stack_bytes, blocks, loaded, range, end, depth })
     }
 
     /// A block for each instruction that a reachable jump goes to.
@@ -347,7 +368,11 @@ impl<'a, 'b> Translator<'a, 'b> {
                 let at = i64::try_from(map.slot_offset).unwrap_or(i64::MAX).wrapping_add(offset);
                 self.b.ins().iadd_imm_s(slot, at)
             }
-            MapKind::Hash | MapKind::PerCpuHash | MapKind::RingBuf => {
+            MapKind::Hash
+            | MapKind::PerCpuHash
+            | MapKind::ArrayOfMaps
+            | MapKind::HashOfMaps
+            | MapKind::RingBuf => {
                 return Err(CompileError::BadFacts { insn_idx: idx, what: "map has no element 0" });
             }
         };

@@ -1,8 +1,9 @@
 //! The verifier against running programs: a program that it accepts runs in a checking
 //! interpreter. No access may leave its object, and before every instruction at least one of
 //! the states that the verifier had there must describe the machine: every register, every
-//! spilled register, every byte known to be zero, and the equality of numbers with one id. What
-//! the program returns is in the range that was said.
+//! spilled register, every byte known to be zero, and the link of numbers with one id; but of
+//! numbers, only those that something afterwards needed ([`crate::precision`]). What the program
+//! returns is in the range that was said.
 //!
 //! For the tests of this crate and, with the feature `beliefs`, for the fuzzers.
 
@@ -20,6 +21,7 @@ use crate::explore::Explorer;
 use crate::liveness::{Liveness, ProgramResult};
 use crate::machine::Machine;
 use crate::op::{Op, decode};
+use crate::precision::Needs;
 use crate::state::State;
 use crate::{Context, Rejection, Verified};
 use interpret::Interpreter;
@@ -33,7 +35,7 @@ pub struct Beliefs<'a> {
     maps: &'a [MapSpec],
     context: Context,
     ops: Vec<Op>,
-    states: Vec<Vec<State>>,
+    states: Vec<Vec<(State, Needs)>>,
 }
 
 /// Why there is nothing to compare with.
@@ -74,7 +76,7 @@ impl<'a> Beliefs<'a> {
     /// Where the machine did what the verifier had excluded.
     pub fn run(&self, numbers: Numbers<'_>) -> Result<u64, String> {
         let mut interpreter = Interpreter::new(&self.ops, self.maps, self.context, numbers);
-        let r0 = interpreter.run(&self.states, self.verified.facts())?;
+        let r0 = interpreter.run(&self.states, &self.verified)?;
         let range = self.verified.return_range();
         let inside = range.contains(&r0.cast_signed());
         inside.then_some(r0).ok_or_else(|| format!("returns {r0:#x}, not in {range:?}"))
@@ -86,12 +88,11 @@ fn states(
     maps: &[MapSpec],
     context: Context,
     ops: &[Op],
-) -> Result<Vec<Vec<State>>, NoBeliefs> {
+) -> Result<Vec<Vec<(State, Needs)>>, NoBeliefs> {
     let cfg = Cfg::new(ops).map_err(|_| NoBeliefs::TwoVerdicts)?;
     let live = Liveness::new(ops, &cfg, ProgramResult::of(program.kind));
     let machine = Machine::new(maps, context, ops, &cfg);
-    let mut explorer = Explorer::new(machine, program, &cfg, &live);
-    explorer.beliefs = Some(vec![Vec::new(); ops.len()]);
+    let mut explorer = Explorer::new(machine, program, &cfg, &live).remembering();
     explorer.run().map_err(|_| NoBeliefs::TwoVerdicts)?;
-    explorer.beliefs.take().ok_or(NoBeliefs::TooMany)
+    explorer.into_beliefs().ok_or(NoBeliefs::TooMany)
 }
