@@ -45,9 +45,16 @@ const ALL: [Knowledge; 4] = [
     },
 ];
 
+/// Linux wants a function that makes a tail call to return int, and types that say so. These
+/// programs have none, and we take any number from such a function.
+const NO_TYPES: &str = "tail_call is not allowed in subprogs without BTF";
+
 /// What a program has that explains this reason of the kernel's.
 #[must_use]
 pub fn by_reason(insns: &[Insn], reason: &str) -> Option<&'static str> {
+    if reason.contains(NO_TYPES) {
+        return Some("what a function with a tail call returns");
+    }
     let explains =
         |k: &&Knowledge| k.words.iter().any(|words| reason.contains(words)) && (k.is_had)(insns);
     ALL.iter().find(explains).map(|k| k.why)

@@ -137,7 +137,14 @@ impl Machine<'_> {
                 Err(mismatch(reg, &value, arg).hint("the context has no address to pass on"))
             }
             Arg::Anything | Arg::Optional => Ok(()),
-            Arg::LookupMap | Arg::WrittenMap | Arg::RingBuf => {
+            Arg::Index => match value.as_scalar() {
+                Some(_) => Ok(()),
+                None => {
+                    let r = reg.index();
+                    Err(Fault::new(format!("R{r} leaks addr into helper function")))
+                }
+            },
+            Arg::LookupMap | Arg::WrittenMap | Arg::RingBuf | Arg::ProgArray => {
                 seen.map = Some(self.map_arg(reg, &value, arg, helper)?);
                 Ok(())
             }

@@ -299,7 +299,11 @@ impl<'a> Explorer<'a> {
     }
 
     fn count_back_jump(&mut self, from: usize, to: usize) {
-        if to <= from && !matches!(self.machine.ops[from], Op::Exit | Op::CallLocal { .. }) {
+        let returns = matches!(
+            self.machine.ops[from],
+            Op::Exit | Op::CallLocal { .. } | Op::CallHelper { .. }
+        );
+        if to <= from && !returns {
             self.back_jumps[from] = self.back_jumps[from].saturating_add(1);
         }
     }

@@ -4,6 +4,8 @@ use std::ops::RangeInclusive;
 
 use flea_object::{helper::Helper, insn::Insn, spec::MapIdx};
 
+use crate::targets::Targets;
+
 /// An accepted program. Only [`crate::verify`] makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verified {
@@ -12,6 +14,7 @@ pub struct Verified {
     pub(crate) operands: Vec<Operands>,
     pub(crate) functions: Vec<Function>,
     pub(crate) returns: RangeInclusive<i64>,
+    pub(crate) targets: Targets,
 }
 
 impl Verified {
@@ -24,7 +27,8 @@ impl Verified {
         facts: Vec<Fact>,
         functions: Vec<Function>,
     ) -> Self {
-        Self { insns, facts, operands: Vec::new(), functions, returns: i64::MIN..=i64::MAX }
+        let (returns, targets) = (i64::MIN..=i64::MAX, Targets::default());
+        Self { insns, facts, operands: Vec::new(), functions, returns, targets }
     }
 
     /// The same program where only instructions run for which `runs(insn_idx)`: proved by the

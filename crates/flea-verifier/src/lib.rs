@@ -40,6 +40,8 @@ pub mod soundness;
 mod stack;
 mod state;
 mod story;
+mod tail;
+pub mod targets;
 mod trace;
 mod typed;
 mod upper;
@@ -57,6 +59,7 @@ use op::Op;
 use report::Fault;
 use stack::STACK_BYTES;
 use story::Path;
+use targets::Targets;
 use trace::Sink;
 
 pub use access::PT_REGS_BYTES;
@@ -198,6 +201,7 @@ impl<'a> Verifier<'a> {
             returns: machine.return_range(),
             operands: machine.facts.operands(),
             facts: machine.facts.into_facts(),
+            targets: Targets::default(),
         })
     }
 }
@@ -215,6 +219,7 @@ fn check_size(program: &Program) -> Result<(), (usize, Fault)> {
 
 /// The stack of the deepest chain of calls (each frame rounded up as in Linux) must fit.
 fn check_stack(cfg: &Cfg, ops: &[Op], stack_bytes: &[u32]) -> Result<(), (usize, Fault)> {
+    let frame_bytes = |function: usize| stack_bytes[function].max(1).next_multiple_of(32);
     let mut chains = vec![(0, 0); cfg.functions.len()];
     for &function in &cfg.callees_first {
         let span = cfg.functions[function];
@@ -226,8 +231,7 @@ fn check_stack(cfg: &Cfg, ops: &[Op], stack_bytes: &[u32]) -> Result<(), (usize,
             })
             .max()
             .unwrap_or((0, 0));
-        let own = stack_bytes[function].max(1).next_multiple_of(32);
-        chains[function] = (deepest.0 + own, deepest.1 + 1);
+        chains[function] = (deepest.0 + frame_bytes(function), deepest.1 + 1);
     }
     let (bytes, frames) = chains[0];
     // A program without calls has been held to its own 512 bytes already.
@@ -235,7 +239,7 @@ fn check_stack(cfg: &Cfg, ops: &[Op], stack_bytes: &[u32]) -> Result<(), (usize,
         let text = format!("combined stack size of {frames} calls is {bytes}. Too large");
         return Err((0, Fault::new(text).hint("keep large variables in a per-CPU array")));
     }
-    Ok(())
+    tail::check_callers(cfg, ops, frame_bytes)
 }
 
 fn functions(cfg: &Cfg, stack_bytes: &[u32]) -> Vec<Function> {

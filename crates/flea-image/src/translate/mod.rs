@@ -13,16 +13,16 @@ pub(crate) mod op;
 mod records;
 mod registers;
 mod saves;
+mod tail;
 mod target;
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
-use cranelift_codegen::ir::{
-    Block, InstBuilder, MemFlagsData, StackSlot, StackSlotData, StackSlotKind, Type, Value, types,
-};
+use cranelift_codegen::ir::{Block, InstBuilder, MemFlagsData, StackSlot, Type, Value, types};
 use cranelift_frontend::{FunctionBuilder, Variable};
 use flea_layout::plan::{ArenaPlan, MapPlacement};
+use flea_object::helper::Helper;
 use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_FUNC, PSEUDO_MAP, PSEUDO_MAP_VALUE};
 use flea_object::spec::{MapIdx, MapKind, ProgramKind};
 use flea_verifier::Verified;
@@ -37,6 +37,7 @@ pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, 
 pub(crate) use helper::{call_runtime, is_inline_array};
 pub(crate) use registers::is_saved_at_entry;
 pub(crate) use saves::Saves;
+use tail::Tails;
 
 use records::Records;
 
@@ -46,6 +47,7 @@ const MAX_INSNS: u32 = 100_000;
 const MAX_CALL_DEPTH: u32 = 8;
 
 /// What one program is translated with.
+#[derive(Clone, Copy)]
 pub(crate) struct Use<'a> {
     pub verified: &'a Verified,
     pub kind: Option<ProgramKind>,
@@ -98,8 +100,11 @@ impl Outcome {
 pub(crate) struct Translator<'a, 'b> {
     pub b: &'a mut FunctionBuilder<'b>,
     pub env: &'a Env<'a>,
+    /// The program whose instructions are being translated: one of `members`.
     pub used: &'a Use<'a>,
     pub out: &'a mut Outcome,
+    members: &'a [Use<'a>],
+    tails: Tails,
     /// Values that cannot be 0: addresses of array elements at a known index.
     nonnull: HashSet<Value>,
     /// Somebody looks at what the main function returns.
@@ -131,17 +136,21 @@ pub(crate) fn proved() -> MemFlagsData {
 }
 
 impl<'a, 'b> Translator<'a, 'b> {
+    /// `members` are a program and what its tail calls lead to: [`Use::members`].
     pub fn new(
         b: &'a mut FunctionBuilder<'b>,
         env: &'a Env<'a>,
-        used: &'a Use<'a>,
+        members: &'a [Use<'a>],
         out: &'a mut Outcome,
     ) -> Self {
+        let (used, tails) = (&members[0], Tails::default());
         Self {
             b,
             env,
             used,
             out,
+            members,
+            tails,
             nonnull: HashSet::new(),
             wants_result: true,
             records: Records::default(),
@@ -157,12 +166,26 @@ impl<'a, 'b> Translator<'a, 'b> {
     /// Translates the whole program; `r1` and `r2` as given. Returns r0 with the current block
     /// behind the program's end.
     pub fn program(&mut self, r1: Value, r2: Value) -> Result<Value, CompileError> {
+        self.start_tails(r1, r2);
         self.begin_records();
         let zero = self.iconst(0);
         self.function(0, [r1, r2, zero, zero, zero], 0)
     }
 
     fn function(
+        &mut self,
+        index: u32,
+        args: [Value; 5],
+        depth: u32,
+    ) -> Result<Value, CompileError> {
+        if self.makes_tail_calls(index) {
+            self.region(index, args, depth)
+        } else {
+            self.one_function(index, args, depth)
+        }
+    }
+
+    fn one_function(
         &mut self,
         index: u32,
         args: [Value; 5],
@@ -224,13 +247,7 @@ impl<'a, 'b> Translator<'a, 'b> {
         }
         let frame = Frame::analyse(verified, function, |i| self.reads_key_inline(i));
         let stack_bytes = function.stack_bytes.min(512).next_multiple_of(8);
-        let slot = frame.needs_memory.then(|| {
-            self.b.create_sized_stack_slot(StackSlotData::new(
-                StackSlotKind::ExplicitSlot,
-                stack_bytes,
-                3,
-            ))
-        });
+        let slot = frame.needs_memory.then(|| self.stack_slot(depth, stack_bytes));
         let stack_bytes = i32::try_from(stack_bytes).unwrap_or(0);
         let zero = self.iconst(0);
         let regs = std::array::from_fn(|_| self.b.declare_var(types::I64));
@@ -285,10 +302,7 @@ impl<'a, 'b> Translator<'a, 'b> {
         insn: Insn,
         fact: Fact,
     ) -> Result<bool, CompileError> {
-        self.out.n_insns += 1;
-        if self.out.n_insns > MAX_INSNS {
-            return Err(CompileError::TooLarge { max: MAX_INSNS });
-        }
+        self.count_insns(1)?;
         if insn.dst > 10 || insn.src > 10 {
             return Err(CompileError::Unsupported { insn_idx: idx, opcode: insn.opcode });
         }
@@ -307,6 +321,15 @@ impl<'a, 'b> Translator<'a, 'b> {
         }
     }
 
+    fn count_insns(&mut self, n: usize) -> Result<(), CompileError> {
+        let n = u32::try_from(n).unwrap_or(u32::MAX);
+        self.out.n_insns = self.out.n_insns.saturating_add(n);
+        if self.out.n_insns > MAX_INSNS {
+            return Err(CompileError::TooLarge { max: MAX_INSNS });
+        }
+        Ok(())
+    }
+
     fn call(
         &mut self,
         scope: &mut Scope,
@@ -321,6 +344,10 @@ impl<'a, 'b> Translator<'a, 'b> {
                 }
                 let args = std::array::from_fn(|i| self.b.use_var(scope.regs[i + 1]));
                 self.function(function, args, scope.depth + 1)?
+            }
+            Fact::Call { helper: Helper::TailCall, .. } if insn.src == 0 => {
+                self.tail_call(scope, idx, fact)?;
+                self.iconst(0)
             }
             Fact::Call { helper, map, constants } if insn.src == 0 => {
                 self.helper(scope, idx, helper, map, constants)?
@@ -372,6 +399,7 @@ impl<'a, 'b> Translator<'a, 'b> {
             | MapKind::PerCpuHash
             | MapKind::ArrayOfMaps
             | MapKind::HashOfMaps
+            | MapKind::ProgArray
             | MapKind::RingBuf => {
                 return Err(CompileError::BadFacts { insn_idx: idx, what: "map has no element 0" });
             }
