@@ -5,7 +5,8 @@ use flea_object::spec::{MapIdx, MapSpec};
 
 use crate::Context;
 use crate::access::{self, Access, Request, Target, followable, helper_stack_span};
-use crate::machine::Machine;
+use crate::callback::{self, Round};
+use crate::machine::{Flow, Machine};
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
 use crate::proto::{Arg, Ret, ZeroSize, proto};
@@ -26,6 +27,8 @@ struct Seen {
     /// Stack bytes that the helper fills.
     fills: Vec<(usize, Span)>,
     release: Option<Pointer>,
+    /// The function that the helper calls.
+    callback: Option<usize>,
 }
 
 impl Machine<'_> {
@@ -35,7 +38,7 @@ impl Machine<'_> {
         idx: usize,
         id: i32,
         state: &mut State,
-    ) -> Result<(), Fault> {
+    ) -> Result<Flow, Fault> {
         let helper = Helper::from_id(id).ok_or_else(|| {
             Fault::new(format!("invalid func unknown#{id}"))
                 .hint("this helper of Linux does not exist here")
@@ -48,6 +51,10 @@ impl Machine<'_> {
             self.check_arg(state, helper, n, *arg, proto.args, &mut seen)?;
         }
         self.facts.call(idx, helper, seen.map, constants)?;
+        let round = match seen.callback {
+            Some(function) => self.round(idx, helper, function, seen.map, state)?,
+            None => None,
+        };
         for (frame, span) in &seen.fills {
             state.frame_at_mut(*frame).stack.store_anything(*span)?;
         }
@@ -60,7 +67,14 @@ impl Machine<'_> {
         }
         let result = self.result(idx, proto.ret, &seen, constants, state);
         state.set_reg(Reg::R0, result);
-        Ok(())
+        let next = idx + 1;
+        Ok(match round {
+            Some(Round { start, state: inside }) => {
+                let behind = std::mem::replace(state, *inside);
+                Flow::Both { next: start, jump: next, jump_state: Box::new(behind) }
+            }
+            None => Flow::To(next),
+        })
     }
 
     fn check_allowed(&self, helper: Helper) -> Result<(), Fault> {
@@ -95,11 +109,20 @@ impl Machine<'_> {
             return if arg == Arg::Optional { Ok(()) } else { Err(Fault::not_readable(reg)) };
         }
         match arg {
-            Arg::Anything | Arg::Optional if value.is_ctx() => {
-                Err(mismatch(reg, &value, arg).hint("the context has no address to pass on"))
+            Arg::Anything | Arg::Optional if value.is_abstract() => {
+                let name = value.type_name();
+                let hint = format!("a pointer of type {name} has no address to pass on");
+                Err(mismatch(reg, &value, arg).hint(hint))
             }
             Arg::Anything | Arg::Optional => Ok(()),
-            Arg::ElementMap | Arg::WrittenMap | Arg::RingBuf => {
+            Arg::Rounds if value.as_scalar().is_none() => Err(mismatch(reg, &value, arg)),
+            Arg::Rounds => Ok(()),
+            Arg::Callback => {
+                seen.callback = Some(callback::function(reg, &value)?);
+                Ok(())
+            }
+            Arg::CallbackCtx => callback::context(reg, &value),
+            Arg::ElementMap | Arg::WrittenMap | Arg::RingBuf | Arg::IteratedMap => {
                 seen.map = Some(self.map_arg(reg, &value, arg, helper)?);
                 Ok(())
             }
@@ -141,6 +164,9 @@ impl Machine<'_> {
             return Err(mismatch(reg, value, arg));
         };
         let spec = self.map(map)?;
+        if !arg.takes_map(spec.kind) && arg == Arg::IteratedMap {
+            return Err(Fault::new("callback function not allowed for map"));
+        }
         if !arg.takes_map(spec.kind) {
             return Err(Fault::new(format!(
                 "cannot pass map_type {} into func {}",
@@ -234,8 +260,9 @@ impl Machine<'_> {
                 return Ok(());
             }
             let stack = &state.frame_at(frame).stack;
-            if stack.holds_ctx(span) {
-                return Err(Fault::new(format!("R{} leaks addr of ctx", reg.index())));
+            if let Some(spilled) = stack.abstract_pointer(span) {
+                let name = spilled.type_name();
+                return Err(Fault::new(format!("R{} leaks addr of {name}", reg.index())));
             }
             return stack
                 .check_written(span)
@@ -269,7 +296,8 @@ impl Machine<'_> {
             (Ret::RecordOrNull, _) => {
                 let size_bytes = constants[1].and_then(|s| u32::try_from(s).ok()).unwrap_or(0);
                 let reference = self.fresh_id();
-                state.acquire(Reference { id: reference, insn_idx: idx });
+                let callback = state.innermost_callback();
+                state.acquire(Reference { id: reference, insn_idx: idx, callback });
                 or_null(self, PointerKind::Record { size_bytes, reference })
             }
             (Ret::BitNumber, _) => Value::scalar(Scalar::signed(0, 64)),
@@ -326,7 +354,7 @@ fn release(state: &mut State, record: Pointer) -> Result<(), Fault> {
     Ok(())
 }
 
-fn mismatch(reg: Reg, value: &Value, arg: Arg) -> Fault {
+pub(crate) fn mismatch(reg: Reg, value: &Value, arg: Arg) -> Fault {
     let (r, found, expected) = (reg.index(), value.type_name(), arg.expected());
     Fault::new(format!("R{r} type={found} expected={expected}"))
 }

@@ -3,22 +3,23 @@
 use flea_object::helper::Helper;
 use flea_object::spec::MapIdx;
 
-use crate::facts::{Fact, Region};
+use crate::facts::{Callees, Fact, Region};
 use crate::report::Fault;
 
 /// One fact per instruction so far.
 #[derive(Debug)]
 pub(crate) struct Collector {
     facts: Vec<Fact>,
+    callees: Callees,
 }
 
 impl Collector {
     pub(crate) fn new(n_insns: usize) -> Self {
-        Self { facts: vec![Fact::Unreachable; n_insns] }
+        Self { facts: vec![Fact::Unreachable; n_insns], callees: Callees::new() }
     }
 
-    pub(crate) fn into_facts(self) -> Vec<Fact> {
-        self.facts
+    pub(crate) fn into_parts(self) -> (Vec<Fact>, Callees) {
+        (self.facts, self.callees)
     }
 
     /// A path gets to `idx`.
@@ -74,8 +75,22 @@ impl Collector {
 
     /// `idx` calls function number `function`.
     pub(crate) fn call_local(&mut self, idx: usize, function: usize) {
-        // Fewer functions than instructions, which are counted in a u32.
-        let function = u32::try_from(function).unwrap_or(u32::MAX);
-        self.facts[idx] = Fact::CallLocal { function };
+        self.facts[idx] = Fact::CallLocal { function: index(function) };
     }
+
+    /// `idx` calls function number `function`, whose address is in a register.
+    pub(crate) fn call_pointer(&mut self, idx: usize, function: usize) {
+        self.facts[idx] = Fact::CallPointer;
+        self.callback(idx, function);
+    }
+
+    /// The helper called at `idx` calls function number `function`.
+    pub(crate) fn callback(&mut self, idx: usize, function: usize) {
+        self.callees.entry(index(idx)).or_default().insert(index(function));
+    }
+}
+
+/// Instructions are counted in a u32, and there are no more functions than those.
+fn index(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
 }

@@ -9,7 +9,30 @@
 //!    may it prune. A state with `open > 0` is an ancestor of the current path (depth first:
 //!    every waiting branch hangs on one). To meet an equal one again is an infinite loop.
 //! 3. So the remembered states form a graph without cycles, and no accepted program runs
-//!    more instructions than were visited here: at most [`BUDGET`].
+//!    more instructions than were visited here: at most [`BUDGET`], callbacks' rounds apart.
+//!
+//! A helper that calls a function in rounds adds the one kind of cycle that is allowed, back
+//! to its call ([`crate::callback`]). Each arrival there is remembered; those of one call
+//! form a family, named by the first one, the root ([`crate::state::Rounds`]).
+//!
+//! 4. A round that ends in a state included by any of its own family needs no second look,
+//!    even while that one is being explored. *Nothing unsafe is missed*: whatever can happen
+//!    from the new state can happen from the older one, and all of that is looked at before
+//!    the program is accepted. *It ends*: the edge back is taken once per round, and at run
+//!    time the helper counts its rounds, or its map's elements. Another call's family will not
+//!    do: `for (i = 0; i < 9; i++) bpf_loop(1, set_to_0, &i, 0)` never ends, and each call's
+//!    round leaves what the first call found.
+//! 5. For the same reason no state may be pruned by one within a round of another call, as
+//!    long as that call is being explored: [`Explorer::may_prune`]. Then order all remembered
+//!    states by when their exploration is complete, and let a family count as its root.
+//!    Outside of rounds every edge leads to an earlier one; a round's edges lead to the same
+//!    family or to an earlier one. So a program that never ended would have to do endless
+//!    rounds in one call.
+//! 6. Where rounds change a number again and again, the arrivals would go on as long as it
+//!    changes. After some rounds such numbers are widened, which only forgets. What is
+//!    refused then is tried again without, as Linux does it ([`Patience`]). A round is
+//!    followed before what comes behind the call, so that the widest state gets there first
+//!    and the others find it explored.
 
 use std::collections::BTreeSet;
 
@@ -20,11 +43,12 @@ use crate::liveness::Liveness;
 use crate::machine::{Flow, Machine};
 use crate::op::Op;
 use crate::report::Fault;
-use crate::state::State;
+use crate::state::{Rounds, State, Widening};
 use crate::trace::Trace;
 
-/// Instructions that may be visited (Linux: BPF_COMPLEXITY_LIMIT_INSNS).
-pub(crate) const BUDGET: usize = 1_000_000;
+/// Instructions that may be visited (Linux: BPF_COMPLEXITY_LIMIT_INSNS). Fewer where thousands
+/// of random programs are tried, some of which use up all of it.
+pub(crate) const BUDGET: usize = if cfg!(test) { 20_000 } else { 1_000_000 };
 /// Branches that may wait (Linux: BPF_COMPLEXITY_LIMIT_JMP_SEQ).
 const MAX_WAITING: usize = 8192;
 /// States remembered per instruction.
@@ -36,6 +60,21 @@ const MAX_ANCESTORS: usize = 16;
 /// would cost more than they save (Linux's numbers).
 const MIN_INSNS_BETWEEN: u32 = 8;
 const MIN_JUMPS_BETWEEN: u32 = 2;
+/// Rounds of a callback, on all paths together, that are looked at before numbers which change
+/// in them are widened: of a call in the main function or its callees, and of one within a round.
+const EXACT_ROUNDS: u32 = 8;
+const EXACT_ROUNDS_WITHIN: u32 = 2;
+/// So many more widen bounds that move; then the whole number is given up.
+const ROUNDS_OF_BOUNDS: u32 = 8;
+
+/// Whether numbers that change in each round of a callback are followed for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// They are widened after some rounds.
+    Short,
+    /// They are, until the budget is used up.
+    Endless,
+}
 
 /// The walk.
 pub(crate) struct Explorer<'a> {
@@ -50,6 +89,9 @@ pub(crate) struct Explorer<'a> {
     steps: Vec<Step>,
     /// How often each jump backwards was followed.
     back_jumps: Vec<u32>,
+    patience: Patience,
+    /// A number was widened, so that with endless patience the verdict may be another one.
+    pub(crate) has_widened: bool,
     /// Lines of the log, in the second run of a refused program.
     trace: Option<Trace>,
     /// Every state on arrival at every instruction.
@@ -71,6 +113,8 @@ struct Node {
     /// Paths below it that are not yet explored to their end.
     open: u32,
     state: State,
+    /// Of the first arrival at a helper's call: arrives after rounds, on all paths.
+    n_rounds: u32,
 }
 
 /// One visit of an instruction.
@@ -97,6 +141,7 @@ impl<'a> Explorer<'a> {
         program: &'a Program,
         cfg: &'a Cfg,
         live: &'a Liveness,
+        patience: Patience,
     ) -> Self {
         let n_insns = machine.ops.len();
         Self {
@@ -109,6 +154,8 @@ impl<'a> Explorer<'a> {
             waiting: Vec::new(),
             steps: Vec::new(),
             back_jumps: vec![0; n_insns],
+            patience,
+            has_widened: false,
             trace: None,
             #[cfg(test)]
             beliefs: None,
@@ -129,7 +176,7 @@ impl<'a> Explorer<'a> {
     /// Explores everything.
     pub(crate) fn run(&mut self) -> Result<(), Refusal> {
         let state = self.machine.entry_state();
-        self.nodes.push(Node { parent: None, open: 1, state: state.clone() });
+        self.nodes.push(Node { parent: None, open: 1, state: state.clone(), n_rounds: 0 });
         let mut path =
             Path { state, idx: 0, node: 0, last_step: None, insns_since: 0, jumps_since: 0 };
         loop {
@@ -199,27 +246,25 @@ impl<'a> Explorer<'a> {
     }
 
     fn count_back_jump(&mut self, from: usize, to: usize) {
-        if to <= from && !matches!(self.machine.ops[from], Op::Exit | Op::CallLocal { .. }) {
-            self.back_jumps[from] = self.back_jumps[from].saturating_add(1);
-        }
+        let ops = self.machine.ops;
+        // A round's way back counts for the call.
+        let looping = match ops[from] {
+            Op::Exit if ops[to].takes_callback() => to,
+            Op::Goto { .. } | Op::If { .. } if to <= from => from,
+            _ => return,
+        };
+        self.back_jumps[looping] = self.back_jumps[looping].saturating_add(1);
     }
 
     /// `path` comes to a join; `true` where all that follows is known to be safe.
     fn arrive(&mut self, path: &mut Path) -> Result<bool, Fault> {
         let idx = path.idx;
         path.state.forget_dead(idx, self.live);
-        let mut ancestors = 0;
-        for &n in self.remembered[idx].iter().rev() {
-            let node = &self.nodes[n];
-            if node.open > 0 {
-                ancestors += 1;
-                if ancestors <= MAX_ANCESTORS && node.state.equals(&path.state) {
-                    return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
-                        .hint("nothing that the loop's end depends on changes in it"));
-                }
-            } else if node.state.includes(&path.state) {
-                return Ok(true);
-            }
+        if self.is_known(path)? {
+            return Ok(true);
+        }
+        if self.machine.ops[idx].takes_callback() {
+            return self.arrive_at_rounds(path);
         }
         let far = path.insns_since >= MIN_INSNS_BETWEEN && path.jumps_since >= MIN_JUMPS_BETWEEN;
         if far || self.remembered[idx].is_empty() {
@@ -228,10 +273,88 @@ impl<'a> Explorer<'a> {
         Ok(false)
     }
 
+    /// A remembered state makes `path` needless. An infinite loop is a fault.
+    fn is_known(&self, path: &Path) -> Result<bool, Fault> {
+        let idx = path.idx;
+        let call = path.state.rounds().map(|r| r.root);
+        let mut ancestors = 0;
+        for &n in self.remembered[idx].iter().rev() {
+            let node = &self.nodes[n];
+            let family = node.state.rounds().map(|r| r.root);
+            if call.is_some() && call == family {
+                if node.state.includes(&path.state) {
+                    return Ok(true);
+                }
+            } else if node.open > 0 {
+                ancestors += 1;
+                let same_round = || node.state.all_rounds().eq(path.state.all_rounds());
+                let again = ancestors <= MAX_ANCESTORS && node.state.equals(&path.state);
+                if again && (family.is_some() || same_round()) {
+                    return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
+                        .hint("nothing that the loop's end depends on changes in it"));
+                }
+            } else if self.may_prune(node, path) && node.state.includes(&path.state) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// What `node` stands for is explored to its end: every call in a round of which it is has
+    /// been, or `path` is in a round of that very call.
+    fn may_prune(&self, node: &Node, path: &Path) -> bool {
+        node.state.all_rounds().zip(path.state.all_rounds()).all(|(at_node, on_path)| {
+            at_node.is_none_or(|r| {
+                self.nodes[r.root].open == 0 || on_path.is_some_and(|p| p.root == r.root)
+            })
+        })
+    }
+
+    /// `path` comes to the call of a helper that calls a function in rounds, for the first time
+    /// or after a round.
+    fn arrive_at_rounds(&mut self, path: &mut Path) -> Result<bool, Fault> {
+        if self.widen(path) && self.is_known(path)? {
+            return Ok(true);
+        }
+        if let Some(rounds) = path.state.rounds() {
+            self.nodes[rounds.root].n_rounds += 1;
+        }
+        let first = Rounds { root: self.nodes.len(), n_done: 0, n_seen: 0 };
+        path.state.set_rounds(Some(path.state.rounds().unwrap_or(first)));
+        self.remember(path);
+        Ok(false)
+    }
+
+    /// After some rounds, forgets the numbers that the last one has changed.
+    fn widen(&mut self, path: &mut Path) -> bool {
+        let Some(rounds) = path.state.rounds() else { return false };
+        let within = path.state.innermost_callback() > 0;
+        let exact = if within { EXACT_ROUNDS_WITHIN } else { EXACT_ROUNDS };
+        let n_rounds = self.nodes[rounds.root].n_rounds;
+        if n_rounds < exact || self.patience == Patience::Endless {
+            return false;
+        }
+        let mut family = self.remembered[path.idx].iter().rev().map(|n| &self.nodes[*n]);
+        let before = family.find(|node| {
+            node.open > 0 && node.state.rounds().is_some_and(|r| r.root == rounds.root)
+        });
+        let Some(before) = before else { return false };
+        let bounds = n_rounds < exact + ROUNDS_OF_BOUNDS;
+        let how = if bounds { Widening::Bounds } else { Widening::Whole };
+        path.state.widen(&before.state, how);
+        self.has_widened = true;
+        true
+    }
+
     fn remember(&mut self, path: &mut Path) {
         let n = self.nodes.len();
         // The path now counts for the new node, and the new node for the old one.
-        self.nodes.push(Node { parent: Some(path.node), open: 1, state: path.state.clone() });
+        self.nodes.push(Node {
+            parent: Some(path.node),
+            open: 1,
+            state: path.state.clone(),
+            n_rounds: 0,
+        });
         path.node = n;
         path.insns_since = 0;
         path.jumps_since = 0;
@@ -260,6 +383,12 @@ impl<'a> Explorer<'a> {
         let fault =
             Fault::new(format!("BPF program is too large. Processed {} insn", processed + 1));
         match self.back_jumps.iter().enumerate().max_by_key(|(_, n)| **n) {
+            Some((idx, n)) if *n > 0 && self.machine.ops[idx].takes_callback() => {
+                fault.hint(format!(
+                    "the function that is called back at insn {idx} was verified for {n} rounds, \
+                     and each left something else behind: bound what it changes"
+                ))
+            }
             Some((idx, n)) if *n > 0 => fault.hint(format!(
                 "the jump back at insn {idx} was followed {n} times: give its loop a smaller bound"
             )),

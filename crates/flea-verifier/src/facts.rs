@@ -1,8 +1,12 @@
 //! What the verifier proved of an accepted program, for the compiler.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
 use flea_object::{helper::Helper, insn::Insn, spec::MapIdx};
+
+/// Functions that are called through a register at an instruction.
+pub(crate) type Callees = BTreeMap<u32, BTreeSet<u32>>;
 
 /// An accepted program. Only [`crate::verify`] makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -10,6 +14,7 @@ pub struct Verified {
     pub(crate) insns: Vec<Insn>,
     pub(crate) facts: Vec<Fact>,
     pub(crate) functions: Vec<Function>,
+    pub(crate) callees: Callees,
     pub(crate) returns: RangeInclusive<i64>,
 }
 
@@ -23,7 +28,17 @@ impl Verified {
         facts: Vec<Fact>,
         functions: Vec<Function>,
     ) -> Self {
-        Self { insns, facts, functions, returns: i64::MIN..=i64::MAX }
+        let callees = Callees::new();
+        Self { insns, facts, functions, callees, returns: i64::MIN..=i64::MAX }
+    }
+
+    /// The same, where `function` may be called through a register at `insn_idx`: for programs
+    /// of [`Self::from_parts_unverified`].
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_callee_unverified(mut self, insn_idx: u32, function: u32) -> Self {
+        self.callees.entry(insn_idx).or_default().insert(function);
+        self
     }
 
     /// The same program where only instructions run for which `runs(insn_idx)`: proved by the
@@ -52,6 +67,30 @@ impl Verified {
     #[must_use]
     pub fn functions(&self) -> &[Function] {
         &self.functions
+    }
+
+    /// The functions that the call at `insn_idx` may lead to through a register, by index into
+    /// [`Self::functions`]: those of a [`Fact::CallPointer`], and the callbacks of a helper. In
+    /// the register is [`Self::function_value`] of one of them.
+    pub fn callees(&self, insn_idx: u32) -> impl Iterator<Item = u32> + '_ {
+        self.callees.get(&insn_idx).into_iter().flatten().copied()
+    }
+
+    /// The functions that are called at `insn_idx`, directly or through a register.
+    pub fn called_at(&self, insn_idx: u32) -> impl Iterator<Item = u32> + '_ {
+        let direct = match self.facts.get(insn_idx as usize) {
+            Some(Fact::CallLocal { function }) => Some(*function),
+            _ => None,
+        };
+        direct.into_iter().chain(self.callees(insn_idx))
+    }
+
+    /// What a program finds in a register that holds the address of the function that starts at
+    /// `start_insn_idx`. It has no other use than to tell functions apart: nothing lets it
+    /// become a number.
+    #[must_use]
+    pub fn function_value(start_insn_idx: u32) -> u64 {
+        u64::from(start_insn_idx)
     }
 
     /// What the program returns at most, as a signed number. Exact ranges are looked for where
@@ -97,6 +136,9 @@ pub enum Fact {
         /// The callee.
         function: u32,
     },
+    /// A call through a register that holds a function of the program: one of
+    /// [`Verified::callees`].
+    CallPointer,
 }
 
 /// The memory an access goes to. Everything but `Target` is proved to be inside its object.
@@ -114,6 +156,8 @@ pub enum Region {
         /// Which.
         map: MapIdx,
     },
+    /// A map's key in the callback of `bpf_for_each_map_elem`; only read.
+    MapKey,
     /// A reserved ring buffer record.
     RingbufRecord,
     /// The u64 of `bpf_session_cookie`.

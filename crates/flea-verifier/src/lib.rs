@@ -16,6 +16,7 @@
 
 mod access;
 mod call;
+mod callback;
 mod cfg;
 mod collect;
 mod explore;
@@ -34,15 +35,16 @@ mod state;
 mod trace;
 mod value;
 
+use std::collections::BTreeSet;
+
 use flea_object::spec::{MapSpec, Program};
 use flea_object::types::{TypeId, Types};
 
-use cfg::Cfg;
-use explore::{BUDGET, Explorer, Refusal};
+use cfg::{Cfg, MAX_CALL_DEPTH};
+use explore::{BUDGET, Explorer, Patience, Refusal};
 use facts::Function;
 use liveness::{Liveness, ProgramResult};
 use machine::Machine;
-use op::Op;
 use report::Fault;
 use stack::STACK_BYTES;
 
@@ -144,24 +146,35 @@ impl<'a> Verifier<'a> {
         let ops = op::decode(&program.insns).map_err(structural)?;
         let cfg = Cfg::new(&ops).map_err(structural)?;
         let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
-        let explorer =
-            || Explorer::new(Machine::new(maps, context, &ops, &cfg), program, &cfg, &live);
-
-        let mut walk = explorer();
-        if let Err(Refusal { insn_idx, fault, steps }) = walk.run() {
+        let explorer = |patience| {
+            let machine = Machine::new(maps, context, &ops, &cfg);
+            Explorer::new(machine, program, &cfg, &live, patience)
+        };
+        let mut walk = explorer(Patience::Short);
+        let mut refused = walk.run().err();
+        if refused.is_some() && walk.has_widened {
+            let mut patient = explorer(Patience::Endless);
+            if patient.run().is_ok() {
+                (walk, refused) = (patient, None);
+            }
+        }
+        if let Some(Refusal { insn_idx, fault, steps }) = refused {
             // Printing every state on the way would cost more than the proof: the same walk
             // again, now that it is known which steps are worth printing.
-            let mut again = explorer().traced(steps);
+            let mut again = explorer(Patience::Short).traced(steps);
             let log = again.run().err().map(|_| again.into_log()).unwrap_or_default();
             return Err(rejection(insn_idx, fault, log));
         }
         let machine = walk.machine;
-        check_stack(&cfg, &ops, &machine.stack_bytes).map_err(structural)?;
+        check_stack(&machine.calls, &machine.stack_bytes).map_err(structural)?;
+        let returns = machine.return_range();
+        let (facts, callees) = machine.facts.into_parts();
         Ok(Verified {
             insns: program.insns.clone(),
             functions: functions(&cfg, &machine.stack_bytes),
-            returns: machine.return_range(),
-            facts: machine.facts.into_facts(),
+            returns,
+            facts,
+            callees,
         })
     }
 }
@@ -177,21 +190,23 @@ fn check_size(program: &Program) -> Result<(), (usize, Fault)> {
     Ok(())
 }
 
-/// The stack of the deepest chain of calls (each frame rounded up as in Linux) must fit.
-fn check_stack(cfg: &Cfg, ops: &[Op], stack_bytes: &[u32]) -> Result<(), (usize, Fault)> {
-    let mut chains = vec![(0, 0); cfg.functions.len()];
-    for &function in &cfg.callees_first {
-        let span = cfg.functions[function];
-        let deepest = ops[span.start..span.end]
-            .iter()
-            .filter_map(|op| match op {
-                Op::CallLocal { target } => Some(chains[cfg.function_at(*target)]),
-                _ => None,
-            })
-            .max()
-            .unwrap_or((0, 0));
-        let own = stack_bytes[function].max(1).next_multiple_of(32);
-        chains[function] = (deepest.0 + own, deepest.1 + 1);
+/// The stack of the deepest chain of `calls` (each frame rounded up as in Linux) must fit.
+fn check_stack(
+    calls: &BTreeSet<(usize, usize)>,
+    stack_bytes: &[u32],
+) -> Result<(), (usize, Fault)> {
+    let own = |function: usize| stack_bytes[function].max(1).next_multiple_of(32);
+    // Bytes and frames of the deepest chain from each function, of at most so many frames as
+    // there can be: calls through a register may lead in circles that no path goes round.
+    let one_frame: Vec<(u32, usize)> = (0..stack_bytes.len()).map(|f| (own(f), 1)).collect();
+    let mut chains = one_frame.clone();
+    for _ in 1..MAX_CALL_DEPTH {
+        let mut longer = one_frame.clone();
+        for &(caller, callee) in calls {
+            let (bytes, frames) = chains[callee];
+            longer[caller] = longer[caller].max((bytes + own(caller), frames + 1));
+        }
+        chains = longer;
     }
     let (bytes, frames) = chains[0];
     // A program without calls has been held to its own 512 bytes already.

@@ -1,11 +1,13 @@
 //! One instruction on one state: refuses it, or says where control goes.
 
+use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
 use flea_object::spec::{MapIdx, MapKind, MapSpec};
 
 use crate::Context;
 use crate::access::{self, Access, Request, Target, followable};
+use crate::callback;
 use crate::cfg::Cfg;
 use crate::collect::Collector;
 use crate::facts::Region;
@@ -27,6 +29,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) facts: Collector,
     /// Bytes of stack touched, by function.
     pub(crate) stack_bytes: Vec<u32>,
+    /// Who calls whom, on the paths seen so far: caller and callee.
+    pub(crate) calls: BTreeSet<(usize, usize)>,
     /// Smallest and largest result of the main function, on the paths seen so far.
     returns: Option<(i64, i64)>,
     last_id: u32,
@@ -54,6 +58,7 @@ impl<'a> Machine<'a> {
             cfg,
             facts: Collector::new(ops.len()),
             stack_bytes: vec![0; cfg.functions.len()],
+            calls: BTreeSet::new(),
             returns: None,
             last_id: 0,
         }
@@ -158,13 +163,21 @@ impl<'a> Machine<'a> {
             Op::If { cond, width, dst, src, target } => {
                 return branch(state, Test { cond, width, dst, src }, idx + 1, target);
             }
-            Op::CallHelper { id } => self.call_helper(idx, id, state)?,
+            Op::FunctionAddress { dst, target } => {
+                let function = self.cfg.function_at(target);
+                state.set_reg(dst, Value::pointer(PointerKind::Function(function)));
+                return Ok(Flow::To(idx + 2));
+            }
+            Op::CallHelper { id } => return self.call_helper(idx, id, state),
             Op::CallLocal { target } => {
                 let function = self.cfg.function_at(target);
                 self.facts.call_local(idx, function);
+                self.deeper(state, function)?;
                 state.enter(function, idx);
                 return Ok(Flow::To(target));
             }
+            Op::CallPointer { callee } => return self.call_pointer(idx, callee, state),
+            Op::Exit if state.is_callback() => return callback::exit(state),
             Op::Exit => return self.exit(state),
         }
         Ok(Flow::To(idx + 1))
@@ -284,9 +297,9 @@ impl<'a> Machine<'a> {
     ) -> Result<(), Fault> {
         let value = operand(state, src)?;
         match self.target(idx, state, place, Access::Write)? {
-            Target::Other(_) if value.is_ctx() => {
+            Target::Other(_) if value.is_abstract() => {
                 let r = if let Operand::Reg(r) = src { r.index() } else { 0 };
-                Err(Fault::new(format!("R{r} leaks addr of ctx into mem")))
+                Err(Fault::new(format!("R{r} leaks addr of {} into mem", value.type_name())))
             }
             Target::Other(_) => Ok(()),
             Target::Stack { frame, span } => {

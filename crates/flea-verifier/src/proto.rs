@@ -42,6 +42,14 @@ pub(crate) enum Arg {
     Record,
     /// The context.
     Ctx,
+    /// A function of the program, which the helper calls in rounds.
+    Callback,
+    /// What that function is given besides: an address in a stack frame, or NULL.
+    CallbackCtx,
+    /// How many rounds there are.
+    Rounds,
+    /// A map whose elements the rounds go over.
+    IteratedMap,
 }
 
 /// Whether a size may be 0.
@@ -72,8 +80,8 @@ const SIZE_OR_ZERO: Arg = Arg::Size(ZeroSize::Allowed);
 /// `helper`'s prototype.
 pub(crate) const fn proto(helper: Helper) -> Proto {
     use Arg::{
-        Anything, Ctx, ElementMap, Fill, FillU64, Key, KnownSize, MapValue, Optional, Read, Record,
-        RingBuf, WrittenMap,
+        Anything, Callback, CallbackCtx, Ctx, ElementMap, Fill, FillU64, IteratedMap, Key,
+        KnownSize, MapValue, Optional, Read, Record, RingBuf, Rounds, WrittenMap,
     };
     let (args, ret): (&'static [Arg], Ret) = match helper {
         Helper::MapLookupElem => (&[ElementMap, Key], Ret::ValueOrNull),
@@ -94,6 +102,8 @@ pub(crate) const fn proto(helper: Helper) -> Proto {
         Helper::RingbufReserve => (&[RingBuf, KnownSize, Anything], Ret::RecordOrNull),
         Helper::RingbufSubmit | Helper::RingbufDiscard => (&[Record, Anything], Ret::Void),
         Helper::RingbufQuery => (&[RingBuf, Anything], Ret::Number),
+        Helper::Loop => (&[Rounds, Callback, CallbackCtx, Anything], Ret::Number),
+        Helper::ForEachMapElem => (&[IteratedMap, Callback, CallbackCtx, Anything], Ret::Number),
         Helper::GetFuncIp
         | Helper::GetAttachCookie
         | Helper::GetFuncArgCnt
@@ -110,7 +120,9 @@ impl Arg {
     /// Whether a map of this kind fits, for the arguments that take a map.
     pub(crate) const fn takes_map(self, kind: MapKind) -> bool {
         match self {
-            Self::ElementMap | Self::WrittenMap => !matches!(kind, MapKind::RingBuf),
+            Self::ElementMap | Self::WrittenMap | Self::IteratedMap => {
+                !matches!(kind, MapKind::RingBuf)
+            }
             Self::RingBuf => matches!(kind, MapKind::RingBuf),
             _ => false,
         }
@@ -119,13 +131,17 @@ impl Arg {
     /// Linux's list of the types that fit, as its messages print it.
     pub(crate) const fn expected(self) -> &'static str {
         match self {
-            Self::ElementMap | Self::WrittenMap | Self::RingBuf => "map_ptr",
+            Self::ElementMap | Self::WrittenMap | Self::RingBuf | Self::IteratedMap => "map_ptr",
             Self::Key | Self::MapValue | Self::Read | Self::Fill | Self::FillU64 => {
                 "fp, map_value, mem, ringbuf_mem"
             }
             Self::Record => "ringbuf_mem",
             Self::Ctx => "ctx",
-            Self::Anything | Self::Optional | Self::Size(_) | Self::KnownSize => "scalar",
+            Self::Callback => "func",
+            Self::CallbackCtx => "fp",
+            Self::Rounds | Self::Anything | Self::Optional | Self::Size(_) | Self::KnownSize => {
+                "scalar"
+            }
         }
     }
 }

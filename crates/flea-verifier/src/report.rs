@@ -97,7 +97,10 @@ fn show_pointer(p: &Pointer, maps: &[MapSpec]) -> String {
                 None => format!("{name}({})", bounds(&p.off).join(",")),
             };
         }
-        PointerKind::Map(map) | PointerKind::MapValue(map) => parts.extend(map_facts(map.0)),
+        PointerKind::Map(map) | PointerKind::MapValue(map) | PointerKind::MapKey(map) => {
+            parts.extend(map_facts(map.0));
+        }
+        PointerKind::Function(function) => parts.push(format!("subprog={function}")),
         PointerKind::Record { size_bytes, reference } => {
             parts.push(format!("ref_obj_id={reference}"));
             parts.push(format!("sz={size_bytes}"));

@@ -165,6 +165,25 @@ impl Stack {
         }
     }
 
+    /// Widens every number that differs from what was there `before`; see
+    /// [`crate::state::State::widen`].
+    pub(crate) fn widen(&mut self, before: &Self, widen: impl Fn(&mut Value, &Value)) {
+        for (i, slot) in self.slots.iter_mut().enumerate() {
+            match (&mut *slot, before.slot(i)) {
+                (Slot::Spill(now @ Value::Scalar(_)), Slot::Spill(then)) => widen(now, then),
+                (Slot::Spill(now @ Value::Scalar(_)), Slot::Bytes(_)) => *now = Value::UNKNOWN,
+                (Slot::Bytes(now), then) => {
+                    for (now, then) in now.iter_mut().zip(then.bytes()) {
+                        if *now == Byte::Zero && then != Byte::Zero {
+                            *now = Byte::Anything;
+                        }
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// A store of `value`.
     pub(crate) fn store(&mut self, span: Span, value: Value) -> Result<(), Fault> {
         if let Some(slot) = span.whole_slot() {
@@ -239,9 +258,12 @@ impl Stack {
         Ok(())
     }
 
-    /// A register that must not become a number is spilled in `span`.
-    pub(crate) fn holds_ctx(&self, span: Span) -> bool {
-        span.slots().any(|(s, _)| matches!(self.slot(s), Slot::Spill(v) if v.is_ctx()))
+    /// What is spilled in `span` and must not become a number.
+    pub(crate) fn abstract_pointer(&self, span: Span) -> Option<Value> {
+        span.slots().find_map(|(s, _)| match self.slot(s) {
+            Slot::Spill(v) if v.is_abstract() => Some(*v),
+            _ => None,
+        })
     }
 
     fn slot_mut(&mut self, idx: usize) -> &mut Slot {

@@ -75,6 +75,13 @@ impl Scalar {
         self.wide.includes(&other.wide) && self.low.includes(&other.low)
     }
 
+    /// A set with every member of `self` and `other`, such that a chain of them, each widened by
+    /// the next, ends soon: a bound that `other` moves is given up.
+    pub(crate) fn widened(&self, other: &Self) -> Self {
+        let (wide, low) = (self.wide.widened(&other.wide), self.low.widened(&other.low));
+        Self { wide, low }
+    }
+
     /// `self op b`, in `width` bits; a 32-bit result is zero-extended.
     pub(crate) fn alu(op: AluOp, width: Width, a: &Self, b: &Self) -> Self {
         if width == Width::W32 {

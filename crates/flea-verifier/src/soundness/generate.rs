@@ -1,7 +1,7 @@
 //! Random programs that know how helpers, maps and branches are used, most of the time.
 
 use flea_object::helper::Helper;
-use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_MAP, PSEUDO_MAP_VALUE};
+use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_FUNC, PSEUDO_MAP, PSEUDO_MAP_VALUE};
 
 /// xorshift64*: the seed is all there is to a failure.
 pub(crate) struct Random(u64);
@@ -67,11 +67,22 @@ struct Builder<'a> {
     out: Vec<Insn>,
     /// Calls of the function that comes last, to be linked.
     calls: Vec<usize>,
+    /// References to callbacks, to be linked.
+    callbacks: Vec<(usize, Helper)>,
+    /// In a callback: r6 is its context, not the program's.
+    in_callback: bool,
 }
 
 /// A program.
 pub(crate) fn program(random: &mut Random, style: Style) -> Vec<Insn> {
-    let mut b = Builder { random, style, out: Vec::new(), calls: Vec::new() };
+    let mut b = Builder {
+        random,
+        style,
+        out: Vec::new(),
+        calls: Vec::new(),
+        callbacks: Vec::new(),
+        in_callback: false,
+    };
     b.emit(0xbf, 6, 1, 0, 0);
     b.wide(7, PSEUDO_MAP_VALUE, 0, 0);
     for off in (8..=WRITTEN).step_by(8) {
@@ -86,6 +97,7 @@ pub(crate) fn program(random: &mut Random, style: Style) -> Vec<Insn> {
         b.piece(2);
     }
     b.emit(0x95, 0, 0, 0, 0);
+    b.callbacks();
     b.link_calls();
     b.out
 }
@@ -111,6 +123,7 @@ impl Builder<'_> {
     /// Some number in `reg`.
     fn fresh(&mut self, reg: u8) {
         match self.random.below(4) {
+            2 if self.in_callback => self.load(reg, 7, 64),
             0 => {
                 let imm = self.random.imm();
                 self.emit(0xb7, reg, 0, 0, imm);
@@ -148,7 +161,9 @@ impl Builder<'_> {
     }
 
     fn piece(&mut self, depth: u32) {
-        match self.random.below(18) {
+        match self.random.below(19) {
+            18 if depth == 2 && !self.in_callback && self.callbacks.len() < 2 => self.rounds(),
+            14 | 18 if self.in_callback => self.arithmetic(),
             0..=3 => self.arithmetic(),
             4 => {
                 let reg = self.reg();
@@ -390,6 +405,94 @@ impl Builder<'_> {
                 self.fresh(reg);
             }
         }
+    }
+
+    /// A call of a helper that calls a function in rounds.
+    fn rounds(&mut self) {
+        let helper = self.random.pick(&[Helper::Loop, Helper::Loop, Helper::ForEachMapElem]);
+        match helper {
+            Helper::ForEachMapElem => self.wide(1, PSEUDO_MAP, 1, 0),
+            _ if self.random.chance(50) => {
+                let n = self.random.below(12) as i32;
+                self.emit(0xb7, 1, 0, 0, n);
+            }
+            _ => {
+                self.emit(0x79, 1, 6, 8, 0);
+                self.emit(0x57, 1, 0, 0, 15);
+            }
+        }
+        self.callbacks.push((self.out.len(), helper));
+        self.wide(2, PSEUDO_FUNC, 0, 0);
+        self.emit(0xbf, 3, 10, 0, 0);
+        let off = -8 * (1 + self.random.below(8) as i32);
+        self.emit(0x07, 3, 0, 0, off);
+        let flags = i32::from(self.random.chance(3));
+        self.emit(0xb7, 4, 0, 0, flags);
+        self.helper(helper);
+        self.fresh(0);
+    }
+
+    /// The functions that [`Self::rounds`] refers to.
+    fn callbacks(&mut self) {
+        self.in_callback = true;
+        let wanted = std::mem::take(&mut self.callbacks);
+        for helper in [Helper::Loop, Helper::ForEachMapElem] {
+            let calls: Vec<usize> =
+                wanted.iter().filter(|(_, h)| *h == helper).map(|(at, _)| *at).collect();
+            if calls.is_empty() {
+                continue;
+            }
+            let start = self.out.len();
+            for at in calls {
+                self.out[at].imm = (start - at - 1) as i32;
+            }
+            self.callback(helper);
+        }
+    }
+
+    fn callback(&mut self, helper: Helper) {
+        let context = if helper == Helper::Loop { 2 } else { 4 };
+        self.emit(0xbf, 6, context, 0, 0);
+        self.wide(7, PSEUDO_MAP_VALUE, 0, 0);
+        for off in (8..=WRITTEN).step_by(8) {
+            let imm = self.random.imm();
+            self.emit(0x7a, 10, 0, -off, imm);
+        }
+        if helper == Helper::Loop {
+            self.emit(0xbf, 8, 1, 0, 0);
+        } else {
+            self.emit(0x79, 8, 2, 0, 0);
+            if self.random.chance(50) {
+                self.store(3, 32);
+            }
+        }
+        for reg in 0..=5 {
+            self.fresh(reg);
+        }
+        self.emit(0x79, 9, 6, 0, 0);
+        for _ in 0..self.random.below(5) {
+            self.piece(1);
+        }
+        match self.random.below(3) {
+            0 => {
+                let reg = self.reg();
+                self.emit(0x7b, 6, reg, 0, 0);
+            }
+            1 => {
+                let imm = 1 + self.random.below(3) as i32;
+                self.emit(0x79, 3, 6, 0, 0);
+                self.emit(0x07, 3, 0, 0, imm);
+                self.emit(0x7b, 6, 3, 0, 0);
+            }
+            _ => {}
+        }
+        if self.random.chance(50) {
+            self.emit(0x57, 0, 0, 0, 1);
+        } else if !self.mistake() {
+            let result = i32::from(self.random.chance(20));
+            self.emit(0xb7, 0, 0, 0, result);
+        }
+        self.emit(0x95, 0, 0, 0, 0);
     }
 
     /// One function: takes a number and a pointer to 8 bytes of its caller's stack.

@@ -7,7 +7,7 @@ use flea_object::helper::Helper;
 use flea_object::spec::MapIdx;
 
 use super::generate::Random;
-use crate::facts::{Fact, Region};
+use crate::facts::{Fact, Region, Verified};
 use crate::number::scalar::{AluOp, Width};
 use crate::number::tests::{concrete, holds, sext};
 use crate::op::{Atomic, Op, Operand, Place, Reg};
@@ -22,6 +22,7 @@ enum Kind {
     Frame(usize),
     Ctx,
     MapValue(u32),
+    MapKey(u32),
     Record,
     Cookie,
 }
@@ -35,10 +36,24 @@ struct Frame {
     regs: [u64; 11],
     return_to: Option<usize>,
     stack: u64,
+    /// The helper that calls this frame's function in rounds.
+    helper: Option<Rounds>,
+}
+
+/// A helper's call of a function, in rounds.
+#[derive(Clone, Copy)]
+struct Rounds {
+    function: u64,
+    args: [u64; 5],
+    map: Option<u32>,
+    n_done: u64,
+    n_rounds: u64,
 }
 
 pub(crate) struct Interpreter<'a> {
     ops: &'a [Op],
+    /// Where functions begin, by index.
+    starts: Vec<usize>,
     random: Random,
     objects: BTreeMap<u64, Object>,
     frames: Vec<Frame>,
@@ -50,8 +65,12 @@ pub(crate) struct Interpreter<'a> {
 
 impl<'a> Interpreter<'a> {
     pub(crate) fn new(ops: &'a [Op], random: Random) -> Self {
+        let mut starts: Vec<usize> = ops.iter().filter_map(Op::function).chain([0]).collect();
+        starts.sort_unstable();
+        starts.dedup();
         let mut this = Self {
             ops,
+            starts,
             random,
             objects: BTreeMap::new(),
             frames: Vec::new(),
@@ -90,7 +109,7 @@ impl<'a> Interpreter<'a> {
             regs[reg] = self.random.next();
         }
         regs[10] = stack + 512;
-        self.frames.push(Frame { regs, return_to, stack });
+        self.frames.push(Frame { regs, return_to, stack, helper: None });
     }
 
     fn object(&mut self, address: u64, size: usize) -> Result<(u64, &mut Object), String> {
@@ -133,7 +152,11 @@ impl<'a> Interpreter<'a> {
         self.regs()[reg.index()] = x;
     }
 
-    pub(crate) fn run(&mut self, beliefs: &[Vec<State>], facts: &[Fact]) -> Result<u64, String> {
+    pub(crate) fn run(
+        &mut self,
+        beliefs: &[Vec<State>],
+        verified: &Verified,
+    ) -> Result<u64, String> {
         let mut idx = 0;
         for _ in 0..MAX_STEPS {
             if !beliefs[idx].iter().any(|s| self.agrees(s)) {
@@ -141,7 +164,7 @@ impl<'a> Interpreter<'a> {
                 let regs = *self.regs();
                 return Err(format!("insn {idx}: none of {n} states describes {regs:x?}"));
             }
-            match self.step(idx, facts[idx]).map_err(|e| format!("insn {idx}: {e}"))? {
+            match self.step(idx, verified).map_err(|e| format!("insn {idx}: {e}"))? {
                 Some(next) => idx = next,
                 None => return Ok(self.result),
             }
@@ -149,7 +172,8 @@ impl<'a> Interpreter<'a> {
         Err("the program does not end".into())
     }
 
-    fn step(&mut self, idx: usize, fact: Fact) -> Result<Option<usize>, String> {
+    fn step(&mut self, idx: usize, verified: &Verified) -> Result<Option<usize>, String> {
+        let fact = verified.facts()[idx];
         if fact == Fact::Unreachable {
             return Err("said to be unreachable".into());
         }
@@ -191,6 +215,10 @@ impl<'a> Interpreter<'a> {
                 self.set(dst, base + u64::from(off));
                 return Ok(Some(idx + 2));
             }
+            Op::FunctionAddress { dst, target } => {
+                self.set(dst, function_handle(target));
+                return Ok(Some(idx + 2));
+            }
             Op::SecondHalf => return Err("half an instruction".into()),
             Op::Load { dst, place, sign_extend } => {
                 let (kind, x) = self.read(self.address(place), place.size.bytes() as usize)?;
@@ -203,7 +231,7 @@ impl<'a> Interpreter<'a> {
                 let size = place.size.bytes() as usize;
                 let kind = self.write(self.address(place), &x[..size])?;
                 agree(kind, fact)?;
-                if matches!(kind, Kind::Ctx | Kind::MapValue(3)) {
+                if matches!(kind, Kind::Ctx | Kind::MapValue(3) | Kind::MapKey(_)) {
                     return Err(format!("write to {kind:?}"));
                 }
             }
@@ -214,26 +242,113 @@ impl<'a> Interpreter<'a> {
                 let jumps = holds(cond, bits(width), a, b);
                 return Ok(Some(if jumps { target } else { idx + 1 }));
             }
+            op @ Op::CallHelper { id } if op.takes_callback() => {
+                return self.start_rounds(id, idx, verified).map(Some);
+            }
             Op::CallHelper { id } => self.helper(id, fact)?,
+            Op::CallPointer { callee } => {
+                let to = self.get(Operand::Reg(callee));
+                let to = self.callee(to, idx, verified)?;
+                let regs = *self.regs();
+                self.enter(regs, Some(idx + 1));
+                return Ok(Some(to));
+            }
             Op::CallLocal { target } => {
                 let regs = *self.regs();
                 self.enter(regs, Some(idx + 1));
                 return Ok(Some(target));
             }
-            Op::Exit => return Ok(self.leave()),
+            Op::Exit => return self.leave(),
         }
         Ok(Some(idx + 1))
     }
 
-    fn leave(&mut self) -> Option<usize> {
-        let frame = self.frames.pop()?;
+    fn leave(&mut self) -> Result<Option<usize>, String> {
+        let Some(frame) = self.frames.pop() else { return Ok(None) };
         self.objects.remove(&frame.stack);
         self.result = frame.regs[0];
-        let to = frame.return_to?;
+        let Some(to) = frame.return_to else { return Ok(None) };
+        if let Some(mut rounds) = frame.helper {
+            if frame.regs[0] > 1 {
+                return Err(format!("a callback returns {:#x}", frame.regs[0]));
+            }
+            rounds.n_done += 1;
+            if frame.regs[0] == 1 {
+                rounds.n_rounds = rounds.n_done;
+            }
+            return self.next_round(rounds, to).map(Some);
+        }
         let scramble = self.random.next();
         self.regs()[0] = frame.regs[0];
         self.regs()[1..=5].fill(scramble);
-        Some(to)
+        Ok(Some(to))
+    }
+
+    /// The function that `value` stands for, which must be one that was said to be called.
+    fn callee(&self, value: u64, idx: usize, verified: &Verified) -> Result<usize, String> {
+        let said = verified.callees(idx as u32);
+        let mut starts = said.map(|f| verified.functions()[f as usize].start_insn_idx as usize);
+        let found = starts.find(|start| function_handle(*start) == value);
+        found.ok_or_else(|| format!("{value:#x} was not said to be called"))
+    }
+
+    fn start_rounds(&mut self, id: i32, idx: usize, verified: &Verified) -> Result<usize, String> {
+        let Fact::Call { map, .. } = verified.facts()[idx] else {
+            return Err("no call fact".into());
+        };
+        let [_, first, function, context, flags, ..] = *self.regs();
+        let is_loop = id == Helper::Loop as i32;
+        if flags != 0 || (is_loop && first > 1 << 23) {
+            let errno: i64 = if flags != 0 { -22 } else { -7 };
+            return Ok(self.finish_rounds(errno as u64, idx + 1));
+        }
+        let map = map.map(|map| map.0);
+        if !is_loop && map.map(map_handle) != Some(first) {
+            return Err("another map".into());
+        }
+        let elements = match map {
+            Some(1) => self.random.below(5),
+            _ => 1,
+        };
+        let n_rounds = if is_loop { first } else { elements };
+        let args = [0, context, 0, 0, 0];
+        let rounds = Rounds { function, args, map, n_done: 0, n_rounds };
+        if n_rounds > 0 {
+            self.callee(function, idx, verified)?;
+        }
+        self.next_round(rounds, idx + 1)
+    }
+
+    fn next_round(&mut self, mut rounds: Rounds, return_to: usize) -> Result<usize, String> {
+        if rounds.n_done == rounds.n_rounds {
+            return Ok(self.finish_rounds(rounds.n_done, return_to));
+        }
+        let context = rounds.args[1];
+        let scramble = self.random.next();
+        let args = match rounds.map {
+            None => [rounds.n_done, context, scramble, scramble, scramble],
+            Some(map) => {
+                let key = self.allocate(Kind::MapKey(map), if map == 1 { 8 } else { 4 });
+                let n = self.random.below(2) as usize;
+                let value = self.values_of(map).nth(n % self.values_of(map).count().max(1));
+                [map_handle(map), key, value.ok_or("no such value")?, context, scramble]
+            }
+        };
+        // The caller's registers stay as they are until the helper is done.
+        let mut regs = *self.regs();
+        regs[1..=5].copy_from_slice(&args);
+        self.enter(regs, Some(return_to));
+        let start = rounds.function.wrapping_sub(function_handle(0)) as usize;
+        rounds.args[1] = context;
+        self.frames.last_mut().expect("just entered").helper = Some(rounds);
+        Ok(start)
+    }
+
+    fn finish_rounds(&mut self, result: u64, to: usize) -> usize {
+        let scramble = self.random.next();
+        self.regs()[1..=5].fill(scramble);
+        self.regs()[0] = result;
+        to
     }
 
     fn address(&self, place: Place) -> u64 {
@@ -377,6 +492,12 @@ impl<'a> Interpreter<'a> {
                     }
                     PointerKind::Map(MapIdx(map)) => x == map_handle(map),
                     PointerKind::MapValue(MapIdx(map)) => self.values_of(map).any(at),
+                    PointerKind::MapKey(MapIdx(map)) => {
+                        self.bases(|k| k == Kind::MapKey(map)).any(at)
+                    }
+                    PointerKind::Function(function) => {
+                        self.starts.get(function).is_some_and(|start| x == function_handle(*start))
+                    }
                     PointerKind::Ctx => self.bases(|k| k == Kind::Ctx).any(at),
                     PointerKind::Record { .. } => self.bases(|k| k == Kind::Record).any(at),
                     PointerKind::Cookie => self.bases(|k| k == Kind::Cookie).any(at),
@@ -392,6 +513,7 @@ fn agree(kind: Kind, fact: Fact) -> Result<(), String> {
         Fact::Access(Region::Stack) => matches!(kind, Kind::Frame(_)),
         Fact::Access(Region::Ctx { .. }) => kind == Kind::Ctx,
         Fact::Access(Region::MapValue { map }) => kind == Kind::MapValue(map.0),
+        Fact::Access(Region::MapKey) => matches!(kind, Kind::MapKey(_)),
         Fact::Access(Region::RingbufRecord) => kind == Kind::Record,
         Fact::Access(Region::SessionCookie) => kind == Kind::Cookie,
         _ => false,
@@ -401,6 +523,11 @@ fn agree(kind: Kind, fact: Fact) -> Result<(), String> {
 
 fn map_handle(map: u32) -> u64 {
     0x1111_0000_0000 + u64::from(map)
+}
+
+/// Far from all memory, and from maps.
+fn function_handle(start: usize) -> u64 {
+    0x2222_0000_0000 + start as u64
 }
 
 fn bits(width: Width) -> u32 {

@@ -14,7 +14,7 @@ use proptest::prelude::*;
 
 use crate::Context;
 use crate::cfg::Cfg;
-use crate::explore::Explorer;
+use crate::explore::{Explorer, Patience};
 use crate::liveness::{Liveness, ProgramResult};
 use crate::machine::Machine;
 use crate::op::{Op, decode};
@@ -62,13 +62,14 @@ fn beliefs(program: &Program) -> Option<(Vec<Op>, Vec<Vec<State>>)> {
     let ops = decode(&program.insns).ok()?;
     let cfg = Cfg::new(&ops).ok()?;
     let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
-    let machine = Machine::new(&maps, CONTEXT, &ops, &cfg);
-    let mut explorer = Explorer::new(machine, program, &cfg, &live);
-    explorer.beliefs = Some(vec![Vec::new(); ops.len()]);
-    explorer.run().ok()?;
-    let beliefs = explorer.beliefs.take()?;
-    drop(explorer);
-    Some((ops, beliefs))
+    let beliefs = [Patience::Short, Patience::Endless].into_iter().find_map(|patience| {
+        let machine = Machine::new(&maps, CONTEXT, &ops, &cfg);
+        let mut explorer = Explorer::new(machine, program, &cfg, &live, patience);
+        explorer.beliefs = Some(vec![Vec::new(); ops.len()]);
+        explorer.run().ok()?;
+        explorer.beliefs.take()
+    });
+    Some((ops, beliefs?))
 }
 
 /// Runs the program of `seed` if it is accepted; whether it was.
@@ -85,7 +86,7 @@ fn check(seed: u64, style: generate::Style) -> bool {
     let Ok(verified) = verdict else { return false };
     for run in 0..6 {
         let mut interpreter = Interpreter::new(&ops, Random::new(seed ^ (run << 56) ^ 0x5eed));
-        let outcome = interpreter.run(&beliefs, verified.facts()).and_then(|r0| {
+        let outcome = interpreter.run(&beliefs, &verified).and_then(|r0| {
             let range = verified.return_range();
             let inside = range.contains(&r0.cast_signed());
             inside.then_some(()).ok_or_else(|| format!("returns {r0:#x}, not in {range:?}"))
