@@ -215,7 +215,11 @@ pub(crate) fn uses_slot(verified: &Verified, plan: &ArenaPlan) -> bool {
     let facts = verified.facts().iter().zip(verified.insns());
     facts.into_iter().any(|(fact, insn)| match *fact {
         Fact::Call { helper: Helper::GetPrandomU32 | Helper::MapUpdateElem, .. } => true,
-        Fact::Call { helper: Helper::MapLookupElem, map: Some(map), .. } => {
+        Fact::Call {
+            helper: Helper::MapLookupElem | Helper::ForEachMapElem,
+            map: Some(map),
+            ..
+        } => {
             let array = plan.maps.get(map.0 as usize).map(|m| m.kind);
             array != Some(MapKind::Array)
         }

@@ -163,6 +163,9 @@ pub enum RuntimeFn {
     ClockNs,
     /// `(arena, map, key, slot) -> value address or 0`, hash kinds.
     HashLookup,
+    /// `(arena, map, cursor, key, key_bytes, slot) -> value address or 0`, hash kinds: the next
+    /// element from the number at `cursor` on, which goes up; its key is copied to `key`.
+    HashNext,
     /// `(arena, map, key, value, flags, slot) -> 0 or -errno`, all kinds with elements.
     MapUpdate,
     /// `(arena, map, key) -> 0 or -errno`
@@ -198,10 +201,11 @@ pub enum RuntimeFn {
 
 impl RuntimeFn {
     /// All of them.
-    pub const ALL: [RuntimeFn; 18] = [
+    pub const ALL: [RuntimeFn; 19] = [
         RuntimeFn::ThreadSlot,
         RuntimeFn::ClockNs,
         RuntimeFn::HashLookup,
+        RuntimeFn::HashNext,
         RuntimeFn::MapUpdate,
         RuntimeFn::MapDelete,
         RuntimeFn::RingbufReserve,
@@ -226,6 +230,7 @@ impl RuntimeFn {
             RuntimeFn::ThreadSlot => "flea_thread_slot",
             RuntimeFn::ClockNs => "flea_clock_ns",
             RuntimeFn::HashLookup => "flea_hash_lookup",
+            RuntimeFn::HashNext => "flea_hash_next",
             RuntimeFn::MapUpdate => "flea_map_update",
             RuntimeFn::MapDelete => "flea_map_delete",
             RuntimeFn::RingbufReserve => "flea_ringbuf_reserve",

@@ -192,7 +192,11 @@ impl Translator<'_, '_> {
                 .get(map.0 as usize)
                 .is_some_and(|m| matches!(m.kind, MapKind::PerCpuArray | MapKind::PerCpuHash)),
             Region::SessionCookie => true,
-            Region::Stack | Region::Ctx { .. } | Region::RingbufRecord | Region::Memory => false,
+            Region::Stack
+            | Region::Ctx { .. }
+            | Region::MapKey
+            | Region::RingbufRecord
+            | Region::Memory => false,
         }
     }
 

@@ -25,5 +25,4 @@ static long (*map_update_elem)(void *map, const void *key, const void *value,
 static u64 (*ktime_get_ns)(void) = (void *)5;
 static long (*trace_printk)(const char *fmt, u32 size, ...) = (void *)6;
 static long (*ringbuf_output)(void *map, void *data, u64 size, u64 flags) = (void *)130;
-/* Not a helper that Flea has: callbacks are linked all the same. */
 static long (*loop)(u32 n, void *callback, void *ctx, u64 flags) = (void *)181;
