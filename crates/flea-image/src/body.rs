@@ -41,7 +41,7 @@ use crate::translate::{
     Arguments, Env, Outcome, Parameters, Probes, Saves, Side, Translator, Use, call_runtime, op,
     proved, store_skip_value, zero_cookie,
 };
-use crate::x86_64::check::check_body;
+use crate::x86_64::check::{check_body, check_cpu};
 use crate::x86_64::slim::slim;
 
 /// Compiles all programs of `request` into at most four bodies.
@@ -199,10 +199,11 @@ fn build(
     b.switch_to_block(end);
     b.ins().return_(&[]);
     b.seal_all_blocks();
-    b.finalize(clif::isa()?.frontend_config());
-    let code = slim(clif::compile(func)?);
+    b.finalize(clif::isa(request.cpu)?.frontend_config());
+    let code = slim(clif::compile(func, request.cpu)?);
     // The compiler is not trusted with a register that a production process relies on.
     check_body(&code.bytes)?;
+    check_cpu(&code.bytes, request.cpu)?;
     Ok((code, outcome))
 }
 
@@ -297,17 +298,25 @@ fn emit_program(
     });
     // The context pointer is never used as a number.
     let ctx = b.ins().iconst(types::I64, 0);
-    let r0 = Translator::new(b, env, &used, outcome).program(ctx, ctx)?;
+    let mut translator = Translator::new(b, env, &used, outcome);
+    let skips = env.args.side == Side::Modify && program.verified.return_range() != (0..=0);
+    let r0 = if skips {
+        Some(translator.program(ctx, ctx)?)
+    } else {
+        translator.program_without_result(ctx, ctx)?;
+        None
+    };
     if let Some(state) = state {
         let zero = b.ins().iconst(types::I64, 0);
         // Without this barrier (no machine code) Cranelift might find `active = rsp` dead.
         b.ins().sequence_point();
         b.ins().store(proved(), zero, state, field(offset_of!(ProgramState, active)));
     }
-    if env.args.side == Side::Modify && program.verified.return_range() != (0..=0) {
-        skip_unless_zero(b, env, r0, after, end);
-    } else {
-        b.ins().jump(after, &[]);
+    match r0 {
+        Some(r0) => skip_unless_zero(b, env, r0, after, end),
+        None => {
+            b.ins().jump(after, &[]);
+        }
     }
     b.switch_to_block(after);
     Ok(())

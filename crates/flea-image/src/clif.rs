@@ -17,28 +17,29 @@ use cranelift_frontend::FunctionBuilder;
 use flea_layout::shared::RuntimeFn;
 
 use crate::code::{Code, Reloc, RelocKind, RelocTarget, is_movabs_at};
-use crate::request::CompileError;
+use crate::request::{CompileError, Cpu};
 
 const NS_ARENA: u32 = 0;
 const NS_RUNTIME: u32 = 1;
 const NS_VDSO: u32 = 2;
 const NS_THREAD_POINTER: u32 = 3;
 const NS_CONSTANT: u32 = 4;
+const NS_SKELETON_FRAME: u32 = 5;
 
-/// The x86-64 back end, baseline instructions only: no AVX, so the upper halves of vector
-/// registers, which `PreserveAll` does not save, are never touched.
-pub(crate) fn isa() -> Result<&'static dyn TargetIsa, CompileError> {
-    static ISA: OnceLock<Result<OwnedTargetIsa, String>> = OnceLock::new();
-    built(ISA.get_or_init(|| build_isa("speed")))
+/// The x86-64 back end. No AVX on any CPU: the upper halves of vector registers, which
+/// `PreserveAll` does not save, are never touched.
+pub(crate) fn isa(cpu: Cpu) -> Result<&'static dyn TargetIsa, CompileError> {
+    static ISA: [OnceLock<Result<OwnedTargetIsa, String>>; 2] = [const { OnceLock::new() }; 2];
+    built(ISA[usize::from(cpu.lzcnt)].get_or_init(|| build_isa(cpu, "speed")))
 }
 
 /// The same without the optimiser; see [`compile`].
-fn plain_isa() -> Result<&'static dyn TargetIsa, CompileError> {
-    static ISA: OnceLock<Result<OwnedTargetIsa, String>> = OnceLock::new();
-    built(ISA.get_or_init(|| build_isa("none")))
+fn plain_isa(cpu: Cpu) -> Result<&'static dyn TargetIsa, CompileError> {
+    static ISA: [OnceLock<Result<OwnedTargetIsa, String>>; 2] = [const { OnceLock::new() }; 2];
+    built(ISA[usize::from(cpu.lzcnt)].get_or_init(|| build_isa(cpu, "none")))
 }
 
-fn build_isa(opt_level: &str) -> Result<OwnedTargetIsa, String> {
+fn build_isa(cpu: Cpu, opt_level: &str) -> Result<OwnedTargetIsa, String> {
     let mut flags = settings::builder();
     let wanted = [
         ("opt_level", opt_level),
@@ -52,10 +53,11 @@ fn build_isa(opt_level: &str) -> Result<OwnedTargetIsa, String> {
     for (name, value) in wanted {
         flags.set(name, value).map_err(|e| e.to_string())?;
     }
-    lookup_by_name("x86_64-unknown-linux-gnu")
-        .map_err(|e| e.to_string())?
-        .finish(settings::Flags::new(flags))
-        .map_err(|e| e.to_string())
+    let mut isa = lookup_by_name("x86_64-unknown-linux-gnu").map_err(|e| e.to_string())?;
+    if cpu.lzcnt {
+        isa.enable("has_lzcnt").map_err(|e| e.to_string())?;
+    }
+    isa.finish(settings::Flags::new(flags)).map_err(|e| e.to_string())
 }
 
 fn built(
@@ -78,7 +80,9 @@ fn verify(func: &Function) -> Result<(), CompileError> {
     if !cfg!(debug_assertions) {
         return Ok(());
     }
-    let Err(errors) = cranelift_codegen::verify_function(func, isa()?) else { return Ok(()) };
+    let Err(errors) = cranelift_codegen::verify_function(func, isa(Cpu::default())?) else {
+        return Ok(());
+    };
     let ours = "Signature with `preserve_all` ABI cannot have return values";
     let real: String =
         errors.0.iter().filter(|e| e.message != ours).map(|e| format!("{e}; ")).collect();
@@ -93,15 +97,15 @@ fn verify(func: &Function) -> Result<(), CompileError> {
 /// where the optimiser made new ones (a shift left and right becomes a mask), the function is
 /// compiled once more without it and with every
 /// constant hidden.
-pub(crate) fn compile(func: Function) -> Result<Code, CompileError> {
+pub(crate) fn compile(func: Function, cpu: Cpu) -> Result<Code, CompileError> {
     verify(&func)?;
-    let optimised = compile_for(func.clone(), isa()?)?;
+    let optimised = compile_for(func.clone(), isa(cpu)?)?;
     if !has_constant_pool(&optimised.bytes) {
         return Ok(optimised);
     }
     let mut func = func;
     hide_constants(&mut func);
-    let plain = compile_for(func, plain_isa()?)?;
+    let plain = compile_for(func, plain_isa(cpu)?)?;
     if has_constant_pool(&plain.bytes) {
         return Err(CompileError::CodeGenerator("a constant pool behind the code".into()));
     }
@@ -163,6 +167,7 @@ fn compile_for(func: Function, isa: &dyn TargetIsa) -> Result<Code, CompileError
         };
         let kind = match target {
             RelocTarget::ThreadPointer => RelocKind::ThreadPointer,
+            RelocTarget::SkeletonFrame => RelocKind::SkeletonFrame,
             _ => RelocKind::Abs8,
         };
         relocs.push(Reloc { offset: r.offset, kind, target });
@@ -181,6 +186,7 @@ fn target_of(func: &Function, name: &ExternalName, addend: i64) -> Option<RelocT
         }
         NS_VDSO if addend == 0 => Some(RelocTarget::VdsoClockGettime),
         NS_THREAD_POINTER if addend == 0 => Some(RelocTarget::ThreadPointer),
+        NS_SKELETON_FRAME if addend == 0 => Some(RelocTarget::SkeletonFrame),
         NS_CONSTANT => Some(RelocTarget::Constant(addend.cast_unsigned())),
         _ => None,
     }
@@ -201,6 +207,7 @@ fn global_of(func: &mut Function, target: RelocTarget) -> GlobalValue {
         RelocTarget::Runtime(f) => (UserExternalName::new(NS_RUNTIME, runtime_index(f)), 0),
         RelocTarget::VdsoClockGettime => (UserExternalName::new(NS_VDSO, 0), 0),
         RelocTarget::ThreadPointer => (UserExternalName::new(NS_THREAD_POINTER, 0), 0),
+        RelocTarget::SkeletonFrame => (UserExternalName::new(NS_SKELETON_FRAME, 0), 0),
         RelocTarget::Constant(value) => {
             (UserExternalName::new(NS_CONSTANT, 0), value.cast_signed())
         }

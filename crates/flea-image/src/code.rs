@@ -32,6 +32,10 @@ pub enum RelocKind {
     Abs8,
     /// `movabs reg, imm64` becomes `mov reg, fs:[0]; nop`: CLIF has no load by segment.
     ThreadPointer,
+    /// `movabs reg, imm64` becomes `mov reg, [rbp]` and nops, where the body's own frame begins
+    /// with the skeleton's rbp. A body without a frame of its own has `mov reg, rbp` instead
+    /// and no relocation; see `x86_64::slim`.
+    SkeletonFrame,
 }
 
 /// What a relocation refers to.
@@ -50,11 +54,14 @@ pub enum RelocTarget {
     Constant(u64),
     /// The thread pointer: no address, see [`RelocKind::ThreadPointer`].
     ThreadPointer,
+    /// The skeleton's rbp: no address, see [`RelocKind::SkeletonFrame`].
+    SkeletonFrame,
 }
 
 impl Code {
     /// The bytes with every relocation applied. `address_of` is asked for all targets but
-    /// [`RelocTarget::ThreadPointer`] and [`RelocTarget::Constant`].
+    /// [`RelocTarget::ThreadPointer`], [`RelocTarget::SkeletonFrame`] and
+    /// [`RelocTarget::Constant`].
     ///
     /// # Panics
     /// If a relocation is not inside a `movabs`: [`Code`]s made by this crate were checked.
@@ -76,6 +83,10 @@ impl Code {
                     let insn = load_thread_pointer(bytes[at - 2], bytes[at - 1]);
                     bytes[at - 2..at + 8].copy_from_slice(&insn);
                 }
+                RelocKind::SkeletonFrame => {
+                    let insn = load_skeleton_frame(bytes[at - 2], bytes[at - 1]);
+                    bytes[at - 2..at + 8].copy_from_slice(&insn);
+                }
             }
         }
         bytes
@@ -90,15 +101,28 @@ pub(crate) fn is_movabs_at(bytes: &[u8], field: usize) -> bool {
     })
 }
 
+/// `mov reg, [rbp]` and a nop of six bytes for the register that `movabs` with these two bytes
+/// loads.
+///
+/// ```text
+///   48/49 b8+r imm64       ->   48/4c 8b modrm(01 reg 101) disp8=0   66 0f 1f 44 00 00
+/// ```
+fn load_skeleton_frame(rex: u8, opcode: u8) -> [u8; MOVABS_BYTES] {
+    let (rex_r, reg) = modrm_register(rex, opcode);
+    [rex_r, 0x8b, 0b0100_0101 | reg, 0, 0x66, 0x0f, 0x1f, 0x44, 0, 0]
+}
+
 /// `mov reg, fs:[0]; nop` for the register that `movabs` with these two bytes loads.
 ///
 /// ```text
 ///   48/49 b8+r imm64       ->   64 48/4c 8b modrm(00 reg 100) sib(25) disp32=0   90
 /// ```
 fn load_thread_pointer(rex: u8, opcode: u8) -> [u8; MOVABS_BYTES] {
-    // The register moves from opcode (extended by REX.B) to ModRM.reg (extended by REX.R).
-    let high_register = rex & 1;
-    let rex_r = 0x48 | (high_register << 2);
-    let modrm = ((opcode & 7) << 3) | 0b100;
-    [0x64, rex_r, 0x8b, modrm, 0x25, 0, 0, 0, 0, 0x90]
+    let (rex_r, reg) = modrm_register(rex, opcode);
+    [0x64, rex_r, 0x8b, 0b100 | reg, 0x25, 0, 0, 0, 0, 0x90]
+}
+
+/// The register moves from opcode (extended by REX.B) to ModRM.reg (extended by REX.R).
+fn modrm_register(rex: u8, opcode: u8) -> (u8, u8) {
+    (0x48 | ((rex & 1) << 2), (opcode & 7) << 3)
 }

@@ -31,7 +31,7 @@ pub use body::compile_body;
 pub use code::{Code, Reloc, RelocKind, RelocTarget};
 pub use plain::{PlainRequest, compile_function, compile_plain};
 pub use request::{
-    BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, Reads, Save, Saved, When,
+    BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, Cpu, ProgramUse, Reads, Save, Saved, When,
 };
 pub use sides::needs_frame;
 pub use skip::{NoSkip, SkipResult, skip_result};

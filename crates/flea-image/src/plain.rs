@@ -9,7 +9,7 @@ use flea_verifier::Verified;
 use crate::body::{find_slot, uses_slot};
 use crate::clif;
 use crate::code::Code;
-use crate::request::CompileError;
+use crate::request::{CompileError, Cpu};
 use crate::translate::{Arguments, Env, Outcome, Translator, Use};
 
 /// What a plain function works on.
@@ -71,6 +71,6 @@ pub fn compile_function(request: &PlainRequest<'_>) -> Result<Code, CompileError
     let nothing = b.ins().iconst(types::I64, 0);
     b.ins().return_(&[nothing]);
     b.seal_all_blocks();
-    b.finalize(clif::isa()?.frontend_config());
-    clif::compile(func)
+    b.finalize(clif::isa(Cpu::default())?.frontend_config());
+    clif::compile(func, Cpu::default())
 }

@@ -34,6 +34,16 @@ pub struct BodyRequest<'a> {
     pub frame_offset: u32,
     /// The ring buffer that `bpf_trace_printk` writes to; without one it returns `-EINVAL`.
     pub printk_map: Option<MapIdx>,
+    /// What the machine can do that runs the code.
+    pub cpu: Cpu,
+}
+
+/// Instructions beyond x86-64's baseline that make a difference here.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Cpu {
+    /// `lzcnt`. Without it, to number the highest set bit takes five instructions, each
+    /// waiting for the one before.
+    pub lzcnt: bool,
 }
 
 /// One program on the function.

@@ -3,7 +3,7 @@
 
 mod support;
 
-use flea_image::{BODY_FRAMES_OFFSET, BodyRequest, ProgramUse, check_body, compile_body};
+use flea_image::{BODY_FRAMES_OFFSET, BodyRequest, Cpu, ProgramUse, check_body, compile_body};
 use flea_object::spec::{MapKind, ProgramKind};
 use flea_symbols::addr::RemoteAddr;
 use iced_x86::code_asm::*;
@@ -26,6 +26,7 @@ fn good_body() -> Vec<u8> {
         function_address: RemoteAddr(0),
         frame_offset: BODY_FRAMES_OFFSET,
         printk_map: None,
+        cpu: Cpu::default(),
     })
     .unwrap();
     body.entry.unwrap().resolve(|_| 0)
@@ -84,6 +85,7 @@ fn a_program_may_divide() {
             function_address: RemoteAddr(0),
             frame_offset: BODY_FRAMES_OFFSET,
             printk_map: None,
+            cpu: Cpu::default(),
         })
         .unwrap();
     }

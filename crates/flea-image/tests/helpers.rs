@@ -5,7 +5,7 @@
 mod support;
 
 use flea_image::{
-    BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, SiteKind, compile_body,
+    BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, Cpu, ProgramUse, SiteKind, compile_body,
 };
 use flea_object::helper::Helper;
 use flea_object::insn::Insn;
@@ -270,6 +270,7 @@ fn compile(verified: &Verified, maps: &[MapSpec], kind: ProgramKind) -> Result<B
         function_address: RemoteAddr(0),
         frame_offset: BODY_FRAMES_OFFSET,
         printk_map: None,
+        cpu: Cpu::default(),
     })
 }
 

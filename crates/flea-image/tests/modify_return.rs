@@ -8,8 +8,8 @@ mod support;
 
 use expect_test::{Expect, expect};
 use flea_image::{
-    BODY_FRAMES_OFFSET, BodyRef, BodyRequest, CompileError, NoSkip, ProgramUse, Reads, SiteKind,
-    SkeletonBody, SkeletonRequest, SkipResult, compile_body, link_skeleton,
+    BODY_FRAMES_OFFSET, BodyRef, BodyRequest, CompileError, Cpu, NoSkip, ProgramUse, Reads,
+    SiteKind, SkeletonBody, SkeletonRequest, SkipResult, compile_body, link_skeleton,
 };
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_object::helper::Helper;
@@ -194,6 +194,7 @@ fn compile(signature: &Signature, verified: &Verified) -> Result<flea_image::Bod
         function_address: RemoteAddr(0x40_1000),
         frame_offset: BODY_FRAMES_OFFSET,
         printk_map: None,
+        cpu: Cpu::default(),
     })
 }
 
@@ -230,47 +231,41 @@ fn the_body_stores_what_is_not_zero() {
     check(
         &body.modify.unwrap().listing(),
         &expect![[r#"
-        0000  push %rbp
-        0001  mov %rsp,%rbp
-        0004  sub $0x20,%rsp
-        0008  mov %rax,(%rsp)
-        000c  mov %rdx,8(%rsp)
-        0011  mov %rdi,0x10(%rsp)
-        0016  xor %rdx,%rdx
-        0019  cmp $1,%rdi
-        001d  jne +0x2a
-        0023  mov $0xFFFFFFFFFFFFFFF4,%rdx
-        002a  test %rdx,%rdx
-        002d  jne +0x4a
-        0033  mov (%rsp),%rax
-        0037  mov 8(%rsp),%rdx
-        003c  mov 0x10(%rsp),%rdi
-        0041  add $0x20,%rsp
-        0045  mov %rbp,%rsp
-        0048  pop %rbp
-        0049  ret
-        004a  mov %rbp,%rax
-        004d  mov (%rax),%rax
-        0050  mov %rdx,-8(%rax)
-        0054  jmp +0x33
-    "#]],
+            0000  push %rbp
+            0001  mov %rsp,%rbp
+            0004  sub $0x20,%rsp
+            0008  mov %rax,(%rsp)
+            000c  mov %rdx,8(%rsp)
+            0011  mov %rdi,0x10(%rsp)
+            0016  xor %rdx,%rdx
+            0019  cmp $1,%rdi
+            001d  jne +0x2a
+            0023  mov $0xFFFFFFFFFFFFFFF4,%rdx
+            002a  test %rdx,%rdx
+            002d  jne +0x4a
+            0033  mov (%rsp),%rax
+            0037  mov 8(%rsp),%rdx
+            003c  mov 0x10(%rsp),%rdi
+            0041  add $0x20,%rsp
+            0045  mov %rbp,%rsp
+            0048  pop %rbp
+            0049  ret
+            004a  movabs $0,%rax    # the skeleton's rbp
+            0054  mov %rdx,-8(%rax)
+            0058  jmp +0x33
+        "#]],
     );
     let never = compile(&ints(1), &decides(0)).unwrap();
     check(
         &never.modify.unwrap().listing(),
         &expect![[r#"
-        0000  sub $0x10,%rsp
-        0004  mov %rdx,(%rsp)
-        0008  mov %rdi,8(%rsp)
-        000d  xor %rdx,%rdx
-        0010  cmp $1,%rdi
-        0014  jne +0x19
-        0016  xor %rdx,%rdx
-        0019  mov (%rsp),%rdx
-        001d  mov 8(%rsp),%rdi
-        0022  add $0x10,%rsp
-        0026  ret
-    "#]],
+            0000  sub $0x10,%rsp
+            0004  mov %rdi,(%rsp)
+            0008  cmp $1,%rdi
+            000c  mov (%rsp),%rdi
+            0010  add $0x10,%rsp
+            0014  ret
+        "#]],
     );
 }
 

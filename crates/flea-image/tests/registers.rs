@@ -6,7 +6,7 @@
 mod support;
 
 use flea_image::{
-    BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, ProgramUse, SiteKind, compile_body,
+    BODY_FRAMES_OFFSET, Body, BodyRequest, CompileError, Cpu, ProgramUse, SiteKind, compile_body,
 };
 use flea_object::helper::Helper;
 use flea_object::insn::Insn;
@@ -359,6 +359,7 @@ fn a_probe_costs_what_it_reads() {
             function_address: RemoteAddr(0x40_1000),
             frame_offset: BODY_FRAMES_OFFSET,
             printk_map: None,
+            cpu: Cpu::default(),
         })
         .unwrap()
     };
@@ -424,6 +425,7 @@ fn helpers_of_other_kinds() {
                 function_address: RemoteAddr(0x40_1000),
                 frame_offset: BODY_FRAMES_OFFSET,
                 printk_map: None,
+                cpu: Cpu::default(),
             })
             .unwrap_err();
             assert_eq!(error, CompileError::HelperNotHere { insn_idx: 0, helper });

@@ -5,7 +5,7 @@
 
 mod support;
 
-use flea_image::{BODY_FRAMES_OFFSET, BodyRequest, ProgramUse, SiteKind, compile_body};
+use flea_image::{BODY_FRAMES_OFFSET, BodyRequest, Cpu, ProgramUse, SiteKind, compile_body};
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_object::helper::Helper;
 use flea_object::insn::Insn;
@@ -60,6 +60,7 @@ fn bodies(verified: &Verified) -> [String; 2] {
         function_address: RemoteAddr(0),
         frame_offset: BODY_FRAMES_OFFSET,
         printk_map: None,
+        cpu: Cpu::default(),
     });
     let body = body.unwrap();
     [body.session, body.exit].map(|code| code.unwrap().listing())

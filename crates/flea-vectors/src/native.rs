@@ -35,7 +35,10 @@ pub(crate) fn run(
         }
         RelocTarget::Runtime(function) => address_of(&runtime, function),
         // Without a vDSO's address the runtime makes system calls.
-        RelocTarget::VdsoClockGettime | RelocTarget::Constant(_) | RelocTarget::ThreadPointer => 0,
+        RelocTarget::VdsoClockGettime
+        | RelocTarget::Constant(_)
+        | RelocTarget::ThreadPointer
+        | RelocTarget::SkeletonFrame => 0,
     });
     let program = Pages::executable(&bytes)?;
     let mut memory = memory;

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use flea_image::{Body, BodyRequest, ProgramUse, RelocTarget, SkipResult};
+use flea_image::{Body, BodyRequest, Cpu, ProgramUse, RelocTarget, SkipResult};
 use flea_layout::plan::ArenaPlan;
 use flea_object::{
     helper::Helper,
@@ -504,9 +504,15 @@ impl Prepared {
             function_address: self.function.address(),
             frame_offset,
             printk_map: object.printk,
+            cpu: cpu(),
         })
         .map_err(|source| AttachError::Compile { function: self.function.name(), source })
     }
+}
+
+/// What this machine can do, which is the target's as well.
+fn cpu() -> Cpu {
+    Cpu { lzcnt: std::arch::is_x86_feature_detected!("lzcnt") }
 }
 
 impl Loaded {
@@ -521,7 +527,7 @@ impl Loaded {
                 self.session.vdso_clock_gettime().map_or(0, |address| address.0)
             }
             RelocTarget::Constant(value) => value,
-            RelocTarget::ThreadPointer => 0,
+            RelocTarget::ThreadPointer | RelocTarget::SkeletonFrame => 0,
         }
     }
 }

@@ -19,7 +19,8 @@ use flea_symbols::signature::{self, ArgWord, Param, RetWord, Signature};
 
 use super::saves::widths;
 use super::{Translator, proved};
-use crate::clif::select;
+use crate::clif::{select, symbol};
+use crate::code::RelocTarget;
 use crate::request::{Saved, When};
 
 /// Where the first non-zero result of an fmod_ret program goes, from the skeleton's rbp: the
@@ -96,7 +97,7 @@ impl Arguments {
         let body_rbp = b.ins().get_frame_pointer(types::I64);
         let rbp = match side {
             Side::Session | Side::Modify | Side::Exit => {
-                Some(b.ins().load(types::I64, fixed(), body_rbp, 0))
+                Some(symbol(b, RelocTarget::SkeletonFrame))
             }
             Side::Entry | Side::Plain => None,
         };

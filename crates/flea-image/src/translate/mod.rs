@@ -95,6 +95,8 @@ pub(crate) struct Translator<'a, 'b> {
     pub out: &'a mut Outcome,
     /// Values that cannot be 0: addresses of array elements at a known index.
     nonnull: HashSet<Value>,
+    /// Somebody looks at what the main function returns.
+    wants_result: bool,
 }
 
 /// One activation of one BPF function.
@@ -125,7 +127,13 @@ impl<'a, 'b> Translator<'a, 'b> {
         used: &'a Use<'a>,
         out: &'a mut Outcome,
     ) -> Self {
-        Self { b, env, used, out, nonnull: HashSet::new() }
+        Self { b, env, used, out, nonnull: HashSet::new(), wants_result: true }
+    }
+
+    /// Translates the whole program for what it does: its result is not even computed.
+    pub fn program_without_result(mut self, r1: Value, r2: Value) -> Result<(), CompileError> {
+        self.wants_result = false;
+        self.program(r1, r2).map(|_| ())
     }
 
     /// Translates the whole program; `r1` and `r2` as given. Returns r0 with the current block
@@ -170,6 +178,9 @@ impl<'a, 'b> Translator<'a, 'b> {
             self.b.ins().jump(scope.end, &[]);
         }
         self.b.switch_to_block(scope.end);
+        if depth == 0 && !self.wants_result {
+            return Ok(self.iconst(0));
+        }
         Ok(self.b.use_var(scope.regs[0]))
     }
 

@@ -21,14 +21,16 @@ use std::collections::{BTreeMap, HashSet};
 use std::ops::RangeInclusive;
 
 use iced_x86::{
-    Code, CpuidFeature, FlowControl, Instruction, InstructionInfoFactory, MemorySize, Mnemonic,
-    OpAccess, OpKind, Register, RflagsBits, UsedMemory,
+    Code, CpuidFeature, Decoder, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory,
+    MemorySize, Mnemonic, OpAccess, OpKind, Register, RflagsBits, UsedMemory,
 };
 
 use super::relocate;
+use crate::request::Cpu;
 
-/// The instruction sets that bodies are made of.
-const BASELINE: [CpuidFeature; 9] = [
+/// The instruction sets that bodies are made of: x86-64's baseline, and what [`check_cpu`] holds
+/// against the machine.
+const ALLOWED: [CpuidFeature; 10] = [
     CpuidFeature::INTEL8086,
     CpuidFeature::INTEL186,
     CpuidFeature::INTEL386,
@@ -38,6 +40,7 @@ const BASELINE: [CpuidFeature; 9] = [
     CpuidFeature::MULTIBYTENOP,
     CpuidFeature::SSE,
     CpuidFeature::SSE2,
+    CpuidFeature::LZCNT,
 ];
 
 /// What a body does that it must not.
@@ -68,6 +71,20 @@ struct Shape {
     saves: BTreeMap<Register, Save>,
     /// Index of the first instruction after the saves.
     first: usize,
+}
+
+/// Proves that `bytes` hold no instruction that `cpu` does not know. An old one would run `lzcnt`
+/// as another instruction, silently.
+///
+/// # Errors
+/// The first such instruction.
+pub(crate) fn check_cpu(bytes: &[u8], cpu: Cpu) -> Result<(), CheckError> {
+    let is_unknown = |insn: &Instruction| insn.mnemonic() == Mnemonic::Lzcnt && !cpu.lzcnt;
+    let mut insns = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE).into_iter();
+    match insns.find(is_unknown) {
+        Some(insn) => Err(fault(&insn, "is not known to this machine")),
+        None => Ok(()),
+    }
 }
 
 /// Proves that `bytes`, one body's code, resolved or not, keeps what its caller can see.
@@ -327,7 +344,7 @@ fn registers(
     // `ud2` is what the compiler leaves behind a division by what it found to be zero, on a way
     // that the division's own test never takes.
     let is_trap = insn.mnemonic() == Mnemonic::Ud2;
-    if !is_trap && insn.cpuid_features().iter().any(|f| !BASELINE.contains(f)) {
+    if !is_trap && insn.cpuid_features().iter().any(|f| !ALLOWED.contains(f)) {
         return Err(fault(insn, "is not of the baseline instruction set"));
     }
     let is_call = insn.flow_control() == FlowControl::IndirectCall;
@@ -411,5 +428,18 @@ fn on_stack(insn: &Instruction, used: &UsedMemory, shape: &Shape) -> Result<(), 
             Ok(())
         }
         _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_instruction_that_the_machine_does_not_know() {
+        // lzcnt rcx, rdi
+        let code = [0xf3, 0x48, 0x0f, 0xbd, 0xcf];
+        check_cpu(&code, Cpu { lzcnt: true }).unwrap();
+        assert_eq!(check_cpu(&code, Cpu::default()).unwrap_err().offset, 0);
     }
 }

@@ -22,6 +22,7 @@ impl Code {
             let reloc = self.relocs.iter().find(|r| range.contains(&(r.offset as usize)))?;
             Some(match (reloc.kind, reloc.target) {
                 (RelocKind::ThreadPointer, _) => "thread pointer".into(),
+                (RelocKind::SkeletonFrame, _) => "the skeleton's rbp".into(),
                 (_, RelocTarget::Arena { addend }) if addend < 0 => {
                     format!("arena - {:#x}", -addend)
                 }

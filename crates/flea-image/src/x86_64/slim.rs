@@ -3,7 +3,7 @@
 //!
 //! ```text
 //!   before                                  after
-//!     push rbp; mov rbp, rsp                  (nothing reads rbp)
+//!     push rbp; mov rbp, rsp                  (nothing reads rbp but for the skeleton's)
 //!     sub rsp, N                              sub rsp, N
 //!     mov [rsp], rax                          mov [rsp], rax
 //!     mov [rsp+8], rdi                        (only the cold call's argument is in rdi)
@@ -34,7 +34,7 @@ use iced_x86::{
 
 use super::assemble::Assembly;
 use super::{check, relocate};
-use crate::code::{Code, Reloc, is_movabs_at};
+use crate::code::{Code, Reloc, RelocKind, is_movabs_at};
 
 /// `code` without what it does not need, or as it was.
 pub(crate) fn slim(code: Code) -> Code {
@@ -47,6 +47,8 @@ pub(crate) fn slim(code: Code) -> Code {
 fn slimmer(code: &Code) -> Option<Code> {
     let insns = relocate::decode(&code.bytes, 0).ok()?;
     let layout = check::layout(&insns).ok()?;
+    let mut relocs = code.relocs.clone();
+    let mut insns = insns;
     let mut dropped = vec![false; insns.len()];
     if layout.has_frame_pointer && !uses_frame_pointer(&insns, &layout.epilogues) {
         dropped[..2].fill(true);
@@ -54,6 +56,19 @@ fn slimmer(code: &Code) -> Option<Code> {
             // mov rsp, rbp; pop rbp; ret
             dropped[epilogue.end() - 2..*epilogue.end()].fill(true);
         }
+        // What rbp would have been loaded from is in rbp.
+        let frames = code.relocs.iter().filter(|r| r.kind == RelocKind::SkeletonFrame);
+        for at in frames.map(|r| u64::from(r.offset)) {
+            let insn = insns.iter_mut().find(|insn| insn.ip() <= at && at < insn.next_ip())?;
+            let register = insn.op0_register();
+            let mut copy =
+                Instruction::with2(Opcode::Mov_r64_rm64, register, Register::RBP).ok()?;
+            // It keeps the place of the old one, by which jumps find their way.
+            copy.set_ip(insn.ip());
+            copy.set_len(insn.len());
+            *insn = copy;
+        }
+        relocs.retain(|r| r.kind != RelocKind::SkeletonFrame);
     }
     let mut wrapped = Vec::new();
     for (&save, &register) in layout.saves.iter().zip(&layout.saved) {
@@ -69,7 +84,7 @@ fn slimmer(code: &Code) -> Option<Code> {
     if !dropped.contains(&true) {
         return None;
     }
-    rebuild(code, &insns, &dropped, &wrapped)
+    rebuild(&relocs, &insns, &dropped, &wrapped)
 }
 
 fn uses_frame_pointer(insns: &[Instruction], epilogues: &[RangeInclusive<usize>]) -> bool {
@@ -135,7 +150,7 @@ fn is_jump(insn: &Instruction) -> bool {
 
 /// The instructions that stay, with `push` and `pop` around the `wrapped` lines.
 fn rebuild(
-    code: &Code,
+    old_relocs: &[Reloc],
     insns: &[Instruction],
     dropped: &[bool],
     wrapped: &[(Register, RangeInclusive<usize>)],
@@ -167,8 +182,8 @@ fn rebuild(
         asm.push(insn);
     }
     let encoded = asm.encode(RemoteAddr(0)).ok()?;
-    let mut relocs = Vec::with_capacity(code.relocs.len());
-    for reloc in &code.relocs {
+    let mut relocs = Vec::with_capacity(old_relocs.len());
+    for reloc in old_relocs {
         let at = u64::from(reloc.offset);
         let old = insns.iter().position(|insn| insn.ip() <= at && at < insn.next_ip())?;
         let new = out.iter().position(|(_, from)| *from == Some(old))?;

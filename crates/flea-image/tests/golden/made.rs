@@ -1,7 +1,7 @@
 //! A case compiled and linked for given addresses.
 
 use flea_image::{
-    BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, Code, FrameArena, ProgramUse, Question,
+    BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, Code, Cpu, FrameArena, ProgramUse, Question,
     RelocTarget, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, check_body, compile_body,
     link_unwinder_skeleton, skip_result,
 };
@@ -108,6 +108,7 @@ fn compile(case: &Case, function_address: RemoteAddr) -> Vec<(u32, Body)> {
             function_address,
             frame_offset,
             printk_map: None,
+            cpu: Cpu::default(),
         })
         .unwrap();
         for code in sides(&body).into_iter().filter_map(|(_, code)| code) {

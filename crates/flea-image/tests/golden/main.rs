@@ -39,7 +39,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use expect_test::expect_file;
-use flea_image::{BODY_FRAMES_OFFSET, Body, BodyRequest, ProgramUse, compile_body};
+use flea_image::{BODY_FRAMES_OFFSET, Body, BodyRequest, Cpu, ProgramUse, compile_body};
 use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
 use flea_symbols::addr::RemoteAddr;
 use flea_verifier::{Context, Verified, verify};
@@ -76,6 +76,7 @@ fn compile(maps: &[MapSpec], verified: &Verified, kind: ProgramKind) -> Body {
         function_address: RemoteAddr(0x40_1000),
         frame_offset: BODY_FRAMES_OFFSET,
         printk_map: None,
+        cpu: Cpu::default(),
     })
     .unwrap()
 }

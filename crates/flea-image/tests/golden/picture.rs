@@ -119,6 +119,7 @@ fn relocations(out: &mut String, code: &Code) {
         let kind = match reloc.kind {
             RelocKind::Abs8 => "8 bytes",
             RelocKind::ThreadPointer => "load",
+            RelocKind::SkeletonFrame => "copy",
         };
         let _ = writeln!(out, "  relocation at {:04x}: {kind} of {:?}", reloc.offset, reloc.target);
     }

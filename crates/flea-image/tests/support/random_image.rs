@@ -1,9 +1,9 @@
 //! Random images: any signature, any programs of several controllers, any first instructions.
 
 use flea_image::{
-    BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, FrameArena, ProgramUse, Question, RelocTarget,
-    SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, compile_body, link_skeleton,
-    link_unwinder_skeleton, skip_result,
+    BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, Cpu, FrameArena, ProgramUse, Question,
+    RelocTarget, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, compile_body,
+    link_skeleton, link_unwinder_skeleton, skip_result,
 };
 use flea_layout::shared::RuntimeFn;
 use flea_object::helper::Helper;
@@ -86,7 +86,9 @@ pub fn address_of(target: RelocTarget) -> u64 {
             RUNTIME + 64 * RuntimeFn::ALL.iter().position(|g| *g == f).unwrap() as u64
         }
         RelocTarget::VdsoClockGettime => 0x7fff_0000_1000,
-        RelocTarget::Constant(_) | RelocTarget::ThreadPointer => unreachable!(),
+        RelocTarget::Constant(_) | RelocTarget::ThreadPointer | RelocTarget::SkeletonFrame => {
+            unreachable!()
+        }
     }
 }
 
@@ -270,6 +272,7 @@ fn compile(signature: &Signature, controller: &Controller, n_args: i16, frame_of
         function_address: SITE,
         frame_offset,
         printk_map: None,
+        cpu: Cpu::default(),
     };
     compile_body(&request).unwrap()
 }

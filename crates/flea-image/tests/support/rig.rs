@@ -2,7 +2,7 @@
 //! of the runtime, and a harness that sets and reads every register.
 
 use flea_image::{
-    BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, ProgramUse, RelocTarget, SiteKind,
+    BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, Cpu, ProgramUse, RelocTarget, SiteKind,
     SkeletonBody, SkeletonRequest, StackCopy, call_patch, compile_body, link_skeleton, skip_result,
 };
 use flea_layout::plan::ArenaPlan;
@@ -199,7 +199,9 @@ impl Rig {
                 self.code.address() + (STUBS + 64 * i) as u64
             }
             RelocTarget::VdsoClockGettime => 0,
-            RelocTarget::Constant(_) | RelocTarget::ThreadPointer => unreachable!(),
+            RelocTarget::Constant(_) | RelocTarget::ThreadPointer | RelocTarget::SkeletonFrame => {
+                unreachable!()
+            }
         }
     }
 
@@ -240,6 +242,7 @@ impl Rig {
             function_address: site,
             frame_offset: BODY_FRAMES_OFFSET,
             printk_map: None,
+            cpu: Cpu { lzcnt: std::arch::is_x86_feature_detected!("lzcnt") },
         })
         .unwrap();
         let resolved = [&body.entry, &body.session, &body.modify, &body.exit]

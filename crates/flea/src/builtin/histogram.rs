@@ -5,15 +5,21 @@
 //!        1        sum, wrapping
 //!        2        largest value, in an order that makes zero the least (see `ordered`)
 //!        3        smallest value, the same, complemented: so a zeroed value is an empty one
-//!        4        values that are 0
-//!        5 + k    values in  2^k ..= 2^(k+1)-1,  k = 0..64
-//!       69 + k    values in  -(2^(k+1)-1) ..= -2^k,  k = 0..64
+//!        4        the newest value's bucket, from 1: it is not counted there yet; 0: none
+//!        5        values that are 0
+//!        6 + k    values in  2^k ..= 2^(k+1)-1,  k = 0..64
+//!       70 + k    values in  -(2^(k+1)-1) ..= -2^k,  k = 0..64
 //! ```
+//! The newest value waits because its bucket's address would depend on it: in `flea latency`
+//! that is a chain of some 8 cycles, which the next reading of the clock waits for.
+//!
 //! A value is per thread; the reader adds them up. The program's half is in `programs`.
 
 /// Words of one histogram.
 pub(crate) const WORDS: usize = FIRST_BUCKET + N_BUCKETS;
-pub(crate) const FIRST_BUCKET: usize = 4;
+/// The word of the value that waits.
+pub(crate) const WAITING: usize = 4;
+pub(crate) const FIRST_BUCKET: usize = 5;
 /// Zero, 64 positive, 64 negative.
 pub(crate) const N_BUCKETS: usize = 129;
 /// Bucket of the values -1.
@@ -73,7 +79,8 @@ impl Histogram {
             total.max = Some(total.max.map_or(max, |m| m.max(max)));
             total.min = Some(total.min.map_or(min, |m| m.min(min)));
             for (i, n) in buckets.iter_mut().enumerate() {
-                *n = n.wrapping_add(word(FIRST_BUCKET + i));
+                let waits = u64::from(word(WAITING) == i as u64 + 1);
+                *n = n.wrapping_add(word(FIRST_BUCKET + i)).wrapping_add(waits);
             }
         }
         let negative = (FIRST_NEGATIVE..N_BUCKETS).rev();
@@ -134,11 +141,12 @@ mod tests {
     #[test]
     fn values_of_threads_add_up_and_rubbish_is_passed_over() {
         let mut a = vec![0u64; WORDS];
-        a[..5].copy_from_slice(&[2, (-3i64).cast_unsigned(), 0, 0, 0]);
+        a[..2].copy_from_slice(&[2, (-3i64).cast_unsigned()]);
         a[2] = (-1i64).cast_unsigned() ^ (1 << 63);
         a[3] = !((-2i64).cast_unsigned() ^ (1 << 63));
         a[FIRST_BUCKET + FIRST_NEGATIVE] = 1;
-        a[FIRST_BUCKET + FIRST_NEGATIVE + 1] = 1;
+        // The other waits.
+        a[WAITING] = FIRST_NEGATIVE as u64 + 2;
         let bytes = |w: &[u64]| w.iter().flat_map(|w| w.to_le_bytes()).collect::<Vec<u8>>();
         let h =
             Histogram::read(&[bytes(&a), vec![0; WORDS * 8], vec![1, 2, 3]], Signedness::Signed);

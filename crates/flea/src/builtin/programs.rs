@@ -8,7 +8,7 @@ use flea_object::{
     spec::{MapIdx, MapKind, MapSpec, Object, Program, ProgramKind},
 };
 
-use super::histogram::{FIRST_BUCKET, FIRST_NEGATIVE, Signedness, WORDS};
+use super::histogram::{FIRST_BUCKET, FIRST_NEGATIVE, N_BUCKETS, Signedness, WAITING, WORDS};
 use Reg::{R0, R1, R2, R3, R6, R7, R8, R9, R10};
 
 /// The one map of each of these objects.
@@ -248,9 +248,15 @@ fn record_value(a: &mut Asm, sign: Signedness, out: flea_object::asm::Label) {
     a.load(Size::DW, R2, R8, 24).jump_if(JmpOp::Le, R1, R2, not_smallest);
     a.store(Size::DW, R8, 24, R1).bind(not_smallest);
 
+    // The value before this one goes into its bucket, this one waits: so nothing that depends on
+    // a clock's answer is an address. A clock waits for all loads before it.
     bucket(a, sign);
-    a.alu64(AluOp::Lsh, R9, 3).alu64(AluOp::Add, R8, R9);
-    let first = i16::try_from(FIRST_BUCKET * 8).expect("a few words");
+    let waiting = i16::try_from(WAITING * 8).expect("a few words");
+    let last = i32::try_from(N_BUCKETS).expect("a few words");
+    a.add64_imm(R9, 1).load(Size::DW, R1, R8, waiting).store(Size::DW, R8, waiting, R9);
+    a.jump_if(JmpOp::Eq, R1, 0, out).jump_if(JmpOp::Gt, R1, last, out);
+    a.alu64(AluOp::Lsh, R1, 3).alu64(AluOp::Add, R8, R1);
+    let first = i16::try_from((FIRST_BUCKET - 1) * 8).expect("a few words");
     a.load(Size::DW, R1, R8, first).add64_imm(R1, 1).store(Size::DW, R8, first, R1);
 }
 

@@ -14,7 +14,7 @@ use super::value::Value;
 use super::vector;
 
 /// What images may be made of, besides what [`vector`] lets through.
-const BASELINE: [CpuidFeature; 7] = [
+const GENERAL: [CpuidFeature; 8] = [
     CpuidFeature::INTEL8086,
     CpuidFeature::INTEL186,
     CpuidFeature::INTEL386,
@@ -22,6 +22,8 @@ const BASELINE: [CpuidFeature; 7] = [
     CpuidFeature::X64,
     CpuidFeature::CMOV,
     CpuidFeature::MULTIBYTENOP,
+    // Whether the machine knows it is for `check_cpu` of the bodies.
+    CpuidFeature::LZCNT,
 ];
 
 /// Applies `insn`, which is no branch.
@@ -38,7 +40,7 @@ pub(super) fn step(
     if insn.rflags_modified() != 0 {
         state.tests_decision = false;
     }
-    let is_vector = insn.cpuid_features().iter().any(|f| !BASELINE.contains(f));
+    let is_vector = insn.cpuid_features().iter().any(|f| !GENERAL.contains(f));
     if is_vector {
         return vector::step(state, insn, about);
     }
