@@ -71,7 +71,9 @@ pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
 /// lead to traced code?
 fn may_disturb(helper: Helper, map: Option<MapKind>) -> bool {
     match helper {
-        Helper::MapLookupElem | Helper::ForEachMapElem => !matches!(map, Some(MapKind::Array | MapKind::PerCpuArray)),
+        Helper::MapLookupElem | Helper::ForEachMapElem => {
+            !matches!(map, Some(MapKind::Array | MapKind::PerCpuArray))
+        }
         Helper::Loop
         | Helper::KtimeGetNs
         | Helper::KtimeGetBootNs

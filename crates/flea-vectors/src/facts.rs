@@ -49,9 +49,9 @@ pub(crate) fn unverified(insns: &[Insn]) -> Result<Verified, String> {
         .collect();
     let callees = callees(insns, &facts, &starts);
     let program = Verified::from_parts_unverified(insns.to_vec(), facts, functions);
-    Ok(callees.into_iter().fold(program, |program, (call, function)| {
-        program.with_callee_unverified(call, function)
-    }))
+    Ok(callees
+        .into_iter()
+        .fold(program, |program, (call, function)| program.with_callee_unverified(call, function)))
 }
 
 /// Every call through a register may lead to every function whose address is taken.

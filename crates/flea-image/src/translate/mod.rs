@@ -281,7 +281,9 @@ impl<'a, 'b> Translator<'a, 'b> {
                 self.b.ins().jump(scope.end, &[]);
                 Ok(true)
             }
-            op::JMP if matches!(insn.opcode, op::CALL | op::CALLX) => self.call(scope, idx, insn, fact).map(|()| false),
+            op::JMP if matches!(insn.opcode, op::CALL | op::CALLX) => {
+                self.call(scope, idx, insn, fact).map(|()| false)
+            }
             op::JMP | op::JMP32 => self.jump(scope, idx, insn).map(|()| true),
             _ => Err(CompileError::Unsupported { insn_idx: idx, opcode: insn.opcode }),
         }
@@ -300,17 +302,14 @@ impl<'a, 'b> Translator<'a, 'b> {
                 self.deeper(scope, idx, function, args)?
             }
             Fact::CallPointer => {
-                let register = insn.callx().ok_or(CompileError::Unsupported {
-                    insn_idx: idx,
-                    opcode: insn.opcode,
-                })?;
+                let register = insn
+                    .callx()
+                    .ok_or(CompileError::Unsupported { insn_idx: idx, opcode: insn.opcode })?;
                 let callee = self.reg(scope, register);
                 let args = std::array::from_fn(|i| self.b.use_var(scope.regs[i + 1]));
                 self.call_through(scope, idx, callee, args)?
             }
-            Fact::Call { helper, map, constants }
-                if insn.opcode == op::CALL && insn.src == 0 =>
-            {
+            Fact::Call { helper, map, constants } if insn.opcode == op::CALL && insn.src == 0 => {
                 self.helper(scope, idx, helper, map, constants)?
             }
             _ => {

@@ -15,9 +15,7 @@
 //! No lock is held while the function runs. The key is a copy that nobody changes.
 
 use cranelift_codegen::ir::condcodes::IntCC;
-use cranelift_codegen::ir::{
-    Block, InstBuilder, StackSlotData, StackSlotKind, Value, types,
-};
+use cranelift_codegen::ir::{Block, InstBuilder, StackSlotData, StackSlotKind, Value, types};
 use flea_layout::plan::MapPlacement;
 use flea_layout::shared::RuntimeFn;
 use flea_object::helper::Helper;
@@ -75,7 +73,8 @@ impl Translator<'_, '_> {
                 self.counted(&call, count, |_, i| Ok([i, context, i, i, i]))?;
             }
             _ => {
-                let map = map.ok_or(CompileError::BadFacts { insn_idx: idx, what: "which map?" })?;
+                let map =
+                    map.ok_or(CompileError::BadFacts { insn_idx: idx, what: "which map?" })?;
                 let placed = self.map(map)?;
                 match placed.kind {
                     MapKind::Array | MapKind::PerCpuArray => self.each_of_array(&call, placed)?,
