@@ -48,7 +48,7 @@ use crate::trace::Trace;
 
 /// Instructions that may be visited (Linux: BPF_COMPLEXITY_LIMIT_INSNS). Fewer where thousands
 /// of random programs are tried, some of which use up all of it.
-pub(crate) const BUDGET: usize = if cfg!(test) { 20_000 } else { 1_000_000 };
+pub(crate) const BUDGET: usize = if cfg!(test) { 5_000 } else { 1_000_000 };
 /// Branches that may wait (Linux: BPF_COMPLEXITY_LIMIT_JMP_SEQ).
 const MAX_WAITING: usize = 8192;
 /// States remembered per instruction.
