@@ -4,6 +4,7 @@
 mod bench;
 mod ci;
 mod fixtures;
+mod fuzz;
 mod vectors;
 
 use std::process::ExitCode;
@@ -15,6 +16,8 @@ usage: cargo xtask ci                         format, lints, tests, documentatio
        cargo xtask fixtures [NAME]            builds the programs that tests trace
        cargo xtask bench [--rounds N] [--flea PATH] [--json]
                                               what a hit costs, side by side
+       cargo xtask fuzz [--minutes N] [--only kernel|interpreter|prevail|bytes|elf] [--seed S]
+                                              random input, with the kernel and others as judges
        cargo xtask vectors [--seconds N] FILE.jsonl
                                               a suite of eBPF programs: verdict and result of each";
 
@@ -23,6 +26,7 @@ fn run(args: &[&str]) -> Result<ExitCode> {
         ["ci"] => ci::run(),
         ["fixtures", filter @ ..] if filter.len() <= 1 => fixtures::run(filter.first().copied()),
         ["bench", options @ ..] => bench::run(options),
+        ["fuzz", options @ ..] => fuzz::run(options),
         ["vectors", "--worker"] => vectors::work(),
         ["vectors", options @ ..] => vectors::run(options),
         ["--help" | "-h" | "help"] => {

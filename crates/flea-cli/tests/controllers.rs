@@ -182,6 +182,73 @@ fn a_killed_controller_leaves_a_running_target() -> Result<()> {
     target.stop()
 }
 
+/// `kill -9`, of the whole process group, at instants all over a controller's life: as it reads
+/// symbols, compiles, seizes, patches, counts, and takes its programs off again. What was begun is
+/// finished by the process that does the patching; the target never meets a breakpoint that
+/// nobody answers, and the next controller finds all that is there.
+#[test]
+fn killed_at_any_instant() -> Result<()> {
+    const KILLS: u64 = 60;
+    let Some(mut target) = Spinning::start(&["3"])? else { return Ok(()) };
+    let pid = target.pid().to_string();
+    let whole = lifetime(&pid)?;
+    let mut random = 0x9e37_79b9_7f4a_7c15_u64;
+    let mut below = |bound: Duration| {
+        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        bound.mul_f64((random >> 40) as f64 / (1u64 << 24) as f64)
+    };
+    for round in 0..KILLS {
+        let kind = ["count", "latency"][usize::try_from(round % 2)?];
+        let mut doomed = controller(&[kind, "spin_step", "-p", &pid])?;
+        if round % 3 == 0 {
+            // In the middle of taking off.
+            std::thread::sleep(whole);
+            signal(&doomed, nix::sys::signal::Signal::SIGINT)?;
+            std::thread::sleep(below(whole / 2));
+        } else {
+            std::thread::sleep(below(whole));
+        }
+        signal(&doomed, nix::sys::signal::Signal::SIGKILL)?;
+        doomed.wait()?;
+        if round % 10 == 0 {
+            target.go_on().with_context(|| format!("after {} kills", round + 1))?;
+        }
+    }
+    let alive = ps(target.pid())?.iter().filter(|row| row.2).count();
+    assert_eq!(alive, 0);
+    let counting = Tracing::attach(&["count", "spin_step"], target.pid())?;
+    target.go_on()?;
+    assert!(counted(&counting.stop()?, "spin_step")? > 0);
+    if !ps(target.pid())?.is_empty() {
+        detach(&[&pid])?;
+    }
+    target.go_on()?;
+    assert_clean(target.pid())?;
+    target.stop()
+}
+
+/// `flea` in a process group of its own.
+fn controller(args: &[&str]) -> Result<std::process::Child> {
+    use std::os::unix::process::CommandExt as _;
+    use std::process::Stdio;
+    let mut command = flea();
+    command.args(args).process_group(0).stdout(Stdio::null()).stderr(Stdio::null());
+    Ok(command.spawn()?)
+}
+
+/// To all processes of its group.
+fn signal(child: &std::process::Child, signal: nix::sys::signal::Signal) -> Result<()> {
+    let group = nix::unistd::Pid::from_raw(child.id().cast_signed());
+    Ok(nix::sys::signal::killpg(group, signal)?)
+}
+
+/// How long a controller takes from its start until it counts.
+fn lifetime(pid: &str) -> Result<Duration> {
+    let started = std::time::Instant::now();
+    Tracing::attach(&["latency", "spin_step"], pid.parse()?)?.stop()?;
+    Ok(started.elapsed())
+}
+
 /// Taken off under a living controller: it ends as usual, with what it saw until then.
 #[test]
 fn detach_takes_others_off() -> Result<()> {

@@ -2,15 +2,18 @@
 //! maps or programs. The crate `object` does the reading; here its results are checked and
 //! narrowed to what eBPF objects use (`EM_BPF`, 64 bits, little-endian, relocatable).
 
+use object::elf::{SHT_REL, SHT_RELA, SHT_SYMTAB};
 use object::read::elf::ElfFile64;
+use object::read::elf::SectionHeader as _;
 use object::{
     LittleEndian, Object as _, ObjectSection as _, ObjectSymbol as _, RelocationFlags,
-    RelocationTarget, SectionKind, SymbolKind,
+    RelocationTarget, SectionIndex, SectionKind, SymbolKind,
 };
 
 const ELF_MAGIC: &[u8] = b"\x7fELF";
 const CLASS_64: u8 = 2;
 const DATA_LITTLE_ENDIAN: u8 = 1;
+const OS_ABI_NONE: u8 = 0;
 const TYPE_RELOCATABLE: u16 = 1;
 const MACHINE_BPF: u16 = 247;
 
@@ -48,6 +51,12 @@ pub enum ElfError {
     WrongMachine {
         /// `e_machine`
         machine: u16,
+    },
+    /// An object of a system's own kind, which eBPF objects are not.
+    #[error("ELF OS ABI {os_abi} is not 0, which eBPF objects have")]
+    WrongOsAbi {
+        /// `EI_OSABI`
+        os_abi: u8,
     },
     /// Something in it contradicts itself.
     #[error("damaged object: {what}")]
@@ -104,6 +113,7 @@ impl<'a> Elf<'a> {
     pub(crate) fn parse(bytes: &'a [u8]) -> Result<Self, ElfError> {
         check_header(bytes)?;
         let file = ElfFile64::<LittleEndian>::parse(bytes).map_err(damaged)?;
+        check_relocation_sections(&file)?;
         let mut symbols = Vec::new();
         for symbol in file.symbols() {
             // Indices in relocations count the null symbol, which the iterator leaves out.
@@ -122,6 +132,11 @@ impl<'a> Elf<'a> {
             let name = text(section.name_bytes().map_err(damaged)?);
             let mut relocations = Vec::new();
             for (offset, relocation) in section.relocations() {
+                if offset >= section.size() {
+                    let what =
+                        format!("section '{name}': the relocation at {offset:#x} is outside");
+                    return Err(ElfError::Damaged { what });
+                }
                 relocations.extend(read_relocation(&name, offset, &relocation, symbols.len())?);
             }
             sections.push(Section {
@@ -133,7 +148,23 @@ impl<'a> Elf<'a> {
                 name,
             });
         }
-        Ok(Self { sections, symbols })
+        let elf = Self { sections, symbols };
+        elf.check_functions()?;
+        Ok(elf)
+    }
+
+    /// A function in a section that holds no instructions would be left out in silence.
+    fn check_functions(&self) -> Result<(), ElfError> {
+        for symbol in self.symbols.iter().filter(|symbol| symbol.function) {
+            let Some(idx) = symbol.section else { continue };
+            if !self.section(idx).is_some_and(|section| section.executable) {
+                let name = &symbol.name;
+                let what =
+                    format!("function '{name}' is in section {}, which holds no code", idx.0);
+                return Err(ElfError::Damaged { what });
+            }
+        }
+        Ok(())
     }
 
     /// The section with this name.
@@ -163,7 +194,7 @@ impl Symbol {
 
 fn check_header(bytes: &[u8]) -> Result<(), ElfError> {
     let header = bytes.get(..20).filter(|h| h.starts_with(ELF_MAGIC)).ok_or(ElfError::NotElf)?;
-    let (class, data) = (header[4], header[5]);
+    let (class, data, os_abi) = (header[4], header[5], header[7]);
     let elf_type = u16::from_le_bytes([header[16], header[17]]);
     let machine = u16::from_le_bytes([header[18], header[19]]);
     if class != CLASS_64 {
@@ -172,11 +203,29 @@ fn check_header(bytes: &[u8]) -> Result<(), ElfError> {
     if data != DATA_LITTLE_ENDIAN {
         return Err(ElfError::WrongByteOrder { data });
     }
+    if os_abi != OS_ABI_NONE {
+        return Err(ElfError::WrongOsAbi { os_abi });
+    }
     if elf_type != TYPE_RELOCATABLE {
         return Err(ElfError::NotRelocatable { elf_type });
     }
     if machine != MACHINE_BPF {
         return Err(ElfError::WrongMachine { machine });
+    }
+    Ok(())
+}
+
+/// Relocations that belong to no symbol table would be left out in silence.
+fn check_relocation_sections(file: &ElfFile64<'_, LittleEndian>) -> Result<(), ElfError> {
+    let sections = file.elf_section_table();
+    let kind = |n: usize| Some(sections.section(SectionIndex(n)).ok()?.sh_type(LittleEndian));
+    for (idx, header) in sections.enumerate() {
+        let relocates = matches!(header.sh_type(LittleEndian), SHT_REL | SHT_RELA);
+        let link = header.sh_link(LittleEndian);
+        if relocates && usize::try_from(link).ok().and_then(kind) != Some(SHT_SYMTAB) {
+            let what = format!("section {}: its symbol table is said to be section {link}", idx.0);
+            return Err(ElfError::Damaged { what });
+        }
     }
     Ok(())
 }

@@ -11,6 +11,7 @@
 #[cfg(not(all(target_os = "linux", target_arch = "x86_64")))]
 compile_error!("flea-process knows Linux on x86-64 only");
 
+mod apart;
 mod frozen;
 mod gap;
 mod maps;

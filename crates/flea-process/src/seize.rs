@@ -1,9 +1,10 @@
 //! Seizing every thread of a process, and letting go of all of them.
 //!
-//! A thread of ours, the *tracer thread*, does it: ptrace relations belong to threads, and the
-//! kernel lets go of everything when the thread ends, whatever happened to it. Being the
-//! tracer is also the lock between controllers: a process has one tracer at a time, and a dead
-//! owner does not keep it.
+//! A process of ours, the *tracer*, does it ([`crate::apart`]): ptrace relations belong to threads,
+//! and the kernel lets go of everything when the thread ends, whatever happened to it. It is not
+//! the controller's own process because that may be killed at any instant. Being the tracer is
+//! also the lock between controllers: a process has one tracer at a time, and a dead owner does
+//! not keep it.
 
 use std::ffi::CString;
 use std::io;
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 
+use crate::apart::in_own_process;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, Tid};
 use crate::ptrace;
@@ -20,6 +22,8 @@ use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer, hurry};
 
 /// Name of the tracer thread: by it, another flea knows to wait instead of giving up.
 pub const TRACER_THREAD_NAME: &str = "flea-tracer";
+/// `kernel.yama.ptrace_scope`: a process may trace its descendants.
+const YAMA_DESCENDANTS: u32 = 1;
 /// How long a refusal must last to be believed.
 const REFUSAL_PATIENCE: Duration = Duration::from_millis(20);
 /// How long to wait for another flea.
@@ -123,7 +127,7 @@ pub enum SeizeError {
     #[error(transparent)]
     Memory(#[from] MemoryError),
     /// We could not start a thread.
-    #[error("starting the tracer thread: {reason}")]
+    #[error("starting the tracer: {reason}")]
     Thread {
         /// The system's word for it.
         reason: io::Error,
@@ -144,7 +148,31 @@ pub fn seize<R: Send>(
         return Err(SeizeError::Itself { pid });
     }
     proc::check_traceable(pid)?;
-    let (tracer_tid, outcome) = on_own_thread(|| {
+    let mut work = Some(work);
+    let outcome = seize_from(Place::Apart, pid, &mut work)?;
+    // Nothing has been done yet: a process apart has not started the target, we may have.
+    if let (Err(SeizeError::Yama { scope: YAMA_DESCENDANTS, .. }), Some(_)) = (&outcome, &work) {
+        return seize_from(Place::Thread, pid, &mut work)?;
+    }
+    outcome
+}
+
+/// Where the tracer is.
+#[derive(Clone, Copy)]
+enum Place {
+    /// In a process of its own, which nothing that kills this one reaches.
+    Apart,
+    /// In a thread of this process: where Yama lets a process trace its descendants alone.
+    Thread,
+}
+
+/// One attempt. `work` is taken only where the target was seized.
+fn seize_from<R: Send>(
+    place: Place,
+    pid: Pid,
+    work: &mut Option<impl FnOnce(&mut Tracer) -> R + Send>,
+) -> Result<Result<R, SeizeError>, SeizeError> {
+    let trace = || {
         let name = CString::new(TRACER_THREAD_NAME).expect("it has no NUL");
         let named = nix::sys::prctl::set_name(&name);
         debug_assert!(named.is_ok(), "the name is readable");
@@ -154,15 +182,20 @@ pub fn seize<R: Send>(
         debug_assert!(blocked.is_ok(), "the arguments are valid");
         hurry();
         let seized = attach(pid).map(|mut tracer| {
+            let work = work.take().expect("a target is seized once");
             let result = work(&mut tracer);
             tracer.leave();
             result
         });
         (nix::unistd::gettid().as_raw(), seized)
-    })
-    .map_err(|reason| SeizeError::Thread { reason })?;
+    };
+    let traced = match place {
+        Place::Apart => in_own_process(trace),
+        Place::Thread => on_own_thread(trace),
+    };
+    let (tracer_tid, outcome) = traced.map_err(|reason| SeizeError::Thread { reason })?;
     wait_until_released(pid, tracer_tid);
-    outcome
+    Ok(outcome)
 }
 
 /// A thread is joined a moment before the kernel lets go of its tracees.

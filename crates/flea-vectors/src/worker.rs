@@ -17,10 +17,17 @@ use crate::{Answer, Vector, Verdict, answer};
 /// # Errors
 /// Reading or writing failed.
 pub fn serve() -> Result<()> {
+    serve_lines(|line| Ok(serde_json::to_string(&answer_line(line))?))
+}
+
+/// The same for lines of any kind: `reply` makes one line of one.
+///
+/// # Errors
+/// Reading or writing failed, or `reply` did.
+pub fn serve_lines(reply: impl Fn(&str) -> Result<String>) -> Result<()> {
     let mut out = io::stdout().lock();
     for line in io::stdin().lock().lines() {
-        let answer = answer_line(&line?);
-        writeln!(out, "{}", serde_json::to_string(&answer)?)?;
+        writeln!(out, "{}", reply(&line?)?)?;
         out.flush()?;
     }
     Ok(())
@@ -72,32 +79,41 @@ impl Pool {
     /// # Errors
     /// The worker could not be started.
     pub fn answer(&mut self, line: &str) -> Result<Answer> {
-        let running = match self.running.take() {
+        match self.reply(line)? {
+            Ok(text) => serde_json::from_str(&text).context("the worker's answer"),
+            Err(lost) => {
+                let checked = serde_json::from_str::<Vector>(line).is_ok_and(|v| v.check);
+                // A verified program that does this is a fault of Flea.
+                let verdict = if checked { Verdict::Accept } else { Verdict::Skipped };
+                Ok(Answer::without_result(id_of(line), verdict, lost))
+            }
+        }
+    }
+
+    /// The worker's line for this one, or how the worker was lost.
+    ///
+    /// # Errors
+    /// The worker could not be started.
+    pub fn reply(&mut self, line: &str) -> Result<Result<String, String>> {
+        let mut running = match self.running.take() {
             Some(running) => running,
             None => Running::start((self.command)()?)?,
         };
-        let lost = |how: String| {
-            let checked = serde_json::from_str::<Vector>(line).is_ok_and(|v| v.check);
-            // A verified program that does this is a fault of Flea.
-            let verdict = if checked { Verdict::Accept } else { Verdict::Skipped };
-            Answer::without_result(id_of(line), verdict, how)
-        };
-        let mut running = running;
         if writeln!(running.stdin, "{line}").is_err() {
-            return Ok(lost(format!("the process ended: {}", running.end())));
+            return Ok(Err(format!("the process ended: {}", running.end())));
         }
-        match running.answers.recv_timeout(self.patience) {
+        Ok(match running.answers.recv_timeout(self.patience) {
             Ok(text) => {
                 self.running = Some(running);
-                serde_json::from_str(&text).context("the worker's answer")
+                Ok(text)
             }
             Err(RecvTimeoutError::Timeout) => {
-                Ok(lost(format!("no end after {} s", self.patience.as_secs())))
+                Err(format!("no end after {} s", self.patience.as_secs()))
             }
             Err(RecvTimeoutError::Disconnected) => {
-                Ok(lost(format!("the process ended: {}", running.end())))
+                Err(format!("the process ended: {}", running.end()))
             }
-        }
+        })
     }
 }
 

@@ -121,6 +121,25 @@ fn maps_of_each_kind() {
     assert!(unknown.message.contains("9999"), "{}", unknown.message);
 }
 
+/// The interpreter once had its first memory at the address that argument 1 is.
+#[test]
+fn arguments_are_bad_addresses() {
+    let insns = |helper: i32| {
+        [
+            insn(0x79, 3, 1, 0, 0),
+            insn(0xbf, 1, 10, 0, 0),
+            insn(0x07, 1, 0, 0, -16),
+            insn(0xb7, 2, 0, 0, 15),
+            insn(0x85, 0, 0, 0, helper),
+            exit(),
+        ]
+    };
+    let efault = (-14i64).cast_unsigned();
+    let (read_user, read_user_str) = (112, 114);
+    accepted(&run(json!({"insns": insns(read_user).concat()})), efault);
+    accepted(&run(json!({"insns": insns(read_user_str).concat()})), efault);
+}
+
 #[test]
 fn a_ring_buffer_record_is_reserved_and_submitted() {
     let insns = [

@@ -76,6 +76,10 @@ pub(crate) enum Patience {
     Endless,
 }
 
+/// States that are kept for a comparison with a running program; beyond it none are.
+#[cfg(any(test, feature = "beliefs"))]
+const MAX_BELIEFS: usize = 20_000;
+
 /// The walk.
 pub(crate) struct Explorer<'a> {
     pub(crate) machine: Machine<'a>,
@@ -95,7 +99,7 @@ pub(crate) struct Explorer<'a> {
     /// Lines of the log, in the second run of a refused program.
     trace: Option<Trace>,
     /// Every state on arrival at every instruction.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "beliefs"))]
     pub(crate) beliefs: Option<Vec<Vec<State>>>,
 }
 
@@ -157,7 +161,7 @@ impl<'a> Explorer<'a> {
             patience,
             has_widened: false,
             trace: None,
-            #[cfg(test)]
+            #[cfg(any(test, feature = "beliefs"))]
             beliefs: None,
         }
     }
@@ -204,9 +208,13 @@ impl<'a> Explorer<'a> {
         self.steps.push(Step { prev: path.last_step, insn_idx: idx });
         path.last_step = Some(step);
         path.insns_since += 1;
-        #[cfg(test)]
+        #[cfg(any(test, feature = "beliefs"))]
         if let Some(beliefs) = &mut self.beliefs {
-            beliefs[idx].push(path.state.clone());
+            if step < MAX_BELIEFS {
+                beliefs[idx].push(path.state.clone());
+            } else {
+                self.beliefs = None;
+            }
         }
         if let Some(trace) = &mut self.trace {
             trace.before(step, idx, self.program, &path.state, self.machine.maps);

@@ -28,8 +28,8 @@ mod op;
 mod pointer;
 mod proto;
 mod report;
-#[cfg(test)]
-mod soundness;
+#[cfg(any(test, feature = "beliefs"))]
+pub mod soundness;
 mod stack;
 mod state;
 mod trace;

@@ -61,7 +61,7 @@ impl Frame {
     }
 
     /// All registers, for the soundness tests.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "beliefs"))]
     pub(crate) fn registers(&self) -> &[Value; 11] {
         &self.regs
     }

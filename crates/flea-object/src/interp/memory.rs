@@ -8,8 +8,9 @@ const FRAME_BYTES: usize = STACK_BYTES as usize;
 const STACK_BYTES_ALL: usize = FRAME_BYTES * MAX_CALL_FRAMES;
 /// Top of the stack; far above every other region.
 const STACK_TOP: u64 = 0x7fff_ffff_0000;
-/// Where the first region goes: above 32 bits, so that truncated pointers are caught.
-const FIRST_BASE: u64 = 0x10_0000_0000;
+/// Where the first region goes: above 32 bits, so that truncated pointers are caught, and above
+/// the numbers that vectors have for arguments, which are bad addresses everywhere else.
+const FIRST_BASE: u64 = 0x1234_0000_0000;
 /// Distance kept between regions: further than an `off` reaches.
 const GAP: u64 = 0x1_0000;
 

@@ -65,7 +65,7 @@ impl Scalar {
     }
 
     /// `x` is a member.
-    #[cfg(test)]
+    #[cfg(any(test, feature = "beliefs"))]
     pub(crate) const fn contains(&self, x: u64) -> bool {
         self.wide.contains(x) && self.low.contains(x & !UPPER)
     }

@@ -4,16 +4,17 @@
 use std::collections::BTreeMap;
 
 use flea_object::helper::Helper;
-use flea_object::spec::MapIdx;
+use flea_object::spec::{MapIdx, MapKind, MapSpec};
 
-use super::generate::Random;
+use super::Numbers;
+use super::meaning::{concrete, holds, sext};
 use crate::facts::{Fact, Region, Verified};
 use crate::number::scalar::{AluOp, Width};
-use crate::number::tests::{concrete, holds, sext};
 use crate::op::{Atomic, Op, Operand, Place, Reg};
 use crate::stack::{Byte, Slot};
 use crate::state::State;
 use crate::value::{Id, PointerKind, Value};
+use crate::{Context, PT_REGS_BYTES};
 
 const MAX_STEPS: usize = 20_000;
 
@@ -25,6 +26,7 @@ enum Kind {
     MapKey(u32),
     Record,
     Cookie,
+    Memory,
 }
 
 struct Object {
@@ -44,7 +46,7 @@ struct Frame {
 #[derive(Clone, Copy)]
 struct Rounds {
     function: u64,
-    args: [u64; 5],
+    context: u64,
     map: Option<u32>,
     n_done: u64,
     n_rounds: u64,
@@ -54,51 +56,77 @@ pub(crate) struct Interpreter<'a> {
     ops: &'a [Op],
     /// Where functions begin, by index.
     starts: Vec<usize>,
-    random: Random,
+    maps: &'a [MapSpec],
+    numbers: Numbers<'a>,
     objects: BTreeMap<u64, Object>,
     frames: Vec<Frame>,
     next_base: u64,
-    hash_values: Vec<u64>,
+    /// Addresses of each map's values: all of an array's, two of a hash table's.
+    values: Vec<Vec<u64>>,
     /// r0 of the function that returned last.
     result: u64,
 }
 
 impl<'a> Interpreter<'a> {
-    pub(crate) fn new(ops: &'a [Op], random: Random) -> Self {
+    pub(crate) fn new(
+        ops: &'a [Op],
+        maps: &'a [MapSpec],
+        context: Context,
+        numbers: Numbers<'a>,
+    ) -> Self {
         let mut starts: Vec<usize> = ops.iter().filter_map(Op::function).chain([0]).collect();
         starts.sort_unstable();
         starts.dedup();
         let mut this = Self {
             ops,
             starts,
-            random,
+            maps,
+            numbers,
             objects: BTreeMap::new(),
             frames: Vec::new(),
             next_base: 0x5000_0000_0000,
-            hash_values: Vec::new(),
+            values: Vec::new(),
             result: 0,
         };
-        let ctx = this.allocate(Kind::Ctx, 32);
-        for slot in 0..4 {
-            let n = this.random.number();
-            this.write(ctx + 8 * slot, &n.to_le_bytes()).expect("the context is there");
-        }
-        this.allocate(Kind::MapValue(0), 64);
-        this.allocate(Kind::MapValue(3), 16);
-        for _ in 0..2 {
-            let value = this.allocate(Kind::MapValue(1), 32);
-            this.hash_values.push(value);
-        }
         let mut regs = [0; 11];
-        regs[1] = ctx;
+        (regs[1], regs[2]) = this.context(context);
+        for (map, spec) in (0..).zip(maps) {
+            let n = match spec.kind {
+                MapKind::Array | MapKind::PerCpuArray => spec.max_entries,
+                MapKind::Hash | MapKind::PerCpuHash => 2,
+                MapKind::RingBuf => 0,
+            };
+            let size = spec.value_size_bytes as usize;
+            let values = (0..n).map(|_| this.allocate(Kind::MapValue(map), size)).collect();
+            this.values.push(values);
+        }
         this.enter(regs, None);
         this
+    }
+
+    /// What r1 and r2 start with.
+    fn context(&mut self, context: Context) -> (u64, u64) {
+        match context {
+            Context::Tracing { n_args, n_results, .. } => {
+                let words = usize::from(n_args) + usize::from(n_results);
+                (self.allocate(Kind::Ctx, 8 * words), 0)
+            }
+            Context::PtRegs => (self.allocate(Kind::Ctx, PT_REGS_BYTES as usize), 0),
+            Context::Memory { size_bytes } => {
+                (self.allocate(Kind::Memory, size_bytes as usize), u64::from(size_bytes))
+            }
+        }
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        ((self.numbers)() >> 3) % n
     }
 
     fn allocate(&mut self, kind: Kind, size: usize) -> u64 {
         // Far apart: a stray access finds nothing.
         self.next_base += 1 << 32;
-        let bytes = (0..size).map(|_| self.random.next() as u8).collect();
+        let words = (0..size.div_ceil(8)).flat_map(|_| (self.numbers)().to_le_bytes());
+        let bytes = words.take(size).collect();
         self.objects.insert(self.next_base, Object { kind, bytes });
         self.next_base
     }
@@ -106,7 +134,7 @@ impl<'a> Interpreter<'a> {
     fn enter(&mut self, mut regs: [u64; 11], return_to: Option<usize>) {
         let stack = self.allocate(Kind::Frame(self.frames.len()), 512);
         for reg in [0, 6, 7, 8, 9] {
-            regs[reg] = self.random.next();
+            regs[reg] = (self.numbers)();
         }
         regs[10] = stack + 512;
         self.frames.push(Frame { regs, return_to, stack, helper: None });
@@ -231,9 +259,7 @@ impl<'a> Interpreter<'a> {
                 let size = place.size.bytes() as usize;
                 let kind = self.write(self.address(place), &x[..size])?;
                 agree(kind, fact)?;
-                if matches!(kind, Kind::Ctx | Kind::MapValue(3) | Kind::MapKey(_)) {
-                    return Err(format!("write to {kind:?}"));
-                }
+                self.writable(kind)?;
             }
             Op::Atomic { op, fetch, place, src } => self.atomic(op, fetch, place, src, fact)?,
             Op::Goto { target } => return Ok(Some(target)),
@@ -248,7 +274,7 @@ impl<'a> Interpreter<'a> {
             Op::CallHelper { id } => self.helper(id, fact)?,
             Op::CallPointer { callee } => {
                 let to = self.get(Operand::Reg(callee));
-                let to = self.callee(to, idx, verified)?;
+                let to = callee_at(to, idx, verified)?;
                 let regs = *self.regs();
                 self.enter(regs, Some(idx + 1));
                 return Ok(Some(to));
@@ -278,18 +304,10 @@ impl<'a> Interpreter<'a> {
             }
             return self.next_round(rounds, to).map(Some);
         }
-        let scramble = self.random.next();
+        let scramble = (self.numbers)();
         self.regs()[0] = frame.regs[0];
         self.regs()[1..=5].fill(scramble);
         Ok(Some(to))
-    }
-
-    /// The function that `value` stands for, which must be one that was said to be called.
-    fn callee(&self, value: u64, idx: usize, verified: &Verified) -> Result<usize, String> {
-        let said = verified.callees(idx as u32);
-        let mut starts = said.map(|f| verified.functions()[f as usize].start_insn_idx as usize);
-        let found = starts.find(|start| function_handle(*start) == value);
-        found.ok_or_else(|| format!("{value:#x} was not said to be called"))
     }
 
     fn start_rounds(&mut self, id: i32, idx: usize, verified: &Verified) -> Result<usize, String> {
@@ -302,50 +320,48 @@ impl<'a> Interpreter<'a> {
             let errno: i64 = if flags != 0 { -22 } else { -7 };
             return Ok(self.finish_rounds(errno as u64, idx + 1));
         }
-        let map = map.map(|map| map.0);
-        if !is_loop && map.map(map_handle) != Some(first) {
-            return Err("another map".into());
-        }
-        let elements = match map {
-            Some(1) => self.random.below(5),
-            _ => 1,
+        let n_rounds = match map {
+            None => first,
+            Some(MapIdx(map)) if map_handle(map) != first => return Err("another map".into()),
+            Some(MapIdx(map)) => {
+                let most = self.values[map as usize].len() as u64;
+                let is_array = self.maps[map as usize].key_size_bytes == 4;
+                if is_array { most } else { self.below(most + 1) }
+            }
         };
-        let n_rounds = if is_loop { first } else { elements };
-        let args = [0, context, 0, 0, 0];
-        let rounds = Rounds { function, args, map, n_done: 0, n_rounds };
+        let map = map.map(|map| map.0);
+        let rounds = Rounds { function, context, map, n_done: 0, n_rounds };
         if n_rounds > 0 {
-            self.callee(function, idx, verified)?;
+            callee_at(function, idx, verified)?;
         }
         self.next_round(rounds, idx + 1)
     }
 
-    fn next_round(&mut self, mut rounds: Rounds, return_to: usize) -> Result<usize, String> {
+    fn next_round(&mut self, rounds: Rounds, return_to: usize) -> Result<usize, String> {
         if rounds.n_done == rounds.n_rounds {
             return Ok(self.finish_rounds(rounds.n_done, return_to));
         }
-        let context = rounds.args[1];
-        let scramble = self.random.next();
+        let scramble = (self.numbers)();
         let args = match rounds.map {
-            None => [rounds.n_done, context, scramble, scramble, scramble],
+            None => [rounds.n_done, rounds.context, scramble, scramble, scramble],
             Some(map) => {
-                let key = self.allocate(Kind::MapKey(map), if map == 1 { 8 } else { 4 });
-                let n = self.random.below(2) as usize;
-                let value = self.values_of(map).nth(n % self.values_of(map).count().max(1));
-                [map_handle(map), key, value.ok_or("no such value")?, context, scramble]
+                let key_bytes = self.maps[map as usize].key_size_bytes as usize;
+                let key = self.allocate(Kind::MapKey(map), key_bytes);
+                let value = self.values[map as usize].get(rounds.n_done as usize);
+                let value = *value.ok_or("no such value")?;
+                [map_handle(map), key, value, rounds.context, scramble]
             }
         };
         // The caller's registers stay as they are until the helper is done.
         let mut regs = *self.regs();
         regs[1..=5].copy_from_slice(&args);
         self.enter(regs, Some(return_to));
-        let start = rounds.function.wrapping_sub(function_handle(0)) as usize;
-        rounds.args[1] = context;
         self.frames.last_mut().expect("just entered").helper = Some(rounds);
-        Ok(start)
+        Ok(rounds.function.wrapping_sub(function_handle(0)) as usize)
     }
 
     fn finish_rounds(&mut self, result: u64, to: usize) -> usize {
-        let scramble = self.random.next();
+        let scramble = (self.numbers)();
         self.regs()[1..=5].fill(scramble);
         self.regs()[0] = result;
         to
@@ -382,7 +398,8 @@ impl<'a> Interpreter<'a> {
             Atomic::Cmpxchg if old == expected => x,
             Atomic::Cmpxchg => old,
         };
-        self.write(address, &new.to_le_bytes()[..size])?;
+        let kind = self.write(address, &new.to_le_bytes()[..size])?;
+        self.writable(kind)?;
         if op == Atomic::Cmpxchg {
             self.set(Reg::R0, old);
         } else if fetch {
@@ -403,40 +420,96 @@ impl<'a> Interpreter<'a> {
         if map.is_some_and(|m| args[0] != map_handle(m.0)) {
             return Err("another map".into());
         }
-        let result = match helper {
-            Helper::MapLookupElem => {
-                self.read(args[1], 8)?;
-                let n = self.random.below(3) as usize;
-                self.hash_values.get(n).copied().unwrap_or(0)
+        let result = self.answer(helper, args, map)?;
+        let scramble = (self.numbers)();
+        self.regs()[1..=5].fill(scramble);
+        self.regs()[0] = result;
+        Ok(())
+    }
+
+    fn answer(
+        &mut self,
+        helper: Helper,
+        args: [u64; 5],
+        map: Option<MapIdx>,
+    ) -> Result<u64, String> {
+        match helper {
+            Helper::MapLookupElem => self.lookup(spec_of(map)?, args[1]),
+            Helper::MapUpdateElem | Helper::MapDeleteElem => {
+                let map = spec_of(map)?;
+                let spec = &self.maps[map];
+                let (key, value) = (spec.key_size_bytes as usize, spec.value_size_bytes as usize);
+                self.readable(args[1], key)?;
+                if helper == Helper::MapUpdateElem {
+                    self.readable(args[2], value)?;
+                    self.disturb(map);
+                }
+                Ok((self.numbers)())
             }
-            Helper::RingbufReserve if self.random.below(3) > 0 => {
-                self.allocate(Kind::Record, args[1] as usize)
+            Helper::RingbufOutput => {
+                let size = usize::try_from(args[2]).map_err(|e| e.to_string())?;
+                self.readable(args[1], size)?;
+                Ok((self.numbers)())
             }
-            Helper::RingbufReserve => 0,
+            Helper::RingbufReserve if self.below(3) > 0 => {
+                Ok(self.allocate(Kind::Record, args[1] as usize))
+            }
+            Helper::RingbufReserve => Ok(0),
             Helper::RingbufSubmit | Helper::RingbufDiscard => {
                 let freed = self.objects.remove(&args[0]);
                 if !freed.is_some_and(|o| o.kind == Kind::Record) {
                     return Err("not a record".into());
                 }
-                self.random.next()
+                Ok((self.numbers)())
             }
             Helper::ProbeReadUser | Helper::ProbeReadUserStr => {
                 for i in 0..args[1] {
-                    let byte = self.random.next() as u8;
+                    let byte = (self.numbers)() as u8;
                     self.write(args[0] + i, &[byte])?;
                 }
-                match (helper, self.random.below(2)) {
+                Ok(match (helper, self.below(2)) {
                     (_, 0) => -14i64 as u64,
                     (Helper::ProbeReadUser, _) => 0,
-                    _ => self.random.below(args[1] + 1),
-                }
+                    _ => self.below(args[1] + 1),
+                })
             }
-            _ => self.random.next(),
+            _ => Ok((self.numbers)()),
+        }
+    }
+
+    fn lookup(&mut self, map: usize, key: u64) -> Result<u64, String> {
+        let spec = &self.maps[map];
+        let size = spec.key_size_bytes as usize;
+        self.readable(key, size)?;
+        let n = match spec.kind {
+            MapKind::Array | MapKind::PerCpuArray => self.read(key, 4)?.1,
+            MapKind::Hash | MapKind::PerCpuHash | MapKind::RingBuf => self.below(3),
         };
-        let scramble = self.random.next();
-        self.regs()[1..=5].fill(scramble);
-        self.regs()[0] = result;
-        Ok(())
+        let value = usize::try_from(n).ok().and_then(|n| self.values[map].get(n));
+        Ok(value.copied().unwrap_or(0))
+    }
+
+    /// An update has changed some value.
+    fn disturb(&mut self, map: usize) {
+        if let Some(&value) = self.values[map].first() {
+            let x = (self.numbers)().to_le_bytes();
+            let n = (self.maps[map].value_size_bytes as usize).min(8);
+            self.write(value, &x[..n]).expect("values live as long as their map");
+        }
+    }
+
+    /// All bytes are there to be read by a helper.
+    fn readable(&mut self, address: u64, size: usize) -> Result<(), String> {
+        if size == 0 { Ok(()) } else { self.object(address, size).map(|_| ()) }
+    }
+
+    fn writable(&self, kind: Kind) -> Result<(), String> {
+        let refused = match kind {
+            Kind::Ctx | Kind::MapKey(_) => true,
+            Kind::MapValue(map) => self.maps[map as usize].read_only,
+            Kind::Frame(_) | Kind::Record | Kind::Cookie | Kind::Memory => false,
+        };
+        if refused { Err(format!("write to {kind:?}")) } else { Ok(()) }
     }
 
     fn values_of(&self, map: u32) -> impl Iterator<Item = u64> + '_ {
@@ -501,7 +574,8 @@ impl<'a> Interpreter<'a> {
                     PointerKind::Ctx => self.bases(|k| k == Kind::Ctx).any(at),
                     PointerKind::Record { .. } => self.bases(|k| k == Kind::Record).any(at),
                     PointerKind::Cookie => self.bases(|k| k == Kind::Cookie).any(at),
-                    PointerKind::Memory { .. } => false,
+                    PointerKind::Memory { .. } => self.bases(|k| k == Kind::Memory).any(at),
+                    // No generated program has global functions.
                 }
             }
         }
@@ -516,9 +590,14 @@ fn agree(kind: Kind, fact: Fact) -> Result<(), String> {
         Fact::Access(Region::MapKey) => matches!(kind, Kind::MapKey(_)),
         Fact::Access(Region::RingbufRecord) => kind == Kind::Record,
         Fact::Access(Region::SessionCookie) => kind == Kind::Cookie,
+        Fact::Access(Region::Memory) => kind == Kind::Memory,
         _ => false,
     };
     if said { Ok(()) } else { Err(format!("{kind:?} was said to be {fact:?}")) }
+}
+
+fn spec_of(map: Option<MapIdx>) -> Result<usize, String> {
+    map.map(|map| map.0 as usize).ok_or_else(|| "a map that was not named".into())
 }
 
 fn map_handle(map: u32) -> u64 {
@@ -528,6 +607,14 @@ fn map_handle(map: u32) -> u64 {
 /// Far from all memory, and from maps.
 fn function_handle(start: usize) -> u64 {
     0x2222_0000_0000 + start as u64
+}
+
+/// The function that `value` stands for, which must be one that was said to be called.
+fn callee_at(value: u64, idx: usize, verified: &Verified) -> Result<usize, String> {
+    let said = verified.callees(idx as u32);
+    let mut starts = said.map(|f| verified.functions()[f as usize].start_insn_idx as usize);
+    let found = starts.find(|start| function_handle(*start) == value);
+    found.ok_or_else(|| format!("{value:#x} was not said to be called"))
 }
 
 fn bits(width: Width) -> u32 {
