@@ -133,6 +133,9 @@ pub struct Run {
     /// The object: FILE.bpf.o
     #[arg(value_name = "FILE")]
     pub file: PathBuf,
+    /// Print the verifier's whole log: every instruction it visits, and what is known there
+    #[arg(short, long)]
+    pub verbose: bool,
     #[command(flatten)]
     /// Which process.
     pub target: Target,

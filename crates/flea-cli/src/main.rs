@@ -6,6 +6,7 @@ mod commands;
 mod interrupt;
 mod output;
 mod record;
+mod report;
 mod target;
 
 use std::process::ExitCode;

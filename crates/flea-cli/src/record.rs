@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use flea::rejection::Rejection;
 use serde::Serialize;
 use serde_json::Value;
 
@@ -89,6 +90,16 @@ pub enum Record<'a> {
         key: Value,
         /// Hex bytes; one per thread for per-CPU maps.
         value: Value,
+    },
+    /// A program that the verifier refused: the facts of the report on standard error.
+    Rejected {
+        /// The program.
+        program: &'a str,
+        /// The function that it was to be attached to.
+        function: &'a str,
+        /// What is wrong, where, and how it came to that.
+        #[serde(flatten)]
+        rejection: &'a Rejection,
     },
     /// A function that `flea replace` has replaced.
     Replaced {

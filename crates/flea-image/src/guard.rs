@@ -53,7 +53,8 @@ pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
             {
                 return Guard::Needed;
             }
-            Fact::Access(Region::MapValue { .. } | Region::RingbufRecord)
+            // What a global function is given the address of may be a map's value.
+            Fact::Access(Region::MapValue { .. } | Region::RingbufRecord | Region::Memory)
                 if is_plain_store(verified, i) =>
             {
                 if !ends_read_modify_write(verified, i) {

@@ -150,8 +150,13 @@ pub enum Kind<'a> {
         /// Type id of its prototype.
         proto: u32,
     },
-    /// Declaration tags.
-    Other,
+    /// An attribute of something that is declared; the type's name is its text.
+    DeclTag {
+        /// Type id of what it is about.
+        of: u32,
+        /// The number of a parameter or member; `u32::MAX` for the whole.
+        component: u32,
+    },
 }
 
 /// An integer type.
@@ -355,7 +360,7 @@ impl<'a> Btf<'a> {
             14 => reader.skip(4).map(|()| Kind::Var { of: size_or_type })?,
             15 => Kind::DataSec { vars: read_data_section(reader, n_parts)? },
             16 => Kind::Float { size_bytes: size_or_type },
-            17 => reader.skip(4).map(|()| Kind::Other)?,
+            17 => Kind::DeclTag { of: size_or_type, component: reader.u32()? },
             18 => alias(Word::Tag),
             19 => {
                 reader.skip(n_parts * 12)?;

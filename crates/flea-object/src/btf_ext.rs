@@ -1,6 +1,5 @@
-//! `.BTF.ext`: what belongs to instructions rather than types. Source lines, and where the
-//! compiler left a CO-RE relocation for the loader. Function records (`func_info`) are
-//! skipped: the ELF symbols say the same.
+//! `.BTF.ext`: what belongs to instructions rather than types. Source lines, the types of
+//! functions, and where the compiler left a CO-RE relocation for the loader.
 //!
 //! ```text
 //!   header | func_info | line_info | core_relo
@@ -19,6 +18,7 @@ const INSN_BYTES: u32 = 8;
 #[derive(Clone, Debug, Default)]
 pub(crate) struct BtfExt<'a> {
     pub lines: Vec<LineInfo<'a>>,
+    pub functions: Vec<FunctionInfo<'a>>,
     pub core_relocations: Vec<CoreRelocation<'a>>,
 }
 
@@ -32,6 +32,17 @@ pub(crate) struct LineInfo<'a> {
     pub file: &'a str,
     pub line: u32,
     pub text: &'a str,
+}
+
+/// The type of the function that begins at an instruction.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FunctionInfo<'a> {
+    /// Name of the code section.
+    pub section: &'a str,
+    /// Index into the section's instructions.
+    pub insn_idx: usize,
+    /// Of a `Kind::Func`.
+    pub type_id: u32,
 }
 
 /// An instruction whose constant depends on the target's types.
@@ -54,7 +65,7 @@ impl<'a> BtfExt<'a> {
             return Err(BtfError::BadHeader { magic, version });
         }
         let header_bytes = header.u32()?;
-        let (_func_offset, _func_bytes) = (header.u32()?, header.u32()?);
+        let (func_offset, func_bytes) = (header.u32()?, header.u32()?);
         let (line_offset, line_bytes) = (header.u32()?, header.u32()?);
         let (core_offset, core_bytes) = if header_bytes >= HEADER_WITH_CORE_BYTES {
             (header.u32()?, header.u32()?)
@@ -63,6 +74,13 @@ impl<'a> BtfExt<'a> {
         };
         let body = part(section, header_bytes, u32::MAX, "the .BTF.ext header")?;
         let mut ext = Self::default();
+        let functions = part(body, func_offset, func_bytes, "func_info")?;
+        for_each_record(functions, btf, "func_info", |section, record| {
+            let insn_idx = (record.u32()? / INSN_BYTES) as usize;
+            let type_id = record.u32()?;
+            ext.functions.push(FunctionInfo { section, insn_idx, type_id });
+            Ok(())
+        })?;
         let lines = part(body, line_offset, line_bytes, "line_info")?;
         for_each_record(lines, btf, "line_info", |section, record| {
             let insn_idx = (record.u32()? / INSN_BYTES) as usize;

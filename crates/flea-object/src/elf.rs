@@ -2,12 +2,12 @@
 //! maps or programs. The crate `object` does the reading; here its results are checked and
 //! narrowed to what eBPF objects use (`EM_BPF`, 64 bits, little-endian, relocatable).
 
-use object::elf::{SHT_REL, SHT_RELA, SHT_SYMTAB};
+use object::elf::{SHT_REL, SHT_RELA, SHT_SYMTAB, STV_HIDDEN, STV_INTERNAL};
 use object::read::elf::ElfFile64;
 use object::read::elf::SectionHeader as _;
 use object::{
     LittleEndian, Object as _, ObjectSection as _, ObjectSymbol as _, RelocationFlags,
-    RelocationTarget, SectionIndex, SectionKind, SymbolKind,
+    RelocationTarget, SectionIndex, SectionKind, SymbolFlags, SymbolKind,
 };
 
 const ELF_MAGIC: &[u8] = b"\x7fELF";
@@ -96,6 +96,8 @@ pub(crate) struct Symbol {
     pub section: Option<SectionIdx>,
     pub function: bool,
     pub local: bool,
+    /// No other object sees it: `__hidden`, which libbpf takes for static.
+    pub hidden: bool,
     pub value: u64,
     pub size_bytes: u64,
 }
@@ -123,6 +125,7 @@ impl<'a> Elf<'a> {
                 section: symbol.section_index().map(|i| SectionIdx(i.0)),
                 function: symbol.kind() == SymbolKind::Text,
                 local: symbol.is_local(),
+                hidden: is_hidden(symbol.flags()),
                 value: symbol.address(),
                 size_bytes: symbol.size(),
             });
@@ -186,10 +189,16 @@ impl Symbol {
             section: None,
             function: false,
             local: true,
+            hidden: false,
             value: 0,
             size_bytes: 0,
         }
     }
+}
+
+fn is_hidden<S, T>(flags: SymbolFlags<S, T>) -> bool {
+    let SymbolFlags::Elf { st_other, .. } = flags else { return false };
+    [STV_HIDDEN, STV_INTERNAL].contains(&st_other.visibility())
 }
 
 fn check_header(bytes: &[u8]) -> Result<(), ElfError> {

@@ -14,20 +14,23 @@
 
 mod fault;
 mod functions;
+mod prototype;
 mod relocate;
 
 use std::collections::{BTreeMap, HashMap};
 
+use crate::btf::Btf;
 use crate::btf_ext::{BtfExt, CoreRelocation, LineInfo};
 use crate::elf::{Elf, Relocation, SectionIdx};
 use crate::error::ObjectError;
 use crate::insn::Insn;
 use crate::maps::DeclaredMap;
 use crate::section::{SectionName, parse_name};
-use crate::spec::{MapSpec, Program, ProgramFunction, SourceLine};
+use crate::spec::{MapSpec, Program, ProgramFunction, ProgramKind, SourceLine};
 use crate::validate::MAX_INSNS;
 
 use functions::{Function, find_functions, is_text};
+use prototype::{Prototypes, is_probe};
 use relocate::{Place, Reference};
 
 pub use fault::{ProgramError, ProgramFault};
@@ -48,6 +51,7 @@ pub(crate) struct Linker<'a> {
     relocations: HashMap<SectionIdx, BTreeMap<u64, Relocation>>,
     lines: HashMap<&'a str, Vec<LineInfo<'a>>>,
     core_relocations: HashMap<&'a str, Vec<CoreRelocation<'a>>>,
+    prototypes: Prototypes<'a>,
     maps_section: Option<SectionIdx>,
     /// Offset in `.maps` to index.
     map_at: HashMap<i64, u32>,
@@ -70,6 +74,7 @@ struct Linking<'p> {
 impl<'a> Linker<'a> {
     pub(crate) fn new(
         elf: &'a Elf<'a>,
+        btf: Option<&'a Btf<'a>>,
         ext: &BtfExt<'a>,
         declared: Vec<DeclaredMap>,
     ) -> Result<Self, ProgramError> {
@@ -92,6 +97,7 @@ impl<'a> Linker<'a> {
             relocations,
             lines: by_section(&ext.lines, |l| (l.section, l.insn_idx)),
             core_relocations: by_section(&ext.core_relocations, |r| (r.section, r.insn_idx)),
+            prototypes: Prototypes::new(btf, ext),
             maps_section: elf.section_named(".maps").map(|s| s.idx),
             map_at: offsets.zip(0..).collect(),
             maps: declared.into_iter().map(|m| m.spec).collect(),
@@ -134,7 +140,7 @@ impl<'a> Linker<'a> {
         let program = self.functions[main.0].name;
         let mut linking = Linking {
             program,
-            session: name.kind == crate::spec::ProgramKind::Fsession,
+            session: name.kind == ProgramKind::Fsession,
             insns: Vec::new(),
             placed: Vec::new(),
             patches: Vec::new(),
@@ -159,7 +165,7 @@ impl<'a> Linker<'a> {
             target: name.target,
             autoload: name.autoload,
             lines: self.lines_of(&linking.placed),
-            functions: self.names_of(&linking.placed),
+            functions: self.functions_of(&linking.placed, name.kind),
             insns: linking.insns,
         })
     }
@@ -217,14 +223,24 @@ impl<'a> Linker<'a> {
 }
 
 impl<'a> Linker<'a> {
-    fn names_of(&self, placed: &[(FunctionIdx, usize)]) -> Vec<ProgramFunction> {
-        placed
-            .iter()
-            .map(|&(function, base)| ProgramFunction {
+    fn functions_of(
+        &self,
+        placed: &[(FunctionIdx, usize)],
+        kind: ProgramKind,
+    ) -> Vec<ProgramFunction> {
+        let described = placed.iter().map(|&(function, base)| {
+            let f = &self.functions[function.0];
+            let section = self.elf.section(f.section).map_or("", |s| s.name.as_str());
+            // The main function is the program's own, whatever else may call it.
+            let global = base > 0 && !f.local && !f.hidden;
+            let prototype = || self.prototypes.of(section, f.start, is_probe(kind));
+            ProgramFunction {
                 insn_idx: index_u32(base),
-                name: self.functions[function.0].name.to_owned(),
-            })
-            .collect()
+                name: f.name.to_owned(),
+                prototype: global.then(prototype).flatten(),
+            }
+        });
+        described.collect()
     }
 
     fn lines_of(&self, placed: &[(FunctionIdx, usize)]) -> Vec<SourceLine> {

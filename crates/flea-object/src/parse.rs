@@ -24,7 +24,7 @@ pub fn parse(bytes: &[u8]) -> Result<Object, ObjectError> {
         _ => BtfExt::default(),
     };
     let declared = maps::read_declared(&elf, btf.as_ref())?;
-    let mut linker = Linker::new(&elf, &ext, declared)?;
+    let mut linker = Linker::new(&elf, btf.as_ref(), &ext, declared)?;
     let programs = linker.link_programs()?;
     Ok(Object { maps: linker.into_maps(), programs, license: license(&elf) })
 }

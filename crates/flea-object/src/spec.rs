@@ -110,6 +110,42 @@ pub struct ProgramFunction {
     pub insn_idx: u32,
     /// Its name in the source.
     pub name: String,
+    /// What a global function takes and gives: it is proved alone, for all callers that keep to
+    /// this. `None` for the main function, for static ones, which are proved with each caller,
+    /// and where there is no type information.
+    pub prototype: Option<Prototype>,
+}
+
+/// What a global function takes and gives (Linux: `btf_prepare_func_args`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Prototype {
+    /// In `r1` and those behind it.
+    pub params: Vec<Param>,
+    /// Why its result is none that a program can use; `None` for a number.
+    pub bad_result: Option<String>,
+}
+
+/// A parameter of a global function.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Param {
+    /// Any number.
+    Number,
+    /// The program's context.
+    Context,
+    /// Memory to be read and written.
+    Memory {
+        /// How much.
+        size_bytes: u32,
+        /// What its address is a multiple of, 1 to 8.
+        align_bytes: u32,
+        /// It is never NULL (`__arg_nonnull`).
+        nonnull: bool,
+    },
+    /// A type that no caller can give.
+    Unsupported {
+        /// What it is.
+        what: String,
+    },
 }
 
 /// When a program runs.

@@ -7,6 +7,8 @@
 //!   {"id":any, "verdict":"accept", "message":"", "r0_interpreted":"0x1", "r0_compiled":"0x1"}
 //! ```
 //!
+//! A rejected one has a `report` as well, with the facts that `flea run` tells of a refusal.
+//!
 //! With `mem`, r1 is its address and r2 its length, writable. Without, r1 is a context as
 //! fentry programs have it: 12 words, argument `i` (from 1) being `(i << 36) | i`. A `lddw`
 //! with source 1 is map `imm`, with source 2 the value of element 0 of it.
@@ -93,6 +95,10 @@ pub struct Answer {
     pub r0_interpreted: Option<String>,
     /// What the compiled program returned, as hex.
     pub r0_compiled: Option<String>,
+    /// Of a rejected one, all facts of the report: the instruction, the story of the register at
+    /// fault, what to change, the log.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<Value>,
 }
 
 /// What the verifier said.
@@ -111,7 +117,7 @@ impl Answer {
     /// One without results.
     #[must_use]
     pub fn without_result(id: Value, verdict: Verdict, message: String) -> Self {
-        Self { id, verdict, message, r0_interpreted: None, r0_compiled: None }
+        Self { id, verdict, message, r0_interpreted: None, r0_compiled: None, report: None }
     }
 }
 
@@ -133,7 +139,10 @@ pub fn answer(vector: &Vector) -> Answer {
     let (verdict, verified) = if vector.check {
         match verify(&prepared) {
             Ok(verified) => (Verdict::Accept, verified),
-            Err(message) => return Answer::without_result(id, Verdict::Reject, message),
+            Err(Unverified { message, report }) => {
+                let answer = Answer::without_result(id, Verdict::Reject, message);
+                return Answer { report, ..answer };
+            }
         }
     } else {
         match facts::unverified(&prepared.program.insns) {
@@ -153,7 +162,8 @@ pub fn answer(vector: &Vector) -> Answer {
     };
     let r0_interpreted = show("interpreter", interpreted);
     let r0_compiled = show("compiler", compiled);
-    Answer { id, verdict, message: messages.join("; "), r0_interpreted, r0_compiled }
+    let message = messages.join("; ");
+    Answer { id, verdict, message, r0_interpreted, r0_compiled, report: None }
 }
 
 /// Why a vector was not run.
@@ -197,15 +207,25 @@ fn spec(index: usize, map: &VectorMap) -> Result<MapSpec, Refused> {
     })
 }
 
-fn verify(prepared: &Prepared) -> Result<Verified, String> {
+/// What the verifier has against a program.
+struct Unverified {
+    message: String,
+    report: Option<Value>,
+}
+
+fn verify(prepared: &Prepared) -> Result<Verified, Unverified> {
     let context = match &prepared.memory {
         Some(memory) => {
-            let size_bytes = u32::try_from(memory.len()).map_err(|e| e.to_string())?;
+            let size_bytes = u32::try_from(memory.len())
+                .map_err(|e| Unverified { message: e.to_string(), report: None })?;
             Context::Memory { size_bytes }
         }
         None => Context::Tracing { n_args: CONTEXT_WORDS, n_results: 0, session: false },
     };
-    flea_verifier::verify(&prepared.program, &prepared.maps, context).map_err(|r| r.message)
+    flea_verifier::verify(&prepared.program, &prepared.maps, context).map_err(|rejection| {
+        let report = serde_json::to_value(&rejection).ok();
+        Unverified { message: rejection.message, report }
+    })
 }
 
 /// The context's words.

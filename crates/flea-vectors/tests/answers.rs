@@ -79,6 +79,23 @@ fn memory_is_writable() {
     assert_eq!(run(json!({"insns": outside, "mem": "00010203"})).verdict, Verdict::Reject);
 }
 
+#[test]
+fn a_refusal_has_its_report() {
+    // r2 = *(u64 *)(r1 + 0); r0 = *(u8 *)(r2 + 3); exit
+    let insns = [insn(0x79, 2, 1, 0, 0), insn(0x71, 0, 2, 3, 0), exit()];
+    let answer = run(json!({"insns": insns.concat()}));
+    assert_eq!(answer.message, "R2 invalid mem access 'scalar'");
+    let report = answer.report.unwrap();
+    assert_eq!(report["message"], json!(answer.message));
+    assert_eq!(report["place"]["insn"], "r0 = *(u8 *)(r2 +3)");
+    assert_eq!(report["story"][0]["what"], "loaded");
+    assert_eq!(report["story"][0]["place"]["insn_idx"], 0);
+    assert_eq!(report["story"][0]["known"]["number"]["umax"], u64::MAX);
+    assert!(report["hint"].as_str().unwrap().contains("bpf_probe_read_user"), "{report}");
+    let accepted = run(json!({"insns": format!("{}{}", insn(0xb7, 0, 0, 0, 0), exit())}));
+    assert_eq!(accepted.report, None);
+}
+
 /// r0 = lookup(map 0, key 0) ? *value + 1 : 9, the sum written back
 fn lookup_and_add() -> String {
     [

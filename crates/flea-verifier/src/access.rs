@@ -112,6 +112,26 @@ pub(crate) fn check(
             check_bounds(request, p, size_bytes, &format!("memory, mem_size={size_bytes}"))?;
             Ok(Target::Other(Region::Memory))
         }
+        PointerKind::Argument { size_bytes, align_bytes } => {
+            check_bounds(request, p, size_bytes, &format!("memory, mem_size={size_bytes}"))?;
+            if request.access == Access::Atomic && request.size_bytes > align_bytes {
+                let text = format!("misaligned value access size {}", request.size_bytes);
+                return Err(Fault::new(text).hint("its type says that it may not be aligned"));
+            }
+            Ok(Target::Other(Region::Memory))
+        }
+    }
+}
+
+/// Bytes of the object that `p` points into, where it has a size of its own.
+pub(crate) fn object_bytes(p: &Pointer, maps: &[MapSpec]) -> Option<u32> {
+    match p.kind {
+        PointerKind::MapValue(map) => maps.get(map.0 as usize).map(|m| m.value_size_bytes),
+        PointerKind::Record { size_bytes, .. }
+        | PointerKind::Memory { size_bytes }
+        | PointerKind::Argument { size_bytes, .. } => Some(size_bytes),
+        PointerKind::Cookie => Some(8),
+        _ => None,
     }
 }
 
@@ -145,7 +165,7 @@ fn check_bounds(request: Request, p: &Pointer, limit: u32, name: &str) -> Result
 }
 
 /// Objects start at multiples of 8, so an offset's alignment is the address's.
-fn check_aligned(var: &Scalar, off: i64, size_bytes: u32) -> Result<(), Fault> {
+pub(crate) fn check_aligned(var: &Scalar, off: i64, size_bytes: u32) -> Result<(), Fault> {
     let sum = Scalar::alu(AluOp::Add, Width::W64, var, &Scalar::constant(off.cast_unsigned()));
     let low = u64::from(size_bytes) - 1;
     if (sum.wide.bits.value | sum.wide.bits.mask) & low != 0 {

@@ -29,6 +29,8 @@ struct Seen {
     release: Option<Pointer>,
     /// The function that the helper calls.
     callback: Option<usize>,
+    /// The largest key of a lookup in an array, where it is known.
+    key_max: Option<u64>,
 }
 
 impl Machine<'_> {
@@ -46,7 +48,9 @@ impl Machine<'_> {
         self.check_allowed(helper)?;
         let proto = proto(helper);
         let constants = std::array::from_fn(|n| state.reg(Reg::arg(n)).as_const());
-        let mut seen = Seen::default();
+        let key = self.lookup_key(helper, state);
+        self.facts.number(idx, key);
+        let mut seen = Seen { key_max: key.map(|(_, max)| max), ..Seen::default() };
         for (n, arg) in proto.args.iter().enumerate() {
             self.check_arg(state, helper, n, *arg, proto.args, &mut seen)?;
         }
@@ -291,6 +295,10 @@ impl Machine<'_> {
                 // Linux: errors are -1 to -4095.
                 let longest = i64::try_from(seen.max_size).unwrap_or(i64::MAX);
                 Value::scalar(Scalar::signed(-4095, longest))
+            }
+            // Every element of an array is there.
+            (Ret::ValueOrNull, Some(map)) if self.has_element(map, seen.key_max) => {
+                Value::pointer(PointerKind::MapValue(map))
             }
             (Ret::ValueOrNull, Some(map)) => or_null(self, PointerKind::MapValue(map)),
             (Ret::RecordOrNull, _) => {

@@ -1,6 +1,8 @@
 //! Control flow as far as it can be seen without values: functions, jump targets, reachable
 //! instructions, depth of calls.
 
+use flea_object::spec::{Program, ProgramFunction, Prototype};
+
 use crate::op::Op;
 use crate::report::Fault;
 
@@ -16,6 +18,8 @@ pub(crate) struct Cfg {
     pub(crate) callees_first: Vec<usize>,
     /// Instructions that can be reached from more than one other.
     joins: Vec<bool>,
+    /// Those functions that are verified alone.
+    globals: Vec<Option<ProgramFunction>>,
 }
 
 /// Instructions `start..end`.
@@ -59,7 +63,8 @@ impl Cfg {
     pub(crate) fn new(ops: &[Op]) -> Result<Self, (usize, Fault)> {
         let functions = find_functions(ops);
         check_jumps(ops, &functions)?;
-        let mut cfg = Self { functions, callees_first: Vec::new(), joins: Vec::new() };
+        let mut cfg =
+            Self { functions, callees_first: Vec::new(), joins: Vec::new(), globals: Vec::new() };
         cfg.order_calls(ops)?;
         cfg.joins = cfg.reach(ops)?;
         Ok(cfg)
@@ -68,6 +73,28 @@ impl Cfg {
     /// The index of the function that starts at `start`, which must be one.
     pub(crate) fn function_at(&self, start: usize) -> usize {
         self.functions.partition_point(|f| f.start < start)
+    }
+
+    /// Which functions are global, as `program` says.
+    pub(crate) fn with_globals(mut self, program: &Program) -> Self {
+        let of = |span: &Span| {
+            let idx = u32::try_from(span.start).ok().filter(|idx| *idx > 0)?;
+            let function = program.functions.iter().find(|f| f.insn_idx == idx)?;
+            function.prototype.is_some().then(|| function.clone())
+        };
+        self.globals = self.functions.iter().map(of).collect();
+        self
+    }
+
+    /// What `function` takes, where it is verified alone.
+    pub(crate) fn prototype(&self, function: usize) -> Option<&Prototype> {
+        self.globals.get(function)?.as_ref()?.prototype.as_ref()
+    }
+
+    /// The name of a `function` that is verified alone.
+    pub(crate) fn global_name(&self, function: usize) -> &str {
+        let global = self.globals.get(function).and_then(Option::as_ref);
+        global.map_or("", |f| f.name.as_str())
     }
 
     /// Several ways lead here: where states are compared.

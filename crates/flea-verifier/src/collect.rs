@@ -3,7 +3,7 @@
 use flea_object::helper::Helper;
 use flea_object::spec::MapIdx;
 
-use crate::facts::{Callees, Fact, Region};
+use crate::facts::{Branch, Callees, Fact, Operands, Region};
 use crate::report::Fault;
 
 /// One fact per instruction so far.
@@ -11,15 +11,65 @@ use crate::report::Fault;
 pub(crate) struct Collector {
     facts: Vec<Fact>,
     callees: Callees,
+    numbers: Vec<Seen>,
+}
+
+/// What the visits of one instruction have had in common.
+#[derive(Clone, Copy, Debug)]
+struct Seen {
+    min: u64,
+    max: u64,
+    jumps: bool,
+    falls: bool,
+}
+
+impl Seen {
+    /// Of no visit.
+    const NOTHING: Self = Self { min: u64::MAX, max: 0, jumps: false, falls: false };
+
+    fn operands(&self) -> Operands {
+        let branch = match (self.jumps, self.falls) {
+            (true, false) => Some(Branch::Jumps),
+            (false, true) => Some(Branch::Falls),
+            _ => None,
+        };
+        // No visit noted a number: nothing was asked.
+        if self.min > self.max {
+            return Operands { branch, ..Operands::ANY };
+        }
+        Operands { min: self.min, max: self.max, branch }
+    }
 }
 
 impl Collector {
     pub(crate) fn new(n_insns: usize) -> Self {
-        Self { facts: vec![Fact::Unreachable; n_insns], callees: Callees::new() }
+        let numbers = vec![Seen::NOTHING; n_insns];
+        Self { facts: vec![Fact::Unreachable; n_insns], callees: Callees::new(), numbers }
+    }
+
+    pub(crate) fn operands(&self) -> Vec<Operands> {
+        self.numbers.iter().map(Seen::operands).collect()
     }
 
     pub(crate) fn into_parts(self) -> (Vec<Fact>, Callees) {
         (self.facts, self.callees)
+    }
+
+    /// On a path, the second operand of `idx` is in `min..=max`; anything where it is not known.
+    pub(crate) fn number(&mut self, idx: usize, range: Option<(u64, u64)>) {
+        let (min, max) = range.unwrap_or((0, u64::MAX));
+        let seen = &mut self.numbers[idx];
+        seen.min = seen.min.min(min);
+        seen.max = seen.max.max(max);
+    }
+
+    /// A path goes on from the conditional jump at `idx` so.
+    pub(crate) fn branch(&mut self, idx: usize, branch: Branch) {
+        let seen = &mut self.numbers[idx];
+        match branch {
+            Branch::Jumps => seen.jumps = true,
+            Branch::Falls => seen.falls = true,
+        }
     }
 
     /// A path gets to `idx`.

@@ -44,7 +44,8 @@ use crate::machine::{Flow, Machine};
 use crate::op::Op;
 use crate::report::Fault;
 use crate::state::{Rounds, State, Widening};
-use crate::trace::Trace;
+use crate::story::Visit;
+use crate::trace::{self, Sink, Trace};
 
 /// Instructions that may be visited (Linux: BPF_COMPLEXITY_LIMIT_INSNS). Fewer where thousands
 /// of random programs are tried, some of which use up all of it.
@@ -96,8 +97,8 @@ pub(crate) struct Explorer<'a> {
     patience: Patience,
     /// A number was widened, so that with endless patience the verdict may be another one.
     pub(crate) has_widened: bool,
-    /// Lines of the log, in the second run of a refused program.
-    trace: Option<Trace>,
+    /// What is written down: the path, in the second run of a refused program, or everything.
+    trace: Option<Trace<'a>>,
     /// Every state on arrival at every instruction.
     #[cfg(any(test, feature = "beliefs"))]
     pub(crate) beliefs: Option<Vec<Vec<State>>>,
@@ -168,21 +169,63 @@ impl<'a> Explorer<'a> {
 
     /// The same walk again, writing down the given steps: what a refused program's log shows.
     pub(crate) fn traced(mut self, steps: BTreeSet<usize>) -> Self {
-        self.trace = Some(Trace::new(steps));
+        self.trace = Some(Trace::of_path(steps));
         self
     }
 
-    /// The lines of a traced walk.
-    pub(crate) fn into_log(self) -> Vec<String> {
-        self.trace.map(Trace::into_lines).unwrap_or_default()
+    /// The same walk, everything that it sees written down.
+    pub(crate) fn logged(mut self, sink: Sink<'a>) -> Self {
+        self.trace = Some(Trace::of_all(sink));
+        self
+    }
+
+    /// The log and the states of a traced walk.
+    pub(crate) fn into_path(self) -> (Vec<String>, Vec<Visit>) {
+        self.trace.map(Trace::into_path).unwrap_or_default()
+    }
+
+    /// Linux's last lines of a log: what the walk took.
+    pub(crate) fn summary(&mut self, refusal: Option<&Refusal>) {
+        let n_insns = self.steps.len();
+        let most = self.remembered.iter().map(Vec::len).max().unwrap_or(0);
+        let n_states = self.nodes.len();
+        let depths: Vec<String> = self.machine.stack_bytes.iter().map(u32::to_string).collect();
+        if let Some(trace) = &mut self.trace {
+            if let Some(refusal) = refusal {
+                trace.note(&refusal.fault.message);
+            }
+            trace.note(&format!("stack depth {}", depths.join("+")));
+            trace.note(&format!(
+                "processed {n_insns} insns (limit {BUDGET}) max_states_per_insn {most} \
+                 total_states {n_states} peak_states {n_states} mark_read 0"
+            ));
+        }
     }
 
     /// Explores everything.
     pub(crate) fn run(&mut self) -> Result<(), Refusal> {
-        let state = self.machine.entry_state();
+        self.run_from(0, self.machine.entry_state())?;
+        // Global functions, each once: those that some path has called, and whom these call.
+        let mut done = BTreeSet::new();
+        while let Some(&function) = self.machine.called.difference(&done).next() {
+            done.insert(function);
+            if let Some(trace) = &mut self.trace {
+                trace.begin(&format!(
+                    "Validating {}() func#{function}...",
+                    self.cfg.global_name(function)
+                ));
+            }
+            let state = self.machine.global_entry(function);
+            self.run_from(self.cfg.functions[function].start, state)?;
+        }
+        Ok(())
+    }
+
+    /// Explores everything from `idx` on.
+    fn run_from(&mut self, idx: usize, state: State) -> Result<(), Refusal> {
+        let node = self.nodes.len();
         self.nodes.push(Node { parent: None, open: 1, state: state.clone(), n_rounds: 0 });
-        let mut path =
-            Path { state, idx: 0, node: 0, last_step: None, insns_since: 0, jumps_since: 0 };
+        let mut path = Path { state, idx, node, last_step: None, insns_since: 0, jumps_since: 0 };
         loop {
             let ended = self.advance(&mut path).map_err(|fault| self.refuse(&path, fault))?;
             if ended {
@@ -205,6 +248,7 @@ impl<'a> Explorer<'a> {
         if step >= BUDGET {
             return Err(self.too_large(step));
         }
+        let prev = path.last_step.map(|prev| (prev, self.steps[prev].insn_idx));
         self.steps.push(Step { prev: path.last_step, insn_idx: idx });
         path.last_step = Some(step);
         path.insns_since += 1;
@@ -216,13 +260,18 @@ impl<'a> Explorer<'a> {
                 self.beliefs = None;
             }
         }
+        let (program, ops, maps) = (self.program, self.machine.ops, self.machine.maps);
+        let seen = trace::Step { number: step, idx, prev, ops, program, maps };
         if let Some(trace) = &mut self.trace {
-            trace.before(step, idx, self.program, &path.state, self.machine.maps);
+            trace.before(seen, &path.state);
         }
-        let flow = self.machine.step(idx, &mut path.state)?;
+        self.machine.note_operand(idx, &path.state);
+        let flow = self.machine.step(idx, &mut path.state);
         if let Some(trace) = &mut self.trace {
-            trace.after(step, idx, self.machine.ops, self.program, &path.state, self.machine.maps);
+            trace.after(seen, flow.as_ref().map(|_| &path.state).map_err(|_| ()));
         }
+        let flow = flow?;
+        self.machine.note_branch(idx, &flow);
         if matches!(self.machine.ops[idx], Op::Goto { .. } | Op::If { .. }) {
             path.jumps_since += 1;
         }
@@ -268,7 +317,7 @@ impl<'a> Explorer<'a> {
     fn arrive(&mut self, path: &mut Path) -> Result<bool, Fault> {
         let idx = path.idx;
         path.state.forget_dead(idx, self.live);
-        if self.is_known(path)? {
+        if self.prune(path)? {
             return Ok(true);
         }
         if self.machine.ops[idx].takes_callback() {
@@ -279,6 +328,16 @@ impl<'a> Explorer<'a> {
             self.remember(path);
         }
         Ok(false)
+    }
+
+    /// Whether `path` ends here, because all that follows is known to be safe.
+    fn prune(&mut self, path: &Path) -> Result<bool, Fault> {
+        let known = self.is_known(path)?;
+        if known && let Some(trace) = &mut self.trace {
+            let prev = path.last_step.map(|step| (step, self.steps[step].insn_idx));
+            trace.pruned(prev, path.idx);
+        }
+        Ok(known)
     }
 
     /// A remembered state makes `path` needless. An infinite loop is a fault.
@@ -321,7 +380,7 @@ impl<'a> Explorer<'a> {
     /// `path` comes to the call of a helper that calls a function in rounds, for the first time
     /// or after a round.
     fn arrive_at_rounds(&mut self, path: &mut Path) -> Result<bool, Fault> {
-        if self.widen(path) && self.is_known(path)? {
+        if self.widen(path) && self.prune(path)? {
             return Ok(true);
         }
         if let Some(rounds) = path.state.rounds() {
@@ -408,7 +467,7 @@ impl<'a> Explorer<'a> {
         let mut steps = BTreeSet::new();
         let mut at = path.last_step;
         while let Some(step) = at
-            && steps.len() < crate::trace::MAX_STEPS
+            && steps.len() < trace::MAX_STEPS
         {
             steps.insert(step);
             at = self.steps.get(step).and_then(|s| s.prev);

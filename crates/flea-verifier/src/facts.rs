@@ -13,6 +13,7 @@ pub(crate) type Callees = BTreeMap<u32, BTreeSet<u32>>;
 pub struct Verified {
     pub(crate) insns: Vec<Insn>,
     pub(crate) facts: Vec<Fact>,
+    pub(crate) operands: Vec<Operands>,
     pub(crate) functions: Vec<Function>,
     pub(crate) callees: Callees,
     pub(crate) returns: RangeInclusive<i64>,
@@ -29,7 +30,8 @@ impl Verified {
         functions: Vec<Function>,
     ) -> Self {
         let callees = Callees::new();
-        Self { insns, facts, functions, callees, returns: i64::MIN..=i64::MAX }
+        let returns = i64::MIN..=i64::MAX;
+        Self { insns, facts, operands: Vec::new(), functions, callees, returns }
     }
 
     /// The same, where `function` may be called through a register at `insn_idx`: for programs
@@ -61,6 +63,12 @@ impl Verified {
     #[must_use]
     pub fn facts(&self) -> &[Fact] {
         &self.facts
+    }
+
+    /// What is known of the numbers that instruction `idx` works with.
+    #[must_use]
+    pub fn operands(&self, idx: u32) -> Operands {
+        self.operands.get(idx as usize).copied().unwrap_or(Operands::ANY)
     }
 
     /// The functions: the main one first.
@@ -110,6 +118,37 @@ pub struct Function {
     pub end_insn_idx: u32,
     /// Bytes of its 512-byte stack that it can touch, a multiple of 8, from the top down.
     pub stack_bytes: u32,
+}
+
+/// What holds of an instruction's numbers on every path that reaches it.
+///
+/// Joined over all states that the walk visits there. That is every path: one that the walk
+/// does not follow to its end was left at a state which another one includes, number for number,
+/// and that one was followed (`crate::explore`). What is forgotten at a join is forgotten before
+/// the instruction is visited, so the ranges are of what was explored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Operands {
+    /// The smallest and largest second operand, unsigned, in as many bits as the instruction
+    /// works on. Of a lookup, the key's first four bytes.
+    pub min: u64,
+    /// The largest.
+    pub max: u64,
+    /// Which way a conditional jump goes, where it always goes the same.
+    pub branch: Option<Branch>,
+}
+
+/// Which way a conditional jump goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Branch {
+    /// To its target.
+    Jumps,
+    /// To the next instruction.
+    Falls,
+}
+
+impl Operands {
+    /// Nothing is known.
+    pub const ANY: Self = Self { min: 0, max: u64::MAX, branch: None };
 }
 
 /// What holds at one instruction on every path that reaches it.

@@ -15,23 +15,28 @@
 )]
 
 mod access;
+mod advice;
 mod call;
 mod callback;
 mod cfg;
 mod collect;
 mod explore;
 pub mod facts;
+mod global;
 mod liveness;
 mod machine;
+mod note;
 mod number;
 mod op;
 mod pointer;
 mod proto;
+mod rejection;
 mod report;
 #[cfg(any(test, feature = "beliefs"))]
 pub mod soundness;
 mod stack;
 mod state;
+mod story;
 mod trace;
 mod value;
 
@@ -45,11 +50,15 @@ use explore::{BUDGET, Explorer, Patience, Refusal};
 use facts::Function;
 use liveness::{Liveness, ProgramResult};
 use machine::Machine;
+use op::Op;
 use report::Fault;
 use stack::STACK_BYTES;
+use story::Path;
+use trace::Sink;
 
 pub use access::PT_REGS_BYTES;
 pub use facts::Verified;
+pub use rejection::{Event, Known, Line, Place, Rejection, What};
 
 /// What a program is given in `r1`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -73,20 +82,6 @@ pub enum Context {
         /// How many.
         size_bytes: u32,
     },
-}
-
-/// Why a program was refused: the report that a person reads.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{}", .log.last().map_or("rejected", |l| l.as_str()))]
-pub struct Rejection {
-    /// The instruction at fault.
-    pub insn_idx: u32,
-    /// Linux's words for it (`R1 invalid mem access 'scalar'`).
-    pub message: String,
-    /// The way there, as Linux's verifier log prints it, the message last.
-    pub log: Vec<String>,
-    /// What to change.
-    pub hint: Option<String>,
 }
 
 /// Proves `program` safe against `maps` and `context`, or says why not: [`Verifier`] with
@@ -140,43 +135,94 @@ impl<'a> Verifier<'a> {
     /// # Errors
     /// [`Rejection`] with the first fault found.
     pub fn verify(&self) -> Result<Verified, Rejection> {
+        self.prove(None)
+    }
+
+    /// The same, and `line` is called with each line of a log like that of Linux's level 2: all
+    /// visited instructions with the registers they touch, of an accepted program too.
+    ///
+    /// # Errors
+    /// [`Rejection`] with the first fault found.
+    pub fn verify_logged(&self, line: &mut dyn FnMut(&str)) -> Result<Verified, Rejection> {
+        self.prove(Some(line))
+    }
+
+    fn prove(&self, sink: Option<Sink<'_>>) -> Result<Verified, Rejection> {
         let Self { program, maps, context, .. } = *self;
-        let structural = |(idx, fault)| rejection(idx, fault, Vec::new());
+        let structural = |(idx, fault)| rejection(program, idx, fault);
         check_size(program).map_err(structural)?;
         let ops = op::decode(&program.insns).map_err(structural)?;
-        let cfg = Cfg::new(&ops).map_err(structural)?;
+        let cfg = Cfg::new(&ops).map_err(structural)?.with_globals(program);
         let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
-        let explorer = |patience| {
-            let machine = Machine::new(maps, context, &ops, &cfg);
-            Explorer::new(machine, program, &cfg, &live, patience)
+        let walk = Walk { program, maps, context, ops: &ops, cfg: &cfg, live: &live };
+        let mut sink = sink;
+        let mut attempt = |patience| {
+            let mut walk = match &mut sink {
+                Some(sink) => walk.explorer(patience).logged(&mut **sink),
+                None => walk.explorer(patience),
+            };
+            let outcome = walk.run();
+            walk.summary(outcome.as_ref().err());
+            match outcome {
+                Ok(()) => Ok(accepted(program, &cfg, walk.machine)),
+                Err(refusal) => Err((refusal, walk.has_widened)),
+            }
         };
-        let mut walk = explorer(Patience::Short);
-        let mut refused = walk.run().err();
-        if refused.is_some() && walk.has_widened {
-            let mut patient = explorer(Patience::Endless);
-            if patient.run().is_ok() {
-                (walk, refused) = (patient, None);
+        let outcome = match attempt(Patience::Short) {
+            Err((refusal, true)) => attempt(Patience::Endless).map_err(|_| refusal),
+            outcome => outcome.map_err(|(refusal, _)| refusal),
+        };
+        match outcome {
+            Ok(verified) => verified.map_err(structural),
+            Err(Refusal { insn_idx, fault, steps }) => {
+                // Keeping every state on the way would cost more than the proof: the same walk
+                // again, now that it is known which steps are worth it.
+                let mut again = walk.explorer(Patience::Short).traced(steps);
+                let refused_again = again.run().is_err();
+                let (log, visits) =
+                    if refused_again { again.into_path() } else { Default::default() };
+                let path = Path { visits: &visits, ops: &ops, program, maps };
+                Err(told(path, insn_idx, fault, log))
             }
         }
-        if let Some(Refusal { insn_idx, fault, steps }) = refused {
-            // Printing every state on the way would cost more than the proof: the same walk
-            // again, now that it is known which steps are worth printing.
-            let mut again = explorer(Patience::Short).traced(steps);
-            let log = again.run().err().map(|_| again.into_log()).unwrap_or_default();
-            return Err(rejection(insn_idx, fault, log));
-        }
-        let machine = walk.machine;
-        check_stack(&machine.calls, &machine.stack_bytes).map_err(structural)?;
-        let returns = machine.return_range();
-        let (facts, callees) = machine.facts.into_parts();
-        Ok(Verified {
-            insns: program.insns.clone(),
-            functions: functions(&cfg, &machine.stack_bytes),
-            returns,
-            facts,
-            callees,
-        })
     }
+}
+
+/// What a walk through a program needs.
+#[derive(Clone, Copy)]
+struct Walk<'a> {
+    program: &'a Program,
+    maps: &'a [MapSpec],
+    context: Context,
+    ops: &'a [Op],
+    cfg: &'a Cfg,
+    live: &'a Liveness,
+}
+
+impl<'a> Walk<'a> {
+    fn explorer(self, patience: Patience) -> Explorer<'a> {
+        let machine = Machine::new(self.maps, self.context, self.ops, self.cfg);
+        Explorer::new(machine, self.program, self.cfg, self.live, patience)
+    }
+}
+
+/// What was proved on all paths.
+fn accepted(
+    program: &Program,
+    cfg: &Cfg,
+    machine: Machine<'_>,
+) -> Result<Verified, (usize, Fault)> {
+    check_stack(&machine.calls, &machine.stack_bytes)?;
+    let (returns, operands) = (machine.return_range(), machine.facts.operands());
+    let (facts, callees) = machine.facts.into_parts();
+    Ok(Verified {
+        insns: program.insns.clone(),
+        functions: functions(cfg, &machine.stack_bytes),
+        facts,
+        operands,
+        callees,
+        returns,
+    })
 }
 
 fn check_size(program: &Program) -> Result<(), (usize, Fault)> {
@@ -196,19 +242,24 @@ fn check_stack(
     stack_bytes: &[u32],
 ) -> Result<(), (usize, Fault)> {
     let own = |function: usize| stack_bytes[function].max(1).next_multiple_of(32);
-    // Bytes and frames of the deepest chain from each function, of at most so many frames as
-    // there can be: calls through a register may lead in circles that no path goes round.
+    // Bytes and frames of the deepest chains from each function. Calls through a register may
+    // lead in circles: one frame more than there can be says enough.
     let one_frame: Vec<(u32, usize)> = (0..stack_bytes.len()).map(|f| (own(f), 1)).collect();
     let mut chains = one_frame.clone();
-    for _ in 1..MAX_CALL_DEPTH {
+    for _ in 0..MAX_CALL_DEPTH {
         let mut longer = one_frame.clone();
         for &(caller, callee) in calls {
             let (bytes, frames) = chains[callee];
-            longer[caller] = longer[caller].max((bytes + own(caller), frames + 1));
+            let (most_bytes, most_frames) = longer[caller];
+            longer[caller] = (most_bytes.max(bytes + own(caller)), most_frames.max(frames + 1));
         }
         chains = longer;
     }
     let (bytes, frames) = chains[0];
+    if frames > MAX_CALL_DEPTH {
+        let fault = Fault::new(format!("the call stack of {frames} frames is too deep !"));
+        return Err((0, fault.hint("recursion is not possible; nest fewer calls")));
+    }
     // A program without calls has been held to its own 512 bytes already.
     if frames > 1 && bytes > STACK_BYTES.unsigned_abs() {
         let text = format!("combined stack size of {frames} calls is {bytes}. Too large");
@@ -231,10 +282,26 @@ fn functions(cfg: &Cfg, stack_bytes: &[u32]) -> Vec<Function> {
         .collect()
 }
 
-fn rejection(insn_idx: usize, fault: Fault, mut log: Vec<String>) -> Rejection {
+/// A fault that no path leads to.
+fn rejection(program: &Program, insn_idx: usize, fault: Fault) -> Rejection {
     let Fault { message, hint } = fault;
-    log.push(message.clone());
+    Rejection {
+        insn_idx: u32::try_from(insn_idx).unwrap_or(u32::MAX),
+        log: vec![message.clone()],
+        message,
+        place: Place::of(insn_idx, program),
+        story: Vec::new(),
+        hint,
+    }
+}
+
+/// A fault at the end of `path`.
+fn told(path: Path<'_>, insn_idx: usize, fault: Fault, mut log: Vec<String>) -> Rejection {
+    let story = story::story(path, &fault.message);
+    let hint = advice::advice(path, &fault, &story);
+    let hint = global::with_advice(path, hint);
+    log.push(fault.message.clone());
     let surplus = log.len().saturating_sub(trace::MAX_LINES);
     log.drain(..surplus);
-    Rejection { insn_idx: u32::try_from(insn_idx).unwrap_or(u32::MAX), message, log, hint }
+    Rejection { story, hint, log, ..rejection(path.program, insn_idx, fault) }
 }

@@ -11,7 +11,7 @@
 use std::collections::BTreeSet;
 
 use flea_object::helper::Helper;
-use flea_object::spec::ProgramKind;
+use flea_object::spec::{Param, ProgramKind, Prototype};
 
 use crate::cfg::{Cfg, Span, Successors};
 use crate::number::scalar::{AluOp, Width};
@@ -60,7 +60,7 @@ impl Liveness {
             let span = cfg.functions[function];
             let addresses = frame_addresses(ops, span);
             let role = if span.start == 0 { Role::Main(result) } else { Role::Callee };
-            this.analyse(ops, span, &addresses, role);
+            this.analyse(ops, cfg, span, &addresses, role);
         }
         this
     }
@@ -84,7 +84,7 @@ impl Liveness {
         }
     }
 
-    fn analyse(&mut self, ops: &[Op], span: Span, addresses: &[Addresses], role: Role) {
+    fn analyse(&mut self, ops: &[Op], cfg: &Cfg, span: Span, addresses: &[Addresses], role: Role) {
         let n = span.end - span.start;
         let mut predecessors = vec![Vec::new(); n];
         for (idx, op) in ops.iter().enumerate().take(span.end).skip(span.start) {
@@ -102,7 +102,13 @@ impl Liveness {
             for to in Successors::of(idx, &ops[idx]).iter() {
                 live = live.union(self.before[to]);
             }
-            let live = self.step(&ops[idx], live, &addresses[idx - span.start], role);
+            let at = &addresses[idx - span.start];
+            let live = match ops[idx] {
+                Op::CallLocal { target } if cfg.prototype(cfg.function_at(target)).is_some() => {
+                    call_global(live, cfg.prototype(cfg.function_at(target)), at)
+                }
+                _ => self.step(&ops[idx], live, at, role),
+            };
             if live == self.before[idx] {
                 continue;
             }
@@ -265,6 +271,17 @@ fn read_by_callee(l: &mut Live, at: &Addresses, reg: Reg) {
     if at[reg.index()] != FrameAddress::No {
         l.read_slots(Reach::Slots(ALL_SLOTS), true);
     }
+}
+
+/// A global function's parameters are all checked, whether it reads them or not.
+fn call_global(after: Live, prototype: Option<&Prototype>, at: &Addresses) -> Live {
+    let mut l = after;
+    l.kill_caller_saved();
+    for (reg, param) in (0..5).map(Reg::arg).zip(prototype.iter().flat_map(|p| &p.params)) {
+        l.read(reg, *param != Param::Number);
+        read_by_callee(&mut l, at, reg);
+    }
+    l
 }
 
 fn call_helper(l: &mut Live, id: i32, at: &Addresses) {

@@ -33,6 +33,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) calls: BTreeSet<(usize, usize)>,
     /// Smallest and largest result of the main function, on the paths seen so far.
     returns: Option<(i64, i64)>,
+    /// Global functions that some path calls.
+    pub(crate) called: BTreeSet<usize>,
     last_id: u32,
 }
 
@@ -60,6 +62,7 @@ impl<'a> Machine<'a> {
             stack_bytes: vec![0; cfg.functions.len()],
             calls: BTreeSet::new(),
             returns: None,
+            called: BTreeSet::new(),
             last_id: 0,
         }
     }
@@ -173,6 +176,10 @@ impl<'a> Machine<'a> {
                 let function = self.cfg.function_at(target);
                 self.facts.call_local(idx, function);
                 self.deeper(state, function)?;
+                if let Some(prototype) = self.cfg.prototype(function) {
+                    self.call_global(function, prototype, state)?;
+                    return Ok(Flow::To(idx + 1));
+                }
                 state.enter(function, idx);
                 return Ok(Flow::To(target));
             }
@@ -189,9 +196,8 @@ impl<'a> Machine<'a> {
     }
 
     fn exit(&mut self, state: &mut State) -> Result<Flow, Fault> {
-        if state.depth() == 0
-            && let Some(r0) = state.reg(Reg::R0).as_scalar()
-        {
+        let is_main = state.depth() == 0 && state.frame().function == 0;
+        if is_main && let Some(r0) = state.reg(Reg::R0).as_scalar() {
             let (min, max) = self.returns.unwrap_or((i64::MAX, i64::MIN));
             self.returns = Some((min.min(r0.wide.smin), max.max(r0.wide.smax)));
         }
@@ -442,6 +448,12 @@ fn exit(state: &mut State) -> Result<Flow, Fault> {
     match r0 {
         Value::NotInit => return Err(Fault::not_readable(Reg::R0)),
         Value::Scalar(_) => {}
+        Value::Pointer(p) if state.frame().function > 0 => {
+            return Err(Fault::new(format!(
+                "At subprogram exit the register R0 is not a scalar value ({})",
+                p.type_name()
+            )));
+        }
         Value::Pointer(p) => {
             return Err(Fault::new(format!(
                 "At program exit the register R0 is not a known value ({})",

@@ -6,6 +6,7 @@ use flea_object::spec::MapSpec;
 
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
+use crate::stack::{Byte, Slot};
 use crate::state::State;
 use crate::value::{Pointer, PointerKind, Value};
 
@@ -25,6 +26,12 @@ impl Fault {
 
     pub(crate) fn hint(self, hint: impl Into<String>) -> Self {
         Self { hint: Some(hint.into()), ..self }
+    }
+
+    /// One more hint.
+    pub(crate) fn and_hint(self, more: &str) -> Self {
+        let hint = self.hint.map_or_else(|| more.to_owned(), |hint| format!("{hint}; {more}"));
+        Self { hint: Some(hint), ..self }
     }
 
     /// A read of a register that nothing was written to.
@@ -49,17 +56,38 @@ pub(crate) fn registers(state: &State, regs: &[Reg], maps: &[MapSpec]) -> String
 /// The whole state of the current function.
 pub(crate) fn whole_state(state: &State, maps: &[MapSpec]) -> String {
     let all: Vec<Reg> = Reg::all().collect();
-    let mut out = registers(state, &all, maps);
+    let mut out = match state.depth() {
+        0 => String::new(),
+        depth => format!(" frame{depth}:"),
+    };
+    out += &registers(state, &all, maps);
     let stack = &state.frame().stack;
     for slot in 0..stack.n_slots() {
-        if let Some(value) = stack.slot(slot).as_value() {
-            let _ = write!(out, " fp-{}={}", 8 * (slot + 1), show_value(&value, maps));
+        if let Some(text) = show_slot(stack.slot(slot), maps) {
+            let _ = write!(out, " fp-{}={text}", 8 * (slot + 1));
         }
     }
     for reference in state.references() {
         let _ = write!(out, " refs={}", reference.id);
     }
     out
+}
+
+/// Eight bytes of stack: a register that was spilled there, or a letter per byte from the
+/// highest address down (`m` for anything, `?` for not written).
+fn show_slot(slot: &Slot, maps: &[MapSpec]) -> Option<String> {
+    let bytes = match slot {
+        Slot::Spill(Value::NotInit) => return None,
+        Slot::Spill(value) => return Some(show_value(value, maps)),
+        Slot::Bytes(bytes) => bytes,
+    };
+    let letter = |byte: &Byte| match byte {
+        Byte::Unwritten => '?',
+        Byte::Zero => '0',
+        Byte::Anything => 'm',
+    };
+    let text: String = bytes.iter().rev().map(letter).collect();
+    text.contains(['m', '0']).then_some(text)
 }
 
 /// A register's content.
@@ -105,7 +133,9 @@ fn show_pointer(p: &Pointer, maps: &[MapSpec]) -> String {
             parts.push(format!("ref_obj_id={reference}"));
             parts.push(format!("sz={size_bytes}"));
         }
-        PointerKind::Memory { size_bytes } => parts.push(format!("sz={size_bytes}")),
+        PointerKind::Memory { size_bytes } | PointerKind::Argument { size_bytes, .. } => {
+            parts.push(format!("sz={size_bytes}"))
+        }
         PointerKind::Cookie => parts.push("sz=8".into()),
         PointerKind::Ctx => {}
     }
@@ -117,26 +147,47 @@ fn show_pointer(p: &Pointer, maps: &[MapSpec]) -> String {
     format!("{}({})", p.type_name(), parts.join(","))
 }
 
-/// The bounds that say something.
+/// The bounds that say something, equal ones together: `smin=umin=1,smax=umax=8`.
 fn bounds(s: &Scalar) -> Vec<String> {
     let (w, l) = (&s.wide, &s.low);
-    let any = Scalar::UNKNOWN;
-    let mut out = Vec::new();
-    let mut say = |told: bool, name: &str, value: String| {
-        if told {
-            out.push(format!("{name}={value}"));
+    let (any, any_low) = (Scalar::UNKNOWN.wide, Scalar::UNKNOWN.low);
+    let (signed, unsigned) = (i128::from, i128::from);
+    let all: [(&str, i128, i128); 8] = [
+        ("smin", signed(w.smin), signed(any.smin)),
+        ("smax", signed(w.smax), signed(any.smax)),
+        ("umin", unsigned(w.umin), unsigned(any.umin)),
+        ("umax", unsigned(w.umax), unsigned(any.umax)),
+        ("smin32", signed(l.smin), signed(any_low.smin)),
+        ("smax32", signed(l.smax), signed(any_low.smax)),
+        ("umin32", unsigned(l.umin), unsigned(any_low.umin)),
+        ("umax32", unsigned(l.umax), unsigned(any_low.umax)),
+    ];
+    let said: Vec<(&str, i128)> = all
+        .into_iter()
+        .filter(|(_, value, unknown)| value != unknown)
+        .map(|(name, value, _)| (name, value))
+        .collect();
+    let mut out: Vec<String> = Vec::new();
+    for (i, (_, value)) in said.iter().enumerate() {
+        if said[..i].iter().any(|(_, earlier)| earlier == value) {
+            continue;
         }
-    };
-    say(w.smin != any.wide.smin, "smin", w.smin.to_string());
-    say(w.smax != any.wide.smax, "smax", w.smax.to_string());
-    say(w.umin != any.wide.umin, "umin", w.umin.to_string());
-    say(w.umax != any.wide.umax, "umax", w.umax.to_string());
-    say(l.smin != any.low.smin && l.smin != w.smin, "smin32", l.smin.to_string());
-    say(l.smax != any.low.smax && l.smax != w.smax, "smax32", l.smax.to_string());
-    say(l.umin != any.low.umin && l.umin != w.umin, "umin32", l.umin.to_string());
-    say(l.umax != any.low.umax && l.umax != w.umax, "umax32", l.umax.to_string());
-    if w.bits != any.wide.bits {
+        let names = said[i..].iter().filter(|(_, other)| other == value);
+        let names: String = names.map(|(name, _)| format!("{name}=")).collect();
+        out.push(names + &decimal_or_hex(*value));
+    }
+    if w.bits != any.bits {
         out.push(format!("var_off=({:#x}; {:#x})", w.bits.value, w.bits.mask));
     }
     out
+}
+
+/// Numbers past 16 bits are hexadecimal, as in Linux.
+fn decimal_or_hex(value: i128) -> String {
+    if (i128::from(i16::MIN)..=i128::from(u16::MAX)).contains(&value) {
+        return value.to_string();
+    }
+    let bits =
+        i64::try_from(value).map_or(value.cast_unsigned(), |v| u128::from(v.cast_unsigned()));
+    format!("{bits:#x}")
 }

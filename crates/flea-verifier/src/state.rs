@@ -60,6 +60,10 @@ impl Frame {
         Self { regs, stack: Stack::default(), function, call_idx, rounds: None }
     }
 
+    pub(crate) fn reg(&self, reg: Reg) -> &Value {
+        &self.regs[reg.index()]
+    }
+
     /// All registers, for the soundness tests.
     #[cfg(any(test, feature = "beliefs"))]
     pub(crate) fn registers(&self) -> &[Value; 11] {
@@ -91,6 +95,11 @@ impl State {
     /// At the main function's entry, with nothing in r1.
     pub(crate) fn new() -> Self {
         Self { frames: vec![Rc::new(Frame::new(0, 0, None))], references: Rc::default() }
+    }
+
+    /// At the entry of a function that is verified alone.
+    pub(crate) fn of_function(function: usize) -> Self {
+        Self { frames: vec![Rc::new(Frame::new(0, function, None))], ..Self::new() }
     }
 
     /// Number of the current frame, 0 for the main function's.

@@ -58,6 +58,8 @@ pub(crate) enum PointerKind {
     Cookie,
     /// The bytes of `Context::Memory`.
     Memory { size_bytes: u32 },
+    /// What a global function was given the address of: whose it is, its caller knows.
+    Argument { size_bytes: u32, align_bytes: u32 },
 }
 
 impl Value {
@@ -124,7 +126,7 @@ impl PointerKind {
             Self::MapKey(_) => "map_key",
             Self::Function(_) => "func",
             Self::Record { .. } => "ringbuf_mem",
-            Self::Cookie | Self::Memory { .. } => "mem",
+            Self::Cookie | Self::Memory { .. } | Self::Argument { .. } => "mem",
         }
     }
 }

@@ -9,7 +9,7 @@ mod asm;
 
 use flea_object::helper::Helper;
 use flea_object::spec::{MapIdx, MapKind, MapSpec, Program, ProgramKind, SourceLine};
-use flea_verifier::facts::{Fact, Region};
+use flea_verifier::facts::{Branch, Fact, Operands, Region};
 use flea_verifier::{Context, Rejection, Verified, verify};
 
 fn program(lines: &[&str]) -> Program {
@@ -139,6 +139,37 @@ fn functions_and_their_stacks() {
     assert_eq!(verified.functions()[1].start_insn_idx, 5);
 }
 
+#[test]
+fn ranges_are_those_of_all_paths() {
+    let lines = [
+        "r3 = *(u64 *)(r1 + 0)",
+        "r4 = *(u64 *)(r1 + 8)",
+        "r5 = 3",
+        "if r3 == 0 goto out",
+        "r5 = 9",
+        "out:",
+        "r4 /= r5",
+        "r4 &= 255",
+        "w6 = w4",
+        "if r4 > 255 goto dead",
+        "if r4 > 7 goto dead",
+        "r0 = 0",
+        "exit",
+        "dead:",
+        "w4 /= w3",
+        "r0 = 0",
+        "exit",
+    ];
+    let verified = check(&lines).unwrap();
+    let range = |idx| (verified.operands(idx).min, verified.operands(idx).max);
+    assert_eq!(range(5), (3, 9), "two divisors");
+    assert_eq!(range(7), (0, 255), "w6 = w4");
+    assert_eq!(verified.operands(8).branch, Some(Branch::Falls));
+    assert_eq!(verified.operands(9).branch, None);
+    assert_eq!(range(12), (0, 0xffff_ffff), "32 bits of any number");
+    assert_eq!(verified.operands(99), Operands::ANY);
+}
+
 /// What decides whether a program may skip a function whose result it cannot make up.
 #[test]
 fn the_range_of_results() {
@@ -171,7 +202,7 @@ fn report_of_a_refused_program() {
     expect_test::expect![[r#"
         0: R1=ctx() R10=fp0
         ; int x = 0; @ a.bpf.c:7
-        0: (79) r2 = *(u64 *)(r1 +0) ; R2=scalar() R1=ctx()
+        0: (79) r2 = *(u64 *)(r1 +0)          ; R2=scalar() R1=ctx()
         ; return x; @ a.bpf.c:8
         1: (79) r0 = *(u64 *)(r2 +0)
         R2 invalid mem access 'scalar'"#]]

@@ -67,6 +67,11 @@ pub use flea_object::{
 pub use flea_process::{Exit, Pid};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
 
+/// Why the verifier refused a program, as facts: see [`AttachError::Rejected`].
+pub mod rejection {
+    pub use flea_verifier::{Event, Known, Line, Place, Rejection, What};
+}
+
 pub use self::{
     error::{AttachError, FindError, LoadError, RemoteError, SessionError},
     function::Function,

@@ -417,11 +417,33 @@ impl Program {
     /// # Errors
     /// The reason why not.
     pub fn check(&self, function: &Function) -> Result<Arc<Verified>, AttachError> {
+        self.checked(function, None)
+    }
+
+    /// The same, and `line` is called with each line of the verifier's log: every instruction
+    /// that it visits with the registers that this touches, as Linux's level 2. Silent where the
+    /// proof is known from another function that looks alike.
+    ///
+    /// # Errors
+    /// The reason why not.
+    pub fn check_logged(
+        &self,
+        function: &Function,
+        line: &mut dyn FnMut(&str),
+    ) -> Result<Arc<Verified>, AttachError> {
+        self.checked(function, Some(line))
+    }
+
+    fn checked(
+        &self,
+        function: &Function,
+        log: Option<&mut dyn FnMut(&str)>,
+    ) -> Result<Arc<Verified>, AttachError> {
         function
             .site()
             .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
-        let verified = self.verify(function, context(signature, self.kind()))?;
+        let verified = self.verify(function, context(signature, self.kind()), log)?;
         if flea_image::needs_frame(self.kind(), &verified, signature) {
             stack_args(function, signature)?;
         }
@@ -432,19 +454,27 @@ impl Program {
     }
 
     /// The proof for a function with this context, made once.
-    fn verify(&self, function: &Function, context: Context) -> Result<Arc<Verified>, AttachError> {
+    fn verify(
+        &self,
+        function: &Function,
+        context: Context,
+        log: Option<&mut dyn FnMut(&str)>,
+    ) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
         let key = (self.index, context);
         if let Some(known) = lock(&loaded.verified).get(&key) {
             return Ok(Arc::clone(known));
         }
-        let verified = flea_verifier::verify(self.spec(), &loaded.spec.maps, context)
-            .map(Arc::new)
-            .map_err(|rejection| AttachError::Rejected {
-                program: self.name().to_owned(),
-                function: function.name(),
-                rejection: Box::new(rejection),
-            })?;
+        let verifier = flea_verifier::Verifier::new(self.spec(), &loaded.spec.maps, context);
+        let proof = match log {
+            Some(line) => verifier.verify_logged(line),
+            None => verifier.verify(),
+        };
+        let verified = proof.map(Arc::new).map_err(|rejection| AttachError::Rejected {
+            program: self.name().to_owned(),
+            function: function.name(),
+            rejection: Box::new(rejection),
+        })?;
         let mut cache = lock(&loaded.verified);
         Ok(Arc::clone(cache.entry(key).or_insert(verified)))
     }

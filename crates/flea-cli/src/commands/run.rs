@@ -12,6 +12,7 @@ use crate::{
     commands::tracing::{say_attached, summary},
     output::Output,
     record::Record,
+    report,
     target::Target,
 };
 
@@ -23,7 +24,8 @@ pub fn run(args: &Run) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
     let object = target.session.load(spec)?;
-    let Chosen { attachments, n_left_out } = choose(&target, &object)?;
+    let Chosen { attachments, n_left_out } = choose(&target, &object, args.verbose)
+        .or_else(|e| explain(e, args.verbose, &mut output))?;
     if attachments.is_empty() {
         bail!("{path}: no program to attach (all sections begin with `?`)");
     }
@@ -52,7 +54,7 @@ struct Chosen {
     n_left_out: usize,
 }
 
-fn choose(target: &Target, object: &Object) -> Result<Chosen> {
+fn choose(target: &Target, object: &Object, verbose: bool) -> Result<Chosen> {
     let mut chosen = Chosen::default();
     for program in object.programs().filter(Program::autoload) {
         let Some(pattern) = program.target() else {
@@ -67,11 +69,11 @@ fn choose(target: &Target, object: &Object) -> Result<Chosen> {
             .find(pattern)
             .with_context(|| format!("program `{}`", program.name()))?;
         if program.multi() {
-            choose_possible(&program, &functions, &mut chosen)?;
+            choose_possible(&program, &functions, verbose, &mut chosen)?;
             continue;
         }
         for function in &functions {
-            program.check(function).map_err(|error| explain(&error))?;
+            check(&program, function, verbose)?;
             chosen.attachments.push(program.on(function, 0));
         }
     }
@@ -79,13 +81,18 @@ fn choose(target: &Target, object: &Object) -> Result<Chosen> {
 }
 
 /// Those of `functions` that `program` can be attached to; says what is left out and why.
-fn choose_possible(program: &Program, functions: &[Function], chosen: &mut Chosen) -> Result<()> {
+fn choose_possible(
+    program: &Program,
+    functions: &[Function],
+    verbose: bool,
+    chosen: &mut Chosen,
+) -> Result<()> {
     let mut left_out: BTreeMap<&str, usize> = BTreeMap::new();
     let mut first_error = None;
     let n_before = chosen.attachments.len();
     for function in functions {
-        match program.check(function) {
-            Ok(_) => chosen.attachments.push(program.on(function, 0)),
+        match check(program, function, verbose) {
+            Ok(()) => chosen.attachments.push(program.on(function, 0)),
             Err(error) => {
                 *left_out.entry(error.reason()).or_default() += 1;
                 first_error.get_or_insert(error);
@@ -93,7 +100,7 @@ fn choose_possible(program: &Program, functions: &[Function], chosen: &mut Chose
         }
     }
     if let (Some(error), true) = (first_error, chosen.attachments.len() == n_before) {
-        return Err(explain(&error));
+        return Err(error.into());
     }
     let n: usize = left_out.values().sum();
     if n > 0 {
@@ -110,17 +117,35 @@ fn choose_possible(program: &Program, functions: &[Function], chosen: &mut Chose
     Ok(())
 }
 
-/// What to tell of a program that cannot be attached; a rejection's way there goes before it.
-fn explain(error: &AttachError) -> anyhow::Error {
-    if let AttachError::Rejected { rejection, .. } = error {
-        for line in &rejection.log {
-            eprintln!("{line}");
+/// What to tell of a program that cannot be attached: of a refusal the way there, unless all of
+/// the log was printed, and the report.
+fn explain<T>(error: anyhow::Error, verbose: bool, output: &mut Output) -> Result<T> {
+    let error = error.downcast::<AttachError>()?;
+    if let AttachError::Rejected { program, function, rejection } = &error {
+        if !verbose {
+            report::log(rejection).iter().for_each(|line| eprintln!("{line}"));
         }
-        if let Some(hint) = &rejection.hint {
-            eprintln!("hint: {hint}");
-        }
+        eprintln!("{}", report::text(rejection));
+        output.record(&Record::Rejected { program, function, rejection })?;
+        output.flush()?;
     }
-    anyhow!("{error}; nothing was changed")
+    Err(anyhow!("{error}; nothing was changed"))
+}
+
+/// Whether `program` can be attached to `function`; prints the verifier's log if asked to.
+fn check(program: &Program, function: &Function, verbose: bool) -> Result<(), AttachError> {
+    let mut is_first = true;
+    let mut line = |line: &str| {
+        if std::mem::take(&mut is_first) {
+            eprintln!("flea: verifying program `{}` on {}", program.name(), function.name());
+        }
+        eprintln!("{line}");
+    };
+    let outcome = match verbose {
+        true => program.check_logged(function, &mut line),
+        false => program.check(function),
+    };
+    outcome.map(drop)
 }
 
 fn print_lines(object: &Object, output: &mut Output) -> Result<()> {

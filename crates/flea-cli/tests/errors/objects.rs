@@ -4,7 +4,10 @@ use std::{path::Path, process::Command};
 
 use flea_fixtures::{Tool, require};
 
-use crate::{refusal::Bystander, scratch::Scratch};
+use crate::{
+    refusal::{Bystander, flea},
+    scratch::Scratch,
+};
 
 const HEAD: &str = "#define SEC(name) __attribute__((section(name), used))\n\
                     char _license[] SEC(\"license\") = \"GPL\";\n";
@@ -56,7 +59,20 @@ fn programs_that_are_refused() {
     let wild = "SEC(\"fentry/spin_step\") int p(unsigned long long *ctx)
                 { return *(volatile int *)ctx[0]; }";
     let parts = ["invalid mem access", "program p on spin_step", "nothing was changed"];
-    target.refuses("run", &[&object("wild", wild)], &parts);
+    let wild = object("wild", wild);
+    target.refuses("run", &[&wild], &parts);
+    // The report: the line, where the value came from, what to do; with -v all of the log.
+    let parts = ["wild.bpf.c", "ctx[0]", "where it came from", "R1 is loaded: any number"];
+    target.refuses("run", &[&wild], &parts);
+    target.refuses("run", &[&wild], &["to change: ", "bpf_probe_read_user"]);
+    let parts = ["verifying program `p` on spin_step", "(limit 1000000)", "0: R1=ctx() R10=fp0"];
+    target.refuses("run", &[&wild, "-v"], &parts);
+    let output = flea(&["run", "--json", "-p", &target.pid().to_string(), &wild]).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let record: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&record["type"], &record["program"]), (&"rejected".into(), &"p".into()));
+    assert_eq!(record["story"][0]["what"], "loaded", "{record}");
+    assert!(record["hint"].as_str().unwrap().contains("bpf_probe_read_user"), "{record}");
     let endless = "SEC(\"fentry/spin_step\") int p(void *ctx)
                    { for (volatile int i = 0;; i++) ; }";
     target.refuses("run", &[&object("endless", endless)], &["program p on spin_step"]);

@@ -4,10 +4,27 @@
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{InstBuilder, Type, Value, types};
 use flea_object::insn::Insn;
+use flea_verifier::facts::Operands;
 
 use super::{Scope, Translator, op};
 use crate::clif::select;
 use crate::request::CompileError;
+
+/// Which divisors would trap, as far as it is not known that they do not come up.
+#[derive(Clone, Copy)]
+struct Traps {
+    zero: bool,
+    minus_one: bool,
+}
+
+impl Traps {
+    fn of(divisor: Operands, ty: Type, insn: Insn) -> Self {
+        let all_ones = u64::MAX >> (64 - ty.bits());
+        // An immediate is seen by Cranelift itself.
+        let known = insn.opcode & op::X != 0;
+        Self { zero: !known || divisor.min == 0, minus_one: !known || divisor.max >= all_ones }
+    }
+}
 
 impl Translator<'_, '_> {
     pub(super) fn alu(&mut self, scope: &Scope, idx: u32, insn: Insn) -> Result<(), CompileError> {
@@ -16,6 +33,15 @@ impl Translator<'_, '_> {
         let ty = if wide { types::I64 } else { types::I32 };
         if insn.opcode & 0xf0 == op::END {
             let value = self.end(scope, insn, wide).ok_or(unsupported)?;
+            self.set(scope, insn.dst, value);
+            return Ok(());
+        }
+        if insn.opcode == (op::ALU | op::X | op::MOV)
+            && insn.off == 0
+            && self.used.verified.operands(idx).max <= u64::from(u32::MAX)
+        {
+            // Its upper half is 0 already.
+            let value = self.reg(scope, insn.src);
             self.set(scope, insn.dst, value);
             return Ok(());
         }
@@ -41,11 +67,12 @@ impl Translator<'_, '_> {
             op::NEG => self.b.ins().ineg(a),
             op::DIV | op::MOD => {
                 let remainder = insn.opcode & 0xf0 == op::MOD;
+                let traps = Traps::of(self.used.verified.operands(idx), ty, insn);
                 match (insn.off, remainder) {
-                    (0, false) => self.udiv(a, b),
-                    (0, true) => self.urem(a, b),
-                    (1, false) => self.sdiv(a, b),
-                    (1, true) => self.srem(a, b),
+                    (0, false) => self.udiv(a, b, traps),
+                    (0, true) => self.urem(a, b, traps),
+                    (1, false) => self.sdiv(a, b, traps),
+                    (1, true) => self.srem(a, b, traps),
                     _ => return Err(unsupported),
                 }
             }
@@ -107,7 +134,10 @@ impl Translator<'_, '_> {
         select(self.b, traps, one, divisor)
     }
 
-    fn udiv(&mut self, a: Value, d: Value) -> Value {
+    fn udiv(&mut self, a: Value, d: Value, traps: Traps) -> Value {
+        if !traps.zero {
+            return self.b.ins().udiv(a, d);
+        }
         let by_zero = self.is(d, 0);
         let safe = self.safe_divisor(d, by_zero);
         let quotient = self.b.ins().udiv(a, safe);
@@ -116,33 +146,52 @@ impl Translator<'_, '_> {
         select(self.b, by_zero, zero, quotient)
     }
 
-    fn urem(&mut self, a: Value, d: Value) -> Value {
+    fn urem(&mut self, a: Value, d: Value, traps: Traps) -> Value {
+        if !traps.zero {
+            return self.b.ins().urem(a, d);
+        }
         let by_zero = self.is(d, 0);
         let safe = self.safe_divisor(d, by_zero);
         let rest = self.b.ins().urem(a, safe);
         select(self.b, by_zero, a, rest)
     }
 
-    fn sdiv(&mut self, a: Value, d: Value) -> Value {
-        let by_zero = self.is(d, 0);
-        let by_minus_one = self.is(d, -1);
-        let traps = self.b.ins().bor(by_zero, by_minus_one);
-        let safe = self.safe_divisor(d, traps);
-        let quotient = self.b.ins().sdiv(a, safe);
+    fn sdiv(&mut self, a: Value, d: Value, traps: Traps) -> Value {
+        let by_zero = traps.zero.then(|| self.is(d, 0));
+        let by_minus_one = traps.minus_one.then(|| self.is(d, -1));
+        let safe = self.safe_signed_divisor(d, by_zero, by_minus_one);
+        let mut quotient = self.b.ins().sdiv(a, safe);
+        if let Some(by_zero) = by_zero {
+            let ty = self.type_of(a);
+            let zero = self.b.ins().iconst(ty, 0);
+            quotient = select(self.b, by_zero, zero, quotient);
+        }
+        let Some(by_minus_one) = by_minus_one else { return quotient };
         let negated = self.b.ins().ineg(a);
-        let ty = self.type_of(a);
-        let zero = self.b.ins().iconst(ty, 0);
-        let quotient = select(self.b, by_zero, zero, quotient);
         select(self.b, by_minus_one, negated, quotient)
     }
 
-    fn srem(&mut self, a: Value, d: Value) -> Value {
-        let by_zero = self.is(d, 0);
-        let by_minus_one = self.is(d, -1);
-        let traps = self.b.ins().bor(by_zero, by_minus_one);
+    fn srem(&mut self, a: Value, d: Value, traps: Traps) -> Value {
+        let by_zero = traps.zero.then(|| self.is(d, 0));
+        let by_minus_one = traps.minus_one.then(|| self.is(d, -1));
         // With 1 for -1 the rest is 0, as it should be.
-        let safe = self.safe_divisor(d, traps);
+        let safe = self.safe_signed_divisor(d, by_zero, by_minus_one);
         let rest = self.b.ins().srem(a, safe);
-        select(self.b, by_zero, a, rest)
+        by_zero.map_or(rest, |by_zero| select(self.b, by_zero, a, rest))
+    }
+
+    /// `divisor`, with 1 in place of what these tests have found, those that were made.
+    fn safe_signed_divisor(
+        &mut self,
+        divisor: Value,
+        by_zero: Option<Value>,
+        by_minus_one: Option<Value>,
+    ) -> Value {
+        let traps = match (by_zero, by_minus_one) {
+            (None, None) => return divisor,
+            (Some(one), None) | (None, Some(one)) => one,
+            (Some(zero), Some(minus_one)) => self.b.ins().bor(zero, minus_one),
+        };
+        self.safe_divisor(divisor, traps)
     }
 }

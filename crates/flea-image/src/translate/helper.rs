@@ -142,7 +142,7 @@ impl Translator<'_, '_> {
         (self.arena(0, 0), self.arena(placed.header_offset, 0))
     }
 
-    /// `key < max_entries ? element 0 + key * stride : 0`; no test where the key is constant.
+    /// `key < max_entries ? element 0 + key * stride : 0`; no test where that is known.
     fn array_lookup(
         &mut self,
         scope: &Scope,
@@ -150,7 +150,9 @@ impl Translator<'_, '_> {
         map: MapPlacement,
     ) -> Result<Value, CompileError> {
         let key = self.read_through(scope, idx, 2, types::I32)?;
-        if let Some(key) = self.constant(key) {
+        let known = self.used.verified.operands(idx);
+        let only_key = (known.min == known.max).then_some(known.min);
+        if let Some(key) = self.constant(key).or(only_key) {
             if key >= u64::from(map.max_entries) {
                 return Ok(self.iconst(0));
             }
@@ -161,6 +163,10 @@ impl Translator<'_, '_> {
         let offset = self.b.ins().imul_imm_s(key, i64::from(map.value_stride));
         let base = self.element(idx, map, 0)?;
         let address = self.b.ins().iadd(base, offset);
+        if known.max < u64::from(map.max_entries) {
+            self.nonnull.insert(address);
+            return Ok(address);
+        }
         let bound = i64::from(map.max_entries);
         let inside = self.b.ins().icmp_imm_u(IntCC::UnsignedLessThan, key, bound);
         let null = self.iconst(0);

@@ -3,7 +3,7 @@
 use cranelift_codegen::ir::condcodes::IntCC;
 use cranelift_codegen::ir::{Block, InstBuilder, types};
 use flea_object::insn::Insn;
-use flea_verifier::facts::Fact;
+use flea_verifier::facts::{Branch, Fact};
 
 use super::{Scope, Translator, op};
 use crate::request::CompileError;
@@ -24,7 +24,7 @@ impl Translator<'_, '_> {
         }
         let then = self.block(scope, to);
         let otherwise = self.block(scope, idx + 1);
-        if let Some(taken) = self.decided(scope, insn) {
+        if let Some(taken) = self.decided(scope, idx, insn) {
             self.b.ins().jump(if taken { then } else { otherwise }, &[]);
             return Ok(());
         }
@@ -60,8 +60,11 @@ impl Translator<'_, '_> {
         Ok(())
     }
 
-    /// The null check of an address that cannot be null.
-    fn decided(&mut self, scope: &Scope, insn: Insn) -> Option<bool> {
+    /// A jump that every path takes, or none; the null check of an address that cannot be null.
+    fn decided(&mut self, scope: &Scope, idx: u32, insn: Insn) -> Option<bool> {
+        if let Some(branch) = self.used.verified.operands(idx).branch {
+            return Some(branch == Branch::Jumps);
+        }
         let value = self.reg(scope, insn.dst);
         let against_zero = op::class(insn.opcode) == op::JMP
             && insn.opcode & op::X == 0

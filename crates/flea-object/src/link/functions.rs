@@ -14,6 +14,8 @@ pub(super) struct Function<'a> {
     pub insns: Vec<Insn>,
     /// `static` in the source.
     pub local: bool,
+    /// Not static, and yet for this object alone.
+    pub hidden: bool,
 }
 
 /// All of them, by section and place.
@@ -46,6 +48,7 @@ pub(super) fn find_functions<'a>(elf: &'a Elf<'_>) -> Result<Vec<Function<'a>>, 
             start: usize::try_from(symbol.value / INSN_BYTES).expect("inside the section"),
             insns: decode(code),
             local: symbol.local,
+            hidden: symbol.hidden,
         })
         .collect())
 }

@@ -576,6 +576,7 @@ impl<'a> Interpreter<'a> {
                     PointerKind::Cookie => self.bases(|k| k == Kind::Cookie).any(at),
                     PointerKind::Memory { .. } => self.bases(|k| k == Kind::Memory).any(at),
                     // No generated program has global functions.
+                    PointerKind::Argument { .. } => false,
                 }
             }
         }
