@@ -42,6 +42,8 @@ pub enum Command {
     Run(Run),
     /// Live patching: functions of a shared object take the place of the target's
     Replace(Replace),
+    /// Print a C header of the target's types, to compile programs against
+    Types(Types),
     /// What is attached in which process
     Ps(Ps),
     /// Take it off
@@ -136,6 +138,10 @@ pub struct Run {
     /// Print the verifier's whole log: every instruction it visits, and what is known there
     #[arg(short, long)]
     pub verbose: bool,
+    /// Let programs write to the target's memory (bpf_probe_write_user). Nothing checks what
+    /// they write: it can crash the target, corrupt its data, or make it do anything that it may
+    #[arg(long)]
+    pub allow_write: bool,
     #[command(flatten)]
     /// Which process.
     pub target: Target,
@@ -182,6 +188,34 @@ exception handling are refused. Calls that the compiler has inlined are not repl
   flea ps -p 4242; flea detach 4242.7        what is replaced, and undoing it
 
 With `-- COMMAND` it is for the command's life, whose exit code is returned.";
+
+/// `flea types`.
+#[derive(Debug, Args)]
+#[command(
+    override_usage = "flea types [OPTIONS] <BINARY|-p PID> [[MODULE:]FUNCTION|[MODULE:]TYPE]...",
+    after_help = AFTER_TYPES_HELP
+)]
+pub struct Types {
+    /// A running process
+    #[arg(short, long, value_name = "PID")]
+    pub pid: Option<i32>,
+    /// Without -p the binary first; then functions and types (default: all types)
+    #[arg(value_name = "NAME")]
+    pub names: Vec<String>,
+    /// Write the header to a file instead of standard output
+    #[arg(short, long, value_name = "FILE")]
+    pub output: Option<PathBuf>,
+}
+
+const AFTER_TYPES_HELP: &str = "\
+The header has each type once, with the sizes and offsets of the target, and what its debug
+information names. Fields are relocated when a program is attached (CO-RE): one object runs on
+every build of the target. C++ and Rust names are spelled for C: std::string is std__string.
+
+  flea types /usr/bin/redis-server redisObject client > redis.h
+  flea types -p 4242 processCommand -o redis.h
+  flea types -p 4242 libc.so.6:fopen
+  clang -g -O2 -target bpf -c program.bpf.c      with #include \"redis.h\"";
 
 /// `flea ps`.
 #[derive(Debug, Args)]

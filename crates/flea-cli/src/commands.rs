@@ -5,6 +5,7 @@ mod functions;
 mod replace;
 mod run;
 mod tracing;
+mod types;
 mod walkers;
 
 use anyhow::Result;
@@ -21,6 +22,7 @@ pub fn run(command: Command) -> Result<u8> {
         Command::Trace(args) => tracing::trace(&args),
         Command::Run(args) => run::run(&args),
         Command::Replace(args) => replace::replace(&args),
+        Command::Types(args) => types::types(&args),
         Command::Ps(args) => attached::ps(&args),
         Command::Detach(args) => attached::detach(&args),
         Command::GdbScript => walkers::gdb_script(),

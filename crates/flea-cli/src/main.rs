@@ -76,7 +76,11 @@ impl Command {
             Self::Hist(a) => Some(&a.target),
             Self::Run(a) => Some(&a.target),
             Self::Replace(a) => Some(&a.target),
-            Self::Ps(_) | Self::Detach(_) | Self::GdbScript | Self::FramesFile(_) => None,
+            Self::Types(_)
+            | Self::Ps(_)
+            | Self::Detach(_)
+            | Self::GdbScript
+            | Self::FramesFile(_) => None,
         }
     }
 }

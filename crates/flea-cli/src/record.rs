@@ -128,6 +128,8 @@ pub enum Record<'a> {
         function: &'a str,
         /// Program kinds and names, newest first.
         programs: Vec<String>,
+        /// They can change the target's memory.
+        writes_target: bool,
         /// Process id of the `flea` that attached it.
         controller: i32,
         /// Whether that one still runs.

@@ -1,8 +1,8 @@
 //! The same program before our verifier and the running kernel's, and run by both.
 //!
 //! 1. Both accept: r0 of the kernel, of our interpreter and of our compiled code are one number.
-//! 2. We accept and the kernel refuses: an unsafe accept, unless its reason is one of
-//!    [`BY_DESIGN`].
+//! 2. We accept and the kernel refuses: an unsafe accept, unless it is one of the differences that
+//!    [`crate::differences`] lists.
 //! 3. The kernel accepts and we refuse: counted by cause; at most 3 % is the aim.
 
 use std::fmt::Write as _;
@@ -11,12 +11,12 @@ use std::process::Command;
 use anyhow::Result;
 use flea_generate::{Generated, Random, Style, map, maps};
 use flea_object::insn::{Insn, PSEUDO_MAP, PSEUDO_MAP_VALUE};
-use flea_object::opcode as op;
 use flea_object::spec::{MapIdx, MapSpec, Program, ProgramKind};
 use flea_verifier::Context;
 
 use crate::campaign::{Failure, Fuzzer, Kind, Outcome};
 use crate::compiled::{Ran, Runner};
+use crate::differences;
 use crate::kernel::{CONTEXT_WORDS, Kernel, KernelMaps, LogLevel, Refusal};
 use crate::machines::{self, Tested};
 use crate::minimise::minimise;
@@ -27,49 +27,6 @@ use crate::text;
 pub const CONTEXT: Context = Context::Tracing { n_args: 12, n_results: 0, session: false };
 /// [`CONTEXT`] in a case file.
 pub const CONTEXT_LINE: &str = "ctx 12";
-
-/// A reason of the kernel's that does not apply here.
-struct Difference {
-    /// Parts of the kernel's messages.
-    parts: &'static [&'static str],
-    /// Whether the program can be one of this kind.
-    applies: fn(&[Insn]) -> bool,
-    /// Why we accept it.
-    why: &'static str,
-}
-
-/// Numbers that Linux 6.18 knows less of than we do, in its words.
-const RANGES: [&str; 3] = [
-    "with unbounded min value is not allowed",
-    "min value is negative, either use unsigned index",
-    "unbounded memory access, make sure to bounds check",
-];
-
-/// All that we accept and Linux refuses. Such a program has to stand the test of
-/// [`crate::machines`] before it is counted here.
-const BY_DESIGN: &[Difference] = &[
-    Difference {
-        parts: &RANGES,
-        applies: takes_remainder,
-        why: "we know bounds of quotients and remainders, Linux 6.18 does not",
-    },
-    Difference {
-        parts: &RANGES,
-        applies: subtracts_number,
-        why: "we know bounds of what is subtracted from a pointer and of parts of what was stored",
-    },
-];
-
-fn takes_remainder(insns: &[Insn]) -> bool {
-    let is_remainder = |insn: &Insn| {
-        matches!(insn.class(), op::ALU | op::ALU64) && matches!(insn.code(), op::MOD | op::DIV)
-    };
-    insns.iter().any(is_remainder)
-}
-
-fn subtracts_number(insns: &[Insn]) -> bool {
-    insns.iter().any(|insn| insn.opcode == op::ALU64 | op::SUB | op::X)
-}
 
 /// What came of one program.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,7 +60,8 @@ pub struct Results {
 
 impl Results {
     fn agrees(self, ours: u64) -> bool {
-        self.kernel_low == ours as u32 && self.kernel.is_none_or(|kernel| kernel == ours)
+        u64::from(self.kernel_low) == ours & 0xffff_ffff
+            && self.kernel.is_none_or(|kernel| kernel == ours)
     }
 
     /// Who agrees with whom.
@@ -202,14 +160,47 @@ impl AgainstKernel {
         Ok(())
     }
 
-    fn failure(&mut self, insns: &[Insn], judged: &Judged) -> Failure {
-        let same = |p: &[Insn], again: &Judged| match (judged, again) {
+    /// A program that only we accept: by design, or an unsafe accept. Only what is left of it when
+    /// it is made smaller shows by which of its instructions the kernel is put off.
+    fn only_we(&mut self, insns: &[Insn], reason: &str, seed: u64) -> Outcome {
+        let small;
+        let why = match differences::by_reason(insns, reason) {
+            Some(why) => Some(why),
+            None => {
+                small = self.smaller(insns, &Judged::OnlyWe(reason.to_owned()));
+                differences::by_instructions(&small)
+            }
+        };
+        let stray = match machines::run(&program(insns), &self.specs, CONTEXT, seed) {
+            Tested::Stray(seen) => Some(seen),
+            Tested::Right | Tested::Refused | Tested::TooManyStates => None,
+        };
+        match (why, stray) {
+            (Some(why), None) => {
+                self.by_design.count(why, seed);
+                Outcome::Accepted
+            }
+            (_, stray) => {
+                let mut failure = self.failure(insns, &Judged::OnlyWe(reason.to_owned()));
+                failure.seen += &stray.unwrap_or_default();
+                Outcome::Failed(failure)
+            }
+        }
+    }
+
+    /// The smallest program that comes to the same.
+    fn smaller(&mut self, insns: &[Insn], judged: &Judged) -> Vec<Insn> {
+        let same = |again: &Judged| match (judged, again) {
             (Judged::Differ(a), Judged::Differ(b)) => a.shape() == b.shape(),
-            (Judged::OnlyWe(a), Judged::OnlyWe(b)) => by_design(p, b).is_none() && alike(a, b),
+            (Judged::OnlyWe(a), Judged::OnlyWe(b)) => alike(a, b),
             (Judged::Lost(_), Judged::Lost(_)) => true,
             _ => false,
         };
-        let small = minimise(insns, |p| self.compare(p, true).is_ok_and(|again| same(p, &again)));
+        minimise(insns, |p| self.compare(p, true).is_ok_and(|again| same(&again)))
+    }
+
+    fn failure(&mut self, insns: &[Insn], judged: &Judged) -> Failure {
+        let small = self.smaller(insns, judged);
         let seen = match self.compare(&small, true) {
             Ok(judged) => format!("{judged:?}"),
             Err(e) => e.to_string(),
@@ -247,12 +238,6 @@ impl AgainstKernel {
 fn alike(a: &str, b: &str) -> bool {
     let words = |s: &str| s.chars().filter(|c| c.is_alphabetic()).take(40).collect::<String>();
     words(a) == words(b)
-}
-
-fn by_design(insns: &[Insn], reason: &str) -> Option<&'static str> {
-    let fits =
-        |d: &&Difference| d.parts.iter().any(|part| reason.contains(part)) && (d.applies)(insns);
-    BY_DESIGN.iter().find(fits).map(|d| d.why)
 }
 
 fn program(insns: &[Insn]) -> Program {
@@ -294,22 +279,8 @@ impl Fuzzer for AgainstKernel {
                 self.only_kernel.count(reason, seed);
                 Outcome::Refused
             }
-            Judged::OnlyWe(reason) if let Some(why) = by_design(&insns, reason) => {
-                match machines::run(&program(&insns), &self.specs, CONTEXT, seed) {
-                    Tested::Stray(seen) => {
-                        let verdict = format!("@0 {reason}");
-                        let input = self.case(&insns, &verdict);
-                        Outcome::Failed(Failure { kind: Kind::UnsafeAccept, seen, input })
-                    }
-                    _ => {
-                        self.by_design.count(why, seed);
-                        Outcome::Accepted
-                    }
-                }
-            }
-            Judged::Differ(_) | Judged::Lost(_) | Judged::OnlyWe(_) => {
-                Outcome::Failed(self.failure(&insns, &judged))
-            }
+            Judged::OnlyWe(reason) => self.only_we(&insns, reason, seed),
+            Judged::Differ(_) | Judged::Lost(_) => Outcome::Failed(self.failure(&insns, &judged)),
         })
     }
 

@@ -21,6 +21,8 @@ pub mod allocated;
 pub mod any_bytes;
 pub mod campaign;
 pub mod compiled;
+pub mod cpu;
+pub mod differences;
 pub mod kernel;
 pub mod machines;
 pub mod minimise;

@@ -63,8 +63,8 @@ pub(crate) struct Builder<'a> {
     pub(crate) out: Vec<Insn>,
     /// Numbers that count the rounds of a loop around this place.
     pub(crate) counters: Vec<u8>,
-    /// A number's register that holds a pointer for a while.
-    pub(crate) pointer: Option<u8>,
+    /// Numbers' registers that hold a pointer for a while.
+    pub(crate) pointers: &'static [u8],
     /// 0 for the main function.
     pub(crate) function: usize,
     pub(crate) n_functions: usize,
@@ -85,7 +85,7 @@ impl<'a> Builder<'a> {
             style,
             out: Vec::new(),
             counters: Vec::new(),
-            pointer: None,
+            pointers: &[],
             function: 0,
             n_functions,
             comparable: true,
@@ -289,7 +289,7 @@ impl<'a> Builder<'a> {
     pub(crate) fn source(&mut self) -> u8 {
         loop {
             let reg = self.random.pick(&NUMBERS);
-            if self.pointer != Some(reg) {
+            if !self.pointers.contains(&reg) {
                 return reg;
             }
         }

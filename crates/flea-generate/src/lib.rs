@@ -99,3 +99,40 @@ pub fn program_with_callbacks(random: &mut Random, style: Style) -> Generated {
 pub fn program(random: &mut Random, style: Style) -> Generated {
     builder::Builder::new(random, style).program()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use flea_object::helper::Helper;
+    use flea_object::opcode as op;
+    use flea_object::validate::validate;
+
+    use super::*;
+
+    #[test]
+    fn careful_programs_are_well_formed_and_come_again() {
+        for seed in 0..500 {
+            let first = program(&mut Random::new(seed), Style::Careful);
+            assert_eq!(first, program(&mut Random::new(seed), Style::Careful), "seed {seed}");
+            assert_eq!(validate(&first.insns), Ok(()), "seed {seed}");
+            assert!(first.comparable, "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn every_kind_of_instruction_is_used() {
+        let (mut opcodes, mut helpers) = (BTreeSet::new(), BTreeSet::new());
+        for seed in 0..500 {
+            for insn in program(&mut Random::new(seed), Style::Careful).insns {
+                opcodes.insert(insn.opcode);
+                if insn.opcode == op::CALL_OP && insn.src == 0 {
+                    helpers.extend(Helper::from_id(insn.imm).map(Helper::name));
+                }
+            }
+        }
+        // Arithmetic 54, jumps 45 and calls, loads 8, stores 8, atomics 2, lddw and its half.
+        assert!(opcodes.len() >= 110, "only {} opcodes: {opcodes:02x?}", opcodes.len());
+        assert_eq!(helpers.len(), 15, "{helpers:?}");
+    }
+}

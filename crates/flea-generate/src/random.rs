@@ -22,6 +22,11 @@ impl Random {
         self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
     }
 
+    /// Any 8 bits.
+    pub fn byte(&mut self) -> u8 {
+        self.word() as u8
+    }
+
     /// Any of `0..n`.
     pub fn below(&mut self, n: u64) -> u64 {
         (self.word() >> 16) % n

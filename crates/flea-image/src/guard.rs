@@ -84,6 +84,7 @@ fn may_disturb(helper: Helper, map: Option<MapKind>) -> bool {
         | Helper::GetFuncRet
         | Helper::GetFuncArgCnt
         | Helper::Fls64
+        | Helper::RdonlyCast
         | Helper::SessionIsReturn
         | Helper::SessionCookie => false,
         _ => true,

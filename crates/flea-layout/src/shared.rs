@@ -184,6 +184,9 @@ pub enum RuntimeFn {
     ProbeReadUser,
     /// `(dst, size_bytes, src) -> length with the NUL, or -errno`
     ProbeReadUserStr,
+    /// `(dst, src, size_bytes) -> 0 or -errno`; writes nothing that the target itself could not
+    /// write, never faults.
+    ProbeWriteUser,
     /// `() -> tgid << 32 | tid`
     PidTgid,
     /// `() -> gid << 32 | uid`
@@ -201,7 +204,7 @@ pub enum RuntimeFn {
 
 impl RuntimeFn {
     /// All of them.
-    pub const ALL: [RuntimeFn; 19] = [
+    pub const ALL: [RuntimeFn; 20] = [
         RuntimeFn::ThreadSlot,
         RuntimeFn::ClockNs,
         RuntimeFn::HashLookup,
@@ -215,6 +218,7 @@ impl RuntimeFn {
         RuntimeFn::RingbufQuery,
         RuntimeFn::ProbeReadUser,
         RuntimeFn::ProbeReadUserStr,
+        RuntimeFn::ProbeWriteUser,
         RuntimeFn::PidTgid,
         RuntimeFn::UidGid,
         RuntimeFn::Comm,
@@ -240,6 +244,7 @@ impl RuntimeFn {
             RuntimeFn::RingbufQuery => "flea_ringbuf_query",
             RuntimeFn::ProbeReadUser => "flea_probe_read_user",
             RuntimeFn::ProbeReadUserStr => "flea_probe_read_user_str",
+            RuntimeFn::ProbeWriteUser => "flea_probe_write_user",
             RuntimeFn::PidTgid => "flea_pid_tgid",
             RuntimeFn::UidGid => "flea_uid_gid",
             RuntimeFn::Comm => "flea_comm",

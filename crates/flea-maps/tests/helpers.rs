@@ -64,6 +64,8 @@ fn every_register_but_rax_is_kept_and_the_stack_use_is_small() {
         (F::ProbeReadUser, vec![at + 64, 64, 8]),
         (F::ProbeReadUserStr, vec![at + 64, 64, format.as_ptr() as u64]),
         (F::ProbeReadUserStr, vec![at + 64, 64, 8]),
+        (F::ProbeWriteUser, vec![at + 64, at, 64]),
+        (F::ProbeWriteUser, vec![8, at, 64]),
         (F::PidTgid, vec![]),
         (F::UidGid, vec![]),
         (F::Comm, vec![at, 16]),

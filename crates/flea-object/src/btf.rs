@@ -1,7 +1,7 @@
 //! BTF: the type information in `.BTF` (Documentation/bpf/btf.rst, 6.18), of eBPF objects and
 //! of modules. Reads all kinds, keeps what maps, messages and signatures need. Offsets and
 //! type ids in it are untrusted: every one is checked when it is followed. `.BTF.ext` is in
-//! `btf_ext`. Start at [`Btf::parse`].
+//! `btf_ext`. Start at [`Btf::parse`]; [`Graph`] makes [`crate::types::Types`] of it.
 
 const MAGIC: u16 = 0xeb9f;
 const VERSION: u8 = 1;
@@ -94,6 +94,8 @@ pub enum Kind<'a> {
         size_bytes: u32,
         /// Marked as signed, or with a value that would be negative.
         signed: bool,
+        /// Names and values, signed ones sign-extended.
+        values: Vec<Enumerator<'a>>,
     },
     /// A pointer.
     Ptr {
@@ -158,6 +160,9 @@ pub enum Kind<'a> {
         component: u32,
     },
 }
+
+/// A name and its value.
+pub type Enumerator<'a> = (&'a str, u64);
 
 /// An integer type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -347,8 +352,8 @@ impl<'a> Btf<'a> {
                 Kind::Struct { size_bytes: size_or_type, members, is_union: kind == 5 }
             }
             6 => {
-                let is_negative = read_enum(reader, n_parts)?;
-                Kind::Enum { size_bytes: size_or_type, signed: flag || is_negative }
+                let (values, signed) = self.read_enum(reader, n_parts, flag)?;
+                Kind::Enum { size_bytes: size_or_type, signed, values }
             }
             7 => Kind::Forward { is_union: flag },
             8 => alias(Word::Typedef),
@@ -363,8 +368,8 @@ impl<'a> Btf<'a> {
             17 => Kind::DeclTag { of: size_or_type, component: reader.u32()? },
             18 => alias(Word::Tag),
             19 => {
-                reader.skip(n_parts * 12)?;
-                Kind::Enum { size_bytes: size_or_type, signed: flag }
+                let values = self.read_enum64(reader, n_parts)?;
+                Kind::Enum { size_bytes: size_or_type, signed: flag, values }
             }
             _ => return Err(BtfError::UnknownKind { type_id, kind }),
         };
@@ -385,6 +390,38 @@ impl<'a> Btf<'a> {
                 let (bit_offset, bit_size) =
                     if has_bit_fields { (offset & 0x00ff_ffff, offset >> 24) } else { (offset, 0) };
                 Ok(Member { name, type_id, bit_offset, bit_size })
+            })
+            .collect()
+    }
+
+    /// Values, and whether they are signed: they are if one has the top bit. Encoders before
+    /// the flag, and gcc 12, do not say whether that is a sign; it mostly is.
+    fn read_enum(
+        &self,
+        reader: &mut Reader<'a>,
+        n_values: u32,
+        flag: bool,
+    ) -> Result<(Vec<Enumerator<'a>>, bool), BtfError> {
+        let words = (0..n_values)
+            .map(|_| Ok((self.string(reader.u32()?)?, reader.u32()?)))
+            .collect::<Result<Vec<_>, BtfError>>()?;
+        let signed = flag || words.iter().any(|(_, value)| value >> 31 == 1);
+        let extend = |value: u32| {
+            let signed_value = i64::from(value.cast_signed()).cast_unsigned();
+            if signed { signed_value } else { u64::from(value) }
+        };
+        Ok((words.into_iter().map(|(name, value)| (name, extend(value))).collect(), signed))
+    }
+
+    fn read_enum64(
+        &self,
+        reader: &mut Reader<'a>,
+        n_values: u32,
+    ) -> Result<Vec<Enumerator<'a>>, BtfError> {
+        (0..n_values)
+            .map(|_| {
+                let (name, low, high) = (reader.u32()?, reader.u32()?, reader.u32()?);
+                Ok((self.string(name)?, u64::from(high) << 32 | u64::from(low)))
             })
             .collect()
     }
@@ -427,17 +464,6 @@ fn read_int(reader: &mut Reader<'_>, size_bytes: u32) -> Result<Int, BtfError> {
         is_bool,
         is_whole: offset == 0 && (all_bits || is_bool),
     })
-}
-
-/// Whether a value has the top bit. Encoders before the flag, and gcc 12, do not say whether
-/// that is a sign; it mostly is.
-fn read_enum(reader: &mut Reader<'_>, n_values: u32) -> Result<bool, BtfError> {
-    let mut is_negative = false;
-    for _ in 0..n_values {
-        let (_name, value) = (reader.u32()?, reader.u32()?);
-        is_negative |= value >> 31 == 1;
-    }
-    Ok(is_negative)
 }
 
 fn read_data_section(reader: &mut Reader<'_>, n_vars: u32) -> Result<Vec<u32>, BtfError> {
@@ -508,5 +534,8 @@ impl<'a> Reader<'a> {
     }
 }
 
+mod graph;
 #[cfg(test)]
 mod tests;
+
+pub use graph::Graph;

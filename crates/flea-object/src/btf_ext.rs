@@ -52,8 +52,12 @@ pub(crate) struct CoreRelocation<'a> {
     pub section: &'a str,
     /// Index into the section's instructions.
     pub insn_idx: usize,
-    /// Name of the type it is about.
-    pub type_name: &'a str,
+    /// The type it is about.
+    pub type_id: u32,
+    /// `0:1:2`, the way to a field.
+    pub access: &'a str,
+    /// `enum bpf_core_relo_kind`
+    pub kind: u32,
 }
 
 impl<'a> BtfExt<'a> {
@@ -96,8 +100,10 @@ impl<'a> BtfExt<'a> {
         let core = part(body, core_offset, core_bytes, "core_relo")?;
         for_each_record(core, btf, "core_relo", |section, record| {
             let insn_idx = (record.u32()? / INSN_BYTES) as usize;
-            let type_name = btf.get(record.u32()?)?.name;
-            ext.core_relocations.push(CoreRelocation { section, insn_idx, type_name });
+            let (type_id, access, kind) = (record.u32()?, record.u32()?, record.u32()?);
+            btf.get(type_id)?;
+            let access = btf.string(access)?;
+            ext.core_relocations.push(CoreRelocation { section, insn_idx, type_id, access, kind });
             Ok(())
         })?;
         Ok(ext)

@@ -33,6 +33,9 @@ helpers! {
     MapUpdateElem = 2, "bpf_map_update_elem";
     /// `long bpf_map_delete_elem(map, key)`
     MapDeleteElem = 3, "bpf_map_delete_elem";
+    /// `long bpf_probe_read(dst, size, src)`: there is one kind of memory here, and this and the
+    /// kernel's forms read it as `bpf_probe_read_user` does.
+    ProbeRead = 4, "bpf_probe_read";
     /// `u64 bpf_ktime_get_ns()`: CLOCK_MONOTONIC
     KtimeGetNs = 5, "bpf_ktime_get_ns";
     /// `long bpf_trace_printk(fmt, fmt_size, a, b, c)`
@@ -47,10 +50,18 @@ helpers! {
     GetCurrentUidGid = 15, "bpf_get_current_uid_gid";
     /// `long bpf_get_current_comm(buf, size)`
     GetCurrentComm = 16, "bpf_get_current_comm";
+    /// `long bpf_probe_write_user(dst, src, size)`: only where it has been allowed.
+    ProbeWriteUser = 36, "bpf_probe_write_user";
+    /// `long bpf_probe_read_str(dst, size, src)`: as `bpf_probe_read_user_str`.
+    ProbeReadStr = 45, "bpf_probe_read_str";
     /// `long bpf_probe_read_user(dst, size, src)`
     ProbeReadUser = 112, "bpf_probe_read_user";
+    /// `long bpf_probe_read_kernel(dst, size, src)`: as `bpf_probe_read_user`.
+    ProbeReadKernel = 113, "bpf_probe_read_kernel";
     /// `long bpf_probe_read_user_str(dst, size, src)`
     ProbeReadUserStr = 114, "bpf_probe_read_user_str";
+    /// `long bpf_probe_read_kernel_str(dst, size, src)`: as `bpf_probe_read_user_str`.
+    ProbeReadKernelStr = 115, "bpf_probe_read_kernel_str";
     /// `u64 bpf_ktime_get_boot_ns()`: CLOCK_BOOTTIME
     KtimeGetBootNs = 125, "bpf_ktime_get_boot_ns";
     /// `long bpf_ringbuf_output(map, data, size, flags)`
@@ -87,6 +98,8 @@ helpers! {
     /// instruction of eBPF counts zeros. For the built-in programs: no name in an object file
     /// leads here.
     Fls64 = 0x7f00_0003, "bpf_fls64";
+    /// kfunc `void *bpf_rdonly_cast(obj, type_id)`, `bpf_core_cast`: `obj` as a typed pointer.
+    RdonlyCast = 0x7f00_0010, "bpf_rdonly_cast";
 }
 
 impl Helper {

@@ -6,15 +6,18 @@
 //! - [`validate`]: is it well-formed eBPF? What the verifier asks first.
 //! - [`interp`]: what a program means, for tests.
 //! - [`insn`], [`opcode`], [`helper`], [`spec`]: the types that everyone shares.
-//! - [`types`]: the target's types.
+//! - [`types`]: the target's types. [`core_relo`]: instructions that depend on them.
+//! - [`header`]: the target's types as C.
 #![forbid(unsafe_code)]
 
 pub mod asm;
 pub mod btf;
 mod btf_ext;
+pub mod core_relo;
 pub mod disasm;
 mod elf;
 pub mod error;
+pub mod header;
 pub mod helper;
 pub mod insn;
 pub mod interp;

@@ -12,14 +12,16 @@
 //! its distance is right in the section, and wrong once the functions have moved, so every
 //! call is resolved to a function first and written anew when all have their place.
 
+mod core;
 mod fault;
 mod functions;
 mod prototype;
 mod relocate;
 
 use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 
-use crate::btf::Btf;
+use crate::btf::{Btf, Graph};
 use crate::btf_ext::{BtfExt, CoreRelocation, LineInfo};
 use crate::elf::{Elf, Relocation, SectionIdx};
 use crate::error::ObjectError;
@@ -27,6 +29,7 @@ use crate::insn::Insn;
 use crate::maps::DeclaredMap;
 use crate::section::{SectionName, parse_name};
 use crate::spec::{MapSpec, Program, ProgramFunction, ProgramKind, SourceLine};
+use crate::types::Types;
 use crate::validate::MAX_INSNS;
 
 use functions::{Function, find_functions, is_text};
@@ -52,6 +55,11 @@ pub(crate) struct Linker<'a> {
     lines: HashMap<&'a str, Vec<LineInfo<'a>>>,
     core_relocations: HashMap<&'a str, Vec<CoreRelocation<'a>>>,
     prototypes: Prototypes<'a>,
+    btf: &'a [Btf<'a>],
+    /// The types that CO-RE relocations are about.
+    types: Graph<'a, 'a>,
+    /// What these may be called, by type id.
+    type_names: HashMap<u32, Arc<[String]>>,
     maps_section: Option<SectionIdx>,
     /// Offset in `.maps` to index.
     map_at: HashMap<i64, u32>,
@@ -91,13 +99,18 @@ impl<'a> Linker<'a> {
             .map(|s| (s.idx, s.relocations.iter().map(|r| (r.offset, *r)).collect()))
             .collect();
         let offsets = declared.iter().map(|m| i64::try_from(m.offset).unwrap_or(i64::MAX));
+        let prototypes = Prototypes::new(btf, ext);
+        let btf = btf.map_or(&[][..], std::slice::from_ref);
         Ok(Self {
             elf,
+            btf,
+            types: Graph::new(btf, Types::default()),
+            type_names: HashMap::new(),
             by_start,
             relocations,
             lines: by_section(&ext.lines, |l| (l.section, l.insn_idx)),
             core_relocations: by_section(&ext.core_relocations, |r| (r.section, r.insn_idx)),
-            prototypes: Prototypes::new(btf, ext),
+            prototypes,
             maps_section: elf.section_named(".maps").map(|s| s.idx),
             map_at: offsets.zip(0..).collect(),
             maps: declared.into_iter().map(|m| m.spec).collect(),
@@ -126,9 +139,10 @@ impl<'a> Linker<'a> {
         Ok(programs)
     }
 
-    /// `.maps` first, then the global data that linked programs refer to.
-    pub(crate) fn into_maps(self) -> Vec<MapSpec> {
-        self.maps
+    /// `.maps` first, then the global data that linked programs refer to; and the types of
+    /// their CO-RE relocations.
+    pub(crate) fn into_parts(self) -> (Vec<MapSpec>, Types) {
+        (self.maps, self.types.into_types())
     }
 
     fn link(
@@ -156,6 +170,7 @@ impl<'a> Linker<'a> {
             pending.extend(callees.filter(|callee| seen.insert(*callee)));
         }
         linking.resolve_calls();
+        let core_relocations = self.core_of(&linking).map_err(|fault| fault.of(program))?;
         self.n_linked_insns += linking.insns.len();
         Ok(Program {
             name: program.to_owned(),
@@ -166,6 +181,7 @@ impl<'a> Linker<'a> {
             autoload: name.autoload,
             lines: self.lines_of(&linking.placed),
             functions: self.functions_of(&linking.placed, name.kind),
+            core_relocations,
             insns: linking.insns,
         })
     }
@@ -182,7 +198,6 @@ impl<'a> Linker<'a> {
         if n_insns > max {
             return Err(ProgramFault::TooLong { n_insns, max }.of(linking.program).into());
         }
-        self.check_core(function).map_err(|fault| fault.of(linking.program))?;
         linking.placed.push((function, base));
         linking.insns.extend_from_slice(&self.functions[function.0].insns);
         let mut i = base;
@@ -205,20 +220,6 @@ impl<'a> Linker<'a> {
             i += 1;
         }
         Ok(())
-    }
-
-    fn check_core(&self, function: FunctionIdx) -> Result<(), ProgramFault> {
-        let f = &self.functions[function.0];
-        let section = self.elf.section(f.section).map_or("", |s| s.name.as_str());
-        let range = f.start..f.start + f.insns.len();
-        let of_section = self.core_relocations.get(section);
-        match in_range(of_section, range, |r| r.insn_idx).first() {
-            None => Ok(()),
-            Some(relocation) => Err(ProgramFault::CoreRelocation {
-                function: f.name.to_owned(),
-                type_name: relocation.type_name.to_owned(),
-            }),
-        }
     }
 }
 

@@ -116,7 +116,7 @@ pub enum MapFault {
         /// The bits at fault.
         unknown: u32,
     },
-    /// A data section that is too large.
+    /// A data section that is too large, or too large beside others.
     #[error("{size_bytes} bytes of global data; at most {MAX_GLOBAL_DATA_BYTES} are allowed")]
     TooMuchData {
         /// How large.
@@ -173,8 +173,13 @@ pub(crate) fn read_declared(
     Ok(maps)
 }
 
-/// The map that a `.data`, `.rodata` or `.bss` section becomes.
-pub(crate) fn global_data(elf: &Elf<'_>, section: &Section<'_>) -> Result<MapSpec, MapError> {
+/// The map that a `.data`, `.rodata` or `.bss` section becomes, beside `held_bytes` of others: a
+/// small file can have any number of large sections of zeros.
+pub(crate) fn global_data(
+    elf: &Elf<'_>,
+    section: &Section<'_>,
+    held_bytes: u64,
+) -> Result<MapSpec, MapError> {
     let name = section.name.as_str();
     if let Some(relocation) = section.relocations.first() {
         let symbol = elf.symbols.get(relocation.symbol).map_or("", |s| s.name.as_str());
@@ -183,8 +188,9 @@ pub(crate) fn global_data(elf: &Elf<'_>, section: &Section<'_>) -> Result<MapSpe
         return Err(fault.of(name));
     }
     let size_bytes = section.size_bytes;
-    if size_bytes > MAX_GLOBAL_DATA_BYTES {
-        return Err(MapFault::TooMuchData { size_bytes }.of(name));
+    let all_bytes = held_bytes.saturating_add(size_bytes);
+    if all_bytes > MAX_GLOBAL_DATA_BYTES {
+        return Err(MapFault::TooMuchData { size_bytes: all_bytes }.of(name));
     }
     let value_size_bytes =
         u32::try_from(size_bytes).expect("MAX_GLOBAL_DATA_BYTES is far below u32::MAX");

@@ -5,7 +5,7 @@ use crate::btf::Btf;
 use crate::btf_ext::BtfExt;
 use crate::elf::Elf;
 use crate::error::ObjectError;
-use crate::link::Linker;
+use crate::link::{Linker, ProgramFault};
 use crate::maps;
 use crate::spec::Object;
 
@@ -26,7 +26,13 @@ pub fn parse(bytes: &[u8]) -> Result<Object, ObjectError> {
     let declared = maps::read_declared(&elf, btf.as_ref())?;
     let mut linker = Linker::new(&elf, btf.as_ref(), &ext, declared)?;
     let programs = linker.link_programs()?;
-    Ok(Object { maps: linker.into_maps(), programs, license: license(&elf) })
+    let (maps, types) = linker.into_parts();
+    for program in &programs {
+        for relocation in &program.core_relocations {
+            relocation.check(&types).map_err(|e| ProgramFault::Core(e).of(&program.name))?;
+        }
+    }
+    Ok(Object { maps, programs, license: license(&elf), types })
 }
 
 fn license(elf: &Elf<'_>) -> Option<String> {

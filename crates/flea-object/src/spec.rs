@@ -1,6 +1,8 @@
 //! What an object declares: maps and programs. Plain data; nothing here is verified yet.
 
+use crate::core_relo::CoreRelocation;
 use crate::insn::Insn;
+use crate::types::Types;
 
 /// A loaded object: the input of a session.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -11,6 +13,8 @@ pub struct Object {
     pub programs: Vec<Program>,
     /// The `license` section.
     pub license: Option<String>,
+    /// The types that [`Program::core_relocations`] are about, as the object has them.
+    pub types: Types,
 }
 
 /// Index into [`Object::maps`].
@@ -83,6 +87,10 @@ pub struct Program {
     /// The functions that were linked into `insns`, sorted by instruction, the main one
     /// first; empty where the program was made in code.
     pub functions: Vec<ProgramFunction>,
+    /// Instructions that wait for the target's types, sorted by instruction. Until
+    /// [`crate::core_relo::relocate`] has seen to them, they hold what the object's own types
+    /// say.
+    pub core_relocations: Vec<CoreRelocation>,
     /// False for `SEC("?...")`: not attached unless asked for by name.
     pub autoload: bool,
 }
@@ -98,6 +106,7 @@ impl Default for Program {
             insns: Vec::new(),
             lines: Vec::new(),
             functions: Vec::new(),
+            core_relocations: Vec::new(),
             autoload: true,
         }
     }

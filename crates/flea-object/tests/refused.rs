@@ -54,7 +54,7 @@ const CASES: &[(&str, &str)] = &[
         "program 'prog': refers to 'LINUX_KERNEL_VERSION', which the object does not define",
     ),
     ("not_a_session", "program 'prog': calls 'bpf_session_is_return', which only"),
-    ("core", "program 'prog': function 'pid_of' uses CO-RE relocations (of type 'task')"),
+    ("much_data", "map '.bss.two': 83886080 bytes of global data; at most 67108864 are allowed"),
     ("address_in_data", "map '.data': global data at offset 0x0 holds the address of 'number'"),
 ];
 

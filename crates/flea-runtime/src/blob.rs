@@ -108,6 +108,7 @@ entries! {
     flea_ringbuf_query => ringbuf_query;
     flea_probe_read_user => probe_read_user;
     flea_probe_read_user_str => probe_read_user_str;
+    flea_probe_write_user => probe_write_user;
     flea_pid_tgid => pid_tgid;
     flea_uid_gid => uid_gid;
     flea_comm => comm;
@@ -293,6 +294,12 @@ unsafe extern "C" fn probe_read_user_str(to: u64, size_bytes: u32, from: u64) ->
         Ok(length) => i64::from(length),
         Err(errno) => errno.to_return(),
     }
+}
+
+unsafe extern "C" fn probe_write_user(to: u64, from: u64, size_bytes: u32) -> i64 {
+    // SAFETY: `from` is readable for `size_bytes`, and the user of this program has allowed it to
+    // change what it likes.
+    status(unsafe { probe::write(to, from as *const u8, size_bytes) })
 }
 
 unsafe extern "C" fn pid_tgid() -> u64 {

@@ -1,4 +1,4 @@
-//! Reads of memory that may not be there: `bpf_probe_read_user` and its string form. The
+//! Memory that may not be there: `bpf_probe_read_user`, its string form, and writes. The
 //! kernel copies and checks, so nothing faults, also in a thread that blocks SIGSEGV.
 
 use crate::errno::Errno;
@@ -70,6 +70,20 @@ pub unsafe fn read_str<const CHUNK: usize>(
         }
     }
     Ok(done)
+}
+
+/// Copies `size_bytes` from `from` to `to`, wherever that is. Pages that may not be written stay
+/// as they are.
+///
+/// # Errors
+/// EFAULT: not all of it could be written; what comes before the first such page was.
+///
+/// # Safety
+/// `size_bytes` at `from` are readable, and nobody minds that memory at `to` changes.
+pub unsafe fn write(to: u64, from: *const u8, size_bytes: u32) -> Result<(), Errno> {
+    // SAFETY: as the caller says.
+    let n = unsafe { sys::write_own_memory(to, from, u64::from(size_bytes)) };
+    if n == u64::from(size_bytes) { Ok(()) } else { Err(Errno::EFAULT) }
 }
 
 /// # Safety

@@ -7,8 +7,10 @@ mod compiled;
 use std::sync::OnceLock;
 
 use compiled::{compile, gcc};
+use flea_object::header::header;
+use flea_object::types::TypeId;
 use flea_symbols::addr::{FileOffset, Svma};
-use flea_symbols::{Module, ModuleError, Pattern};
+use flea_symbols::{Module, ModuleError, Pattern, TypeNames};
 use proptest::prelude::*;
 
 const SOURCE: &str = "
@@ -52,7 +54,12 @@ fn exercise(image: &[u8], debug: Option<&[u8]>) {
         let signature = module.signature(function);
         let _ = signature.declaration(&function.name);
         let _ = module.stack_words_proof(function);
+        let graph = module.types(&[(function, &signature)], TypeNames::These(&["s", "t"]));
+        assert!(graph.slots[0].len() > signature.arg_words().count());
     }
+    let types = module.types(&[], TypeNames::All).types;
+    let ids: Vec<TypeId> = types.iter().map(|(id, _)| id).collect();
+    assert!(header(&types, &ids).text.ends_with("#endif\n"));
 }
 
 proptest! {

@@ -239,9 +239,14 @@ impl Host for MapsHost {
                 Ok(u64::from(gid.as_raw()) << 32 | u64::from(uid.as_raw()))
             }
             Helper::GetCurrentComm => comm(args[0], args[1], memory),
-            Helper::ProbeReadUser | Helper::ProbeReadUserStr => {
-                probe_read(args, helper == Helper::ProbeReadUserStr, memory)
+            Helper::ProbeReadUser | Helper::ProbeRead | Helper::ProbeReadKernel => {
+                probe_read(args, false, memory)
             }
+            Helper::ProbeReadUserStr | Helper::ProbeReadStr | Helper::ProbeReadKernelStr => {
+                probe_read(args, true, memory)
+            }
+            Helper::RdonlyCast => Ok(args[0]),
+            Helper::ProbeWriteUser => Err(format!("{} is not for vectors", helper.name())),
             Helper::Fls64 => Ok(u64::from(u64::BITS - args[0].leading_zeros())),
             Helper::GetFuncIp | Helper::GetAttachCookie => Ok(0),
             Helper::GetFuncArgCnt => Ok(self.context.len() as u64),

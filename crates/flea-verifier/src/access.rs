@@ -1,6 +1,7 @@
 //! Accesses to memory: is every byte inside its object, and may it be read or written?
 
 use flea_object::spec::MapSpec;
+use flea_object::types::Types;
 
 use crate::Context;
 use crate::facts::Region;
@@ -8,6 +9,7 @@ use crate::number::scalar::{AluOp, Scalar, Width};
 use crate::op::Reg;
 use crate::report::Fault;
 use crate::stack::Span;
+use crate::typed;
 use crate::value::{Pointer, PointerKind, Value};
 
 /// How far a pointer may be moved from its object, either way (Linux: BPF_MAX_VAR_OFF).
@@ -33,6 +35,8 @@ pub(crate) enum Target {
     Stack { frame: usize, span: Span },
     /// Anything else: its content is any number.
     Other(Region),
+    /// The target's data: what is loaded, where that is more than any number.
+    Typed(Option<Value>),
 }
 
 /// One access to be checked.
@@ -67,6 +71,7 @@ pub(crate) fn check(
     p: &Pointer,
     maps: &[MapSpec],
     context: Context,
+    types: Option<&Types>,
 ) -> Result<Target, Fault> {
     let bad = || {
         let r = request.reg.index();
@@ -111,6 +116,10 @@ pub(crate) fn check(
         PointerKind::Memory { size_bytes } => {
             check_bounds(request, p, size_bytes, &format!("memory, mem_size={size_bytes}"))?;
             Ok(Target::Other(Region::Memory))
+        }
+        PointerKind::Target { ty } => {
+            let types = types.ok_or_else(bad)?;
+            typed::load(types, ty, request, p).map(Target::Typed)
         }
         PointerKind::Argument { size_bytes, align_bytes } => {
             check_bounds(request, p, size_bytes, &format!("memory, mem_size={size_bytes}"))?;

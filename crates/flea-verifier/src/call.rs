@@ -2,9 +2,10 @@
 
 use flea_object::helper::Helper;
 use flea_object::spec::{MapIdx, MapSpec};
+use flea_object::types::{Type, TypeId};
 
 use crate::Context;
-use crate::access::{self, Access, Request, Target, followable, helper_stack_span};
+use crate::access::{self, Access, Request, followable, helper_stack_span};
 use crate::callback::{self, Round};
 use crate::machine::{Flow, Machine};
 use crate::number::scalar::Scalar;
@@ -31,6 +32,7 @@ struct Seen {
     callback: Option<usize>,
     /// The largest key of a lookup in an array, where it is known.
     key_max: Option<u64>,
+    cast_to: Option<TypeId>,
 }
 
 impl Machine<'_> {
@@ -87,6 +89,11 @@ impl Machine<'_> {
             let name = helper.name();
             return Err(Fault::new(format!("program of this type cannot use helper {name}"))
                 .hint("only programs in SEC(\"fsession/...\") run at both ends of a call"));
+        }
+        if helper == Helper::ProbeWriteUser && !self.permissions.write_target {
+            let name = helper.name();
+            return Err(Fault::new(format!("program of this type cannot use helper {name}"))
+                .hint("it can crash the target: allow it with `flea run --allow-write`"));
         }
         let words =
             matches!(helper, Helper::GetFuncArg | Helper::GetFuncRet | Helper::GetFuncArgCnt);
@@ -160,6 +167,31 @@ impl Machine<'_> {
                 Ok(())
             }
             Arg::Ctx => ctx_arg(reg, &value),
+            Arg::Castable if value.as_scalar().is_some() || value.is_target() => Ok(()),
+            Arg::Castable => Err(mismatch(reg, &value, arg)),
+            Arg::TypeId => {
+                seen.cast_to = Some(self.cast_to(reg, &value)?);
+                Ok(())
+            }
+        }
+    }
+
+    /// The structure whose number is in `reg`.
+    fn cast_to(&self, reg: Reg, value: &Value) -> Result<TypeId, Fault> {
+        let Some(number) = value.as_const() else {
+            let text = format!("R{} must be a known constant", reg.index());
+            return Err(Fault::new(text).hint("write bpf_core_cast(pointer, struct name)"));
+        };
+        let known = self.types().and_then(|types| Some((types, types.id(number)?)));
+        match known {
+            Some((types, id)) if matches!(types.get(id), Type::Struct { .. }) => Ok(id),
+            Some((_, id)) if id != TypeId::VOID => Err(Fault::new(
+                "kfunc bpf_rdonly_cast type ID argument must be of a struct or void",
+            )),
+            _ => {
+                Err(Fault::new(format!("Unknown type ID {number} passed to kfunc bpf_rdonly_cast"))
+                    .hint("the target's debug information has no such type"))
+            }
         }
     }
 
@@ -245,12 +277,21 @@ impl Machine<'_> {
         let fits = matches!(
             value,
             Value::Pointer(Pointer { kind, or_null: None, .. })
-                if !matches!(kind, PointerKind::Ctx | PointerKind::Map(_))
+                if !matches!(
+                    kind,
+                    PointerKind::Ctx | PointerKind::Map(_) | PointerKind::Target { .. }
+                )
         );
         if !fits {
             let e = mismatch(reg, value, arg);
             let null = matches!(value, Value::Pointer(Pointer { or_null: Some(_), .. }));
-            return Err(if null { e.hint("compare the pointer with NULL first") } else { e });
+            return Err(match value {
+                _ if null => e.hint("compare the pointer with NULL first"),
+                _ if value.is_target() => {
+                    e.hint("copy the target's memory with bpf_probe_read_user first")
+                }
+                _ => e,
+            });
         }
         let fills = matches!(arg, Arg::Fill | Arg::FillU64);
         let access = if fills { Access::Write } else { Access::Read };
@@ -272,9 +313,7 @@ impl Machine<'_> {
                 .check_written(span)
                 .map_err(|e| Fault { message: indirect(&e.message, reg), ..e });
         }
-        match access::check(request, p, self.maps, self.context)? {
-            Target::Stack { .. } | Target::Other(_) => Ok(()),
-        }
+        access::check(request, p, self.maps, self.context, self.types()).map(|_| ())
     }
 
     fn result(
@@ -309,6 +348,10 @@ impl Machine<'_> {
                 or_null(self, PointerKind::Record { size_bytes, reference })
             }
             (Ret::BitNumber, _) => Value::scalar(Scalar::signed(0, 64)),
+            (Ret::Cast, _) => match seen.cast_to {
+                Some(ty) => Value::pointer(PointerKind::Target { ty }),
+                None => Value::UNKNOWN,
+            },
             (Ret::Cookie, _) => Value::pointer(PointerKind::Cookie),
             (Ret::Number | Ret::ValueOrNull, _) => Value::UNKNOWN,
         }

@@ -203,4 +203,7 @@ pub enum Region {
     SessionCookie,
     /// The plain memory of [`crate::Context::Memory`].
     Memory,
+    /// The target's own data, through a typed pointer. Nothing is proved of the address: it is
+    /// loaded from without a fault, and is 0 where not all of its bytes can be read. Loads only.
+    Target,
 }

@@ -16,7 +16,7 @@
 
 use flea_object::spec::{Param, Prototype};
 
-use crate::access::{self, Access, Request, Target, check_aligned, followable, helper_stack_span};
+use crate::access::{self, Access, Request, check_aligned, followable, helper_stack_span};
 use crate::machine::Machine;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
@@ -178,9 +178,8 @@ impl Machine<'_> {
             return stack.store_anything(span);
         }
         for access in [Access::Read, Access::Write] {
-            match access::check(request(access), p, self.maps, self.context)? {
-                Target::Stack { .. } | Target::Other(_) => {}
-            }
+            // Memory of the target's own is never written, so it fails here.
+            access::check(request(access), p, self.maps, self.context, self.types())?;
         }
         Ok(())
     }

@@ -38,6 +38,7 @@ mod stack;
 mod state;
 mod story;
 mod trace;
+mod typed;
 mod value;
 
 use std::collections::BTreeSet;
@@ -103,8 +104,15 @@ pub struct Verifier<'a> {
     program: &'a Program,
     maps: &'a [MapSpec],
     context: Context,
-    #[expect(dead_code, reason = "typed pointers into the target are built upon it")]
     target: Option<Target<'a>>,
+    permissions: Permissions,
+}
+
+/// What a program may do that it may not unless somebody has said so.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Permissions {
+    /// `bpf_probe_write_user`: a mistake can crash the target, or make it do anything.
+    pub write_target: bool,
 }
 
 /// The types of the function that a program is attached to.
@@ -121,13 +129,20 @@ impl<'a> Verifier<'a> {
     /// A program that runs with `context` and names `maps` by index.
     #[must_use]
     pub fn new(program: &'a Program, maps: &'a [MapSpec], context: Context) -> Self {
-        Self { program, maps, context, target: None }
+        let permissions = Permissions::default();
+        Self { program, maps, context, target: None, permissions }
     }
 
     /// The context's words have the types of `target`.
     #[must_use]
     pub fn target(self, target: Target<'a>) -> Self {
         Self { target: Some(target), ..self }
+    }
+
+    /// It may do what `permissions` say.
+    #[must_use]
+    pub fn permit(self, permissions: Permissions) -> Self {
+        Self { permissions, ..self }
     }
 
     /// Proves the program safe, or says why not.
@@ -148,13 +163,13 @@ impl<'a> Verifier<'a> {
     }
 
     fn prove(&self, sink: Option<Sink<'_>>) -> Result<Verified, Rejection> {
-        let Self { program, maps, context, .. } = *self;
+        let Self { program, maps, .. } = *self;
         let structural = |(idx, fault)| rejection(program, idx, fault);
         check_size(program).map_err(structural)?;
         let ops = op::decode(&program.insns).map_err(structural)?;
         let cfg = Cfg::new(&ops).map_err(structural)?.with_globals(program);
         let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
-        let walk = Walk { program, maps, context, ops: &ops, cfg: &cfg, live: &live };
+        let walk = Walk { asked: *self, ops: &ops, cfg: &cfg, live: &live };
         let mut sink = sink;
         let mut attempt = |patience| {
             let mut walk = match &mut sink {
@@ -191,9 +206,7 @@ impl<'a> Verifier<'a> {
 /// What a walk through a program needs.
 #[derive(Clone, Copy)]
 struct Walk<'a> {
-    program: &'a Program,
-    maps: &'a [MapSpec],
-    context: Context,
+    asked: Verifier<'a>,
     ops: &'a [Op],
     cfg: &'a Cfg,
     live: &'a Liveness,
@@ -201,8 +214,10 @@ struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     fn explorer(self, patience: Patience) -> Explorer<'a> {
-        let machine = Machine::new(self.maps, self.context, self.ops, self.cfg);
-        Explorer::new(machine, self.program, self.cfg, self.live, patience)
+        let Verifier { program, maps, context, target, permissions } = self.asked;
+        let machine = Machine::new(maps, context, self.ops, self.cfg);
+        let machine = machine.typed_by(target).permit(permissions);
+        Explorer::new(machine, program, self.cfg, self.live, patience)
     }
 }
 

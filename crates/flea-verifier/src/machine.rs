@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
 use flea_object::spec::{MapIdx, MapKind, MapSpec};
+use flea_object::types::Types;
 
-use crate::Context;
 use crate::access::{self, Access, Request, Target, followable};
 use crate::callback;
 use crate::cfg::Cfg;
@@ -18,12 +18,15 @@ use crate::pointer::{self, Outcome};
 use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
-use crate::value::{Id, Number, PointerKind, Value};
+use crate::value::{Id, Number, Pointer, PointerKind, Value};
+use crate::{Context, Permissions, typed};
 
 /// What all paths share.
 pub(crate) struct Machine<'a> {
     pub(crate) maps: &'a [MapSpec],
     pub(crate) context: Context,
+    target: Option<crate::Target<'a>>,
+    pub(crate) permissions: Permissions,
     pub(crate) ops: &'a [Op],
     pub(crate) cfg: &'a Cfg,
     pub(crate) facts: Collector,
@@ -56,6 +59,8 @@ impl<'a> Machine<'a> {
         Self {
             maps,
             context,
+            target: None,
+            permissions: Permissions::default(),
             ops,
             cfg,
             facts: Collector::new(ops.len()),
@@ -65,6 +70,21 @@ impl<'a> Machine<'a> {
             called: BTreeSet::new(),
             last_id: 0,
         }
+    }
+
+    /// The context's words have the types of `target`.
+    pub(crate) fn typed_by(self, target: Option<crate::Target<'a>>) -> Self {
+        Self { target, ..self }
+    }
+
+    /// The program may do what `permissions` say.
+    pub(crate) fn permit(self, permissions: Permissions) -> Self {
+        Self { permissions, ..self }
+    }
+
+    /// The types that typed pointers point to.
+    pub(crate) fn types(&self) -> Option<&'a Types> {
+        self.target.map(|t| t.types)
     }
 
     /// What the program starts with.
@@ -105,6 +125,7 @@ impl<'a> Machine<'a> {
     pub(crate) fn step(&mut self, idx: usize, state: &mut State) -> Result<Flow, Fault> {
         let ops = self.ops;
         self.facts.plain(idx);
+        self.loosen(&ops[idx], state);
         match ops[idx] {
             Op::Alu { op, width, dst, src } => {
                 let (a, b) = (read(state, dst)?, operand(state, src)?);
@@ -112,7 +133,12 @@ impl<'a> Machine<'a> {
                     (Value::Scalar(a), Value::Scalar(b)) => {
                         Value::scalar(Scalar::alu(op, width, &a.set, &b.set))
                     }
-                    _ => pointer::arithmetic(op, width, (dst, &a), &b)?,
+                    _ => match pointer::arithmetic(op, width, (dst, &a), &b) {
+                        Err(_) if self.are_numbers(&a, &b) => {
+                            Value::scalar(Scalar::alu(op, width, &any_of(&a), &any_of(&b)))
+                        }
+                        result => result?,
+                    },
                 };
                 state.set_reg(dst, result);
             }
@@ -196,8 +222,8 @@ impl<'a> Machine<'a> {
     }
 
     fn exit(&mut self, state: &mut State) -> Result<Flow, Fault> {
-        let is_main = state.depth() == 0 && state.frame().function == 0;
-        if is_main && let Some(r0) = state.reg(Reg::R0).as_scalar() {
+        if state.depth() == 0 && state.frame().function == 0 {
+            let r0 = any_of(state.reg(Reg::R0));
             let (min, max) = self.returns.unwrap_or((i64::MAX, i64::MIN));
             self.returns = Some((min.min(r0.wide.smin), max.max(r0.wide.smax)));
         }
@@ -276,13 +302,14 @@ impl<'a> Machine<'a> {
             access,
         };
         let p = followable(place.base, state.reg(place.base))?;
-        let target = access::check(request, p, self.maps, self.context)?;
+        let target = access::check(request, p, self.maps, self.context, self.types())?;
         match target {
             Target::Stack { frame, span } => {
                 self.touch(state, frame, span);
                 self.facts.access(idx, Region::Stack)?;
             }
             Target::Other(region) => self.facts.access(idx, region)?,
+            Target::Typed(_) => self.facts.access(idx, Region::Target)?,
         }
         Ok(target)
     }
@@ -290,8 +317,19 @@ impl<'a> Machine<'a> {
     fn load(&mut self, idx: usize, state: &mut State, place: Place) -> Result<Value, Fault> {
         match self.target(idx, state, place, Access::Read)? {
             Target::Stack { frame, span } => state.frame_at(frame).stack.load(span),
+            Target::Other(Region::Ctx { offset_bytes }) => {
+                Ok(self.context_word(offset_bytes).unwrap_or(unknown_of(place.size)))
+            }
             Target::Other(_) => Ok(unknown_of(place.size)),
+            Target::Typed(value) => Ok(value.unwrap_or(unknown_of(place.size))),
         }
+    }
+
+    /// What the context's word at `offset_bytes` is known to be.
+    fn context_word(&self, offset_bytes: i32) -> Option<Value> {
+        let target = self.target.filter(|_| matches!(self.context, Context::Tracing { .. }))?;
+        let slot = usize::try_from(offset_bytes / 8).ok()?;
+        typed::value_of(target.types, (*target.slots.get(slot)?)?)
     }
 
     fn store(
@@ -307,7 +345,7 @@ impl<'a> Machine<'a> {
                 let r = if let Operand::Reg(r) = src { r.index() } else { 0 };
                 Err(Fault::new(format!("R{r} leaks addr of {} into mem", value.type_name())))
             }
-            Target::Other(_) => Ok(()),
+            Target::Other(_) | Target::Typed(_) => Ok(()),
             Target::Stack { frame, span } => {
                 let to_own_stack = matches!(
                     value,
@@ -356,6 +394,43 @@ impl<'a> Machine<'a> {
         }
         Ok(())
     }
+}
+
+/// Pointers that Linux has as numbers, and how they become such.
+impl Machine<'_> {
+    /// Numbers, or pointers that may be computed with.
+    fn are_numbers(&self, a: &Value, b: &Value) -> bool {
+        [a, b].into_iter().all(|v| v.as_scalar().is_some() || self.is_loose(v))
+    }
+
+    fn is_loose(&self, value: &Value) -> bool {
+        match (value, self.types()) {
+            (Value::Pointer(Pointer { kind: PointerKind::Target { ty }, .. }), Some(types)) => {
+                typed::is_number_in_linux(types, *ty)
+            }
+            _ => false,
+        }
+    }
+
+    /// Before an instruction that makes no sense of a pointer, one that may be computed with is
+    /// made the number that it is.
+    fn loosen(&self, op: &Op, state: &mut State) {
+        let reg = match *op {
+            Op::Neg { dst, .. } | Op::Swap { dst, .. } | Op::Trunc { dst, .. } => dst,
+            Op::Mov { width: Width::W32, src: Operand::Reg(src), .. }
+            | Op::MovSx { src, .. }
+            | Op::Atomic { src, .. } => src,
+            _ => return,
+        };
+        if self.is_loose(state.reg(reg)) {
+            state.set_reg(reg, Value::UNKNOWN);
+        }
+    }
+}
+
+/// The number in a register: any, where it is a pointer.
+fn any_of(value: &Value) -> Scalar {
+    value.as_scalar().copied().unwrap_or(Scalar::UNKNOWN)
 }
 
 /// A conditional jump.
@@ -448,6 +523,7 @@ fn exit(state: &mut State) -> Result<Flow, Fault> {
     match r0 {
         Value::NotInit => return Err(Fault::not_readable(Reg::R0)),
         Value::Scalar(_) => {}
+        Value::Pointer(_) if r0.is_target() => {}
         Value::Pointer(p) if state.frame().function > 0 => {
             return Err(Fault::new(format!(
                 "At subprogram exit the register R0 is not a scalar value ({})",

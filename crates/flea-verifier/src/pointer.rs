@@ -138,7 +138,7 @@ fn cannot_be_null(p: &Pointer) -> bool {
         PointerKind::Stack { .. } => {
             p.off.wide.smin >= -i64::from(STACK_BYTES) && p.off.wide.smax <= 0
         }
-        PointerKind::Map(_) => false,
+        PointerKind::Map(_) | PointerKind::Target { .. } => false,
         _ => p.off.wide.smin >= 0,
     }
 }

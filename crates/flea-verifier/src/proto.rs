@@ -50,6 +50,10 @@ pub(crate) enum Arg {
     Rounds,
     /// A map whose elements the rounds go over.
     IteratedMap,
+    /// A number, or a pointer into the target's data: none into ours.
+    Castable,
+    /// The number of one of the target's structures.
+    TypeId,
 }
 
 /// Whether a size may be 0.
@@ -72,6 +76,8 @@ pub(crate) enum Ret {
     Cookie,
     /// 0 to 64.
     BitNumber,
+    /// A pointer to the type that the second argument says.
+    Cast,
 }
 
 const SIZE: Arg = Arg::Size(ZeroSize::Refused);
@@ -80,8 +86,8 @@ const SIZE_OR_ZERO: Arg = Arg::Size(ZeroSize::Allowed);
 /// `helper`'s prototype.
 pub(crate) const fn proto(helper: Helper) -> Proto {
     use Arg::{
-        Anything, Callback, CallbackCtx, Ctx, ElementMap, Fill, FillU64, IteratedMap, Key,
-        KnownSize, MapValue, Optional, Read, Record, RingBuf, Rounds, WrittenMap,
+        Anything, Callback, CallbackCtx, Castable, Ctx, ElementMap, Fill, FillU64, IteratedMap,
+        Key, KnownSize, MapValue, Optional, Read, Record, RingBuf, Rounds, TypeId, WrittenMap,
     };
     let (args, ret): (&'static [Arg], Ret) = match helper {
         Helper::MapLookupElem => (&[ElementMap, Key], Ret::ValueOrNull),
@@ -96,8 +102,13 @@ pub(crate) const fn proto(helper: Helper) -> Proto {
         Helper::TracePrintk => (&[Read, SIZE, Optional, Optional, Optional], Ret::Number),
         Helper::TraceVprintk => (&[Read, SIZE, Read, SIZE_OR_ZERO], Ret::Number),
         Helper::GetCurrentComm => (&[Fill, SIZE], Ret::Number),
-        Helper::ProbeReadUser => (&[Fill, SIZE_OR_ZERO, Anything], Ret::Number),
-        Helper::ProbeReadUserStr => (&[Fill, SIZE_OR_ZERO, Anything], Ret::LengthOrError),
+        Helper::ProbeReadUser | Helper::ProbeRead | Helper::ProbeReadKernel => {
+            (&[Fill, SIZE_OR_ZERO, Anything], Ret::Number)
+        }
+        Helper::ProbeReadUserStr | Helper::ProbeReadStr | Helper::ProbeReadKernelStr => {
+            (&[Fill, SIZE_OR_ZERO, Anything], Ret::LengthOrError)
+        }
+        Helper::ProbeWriteUser => (&[Anything, Read, SIZE], Ret::Number),
         Helper::RingbufOutput => (&[RingBuf, Read, SIZE_OR_ZERO, Anything], Ret::Number),
         Helper::RingbufReserve => (&[RingBuf, KnownSize, Anything], Ret::RecordOrNull),
         Helper::RingbufSubmit | Helper::RingbufDiscard => (&[Record, Anything], Ret::Void),
@@ -111,6 +122,7 @@ pub(crate) const fn proto(helper: Helper) -> Proto {
         Helper::GetFuncArg => (&[Ctx, Anything, FillU64], Ret::Number),
         Helper::GetFuncRet => (&[Ctx, FillU64], Ret::Number),
         Helper::SessionCookie => (&[Ctx], Ret::Cookie),
+        Helper::RdonlyCast => (&[Castable, TypeId], Ret::Cast),
         Helper::Fls64 => (&[Anything], Ret::BitNumber),
     };
     Proto { args, ret }
@@ -139,9 +151,13 @@ impl Arg {
             Self::Ctx => "ctx",
             Self::Callback => "func",
             Self::CallbackCtx => "fp",
-            Self::Rounds | Self::Anything | Self::Optional | Self::Size(_) | Self::KnownSize => {
-                "scalar"
-            }
+            Self::Anything
+            | Self::Optional
+            | Self::Size(_)
+            | Self::KnownSize
+            | Self::TypeId
+            | Self::Rounds => "scalar",
+            Self::Castable => "scalar, ptr_",
         }
     }
 }

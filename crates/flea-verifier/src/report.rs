@@ -137,7 +137,7 @@ fn show_pointer(p: &Pointer, maps: &[MapSpec]) -> String {
             parts.push(format!("sz={size_bytes}"))
         }
         PointerKind::Cookie => parts.push("sz=8".into()),
-        PointerKind::Ctx => {}
+        PointerKind::Ctx | PointerKind::Target { .. } => {}
     }
     match p.off.as_const() {
         Some(0) => {}

@@ -93,6 +93,11 @@ fn position(off: i32) -> (usize, usize) {
 const UNWRITTEN: Slot = Slot::Bytes([Byte::Unwritten; 8]);
 
 impl Slot {
+    /// A pointer of ours, of which nobody may have or change a part.
+    fn must_stay_whole(&self) -> bool {
+        matches!(self, Self::Spill(v @ Value::Pointer(_)) if !v.is_target())
+    }
+
     /// The bytes of a slot, a spilled register taken apart.
     pub(crate) fn bytes(&self) -> [Byte; 8] {
         match self {
@@ -190,7 +195,7 @@ impl Stack {
             *self.slot_mut(slot) = Slot::Spill(value);
             return Ok(());
         }
-        if matches!(value, Value::Pointer(_)) {
+        if matches!(value, Value::Pointer(_)) && !value.is_target() {
             return Err(Fault::new("invalid size of register spill")
                 .hint("a pointer can be stored only whole: 8 bytes at a multiple of 8"));
         }
@@ -205,7 +210,7 @@ impl Stack {
 
     fn fill(&mut self, span: Span, byte: Byte) -> Result<(), Fault> {
         for (slot, n) in span.slots() {
-            if n < 8 && matches!(self.slot(slot), Slot::Spill(Value::Pointer(_))) {
+            if n < 8 && self.slot(slot).must_stay_whole() {
                 return Err(Fault::new("attempt to corrupt spilled pointer on stack"));
             }
         }
@@ -227,7 +232,7 @@ impl Stack {
             return Ok(*value);
         }
         self.check_written(span)?;
-        if span.slots().any(|(s, _)| matches!(self.slot(s), Slot::Spill(Value::Pointer(_)))) {
+        if span.slots().any(|(s, _)| self.slot(s).must_stay_whole()) {
             return Err(Fault::new("invalid size of register fill")
                 .hint("a spilled pointer can be read back only whole"));
         }

@@ -1,6 +1,7 @@
 //! What a register holds: nothing yet, a number, or a pointer.
 
 use flea_object::spec::MapIdx;
+use flea_object::types::TypeId;
 
 use crate::number::scalar::Scalar;
 
@@ -60,6 +61,9 @@ pub(crate) enum PointerKind {
     Memory { size_bytes: u32 },
     /// What a global function was given the address of: whose it is, its caller knows.
     Argument { size_bytes: u32, align_bytes: u32 },
+    /// A value of this type in the target's own data, or anything else, NULL too: nobody has
+    /// proved the address, and loads cannot fault. It is a number as well, and no secret.
+    Target { ty: TypeId },
 }
 
 impl Value {
@@ -99,6 +103,11 @@ impl Value {
     pub(crate) const fn is_abstract(&self) -> bool {
         matches!(self, Self::Pointer(p) if p.kind.is_abstract())
     }
+
+    /// A pointer into the target's data.
+    pub(crate) const fn is_target(&self) -> bool {
+        matches!(self, Self::Pointer(Pointer { kind: PointerKind::Target { .. }, .. }))
+    }
 }
 
 impl Pointer {
@@ -127,6 +136,7 @@ impl PointerKind {
             Self::Function(_) => "func",
             Self::Record { .. } => "ringbuf_mem",
             Self::Cookie | Self::Memory { .. } | Self::Argument { .. } => "mem",
+            Self::Target { .. } => "ptr_",
         }
     }
 }

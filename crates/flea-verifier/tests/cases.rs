@@ -5,6 +5,9 @@
 //! ctx 2 result session      (a "result" per result word; or: regs; or: mem 16;
 //!                            default: ctx 2)
 //! map array 4 8 1 ro        (kind, key bytes, value bytes, entries)
+//! allow write               (bpf_probe_write_user)
+//! slots *foo -              (types of the context's words; see graph/mod.rs. The lines that
+//!                            declare them are the file's, before its first case)
 //! ...instructions, see asm/mod.rs...
 //! => ok                     or: => @3 R1 invalid mem access 'scalar'
 //! ```
@@ -15,13 +18,19 @@
 )]
 
 mod asm;
+mod graph;
 
 use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
-use flea_verifier::{Context, verify};
+use flea_object::types::TypeId;
+use flea_verifier::{Context, Permissions, Target, Verifier};
+use graph::Graph;
 
 struct Case {
     name: String,
     context: Context,
+    graph: Graph,
+    slots: Vec<Option<TypeId>>,
+    permissions: Permissions,
     maps: Vec<MapSpec>,
     lines: Vec<String>,
     expected: String,
@@ -30,12 +39,20 @@ struct Case {
 fn parse(file: &str, text: &str) -> Vec<Case> {
     let mut cases = Vec::new();
     let mut current: Option<Case> = None;
+    let is_type = |l: &&str| ["struct ", "union ", "opaque "].iter().any(|w| l.starts_with(w));
+    let graph = Graph::parse(text.lines().map(str::trim).filter(is_type));
     for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with("//")) {
+        if is_type(&line) {
+            continue;
+        }
         if let Some(name) = line.strip_prefix("== ") {
             assert!(current.is_none(), "{file}: no verdict before {name}");
             current = Some(Case {
                 name: format!("{file}: {name}"),
                 context: Context::Tracing { n_args: 2, n_results: 0, session: false },
+                graph: graph.clone(),
+                slots: Vec::new(),
+                permissions: Permissions::default(),
                 maps: Vec::new(),
                 lines: Vec::new(),
                 expected: String::new(),
@@ -55,6 +72,10 @@ fn parse(file: &str, text: &str) -> Vec<Case> {
             case.context = Context::PtRegs;
         } else if let Some(rest) = line.strip_prefix("mem ") {
             case.context = Context::Memory { size_bytes: rest.parse().unwrap() };
+        } else if let Some(rest) = line.strip_prefix("slots ") {
+            case.slots = case.graph.slots(rest);
+        } else if line == "allow write" {
+            case.permissions.write_target = true;
         } else if let Some(rest) = line.strip_prefix("map ") {
             case.maps.push(map(rest));
         } else {
@@ -98,7 +119,10 @@ fn run(case: &Case) -> Result<(), String> {
         lines: Vec::new(),
         ..Program::default()
     };
-    let (found, log) = match verify(&program, &case.maps, case.context) {
+    let target = Target { types: &case.graph.types, slots: &case.slots };
+    let verifier =
+        Verifier::new(&program, &case.maps, case.context).target(target).permit(case.permissions);
+    let (found, log) = match verifier.verify() {
         Ok(verified) => {
             assert_eq!(verified.facts().len(), program.insns.len());
             ("ok".to_string(), String::new())

@@ -6,11 +6,13 @@
 )]
 
 mod asm;
+mod graph;
 
 use flea_object::helper::Helper;
 use flea_object::spec::{MapIdx, MapKind, MapSpec, Program, ProgramKind, SourceLine};
 use flea_verifier::facts::{Branch, Fact, Operands, Region};
-use flea_verifier::{Context, Rejection, Verified, verify};
+use flea_verifier::{Context, Rejection, Target, Verified, Verifier, verify};
+use graph::Graph;
 
 fn program(lines: &[&str]) -> Program {
     Program {
@@ -222,4 +224,35 @@ fn log_is_bounded_and_names_the_loop() {
 #[test]
 fn nothing_at_all_is_refused() {
     assert!(check(&[]).is_err());
+}
+
+#[test]
+fn facts_of_typed_pointers() {
+    let mut graph = Graph::parse(["struct foo 16 n:u32@0 next:*foo@8"].into_iter());
+    let slots = graph.slots("*foo -");
+    let program = program(&[
+        "r1 = *(u64 *)(r1 + 0)",
+        "r1 = *(u64 *)(r1 + 8)",
+        "*(u64 *)(r10 - 8) = r1",
+        "r1 = *(u64 *)(r10 - 8)",
+        "r0 = *(u32 *)(r1 + 0)",
+        "exit",
+    ]);
+    let context = Context::Tracing { n_args: 2, n_results: 1, session: false };
+    let untyped = Verifier::new(&program, &[], context);
+    let refused = untyped.verify().unwrap_err();
+    assert_eq!(refused.message, "R1 invalid mem access 'scalar'");
+    let target = Target { types: &graph.types, slots: &slots };
+    let verified = untyped.target(target).verify().unwrap();
+    let expected = [
+        Fact::Access(Region::Ctx { offset_bytes: 0 }),
+        Fact::Access(Region::Target),
+        Fact::Access(Region::Stack),
+        Fact::Access(Region::Stack),
+        Fact::Access(Region::Target),
+        Fact::Plain,
+    ];
+    assert_eq!(verified.facts(), expected);
+    // Whatever is loaded may be returned.
+    assert_eq!(verified.return_range(), 0..=i64::from(u32::MAX));
 }

@@ -24,6 +24,8 @@ pub struct AttachedBody {
     pub function: String,
     /// (kind, name) of its programs, newest first. A replacement is one of kind `replace`.
     pub programs: Vec<(String, String)>,
+    /// They can change the target's memory, which somebody has allowed them.
+    pub writes_target: bool,
     /// Process id of the controller.
     pub controller: Pid,
     /// Whether that very process still runs.
@@ -88,6 +90,7 @@ fn bodies(pid: Pid, registry: &Registry) -> Vec<AttachedBody> {
                 module: function.module.clone(),
                 function: function.name.clone(),
                 programs: body.programs.clone(),
+                writes_target: body.writes_target,
                 controller: body.owner.pid,
                 controller_alive: body.owner.is_alive(),
                 since: body.since,
@@ -100,6 +103,7 @@ fn bodies(pid: Pid, registry: &Registry) -> Vec<AttachedBody> {
                 module: function.module.clone(),
                 function: function.name.clone(),
                 programs: vec![("replace".to_owned(), one.name.clone())],
+                writes_target: false,
                 controller: one.owner.pid,
                 controller_alive: one.owner.is_alive(),
                 since: one.since,

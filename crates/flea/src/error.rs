@@ -194,6 +194,16 @@ pub enum AttachError {
         /// Why not.
         reason: String,
     },
+    /// The types of the function's module give no clear answer to a CO-RE relocation.
+    #[error("program {program} on {function}: CO-RE relocation of {source}")]
+    Core {
+        /// The program.
+        program: String,
+        /// The function.
+        function: String,
+        /// Why.
+        source: flea_object::core_relo::CoreError,
+    },
     /// The verifier refused the program.
     #[error("program {program} on {function}: {rejection}")]
     Rejected {
@@ -283,6 +293,7 @@ impl AttachError {
             Self::ReturnAddress { .. } => "uses its return address",
             Self::Unwinder { .. } => "unwinder cannot be told",
             Self::Skip { .. } => "cannot be skipped",
+            Self::Core { .. } => "the target's types do not fit",
             Self::Rejected { .. } => "program not accepted for its signature",
             Self::Compile { .. } => "program cannot be compiled",
             Self::Link { .. } => "image cannot be made",

@@ -7,7 +7,7 @@ use std::{
 
 use flea_process::Pid;
 use flea_symbols::{
-    Pattern, Refusal, Site,
+    Pattern, Refusal, Site, TypeGraph, TypeNames,
     addr::{RemoteAddr, Svma},
     signature::{Signature, StackWords},
 };
@@ -24,6 +24,7 @@ pub struct Function {
     symbol: flea_symbols::Function,
     address: RemoteAddr,
     signature: Arc<OnceLock<Signature>>,
+    types: Arc<OnceLock<TypeGraph>>,
     site: Arc<OnceLock<Result<Site, Refusal>>>,
     uses_return_address: Arc<OnceLock<bool>>,
     never_returns: Arc<OnceLock<bool>>,
@@ -52,6 +53,22 @@ impl Function {
     #[must_use]
     pub fn module(&self) -> &str {
         self.module.path()
+    }
+
+    /// Its module.
+    pub(crate) fn owner(&self) -> &Arc<Module> {
+        &self.module
+    }
+
+    /// The types of its words, in its module's. Read on the first call.
+    pub(crate) fn types(&self) -> &TypeGraph {
+        self.types.get_or_init(|| {
+            let signature = self.signature();
+            let none = TypeNames::These(&[]);
+            self.module
+                .with_symbols(|s| s.types(&[(&self.symbol, signature)], none))
+                .unwrap_or_default()
+        })
     }
 
     /// Its first byte, in the target.
@@ -231,6 +248,7 @@ fn function(
         module: Arc::clone(module),
         symbol,
         signature: Arc::default(),
+        types: Arc::default(),
         site: Arc::default(),
         uses_return_address: Arc::default(),
         never_returns: Arc::default(),

@@ -36,6 +36,7 @@ pub mod attached;
 pub mod builtin;
 mod change;
 mod error;
+mod fit;
 pub mod frames_file;
 mod function;
 mod link;
@@ -50,6 +51,7 @@ mod remote;
 mod replace;
 mod session;
 mod transaction;
+pub mod types;
 mod unload;
 mod unwinder;
 mod vdso;
@@ -66,6 +68,7 @@ pub use flea_object::{
 };
 pub use flea_process::{Exit, Pid};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};
+pub use flea_verifier::Permissions;
 
 /// Why the verifier refused a program, as facts: see [`AttachError::Rejected`].
 pub mod rejection {

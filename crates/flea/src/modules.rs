@@ -10,9 +10,10 @@ use std::{
     sync::{Arc, OnceLock},
 };
 
+use flea_object::types::Types;
 use flea_process::{Mapping, Pid, ProcError};
 use flea_symbols::{
-    ModuleError,
+    ModuleError, TypeNames,
     addr::{RemoteAddr, Svma},
 };
 use memmap2::Mmap;
@@ -20,7 +21,7 @@ use self_cell::self_cell;
 
 use crate::frames_file;
 
-type Symbols<'data> = flea_symbols::Module<'data>;
+pub(crate) type Symbols<'data> = flea_symbols::Module<'data>;
 
 /// The bytes of a module and of its debug files.
 struct Files {
@@ -171,6 +172,11 @@ impl Module {
         }
     }
 
+    /// The types that programs may call by one of `names`.
+    pub(crate) fn types_named(&self, names: &[&str]) -> Result<Types, Arc<OpenError>> {
+        self.with_symbols(|s| s.types(&[], TypeNames::These(names)).types)
+    }
+
     /// Where `address` is in the target.
     pub(crate) fn remote(&self, address: Svma) -> Result<RemoteAddr, Arc<OpenError>> {
         Ok(RemoteAddr(address.0.wrapping_add(self.bias()?)))
@@ -218,10 +224,18 @@ impl Module {
         if file.metadata().map_err(io)?.ino() != self.mapping.inode {
             return Err(OpenError::Replaced { path: self.path.clone() });
         }
-        let image = map(&file).map_err(io)?;
-        let parse = |source| OpenError::Parse { path: self.path.clone(), source };
-        let (debug, alt_debug) = debug_files(&image, &self.path).map_err(parse)?;
-        ParsedFiles::try_new(Files { image, debug, alt_debug }, |files| {
+        ParsedFiles::read(&file, &self.path)
+    }
+}
+
+impl ParsedFiles {
+    /// `path` is what the file is called.
+    fn read(file: &File, path: &str) -> Result<Self, OpenError> {
+        let io = |source| OpenError::Io { path: path.to_owned(), source };
+        let image = map(file).map_err(io)?;
+        let parse = |source| OpenError::Parse { path: path.to_owned(), source };
+        let (debug, alt_debug) = debug_files(&image, path).map_err(parse)?;
+        Self::try_new(Files { image, debug, alt_debug }, |files| {
             flea_symbols::Module::parse_files(flea_symbols::Files {
                 image: &files.image,
                 debug: files.debug.as_deref(),
@@ -230,6 +244,17 @@ impl Module {
             .map_err(parse)
         })
     }
+}
+
+/// Runs `f` on the symbols of the file at `path`, which no process need have mapped.
+pub(crate) fn with_file<R>(path: &Path, f: impl FnOnce(&Symbols<'_>) -> R) -> Result<R, OpenError> {
+    let name = path.to_string_lossy();
+    let io = |source| OpenError::Io { path: name.clone().into_owned(), source };
+    // What belongs to it is looked for beside it.
+    let file = File::open(path).map_err(io)?;
+    let real = path.canonicalize().map_err(io)?;
+    let parsed = ParsedFiles::read(&file, &real.to_string_lossy())?;
+    Ok(parsed.with_dependent(|_, symbols| f(symbols)))
 }
 
 /// The separate debug files of `image`, where the system has them installed.

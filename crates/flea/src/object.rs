@@ -2,6 +2,7 @@
 //! attached to functions.
 
 use std::{
+    borrow::Cow,
     collections::{HashMap, HashSet},
     sync::{Arc, Mutex},
 };
@@ -10,17 +11,20 @@ use flea_image::{Body, BodyRequest, Cpu, ProgramUse, RelocTarget, SkipResult};
 use flea_layout::plan::ArenaPlan;
 use flea_object::{
     helper::Helper,
+    insn::Insn,
     spec::{MapIdx, MapKind, MapSpec, Object as Spec, ProgramKind},
+    types::{Type, TypeId, Types},
 };
 use flea_symbols::{
     Site,
     addr::RemoteAddr,
     signature::{Signature, StackWords},
 };
-use flea_verifier::{Context, Verified};
+use flea_verifier::{Context, Permissions, Rejection, Target, Verified, Verifier};
 
 use crate::{
     error::{AttachError, LoadError},
+    fit::{Fits, Fitted, ModuleKey},
     function::Function,
     link::Link,
     registry::StackArgs,
@@ -79,8 +83,21 @@ pub(crate) struct Loaded {
     pub(crate) base: RemoteAddr,
     printk: Option<MapIdx>,
     printk_reader: Mutex<Option<flea_maps::RingBuf>>,
-    verified: Mutex<HashMap<(usize, Context), Arc<Verified>>>,
+    permissions: Permissions,
+    fits: Fits,
+    verified: Mutex<HashMap<ProofKey, Arc<Verified>>>,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
+}
+
+/// What a proof depends on.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct ProofKey {
+    program: usize,
+    context: Context,
+    /// Whose types the program was fitted to, if it was.
+    module: Option<ModuleKey>,
+    /// Whose types it needs besides its context, if it does.
+    function: Option<RemoteAddr>,
 }
 
 /// One program of an [`Object`].
@@ -152,6 +169,8 @@ impl Object {
                 base,
                 printk,
                 printk_reader,
+                permissions: session.permissions(),
+                fits: Fits::default(),
                 verified: Mutex::default(),
                 attached: Mutex::default(),
             }),
@@ -453,30 +472,79 @@ impl Program {
         Ok(verified)
     }
 
-    /// The proof for a function with this context, made once.
+    /// The proof for a function with this context, made once for all functions where that
+    /// suffices: only a program that goes through the target's data needs the function's types.
     fn verify(
         &self,
         function: &Function,
         context: Context,
-        log: Option<&mut dyn FnMut(&str)>,
+        mut log: Option<&mut dyn FnMut(&str)>,
     ) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
-        let key = (self.index, context);
-        if let Some(known) = lock(&loaded.verified).get(&key) {
-            return Ok(Arc::clone(known));
+        let fitted = loaded.fits.fit(&loaded.spec, self.index, function.owner());
+        let fitted = fitted.map_err(|source| AttachError::Core {
+            program: self.name().to_owned(),
+            function: function.name(),
+            source,
+        })?;
+        let (module, fitted) = fitted.unzip();
+        let program = fitted.as_ref().map_or(self.spec(), |fitted| &fitted.program);
+        let verifier =
+            Verifier::new(program, &loaded.spec.maps, context).permit(loaded.permissions);
+        let for_all = ProofKey { program: self.index, context, module, function: None };
+        let for_this = ProofKey { function: Some(function.address()), ..for_all };
+        let rejected = |mut rejection: Rejection| {
+            if let Some(fitted) = &fitted {
+                fitted.explain(&mut rejection);
+            }
+            AttachError::Rejected {
+                program: self.name().to_owned(),
+                function: function.name(),
+                rejection: Box::new(rejection),
+            }
+        };
+        if let Some(known) = loaded.proof(for_this).or_else(|| loaded.proof(for_all)) {
+            return Ok(known);
         }
-        let verifier = flea_verifier::Verifier::new(self.spec(), &loaded.spec.maps, context);
-        let proof = match log {
+        let mut prove = |verifier: Verifier<'_>| match &mut log {
             Some(line) => verifier.verify_logged(line),
             None => verifier.verify(),
         };
-        let verified = proof.map(Arc::new).map_err(|rejection| AttachError::Rejected {
-            program: self.name().to_owned(),
-            function: function.name(),
-            rejection: Box::new(rejection),
-        })?;
-        let mut cache = lock(&loaded.verified);
-        Ok(Arc::clone(cache.entry(key).or_insert(verified)))
+        let plain = match prove(verifier) {
+            Ok(verified) => return Ok(loaded.keep_proof(for_all, verified)),
+            Err(rejection) => rejection,
+        };
+        let Some((types, slots)) = self.target_types(function, context, fitted.as_deref()) else {
+            return Err(rejected(plain));
+        };
+        let target = Target { types: &types, slots: &slots };
+        let verified = prove(verifier.target(target)).map_err(rejected)?;
+        Ok(loaded.keep_proof(for_this, verified))
+    }
+
+    /// The types that pointers of the program lead to, and those of its context's words; `None`
+    /// where there are no such pointers.
+    fn target_types<'f>(
+        &self,
+        function: &'f Function,
+        context: Context,
+        fitted: Option<&Fitted>,
+    ) -> Option<(Cow<'f, Types>, Cow<'f, [Option<TypeId>]>)> {
+        let graph = match context {
+            Context::Tracing { .. } => Some(function.types()),
+            Context::PtRegs | Context::Memory { .. } => None,
+        };
+        let types = graph.map_or_else(Cow::default, |graph| Cow::Borrowed(&graph.types));
+        let slots = graph.and_then(|graph| graph.slots.first()).map_or(&[][..], Vec::as_slice);
+        if calls(&self.spec().insns, &[Helper::RdonlyCast as u32]) {
+            // The relocated program's numbers are those of the types that it was fitted to.
+            let mut named = fitted.map(|fitted| Types::clone(&fitted.types)).unwrap_or_default();
+            let slots = named.append(&types, slots);
+            return Some((Cow::Owned(named), Cow::Owned(slots)));
+        }
+        let is_pointer = |id: &TypeId| matches!(types.get(*id), Type::Pointer { .. });
+        let has_pointers = slots.iter().flatten().any(is_pointer);
+        has_pointers.then_some((types, Cow::Borrowed(slots)))
     }
 
     /// Whether `function` may be skipped: its caller goes on with a result that a program can
@@ -546,6 +614,19 @@ fn cpu() -> Cpu {
 }
 
 impl Loaded {
+    /// Whether the program with this index can change the target's memory.
+    pub(crate) fn writes_target(&self, index: usize) -> bool {
+        calls(&self.spec.programs[index].insns, &[Helper::ProbeWriteUser as u32])
+    }
+
+    fn proof(&self, key: ProofKey) -> Option<Arc<Verified>> {
+        lock(&self.verified).get(&key).map(Arc::clone)
+    }
+
+    fn keep_proof(&self, key: ProofKey, verified: Verified) -> Arc<Verified> {
+        Arc::clone(lock(&self.verified).entry(key).or_insert(Arc::new(verified)))
+    }
+
     /// The address behind a relocation, with the runtime at `runtime`.
     pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
         match target {
@@ -609,13 +690,18 @@ fn stack_args(function: &Function, signature: &Signature) -> Result<StackArgs, A
     Ok(StackArgs { n_words, may_be_fewer, align_bytes })
 }
 
-fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {
-    let printk = [Helper::TracePrintk as u32, Helper::TraceVprintk as u32];
-    let used = spec.programs.iter().flat_map(|p| &p.insns).any(|insn| {
+/// Whether one of these helpers is called.
+fn calls(insns: &[Insn], helpers: &[u32]) -> bool {
+    insns.iter().any(|insn| {
         insn.opcode == flea_object::opcode::CALL_OP
             && insn.src == 0
-            && printk.contains(&insn.imm.cast_unsigned())
-    });
+            && helpers.contains(&insn.imm.cast_unsigned())
+    })
+}
+
+fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {
+    let printk = [Helper::TracePrintk as u32, Helper::TraceVprintk as u32];
+    let used = spec.programs.iter().any(|p| calls(&p.insns, &printk));
     used.then(|| {
         let index = u32::try_from(spec.maps.len()).expect("an object is far smaller");
         spec.maps.push(MapSpec {

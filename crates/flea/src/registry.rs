@@ -251,6 +251,10 @@ pub struct BodyState {
     pub arena: RemoteAddr,
     /// Its programs, newest first: (kind, name).
     pub programs: Vec<(String, String)>,
+    /// They can change the target's memory. Only to be shown: builds that know nothing of it
+    /// leave it out.
+    #[serde(default)]
+    pub writes_target: bool,
     /// Fentry programs.
     pub entry: Option<Placed>,
     /// Fsession programs, entry side.

@@ -8,6 +8,7 @@ use std::{
 
 use flea_process::{Exit, Memory, Pid, Spawned, Watch};
 use flea_symbols::addr::{RemoteAddr, Svma};
+use flea_verifier::Permissions;
 
 use crate::{
     error::{FindError, LoadError, SessionError},
@@ -15,6 +16,7 @@ use crate::{
     modules::{self, Module},
     object::Object,
     patch::{Patch, PatchError},
+    types::{self, TypesError},
     vdso,
 };
 
@@ -46,6 +48,7 @@ pub(crate) struct Inner {
     child: Mutex<Option<Child>>,
     modules: Mutex<Vec<Arc<Module>>>,
     vdso_clock: OnceLock<Option<RemoteAddr>>,
+    permissions: Mutex<Permissions>,
 }
 
 /// A started command.
@@ -159,6 +162,7 @@ impl Session {
                 child: Mutex::new(child),
                 modules: Mutex::default(),
                 vdso_clock: OnceLock::new(),
+                permissions: Mutex::default(),
             }),
         }
     }
@@ -192,6 +196,35 @@ impl Session {
     pub fn find(&self, pattern: &str) -> Result<Vec<Function>, FindError> {
         let modules = lock(&self.inner.modules).clone();
         function::find(self.inner.pid, &modules, pattern)
+    }
+
+    /// A C header of types of the target, for programs to be compiled against: those of the
+    /// functions and types `names` (`[MODULE:]NAME`), and all that they lead to. All are of one
+    /// module: the main executable where none is named, or another that has them.
+    ///
+    /// # Errors
+    /// No debug information, or none that has the names.
+    pub fn types_header(&self, names: &[String]) -> Result<String, TypesError> {
+        let modules = lock(&self.inner.modules).clone();
+        types::of_modules(&modules, names)
+    }
+
+    /// Allows the programs of objects that are loaded from now on what no program may by itself;
+    /// what was allowed before is replaced. The verifier does not see what such a program does
+    /// to the target: that is on whoever allows it.
+    ///
+    /// ```
+    /// # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
+    /// use flea::{Permissions, Session};
+    ///
+    /// let session = Session::this_process()?;
+    /// session.permit(Permissions { write_target: true });
+    /// let object = session.load(parts::counter())?;
+    /// # drop(object);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn permit(&self, permissions: Permissions) {
+        *lock(&self.inner.permissions) = permissions;
     }
 
     /// Loads an object: its maps come to life in memory that this process and the target
@@ -301,6 +334,11 @@ impl Session {
 impl Inner {
     pub(crate) fn pid(&self) -> Pid {
         self.pid
+    }
+
+    /// What programs may do that are loaded now.
+    pub(crate) fn permissions(&self) -> Permissions {
+        *lock(&self.permissions)
     }
 
     pub(crate) fn has_ended(&self) -> bool {

@@ -539,6 +539,7 @@ fn add_body(
         since: author.since,
         arena: object.base,
         programs: p.uses.iter().map(|(index, _)| program_label(object, *index)).collect(),
+        writes_target: p.uses.iter().any(|(index, _)| object.writes_target(*index)),
         entry,
         session,
         modify,

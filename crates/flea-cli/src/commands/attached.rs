@@ -24,11 +24,12 @@ pub fn ps(args: &Ps) -> Result<u8> {
         let programs: Vec<String> =
             body.programs.iter().map(|(kind, name)| format!("{kind}/{name}")).collect();
         output.line(format!(
-            "{id:<14} {:<30} {:<28} {}{}",
+            "{id:<14} {:<30} {:<28} {}{}{}",
             format!("{}:{}", basename(&body.module), body.function),
             programs.join(","),
             body.controller,
             if body.controller_alive { "" } else { " (gone)" },
+            if body.writes_target { " writes" } else { "" },
         ))?;
         output.record(&Record::Attached {
             id,
@@ -36,6 +37,7 @@ pub fn ps(args: &Ps) -> Result<u8> {
             module: &body.module,
             function: &body.function,
             programs,
+            writes_target: body.writes_target,
             controller: body.controller,
             controller_alive: body.controller_alive,
             since: body.since,

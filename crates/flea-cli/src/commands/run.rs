@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use flea::{AttachError, Attachment, Function, Map, MapSpec, Object, Program};
+use flea::{AttachError, Attachment, Function, Map, MapSpec, Object, Permissions, Program};
 use serde_json::{Value, json};
 
 use crate::{
@@ -23,6 +23,7 @@ pub fn run(args: &Run) -> Result<u8> {
     let spec = flea::parse_object(&bytes).with_context(|| format!("{path}"))?;
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
+    target.session.permit(Permissions { write_target: args.allow_write });
     let object = target.session.load(spec)?;
     let Chosen { attachments, n_left_out } = choose(&target, &object, args.verbose)
         .or_else(|e| explain(e, args.verbose, &mut output))?;

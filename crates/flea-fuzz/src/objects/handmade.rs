@@ -1,5 +1,6 @@
 //! The smallest object with everything in it that an ELF reader looks at, and where its parts
 //! are: an fentry program that calls a function in `.text`.
+#![allow(clippy::cast_possible_truncation, reason = "numbers of sections, of which there are 8")]
 
 /// Bytes, and the offsets of the headers in them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,15 +54,15 @@ const EXEC: u64 = 4;
 const GLOBAL_FUNCTION: u8 = 0x12;
 const R_BPF_64_32: u64 = 10;
 
-struct Section {
-    name: u32,
+#[derive(Clone, Copy, Default)]
+struct Section<'a> {
+    name: &'a str,
     kind: u32,
     flags: u64,
-    offset: usize,
-    size: usize,
-    link: u32,
-    info: u32,
-    entry: u64,
+    data: &'a [u8],
+    link: usize,
+    info: usize,
+    entry: usize,
 }
 
 /// Where a string begins among others.
@@ -105,17 +106,17 @@ fn header(section_headers: usize) -> Vec<u8> {
     bytes
 }
 
-fn section_header(s: &Section) -> Vec<u8> {
+fn section_header(s: &Section<'_>, offset: usize, section_names: &[u8]) -> Vec<u8> {
     let mut bytes = Vec::new();
-    bytes.extend(s.name.to_le_bytes());
+    bytes.extend(name(section_names, s.name).to_le_bytes());
     bytes.extend(s.kind.to_le_bytes());
-    for word in [s.flags, 0, s.offset as u64, s.size as u64] {
+    for word in [s.flags, 0, offset as u64, s.data.len() as u64] {
         bytes.extend(word.to_le_bytes());
     }
-    bytes.extend(s.link.to_le_bytes());
-    bytes.extend(s.info.to_le_bytes());
+    bytes.extend((s.link as u32).to_le_bytes());
+    bytes.extend((s.info as u32).to_le_bytes());
     bytes.extend(1u64.to_le_bytes());
-    bytes.extend(s.entry.to_le_bytes());
+    bytes.extend((s.entry as u64).to_le_bytes());
     bytes
 }
 
@@ -129,40 +130,39 @@ pub fn object() -> Handmade {
     let relocation = ((symbol::FUNCTION as u64) << 32 | R_BPF_64_32).to_le_bytes();
     let relocations = [[0; 8], relocation].concat();
     let symbol_table = symbols(names);
-    let mut bytes = vec![0; 64];
-    let mut sections = vec![Section {
-        name: 0,
-        kind: 0,
-        flags: 0,
-        offset: 0,
-        size: 0,
-        link: 0,
-        info: 0,
-        entry: 0,
-    }];
-    let (symtab, strtab) = (section::SYMBOLS as u32, section::NAMES as u32);
-    let program_section = section::PROGRAM as u32;
-    let parts: [(&str, u32, u64, &[u8], u32, u32, u64); section::COUNT - 1] = [
-        (".text", PROGBITS, ALLOC | EXEC, &function, 0, 0, 0),
-        ("fentry/f", PROGBITS, ALLOC | EXEC, &program, 0, 0, 0),
-        (".relfentry/f", REL, 0, &relocations, symtab, program_section, 16),
-        (".symtab", SYMTAB, 0, &symbol_table, strtab, 1, SYMBOL_BYTES as u64),
-        (".strtab", STRTAB, 0, names, 0, 0, 0),
-        ("license", PROGBITS, ALLOC, b"GPL\0", 0, 0, 0),
-        (".shstrtab", STRTAB, 0, section_names, 0, 0, 0),
+    let part = |name, kind, data| Section { name, kind, data, ..Section::default() };
+    let code = |name, data| Section { flags: ALLOC | EXEC, ..part(name, PROGBITS, data) };
+    let sections: [Section<'_>; section::COUNT] = [
+        Section::default(),
+        code(".text", &function),
+        code("fentry/f", &program),
+        Section {
+            link: section::SYMBOLS,
+            info: section::PROGRAM,
+            entry: 16,
+            ..part(".relfentry/f", REL, &relocations)
+        },
+        Section {
+            link: section::NAMES,
+            info: 1,
+            entry: SYMBOL_BYTES,
+            ..part(".symtab", SYMTAB, &symbol_table)
+        },
+        part(".strtab", STRTAB, names),
+        Section { flags: ALLOC, ..part("license", PROGBITS, b"GPL\0") },
+        part(".shstrtab", STRTAB, section_names),
     ];
-    for (text, kind, flags, part, link, info, entry) in parts {
-        let name = name(section_names, text);
-        let (offset, size) = (put(&mut bytes, part), part.len());
-        sections.push(Section { name, kind, flags, offset, size, link, info, entry });
-    }
-    let table: Vec<u8> = sections.iter().flat_map(section_header).collect();
+    let mut bytes = vec![0; 64];
+    let offsets = sections.map(|s| put(&mut bytes, s.data));
+    let headers = sections.iter().zip(offsets);
+    let table: Vec<u8> =
+        headers.flat_map(|(s, offset)| section_header(s, offset, section_names)).collect();
     let section_headers = put(&mut bytes, &table);
     bytes[..64].copy_from_slice(&header(section_headers));
     Handmade {
         bytes,
         section_headers,
-        symbols: sections[section::SYMBOLS].offset,
-        relocation: sections[section::RELOCATIONS].offset,
+        symbols: offsets[section::SYMBOLS],
+        relocation: offsets[section::RELOCATIONS],
     }
 }

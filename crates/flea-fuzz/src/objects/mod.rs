@@ -6,7 +6,7 @@ pub mod handmade;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use flea_generate::Random;
@@ -14,15 +14,16 @@ use flea_verifier::Context;
 
 use crate::allocated::peak_bytes;
 use crate::campaign::{Failure, Fuzzer, Kind, Outcome};
+use crate::cpu::thread_time;
 
 /// Compilers whose objects are damaged; what they write differs.
 const COMPILERS: [&str; 4] = ["clang-19", "clang-16", "clang-14", "clang"];
 /// C files of the crate flea-object's tests.
 const SOURCES: [&str; 2] = ["programs.bpf.c", "session.bpf.c"];
-/// More than reading a file takes, by far, on a loaded machine.
+/// CPU time: more than reading a file takes, by far.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Memory that a file may take: so much, and so much for each of its bytes.
-const PEAK_BYTES: usize = 16 << 20;
+/// Memory that a file may take: its global data and some more, and so much for each of its bytes.
+const PEAK_BYTES: usize = (64 + 16) << 20;
 const PEAK_BYTES_PER_BYTE: usize = 64;
 
 /// The fuzzer.
@@ -87,7 +88,7 @@ fn damage(bytes: &mut Vec<u8>, random: &mut Random) {
     match random.below(10) {
         0 => bytes.truncate(at),
         1 => bytes[at] ^= 1 << random.below(8),
-        2 | 3 => bytes[at] = random.word() as u8,
+        2 | 3 => bytes[at] = random.byte(),
         4 => {
             let to = random.index(bytes.len());
             let n = random.index(64).min(bytes.len() - at.max(to));
@@ -138,11 +139,11 @@ impl Fuzzer for Objects {
 
     fn judge(&mut self, seed: u64) -> Result<Outcome> {
         let bytes = self.damaged(seed);
-        let begun = Instant::now();
+        let begun = thread_time();
         let parse = || catch_unwind(AssertUnwindSafe(|| flea_object::parse(&bytes).is_ok()));
         let (parsed, peak) = peak_bytes(parse).context("the allocator does not count")?;
         let judged = parsed.and_then(|_| catch_unwind(AssertUnwindSafe(|| read(&bytes))));
-        let took = begun.elapsed();
+        let took = thread_time().saturating_sub(begun);
         self.slowest = self.slowest.max(took);
         self.largest = self.largest.max(peak);
         let failed = |seen: String| {

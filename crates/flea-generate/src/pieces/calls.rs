@@ -37,8 +37,8 @@ impl Builder<'_> {
         let copies = self.random.chance(30) && !self.counters.contains(&8);
         if copies {
             self.mov(8, 0);
-            self.pointer = Some(8);
         }
+        self.pointers = if copies { &[0, 8] } else { &[0] };
         if self.mistake() {
             self.comparable = false;
         } else {
@@ -56,8 +56,8 @@ impl Builder<'_> {
             self.mov_imm(0, 77);
             self.land(over);
         }
+        self.pointers = &[];
         if copies {
-            self.pointer = None;
             self.fresh(8);
         }
     }

@@ -77,8 +77,11 @@ impl Translator<'_, '_> {
             Helper::GetCurrentPidTgid => Ok(self.runtime(RuntimeFn::PidTgid, &[])),
             Helper::GetCurrentUidGid => Ok(self.runtime(RuntimeFn::UidGid, &[])),
             Helper::GetCurrentComm => Ok(self.runtime(RuntimeFn::Comm, &[r1, r2])),
-            Helper::ProbeReadUser => Ok(self.runtime(RuntimeFn::ProbeReadUser, &[r1, r2, r3])),
-            Helper::ProbeReadUserStr => {
+            Helper::ProbeReadUser | Helper::ProbeRead | Helper::ProbeReadKernel => {
+                Ok(self.runtime(RuntimeFn::ProbeReadUser, &[r1, r2, r3]))
+            }
+            Helper::ProbeWriteUser => Ok(self.runtime(RuntimeFn::ProbeWriteUser, &[r1, r2, r3])),
+            Helper::ProbeReadUserStr | Helper::ProbeReadStr | Helper::ProbeReadKernelStr => {
                 Ok(self.runtime(RuntimeFn::ProbeReadUserStr, &[r1, r2, r3]))
             }
             Helper::RingbufSubmit => Ok(self.runtime(RuntimeFn::RingbufSubmit, &[r1, r2])),
@@ -88,6 +91,8 @@ impl Translator<'_, '_> {
                 let bits = self.iconst(64);
                 Ok(self.b.ins().isub(bits, zeros))
             }
+            // Only the verifier knows the difference.
+            Helper::RdonlyCast => Ok(r1),
             Helper::GetFuncIp => Ok(self.iconst(self.env.function_address.cast_signed())),
             Helper::GetAttachCookie => Ok(self.iconst(self.used.cookie.cast_signed())),
             Helper::GetFuncArgCnt => {

@@ -18,7 +18,7 @@ struct Place {
 impl Translator<'_, '_> {
     pub(super) fn load(
         &mut self,
-        scope: &Scope,
+        scope: &mut Scope,
         idx: u32,
         insn: Insn,
         fact: Fact,
@@ -33,6 +33,7 @@ impl Translator<'_, '_> {
             Fact::Access(Region::Ctx { offset_bytes }) => {
                 self.load_context(idx, offset_bytes, ty)?
             }
+            Fact::Access(Region::Target) => self.load_target(scope, idx, insn)?,
             Fact::Access(_) => match self.cell(scope, idx, insn.src, i32::from(insn.off), ty) {
                 Some(var) => self.b.use_var(var),
                 None => {
@@ -78,6 +79,9 @@ impl Translator<'_, '_> {
         let region = match fact {
             Fact::Access(Region::Ctx { .. }) => {
                 return Err(CompileError::BadFacts { insn_idx: idx, what: "store to the context" });
+            }
+            Fact::Access(Region::Target) => {
+                return Err(CompileError::BadFacts { insn_idx: idx, what: "store to the target" });
             }
             Fact::Access(region) => region,
             _ => return Err(CompileError::BadFacts { insn_idx: idx, what: "store to nothing" }),
@@ -196,7 +200,8 @@ impl Translator<'_, '_> {
             | Region::Ctx { .. }
             | Region::MapKey
             | Region::RingbufRecord
-            | Region::Memory => false,
+            | Region::Memory
+            | Region::Target => false,
         }
     }
 
@@ -273,7 +278,7 @@ impl Translator<'_, '_> {
     }
 }
 
-fn access_type(insn: Insn) -> Type {
+pub(super) fn access_type(insn: Insn) -> Type {
     match op::size_bytes(insn.opcode) {
         1 => types::I8,
         2 => types::I16,

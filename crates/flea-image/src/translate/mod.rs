@@ -2,7 +2,7 @@
 //!
 //! BPF registers are Cranelift variables, so SSA construction and register allocation are
 //! Cranelift's. Start with [`Translator::function`]; arithmetic is in [`alu`], loads and stores
-//! in [`mem`], helpers in [`helper`], what the context shows in [`context`] and [`registers`].
+//! in [`mem`], from the target's data in [`target`], helpers in [`helper`], what the context shows in [`context`] and [`registers`].
 
 mod alu;
 mod context;
@@ -13,6 +13,7 @@ pub(crate) mod op;
 mod registers;
 mod rounds;
 mod saves;
+mod target;
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
@@ -77,6 +78,8 @@ pub(crate) struct Outcome {
     pub reads: Reads,
     pub saves: Saves,
     pub calls_runtime: bool,
+    /// Where the target's data is read into.
+    target_buffer: Option<StackSlot>,
     n_insns: u32,
 }
 
@@ -108,6 +111,8 @@ struct Scope {
     slot: Option<StackSlot>,
     stack_bytes: i32,
     blocks: BTreeMap<u32, Block>,
+    /// What loads from the target that are still to come will give: read with an earlier one.
+    loaded: BTreeMap<u32, Value>,
     /// The function's instructions.
     range: Range<u32>,
     /// Where `exit` goes.
@@ -238,7 +243,8 @@ impl<'a, 'b> Translator<'a, 'b> {
         let blocks = self.leaders(function.start_insn_idx, function.end_insn_idx);
         let end = self.b.create_block();
         let range = function.start_insn_idx..function.end_insn_idx;
-        Ok(Scope { regs, frame, cells, slot, stack_bytes, blocks, range, end, depth })
+        let loaded = BTreeMap::new();
+        Ok(Scope { regs, frame, cells, slot, stack_bytes, blocks, loaded, range, end, depth })
     }
 
     /// A block for each instruction that a reachable jump goes to.

@@ -2,13 +2,15 @@
 
 use flea_image::SiteKind;
 use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
+use flea_object::types::TypeId;
 use flea_symbols::signature::{
     ArgWord, Param, RetWord, Return, Signature, SignatureSource, StackWords, Type,
 };
-use flea_verifier::{Context, Verified, verify};
+use flea_verifier::{Context, Target, Verified, Verifier};
 use iced_x86::code_asm::*;
 
 use crate::asm;
+use crate::graph::Graph;
 use crate::support::rig::{self, assemble};
 
 /// One file's upper part.
@@ -20,6 +22,9 @@ pub struct Case {
     pub stack_align_bytes: u32,
     pub is_unwinder: bool,
     pub controllers: Vec<Controller>,
+    /// Types of the target, and which of them the context's words have.
+    graph: Graph,
+    slots: Vec<Option<TypeId>>,
     /// The registers of each run that are named.
     pub runs: Vec<Vec<(String, u64)>>,
 }
@@ -101,6 +106,8 @@ impl Case {
             is_unwinder: false,
             controllers: vec![],
             runs: vec![],
+            graph: Graph::parse(text.lines().filter(|l| l.starts_with("struct "))),
+            slots: vec![],
         };
         let mut programs: Vec<(usize, ProgramKind, Vec<&str>)> = vec![];
         for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
@@ -113,6 +120,8 @@ impl Case {
                 "controller" => case.controllers.push(controller(rest)),
                 "program" => programs.push((case.controllers.len() - 1, kind(rest), vec![])),
                 "run:" => case.runs.push(run(rest)),
+                "struct" => {}
+                "slots" => case.slots = case.graph.slots(rest),
                 _ => programs.last_mut().unwrap_or_else(|| panic!("what is {line}")).2.push(line),
             }
         }
@@ -213,7 +222,9 @@ fn verified(lines: &[&str], kind: ProgramKind, case: &Case) -> Verified {
         ProgramKind::Uprobe | ProgramKind::Uretprobe => Context::PtRegs,
         _ => tracing,
     };
-    verify(&program, &case.maps, context).unwrap_or_else(|e| panic!("{}", e.log.join("\n")))
+    let target = Target { types: &case.graph.types, slots: &case.slots };
+    let verifier = Verifier::new(&program, &case.maps, context).target(target);
+    verifier.verify().unwrap_or_else(|e| panic!("{}", e.log.join("\n")))
 }
 
 /// `u64 f(int a, double b)`: integers and pointers, float and double, `__int128` results.

@@ -6,6 +6,8 @@
 //! function: u64 f(u64 a, double b)      types: see `case::ty`
 //! site: nop                             or plain, rip, branch: see `case::Site`
 //! map percpu_array 4 8 1                kind, key bytes, value bytes, entries
+//! struct s 16 n:u64@0 next:*s@8         types of the target: see flea-verifier's tests/graph
+//! slots *s -                            types of the context's words
 //! flags: stack_words=3 stack_align_bytes=16 unwinder
 //! controller inline                     or called, direct: its programs follow, newest first
 //! program fentry                        or fexit, fsession, fmod_ret, uprobe, uretprobe
@@ -29,6 +31,8 @@
 #[path = "../../../flea-verifier/tests/asm/mod.rs"]
 mod asm;
 mod case;
+#[path = "../../../flea-verifier/tests/graph/mod.rs"]
+mod graph;
 mod made;
 mod picture;
 mod run;

@@ -158,7 +158,9 @@ impl Rig {
         rig
     }
 
-    /// The runtime's functions, 64 bytes each: the slot or 0; a clock that ticks at each look.
+    /// The runtime's functions, 64 bytes each: the slot or 0; a clock that ticks at each look;
+    /// a memory in which each byte is the lowest one of its address, but for the first page,
+    /// where nothing is.
     pub fn write_stubs(&self) {
         let no_slot = self.arena() + offset_of!(ArenaHeader, no_slot) as u64;
         let clock = self.arena() + self.plan.slots_offset - 8;
@@ -185,6 +187,7 @@ impl Rig {
                     a.pop(rcx)?;
                     a.ret()
                 }
+                RuntimeFn::ProbeReadUser => probe_read(a),
                 _ => a.ud2(),
             });
             self.code.write(at, &bytes);
@@ -306,6 +309,29 @@ impl Rig {
     pub fn slot_word(&self, offset: u64) -> u64 {
         self.data.read(THREAD_TABLE_BYTES + (self.plan.slots_offset + offset) as usize)
     }
+}
+
+/// `(to: rdi, size_bytes: rsi, from: rdx) -> 0 or -EFAULT`
+fn probe_read(a: &mut CodeAssembler) -> Result<(), iced_x86::IcedError> {
+    let (mut next, mut mapped) = (a.create_label(), a.create_label());
+    let changed = [rdi, rsi, rdx];
+    changed.into_iter().try_for_each(|r| a.push(r))?;
+    a.xor(eax, eax)?;
+    a.cmp(rdx, PAGE as i32)?;
+    a.jae(next)?;
+    a.mov(rax, -14i64)?;
+    a.set_label(&mut next)?;
+    a.mov(byte_ptr(rdi), dl)?;
+    a.test(rax, rax)?;
+    a.je(mapped)?;
+    a.mov(byte_ptr(rdi), 0)?;
+    a.set_label(&mut mapped)?;
+    a.inc(rdi)?;
+    a.inc(rdx)?;
+    a.dec(rsi)?;
+    a.jne(next)?;
+    changed.into_iter().rev().try_for_each(|r| a.pop(r))?;
+    a.ret()
 }
 
 /// What the function does to the registers when nobody traces it.

@@ -89,7 +89,7 @@ fn functions_of_linked_parts() {
     assert_eq!((params[0].name, params[0].type_id, params[1].type_id), ("n", 1, 0));
     assert!(matches!(kind(3), Kind::Func { proto: 2 }));
     assert!(matches!(kind(4), Kind::Enum { signed: true, .. }));
-    assert!(matches!(kind(5), Kind::Enum { size_bytes: 8, signed: true }));
+    assert!(matches!(kind(5), Kind::Enum { size_bytes: 8, signed: true, .. }));
     let Kind::Struct { members, .. } = kind(6) else { panic!("{:?}", kind(6)) };
     assert_eq!((members[0].bit_offset, members[0].bit_size), (9, 3));
     assert!(matches!(kind(1), Kind::Int(int) if int.is_whole && int.signed));

@@ -1,5 +1,6 @@
 //! Why a program cannot be linked, in the words that a person reads.
 
+use crate::core_relo::CoreError;
 use crate::section::SectionFault;
 
 /// A program that cannot be had, and why.
@@ -44,7 +45,7 @@ pub enum ProgramFault {
     },
     /// A variable or function that the object does not define.
     #[error(
-        "refers to '{symbol}', which the object does not define; of kernel functions only bpf_session_is_return and bpf_session_cookie can be had"
+        "refers to '{symbol}', which the object does not define; of kernel functions only bpf_session_is_return, bpf_session_cookie and bpf_rdonly_cast can be had"
     )]
     Extern {
         /// Its name.
@@ -110,16 +111,19 @@ pub enum ProgramFault {
         /// What is odd about it.
         what: &'static str,
     },
-    /// The code depends on the layout of the target's types.
-    #[error(
-        "function '{function}' uses CO-RE relocations (of type '{type_name}'), which are not supported yet; compile against the target's own headers, without preserve_access_index"
-    )]
-    CoreRelocation {
+    /// A CO-RE relocation that no compiler makes, or of a newer one.
+    #[error("function '{function}', instruction {insn_idx}: its CO-RE relocation {what}")]
+    BadCoreRelocation {
         /// The function.
         function: String,
-        /// The first type.
-        type_name: String,
+        /// Index in the function.
+        insn_idx: usize,
+        /// What is odd about it.
+        what: String,
     },
+    /// A CO-RE relocation of what the object's own types do not have.
+    #[error("CO-RE relocation: {0}")]
+    Core(CoreError),
     /// More instructions than fit.
     #[error("has {n_insns} instructions with the functions it calls; at most {max} are allowed")]
     TooLong {
@@ -131,7 +135,7 @@ pub enum ProgramFault {
 }
 
 impl ProgramFault {
-    pub(super) fn of(self, program: &str) -> ProgramError {
+    pub(crate) fn of(self, program: &str) -> ProgramError {
         ProgramError { program: program.to_owned(), fault: self }
     }
 }

@@ -86,10 +86,11 @@ impl Linker<'_> {
         linking: &Linking<'_>,
     ) -> Result<(Reference, Halves), ObjectError> {
         let Some(section) = symbol.section else {
-            let helper = session_function(&symbol.name).ok_or_else(|| {
+            let helper = kernel_function(&symbol.name).ok_or_else(|| {
                 ProgramFault::Extern { symbol: symbol.name.clone() }.of(linking.program)
             })?;
-            if !linking.session {
+            let of_sessions = matches!(helper, Helper::SessionIsReturn | Helper::SessionCookie);
+            if of_sessions && !linking.session {
                 let fault = ProgramFault::NotASession { symbol: symbol.name.clone() };
                 return Err(fault.of(linking.program).into());
             }
@@ -162,7 +163,9 @@ impl Linker<'_> {
             return Ok(map);
         }
         let map = u32::try_from(self.maps.len()).expect("a map takes bytes of the file");
-        self.maps.push(maps::global_data(self.elf, section)?);
+        let held = self.data_maps.values().filter_map(|&map| self.maps[map as usize].init.as_ref());
+        let held_bytes = held.map(|bytes| bytes.len() as u64).sum();
+        self.maps.push(maps::global_data(self.elf, section, held_bytes)?);
         self.data_maps.insert(section.idx, map);
         Ok(map)
     }
@@ -184,8 +187,9 @@ impl Linker<'_> {
     }
 }
 
-fn session_function(name: &str) -> Option<Helper> {
-    [Helper::SessionIsReturn, Helper::SessionCookie].into_iter().find(|h| h.name() == name)
+fn kernel_function(name: &str) -> Option<Helper> {
+    let all = [Helper::SessionIsReturn, Helper::SessionCookie, Helper::RdonlyCast];
+    all.into_iter().find(|h| h.name() == name)
 }
 
 fn to_i64_saturating(value: u64) -> i64 {

@@ -64,14 +64,13 @@ SEC("fentry/f") u64 prog(u64 *ctx) { return LINUX_KERNEL_VERSION; }
 #elif defined(CASE_not_a_session)
 extern _Bool bpf_session_is_return(void *ctx) __ksym;
 SEC("fexit/f") u64 prog(u64 *ctx) { return bpf_session_is_return(ctx); }
-#elif defined(CASE_core)
-struct task { u32 pid; } __attribute__((preserve_access_index));
-static __noinline u32 pid_of(struct task *task) { return task->pid; }
-SEC("fentry/f") u64 prog(u64 *ctx) { return pid_of((struct task *)ctx[0]); }
 #elif defined(CASE_address_in_data)
 u64 number;
 u64 *pointer = &number;
 SEC("fentry/f") u64 prog(u64 *ctx) { return *(volatile u64 *)pointer; }
+#elif defined(CASE_much_data)
+volatile char one[40 << 20] SEC(".bss.one"), two[40 << 20] SEC(".bss.two");
+SEC("fentry/f") u64 prog(u64 *ctx) { return one[5] + two[5]; }
 #else
 #error which case?
 #endif

@@ -41,6 +41,7 @@ mod number {
     pub const TGKILL: u64 = 234;
     pub const GETCPU: u64 = 309;
     pub const PROCESS_VM_READV: u64 = 310;
+    pub const PROCESS_VM_WRITEV: u64 = 311;
 }
 
 /// The kernel, asked directly. Returns what it returns: `-errno` where it fails.
@@ -159,12 +160,31 @@ impl Timespec {
 /// `size_bytes` at `to` are writable.
 #[must_use]
 pub unsafe fn read_own_memory(to: *mut u8, size_bytes: u64, from: u64) -> u64 {
-    let local = Iovec { base: to as u64, size_bytes };
-    let remote = Iovec { base: from, size_bytes };
+    // SAFETY: the kernel writes to `to` only, as the caller allows.
+    unsafe { copy_own_memory(number::PROCESS_VM_READV, to as u64, from, size_bytes) }
+}
+
+/// Copies `size_bytes` from `from` to `to` in this process, wherever that points. Returns how
+/// many bytes could be written; the kernel checks every page and what may be done to it, so
+/// nothing can fault.
+///
+/// # Safety
+/// `size_bytes` at `from` are readable, and nobody minds that memory at `to` changes.
+#[must_use]
+pub unsafe fn write_own_memory(to: u64, from: *const u8, size_bytes: u64) -> u64 {
+    // SAFETY: the kernel reads at `from` and writes to `to` only, as the caller allows.
+    unsafe { copy_own_memory(number::PROCESS_VM_WRITEV, from as u64, to, size_bytes) }
+}
+
+/// # Safety
+/// As the call that is made.
+unsafe fn copy_own_memory(number: u64, ours: u64, other: u64, size_bytes: u64) -> u64 {
+    let local = Iovec { base: ours, size_bytes };
+    let remote = Iovec { base: other, size_bytes };
     let (local, remote) = (&raw const local as u64, &raw const remote as u64);
     let args = [u64::from(getpid()), local, 1, remote, 1, 0];
-    // SAFETY: the kernel writes to `to` only, as the caller allows.
-    let result = unsafe { syscall(number::PROCESS_VM_READV, args) };
+    // SAFETY: as the caller says.
+    let result = unsafe { syscall(number, args) };
     u64::try_from(result).unwrap_or(0)
 }
 

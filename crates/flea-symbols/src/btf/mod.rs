@@ -106,6 +106,24 @@ impl<'data> TypeInfo<'data> {
     }
 }
 
+impl<'data> TypeInfo<'data> {
+    /// The types of each object that was linked; nothing where they cannot be read.
+    pub(crate) fn parts(&self) -> &[Btf<'data>] {
+        self.parts.as_deref().unwrap_or_default()
+    }
+
+    /// Part, parameters and result of `function`, whose signature is from here.
+    pub(crate) fn prototype(&self, function: &Function) -> Option<(usize, Vec<u32>, u32)> {
+        let mut names = std::iter::once(&function.name).chain(&function.aliases);
+        let known = names.find_map(|name| self.prototypes.get(name.as_str()));
+        let (part, proto) = *known?.first()?;
+        let Kind::Proto { ret, params } = &self.parts().get(part)?.get(proto).ok()?.kind else {
+            return None;
+        };
+        Some((part, params.iter().map(|param| param.type_id).collect(), *ret))
+    }
+}
+
 impl Context {
     fn nothing() -> Self {
         Self {

@@ -1,15 +1,18 @@
 //! DIEs across units and files: references followed, attributes inherited. Start at
 //! [`Dies`]. Knows nothing of what a type's bytes are.
 
-use std::cell::RefCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 
 use gimli::{
-    AttributeValue, DebugInfoOffset, DebuggingInformationEntry, UnitOffset, constants as dw,
+    AttributeValue, DebugInfoOffset, DebuggingInformationEntry, UnitOffset, UnitType,
+    constants as dw,
 };
 
 use super::{Dwarf, Slice, Unit, text};
+
+type UnitHeader<'a> = gimli::UnitHeader<Slice<'a>>;
 
 /// Typedefs, pointers and members nested deeper than this are taken for a loop.
 pub(crate) const MAX_DEPTH: u32 = 64;
@@ -20,13 +23,24 @@ pub(crate) struct Dies<'a> {
     units: RefCell<HashMap<(File, usize), Rc<Unit<'a>>>>,
     /// Where units start, by file: a reference may lead into any.
     starts: RefCell<HashMap<File, Rc<Vec<usize>>>>,
+    type_units: OnceCell<TypeUnits<'a>>,
 }
 
-/// Which file's `.debug_info`.
+/// Units that hold one type each, which others name by a signature.
+#[derive(Default)]
+struct TypeUnits<'a> {
+    /// Those of `.debug_types`, by their offset there.
+    headers: HashMap<usize, UnitHeader<'a>>,
+    by_signature: HashMap<u64, (File, usize, UnitOffset)>,
+}
+
+/// Which file's `.debug_info`, or which other section.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum File {
     Main,
     Supplement,
+    /// The main file's `.debug_types` (DWARF 4).
+    Types,
 }
 
 /// One DIE, read.
@@ -39,7 +53,12 @@ pub(crate) struct Die<'a> {
 
 impl<'a> Dies<'a> {
     pub(crate) fn new(dwarf: &'a Dwarf<'a>) -> Self {
-        Self { dwarf, units: RefCell::default(), starts: RefCell::default() }
+        Self {
+            dwarf,
+            units: RefCell::default(),
+            starts: RefCell::default(),
+            type_units: OnceCell::new(),
+        }
     }
 
     pub(crate) fn at(&self, file: File, unit: usize, offset: UnitOffset) -> Option<Die<'a>> {
@@ -61,7 +80,11 @@ impl<'a> Dies<'a> {
                 let entry = die.unit.entry(offset).ok()?;
                 Some(Die { file: die.file, unit: Rc::clone(&die.unit), entry })
             }
-            AttributeValue::DebugInfoRef(offset) => self.anywhere(die.file, offset.0),
+            AttributeValue::DebugInfoRef(offset) => {
+                let file = if die.file == File::Types { File::Main } else { die.file };
+                self.anywhere(file, offset.0)
+            }
+            AttributeValue::DebugTypesRef(signature) => self.by_signature(signature.0),
             AttributeValue::DebugInfoRefSup(offset) => self.anywhere(File::Supplement, offset.0),
             _ => None,
         }
@@ -111,20 +134,34 @@ impl<'a> Dies<'a> {
 
     pub(crate) fn dwarf_of(&self, file: File) -> Option<&'a Dwarf<'a>> {
         match file {
-            File::Main => Some(self.dwarf),
+            File::Main | File::Types => Some(self.dwarf),
             File::Supplement => self.dwarf.sup(),
         }
     }
 
-    fn unit(&self, file: File, offset: usize) -> Option<Rc<Unit<'a>>> {
+    /// The unit that starts at `offset`.
+    pub(crate) fn unit(&self, file: File, offset: usize) -> Option<Rc<Unit<'a>>> {
         if let Some(unit) = self.units.borrow().get(&(file, offset)) {
             return Some(Rc::clone(unit));
         }
-        let dwarf = self.dwarf_of(file)?;
-        let header = dwarf.unit_header(DebugInfoOffset(offset)).ok()?;
-        let unit = Rc::new(dwarf.unit(header).ok()?);
+        let unit = Rc::new(self.read_unit(file, offset)?);
         self.units.borrow_mut().insert((file, offset), Rc::clone(&unit));
         Some(unit)
+    }
+
+    /// As [`Self::unit`], and does not keep it.
+    pub(crate) fn read_unit(&self, file: File, offset: usize) -> Option<Unit<'a>> {
+        let dwarf = self.dwarf_of(file)?;
+        let header = match file {
+            File::Types => *self.type_units().headers.get(&offset)?,
+            File::Main | File::Supplement => dwarf.unit_header(DebugInfoOffset(offset)).ok()?,
+        };
+        dwarf.unit(header).ok()
+    }
+
+    /// Gives back what is kept of units.
+    pub(crate) fn forget_units(&self) {
+        self.units.borrow_mut().clear();
     }
 
     fn anywhere(&self, file: File, offset: usize) -> Option<Die<'a>> {
@@ -134,9 +171,44 @@ impl<'a> Dies<'a> {
         self.at(file, start, UnitOffset(offset - start))
     }
 
-    fn starts(&self, file: File) -> Option<Rc<Vec<usize>>> {
+    fn by_signature(&self, signature: u64) -> Option<Die<'a>> {
+        let (file, unit, offset) = *self.type_units().by_signature.get(&signature)?;
+        self.at(file, unit, offset)
+    }
+
+    fn type_units(&self) -> &TypeUnits<'a> {
+        self.type_units.get_or_init(|| {
+            let mut found = TypeUnits::default();
+            let mut note = |header: &UnitHeader<'a>, file, offset: usize| {
+                if let UnitType::Type { type_signature, type_offset } = header.type_() {
+                    let place = (file, offset, type_offset);
+                    found.by_signature.entry(type_signature.0).or_insert(place);
+                }
+            };
+            let mut headers = self.dwarf.type_units();
+            while let Ok(Some(header)) = headers.next() {
+                let Some(offset) = header.debug_types_offset() else { continue };
+                note(&header, File::Types, offset.0);
+                found.headers.insert(offset.0, header);
+            }
+            let mut headers = self.dwarf.units();
+            while let Ok(Some(header)) = headers.next() {
+                let Some(offset) = header.debug_info_offset() else { continue };
+                note(&header, File::Main, offset.0);
+            }
+            found
+        })
+    }
+
+    /// Where the units of a file start, sorted.
+    pub(crate) fn starts(&self, file: File) -> Option<Rc<Vec<usize>>> {
         if let Some(starts) = self.starts.borrow().get(&file) {
             return Some(Rc::clone(starts));
+        }
+        if file == File::Types {
+            let mut starts: Vec<usize> = self.type_units().headers.keys().copied().collect();
+            starts.sort_unstable();
+            return Some(Rc::new(starts));
         }
         let mut starts = Vec::new();
         let mut headers = self.dwarf_of(file)?.units();

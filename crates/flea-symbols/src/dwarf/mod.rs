@@ -8,10 +8,14 @@ pub(crate) mod c_abi;
 mod copies;
 pub(crate) mod dies;
 pub(crate) mod evidence;
+pub(crate) mod graph;
+mod members;
+mod names;
 pub(crate) mod place;
 mod rust_abi;
 pub(crate) mod signature;
 pub(crate) mod spelling;
+mod type_index;
 pub(crate) mod types;
 
 use std::borrow::Cow;
@@ -26,6 +30,8 @@ use object::{Object as _, ObjectSection as _};
 
 use crate::addr::Svma;
 use crate::module::{Elf, Module};
+use dies::Dies;
+use type_index::TypeIndex;
 
 pub(crate) type Slice<'a> = EndianSlice<'a, LittleEndian>;
 pub(crate) type Dwarf<'a> = gimli::Dwarf<Slice<'a>>;
@@ -39,6 +45,7 @@ pub(crate) struct DebugInfo<'data> {
     ranges: OnceLock<UnitRanges>,
     /// Subprograms by unit.
     units: Mutex<HashMap<usize, Arc<Vec<Subprogram>>>>,
+    type_index: OnceLock<TypeIndex>,
 }
 
 /// Which unit has the code at an address.
@@ -77,6 +84,7 @@ impl<'data> DebugInfo<'data> {
             supplement: supplement.as_ref().map(load),
             ranges: OnceLock::new(),
             units: Mutex::new(HashMap::new()),
+            type_index: OnceLock::new(),
         }
     }
 
@@ -104,6 +112,15 @@ impl<'data> DebugInfo<'data> {
     pub(crate) fn subprograms(&self) -> Vec<Subprogram> {
         let units = self.ranges().all.iter();
         units.flat_map(|unit| self.subprograms_of(*unit).as_ref().clone()).collect()
+    }
+
+    pub(crate) fn has_units(&self) -> bool {
+        matches!(self.dwarf().units().next(), Ok(Some(_)))
+    }
+
+    /// Where its types are defined. Reads all units.
+    pub(crate) fn type_index(&self) -> &TypeIndex {
+        self.type_index.get_or_init(|| TypeIndex::read(&Dies::new(&self.dwarf())))
     }
 
     fn ranges(&self) -> &UnitRanges {

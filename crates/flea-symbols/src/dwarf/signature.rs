@@ -173,6 +173,11 @@ pub(crate) fn is_compiled_by_llvm(dwarf: &Dwarf<'_>, subprogram: &Subprogram) ->
     producer.is_some_and(|text| matches!(c_abi::compiler_of(&text), Compiler::Llvm(_)))
 }
 
+/// The subprogram's DIE.
+pub(crate) fn die_of<'a>(dies: &Dies<'a>, subprogram: &Subprogram) -> Option<Die<'a>> {
+    dies.at(File::Main, subprogram.unit, subprogram.die)
+}
+
 /// The name that a symbol table would have.
 pub(crate) fn linkage_name(dies: &Dies<'_>, subprogram: &Subprogram) -> Option<String> {
     let die = dies.at(File::Main, subprogram.unit, subprogram.die)?;
@@ -218,7 +223,7 @@ impl<'a> Reader<'_, 'a> {
         let root = self.dies.root(die).ok_or(Doubt::NoDebugInfo)?;
         let producer = self.dies.inherited_text(&root, dw::DW_AT_producer).unwrap_or_default();
         let compiler = c_abi::compiler_of(&producer);
-        let (params, variadic) = self.params(die).ok_or(Doubt::Parameters)?;
+        let (params, variadic) = self.dies.params(die).ok_or(Doubt::Parameters)?;
         let places = place::Reader::new(
             &self.dies,
             die,
@@ -257,54 +262,6 @@ impl<'a> Reader<'_, 'a> {
         })
     }
 
-    /// The formal parameters, and whether `...` follows. `None` where the code's list is not
-    /// the source's.
-    fn params(&self, die: &Die<'a>) -> Option<(Vec<Die<'a>>, bool)> {
-        let list = |die: &Die<'a>| {
-            let (mut params, mut variadic) = (Vec::new(), false);
-            for child in self.dies.children(die) {
-                match child.entry.tag() {
-                    dw::DW_TAG_formal_parameter => params.push(child),
-                    dw::DW_TAG_unspecified_parameters => variadic = true,
-                    _ => {}
-                }
-            }
-            (params, variadic)
-        };
-        let (mut params, mut variadic) = list(die);
-        for origin in [dw::DW_AT_abstract_origin, dw::DW_AT_specification] {
-            if let Some(origin) = self.dies.follow(die, origin) {
-                let (of_origin, dots) = list(&origin);
-                if of_origin.len() != params.len() {
-                    return None;
-                }
-                variadic |= dots;
-                params = self.in_source_order(params, &of_origin);
-            }
-        }
-        let hidden = |param: &Die<'a>| {
-            self.dies.name(param).is_some_and(|name| name.starts_with("__in_chrg"))
-        };
-        (!params.iter().any(hidden)).then_some((params, variadic))
-    }
-
-    /// gcc lists what it took out of a clone behind what it left.
-    fn in_source_order(&self, mut params: Vec<Die<'a>>, source: &[Die<'a>]) -> Vec<Die<'a>> {
-        let position = |param: &Die<'a>| {
-            let origin = self.dies.follow(param, dw::DW_AT_abstract_origin)?;
-            source.iter().position(|of_source| {
-                of_source.entry.offset() == origin.entry.offset()
-                    && of_source.unit.header.debug_info_offset()
-                        == origin.unit.header.debug_info_offset()
-            })
-        };
-        let positions: Option<Vec<usize>> = params.iter().map(position).collect();
-        if positions.is_some() {
-            params.sort_by_cached_key(|param| position(param));
-        }
-        params
-    }
-
     /// What DWARF states of each parameter alone.
     fn located(&self, function: &Function<'_>, result_changed: bool) -> Result<Signature, Doubt> {
         let place = |param: &Described| {
@@ -336,6 +293,55 @@ impl<'a> Reader<'_, 'a> {
             source: SignatureSource::Dwarf,
             doubt: None,
         })
+    }
+}
+
+impl<'a> Dies<'a> {
+    /// The formal parameters, and whether `...` follows. `None` where the code's list is not
+    /// the source's.
+    pub(crate) fn params(&self, die: &Die<'a>) -> Option<(Vec<Die<'a>>, bool)> {
+        let list = |die: &Die<'a>| {
+            let (mut params, mut variadic) = (Vec::new(), false);
+            for child in self.children(die) {
+                match child.entry.tag() {
+                    dw::DW_TAG_formal_parameter => params.push(child),
+                    dw::DW_TAG_unspecified_parameters => variadic = true,
+                    _ => {}
+                }
+            }
+            (params, variadic)
+        };
+        let (mut params, mut variadic) = list(die);
+        for origin in [dw::DW_AT_abstract_origin, dw::DW_AT_specification] {
+            if let Some(origin) = self.follow(die, origin) {
+                let (of_origin, dots) = list(&origin);
+                if of_origin.len() != params.len() {
+                    return None;
+                }
+                variadic |= dots;
+                params = self.in_source_order(params, &of_origin);
+            }
+        }
+        let hidden =
+            |param: &Die<'a>| self.name(param).is_some_and(|name| name.starts_with("__in_chrg"));
+        (!params.iter().any(hidden)).then_some((params, variadic))
+    }
+
+    /// gcc lists what it took out of a clone behind what it left.
+    fn in_source_order(&self, mut params: Vec<Die<'a>>, source: &[Die<'a>]) -> Vec<Die<'a>> {
+        let position = |param: &Die<'a>| {
+            let origin = self.follow(param, dw::DW_AT_abstract_origin)?;
+            source.iter().position(|of_source| {
+                of_source.entry.offset() == origin.entry.offset()
+                    && of_source.unit.header.debug_info_offset()
+                        == origin.unit.header.debug_info_offset()
+            })
+        };
+        let positions: Option<Vec<usize>> = params.iter().map(position).collect();
+        if positions.is_some() {
+            params.sort_by_cached_key(|param| position(param));
+        }
+        params
     }
 }
 

@@ -78,6 +78,7 @@ fn add(registry: Registry, known: &mut HashMap<RemoteAddr, Vec<u8>>, when: When)
         since: 0,
         arena: RemoteAddr(0x60_0000 + 0x1000 * u64::from(id)),
         programs: vec![],
+        writes_target: false,
         entry: matches!(when, When::Entry).then_some(placed),
         session: None,
         modify: None,

@@ -65,6 +65,7 @@ fn sample() -> Registry {
         since: 1,
         arena: RemoteAddr(0x50_0000),
         programs: vec![("fexit".into(), "p".into())],
+        writes_target: true,
         entry: None,
         session: None,
         modify: None,

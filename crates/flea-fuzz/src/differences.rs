@@ -1,0 +1,83 @@
+//! All that we accept and Linux 6.18 refuses, with the reason: numbers that it knows less of.
+//!
+//! What is counted here has stood the test of [`crate::machines`] as well. A program that the
+//! kernel refuses for something else is an unsafe accept until somebody has looked at it.
+
+use flea_object::insn::Insn;
+use flea_object::opcode as op;
+
+/// An instruction that leaves us with more knowledge than Linux.
+struct Knowledge {
+    is_had: fn(&[Insn]) -> bool,
+    why: &'static str,
+    /// It puts the kernel off in these words and is in most programs, so that no other reason has
+    /// to be looked for.
+    words: &'static [&'static str],
+}
+
+/// Ranges that the kernel has lost.
+const RANGES: [&str; 3] = [
+    "with unbounded min value is not allowed",
+    "min value is negative, either use unsigned index",
+    "unbounded memory access, make sure to bounds check",
+];
+
+const ALL: [Knowledge; 4] = [
+    Knowledge {
+        is_had: |insns| insns.iter().any(is_remainder),
+        why: "bounds of quotients and remainders",
+        words: &RANGES,
+    },
+    Knowledge {
+        is_had: |insns| insns.iter().any(is_subtraction),
+        why: "bounds of what is subtracted from a pointer",
+        words: &RANGES,
+    },
+    Knowledge {
+        is_had: |insns| insns.iter().any(is_open_shift),
+        why: "the upper half behind a 32-bit shift by any number",
+        words: &[],
+    },
+    Knowledge {
+        is_had: |insns| insns.iter().any(is_stored) && insns.iter().any(is_narrow_load),
+        why: "parts of a stored constant",
+        words: &[],
+    },
+];
+
+/// What a program has that explains this reason of the kernel's.
+#[must_use]
+pub fn by_reason(insns: &[Insn], reason: &str) -> Option<&'static str> {
+    let explains =
+        |k: &&Knowledge| k.words.iter().any(|words| reason.contains(words)) && (k.is_had)(insns);
+    ALL.iter().find(explains).map(|k| k.why)
+}
+
+/// What a program has that can explain any reason: where we know that a branch is not taken, the
+/// kernel may find anything in it. For programs of which nothing can be spared.
+#[must_use]
+pub fn by_instructions(insns: &[Insn]) -> Option<&'static str> {
+    ALL.iter().find(|k| (k.is_had)(insns)).map(|k| k.why)
+}
+
+fn is_remainder(insn: &Insn) -> bool {
+    matches!(insn.class(), op::ALU | op::ALU64) && matches!(insn.code(), op::MOD | op::DIV)
+}
+
+fn is_subtraction(insn: &Insn) -> bool {
+    insn.opcode == op::ALU64 | op::SUB | op::X
+}
+
+fn is_open_shift(insn: &Insn) -> bool {
+    insn.class() == op::ALU
+        && insn.is_source_register()
+        && matches!(insn.code(), op::LSH | op::RSH | op::ARSH)
+}
+
+fn is_stored(insn: &Insn) -> bool {
+    insn.class() == op::ST && insn.dst == op::FRAME_POINTER
+}
+
+fn is_narrow_load(insn: &Insn) -> bool {
+    insn.class() == op::LDX && insn.access_bytes() < 8
+}
