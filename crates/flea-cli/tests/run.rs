@@ -99,6 +99,38 @@ fn an_object_on_a_running_program() -> Result<()> {
     Ok(())
 }
 
+/// Which maps are in a map of maps is printed, and what is in those under their own names; counts
+/// that threads change under a lock are whole.
+#[test]
+fn maps_of_maps_and_locks() -> Result<()> {
+    let Some(object) = compile_bpf("inner.bpf.c", "v3")? else { return Ok(()) };
+    let Some(mut target) = spawn_waiting(Fixture::CountsC(CBuild::O2), 4, 240)? else {
+        return Ok(());
+    };
+    let file = object.0.to_str().context("a path")?;
+    let tracing = Tracing::attach(&["run", file], target.pid())?;
+    let report = target.run_counts()?;
+    let records = tracing.stop()?;
+    assert_clean(target.pid())?;
+    let inner = |map: &str| {
+        let of_map = records.of("map").filter(|r| r["map"] == map);
+        of_map.map(|r| (r["key"].as_u64().unwrap(), r["value"].as_str().unwrap())).collect()
+    };
+    let halves: Vec<(u64, &str)> = inner("halves");
+    assert_eq!(halves, [(0, "even"), (1, "odd")]);
+    let by_name: Vec<(u64, &str)> = inner("by_name");
+    assert_eq!(by_name, [(7, "odd")]);
+
+    let (even, odd) = (elements(&records, "even"), elements(&records, "odd"));
+    assert_eq!(even.keys().copied().collect::<Vec<_>>(), [0, 2, 4, 6]);
+    assert_eq!(odd.keys().copied().collect::<Vec<_>>(), [1, 3, 5, 7]);
+    // Who waited too long for a lock, on a busy machine, is counted.
+    let missed = records.summary("missed")?;
+    let counted: u64 = even.values().chain(odd.values()).sum();
+    assert_eq!(counted + missed, report.calls * report.threads);
+    target.finish_counts()
+}
+
 /// Refused as a whole, in the verifier's words, before anything is changed.
 #[test]
 fn an_object_that_could_do_harm() -> Result<()> {

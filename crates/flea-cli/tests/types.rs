@@ -75,7 +75,8 @@ fn answers(object: &TempFile, target: &TempFile) -> Result<(Vec<i64>, Vec<i64>)>
 fn one_object_runs_on_every_build() -> Result<()> {
     let older = ["-g"];
     let Some(oldest) = build(&older)? else { return Ok(()) };
-    let Some(object) = object(&oldest, &[])? else { return Ok(()) };
+    let Some(copying) = object(&oldest, &[])? else { return Ok(()) };
+    let direct = object(&oldest, &["-DDIRECT"])?.context("clang was there before")?;
     let builds: [&[&str]; 5] = [
         &older,
         &["-g", "-DNEWER"],
@@ -85,9 +86,11 @@ fn one_object_runs_on_every_build() -> Result<()> {
     ];
     for flags in builds {
         let target = build(flags)?.context("gcc was there before")?;
-        let (found, expected) = answers(&object, &target)?;
-        assert_eq!(found, expected, "{flags:?}");
-        assert_eq!(found[0], 123_456_789_012);
+        for object in [&copying, &direct] {
+            let (found, expected) = answers(object, &target)?;
+            assert_eq!(found, expected, "{flags:?} {}", object.0.display());
+            assert_eq!(found[0], 123_456_789_012);
+        }
     }
     Ok(())
 }

@@ -24,11 +24,16 @@ fn map(spec: &MapSpec) -> String {
         MapKind::Array => "array",
         MapKind::PerCpuHash => "percpu_hash",
         MapKind::PerCpuArray => "percpu_array",
+        MapKind::ArrayOfMaps => "array_of_maps",
+        MapKind::HashOfMaps => "hash_of_maps",
         MapKind::RingBuf => "ringbuf",
     };
     let (key, value, max) = (spec.key_size_bytes, spec.value_size_bytes, spec.max_entries);
     let read_only = if spec.read_only { " ro" } else { "" };
-    format!("map {kind} {key} {value} {max}{read_only}")
+    let lock = spec.lock_offset.map_or(String::new(), |offset| format!(" lock {offset}"));
+    let template = if spec.template { " template" } else { "" };
+    let of = spec.inner.as_ref().map_or(String::new(), |inner| format!(" of {}", inner.template.0));
+    format!("map {kind} {key} {value} {max}{read_only}{lock}{template}{of}")
 }
 
 /// One line per instruction or label.

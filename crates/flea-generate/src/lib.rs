@@ -56,6 +56,7 @@ pub fn maps() -> Vec<MapSpec> {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     };
     let init: Vec<u8> = (1..=16u8).map(|n| n.wrapping_mul(37)).collect();
     let constants = map(".rodata", MapKind::Array, 4, 16, 1);

@@ -7,6 +7,8 @@
 //!            else (cold): slot = flea_thread_slot(arena); if 0: arena.no_slot += 1, return
 //!   program: if state.active > rsp: state.misses += 1    only if guarded, see `guard`
 //!            else: state.active = rsp; ... ; state.active = 0
+//!            `slot.locking` in the place of `state.active` where the program takes locks; if it
+//!            cannot get one: state.misses += 1, and the program ends there
 //!   fmod_ret: if r0 != 0: the function's result = r0, return       the rest is skipped as well
 //! ```
 
@@ -21,8 +23,8 @@ use cranelift_codegen::isa::CallConv;
 use cranelift_frontend::{FunctionBuilder, FunctionBuilderContext};
 use flea_layout::plan::ArenaPlan;
 use flea_layout::shared::{
-    ProgramState, RuntimeFn, THREAD_TABLE_BYTES, THREAD_TABLE_ENTRIES, THREAD_TABLE_SHIFT,
-    ThreadEntry,
+    ProgramState, RuntimeFn, SlotHeader, THREAD_TABLE_BYTES, THREAD_TABLE_ENTRIES,
+    THREAD_TABLE_SHIFT, ThreadEntry,
 };
 use flea_object::helper::Helper;
 use flea_object::insn::PSEUDO_MAP_VALUE;
@@ -104,6 +106,7 @@ struct Chosen<'a> {
     /// The program, or the half of it that runs on this side.
     verified: Cow<'a, Verified>,
     guard: Guard,
+    takes_locks: bool,
     cookie_word: u32,
 }
 
@@ -123,7 +126,8 @@ fn compile_side(
                 _ => Cow::Borrowed(program.verified),
             };
             let guard = guard::of_program(&verified, request.plan);
-            chosen.push(Chosen { program, verified, guard, cookie_word });
+            let takes_locks = guard::takes_locks(&verified, request.plan);
+            chosen.push(Chosen { program, verified, guard, takes_locks, cookie_word });
         }
     }
     if chosen.is_empty() {
@@ -215,14 +219,21 @@ pub(crate) fn uses_slot(verified: &Verified, plan: &ArenaPlan) -> bool {
     };
     let facts = verified.facts().iter().zip(verified.insns());
     facts.into_iter().any(|(fact, insn)| match *fact {
-        Fact::Call { helper: Helper::GetPrandomU32 | Helper::MapUpdateElem, .. } => true,
+        Fact::Call {
+            helper:
+                Helper::GetPrandomU32
+                | Helper::MapUpdateElem
+                | Helper::SpinLock
+                | Helper::SpinUnlock,
+            ..
+        } => true,
         Fact::Call {
             helper: Helper::MapLookupElem | Helper::ForEachMapElem,
             map: Some(map),
             ..
         } => {
-            let array = plan.maps.get(map.0 as usize).map(|m| m.kind);
-            array != Some(MapKind::Array)
+            let kind = plan.maps.get(map.0 as usize).map(|m| m.kind);
+            !kind.is_some_and(|kind| kind == MapKind::Array || kind.holds_maps())
         }
         Fact::Plain if insn.opcode == op::LDDW && insn.src == PSEUDO_MAP_VALUE => {
             per_thread(MapIdx(insn.imm.cast_unsigned()))
@@ -279,23 +290,26 @@ fn emit_program(
     end: Block,
 ) -> Result<(), CompileError> {
     let program = chosen.program;
-    let used = Use {
-        verified: &chosen.verified,
-        kind: Some(program.kind),
-        cookie: program.cookie,
-        cookie_word: chosen.cookie_word,
-    };
     let guarded = match (chosen.guard, env.slot) {
         (Guard::Needed, Some(slot)) => Some(slot),
         _ => None,
     };
     let after = b.create_block();
-    let state = guarded.map(|slot| {
+    let run = guarded.map(|slot| {
         let at = env.plan_offset(program.state_index);
         let state = b.ins().iadd_imm_s(slot, at);
-        enter(b, state, after);
-        state
+        let run = Run::new(slot, state, chosen.takes_locks);
+        run.enter(b, after);
+        run
     });
+    let given_up = run.filter(|_| chosen.takes_locks).map(|run| (run, b.create_block()));
+    let used = Use {
+        verified: &chosen.verified,
+        kind: Some(program.kind),
+        cookie: program.cookie,
+        cookie_word: chosen.cookie_word,
+        given_up: given_up.map(|(_, block)| block),
+    };
     // The context pointer is never used as a number.
     let ctx = b.ins().iconst(types::I64, 0);
     let mut translator = Translator::new(b, env, &used, outcome);
@@ -306,17 +320,17 @@ fn emit_program(
         translator.program_without_result(ctx, ctx)?;
         None
     };
-    if let Some(state) = state {
-        let zero = b.ins().iconst(types::I64, 0);
-        // Without this barrier (no machine code) Cranelift might find `active = rsp` dead.
-        b.ins().sequence_point();
-        b.ins().store(proved(), zero, state, field(offset_of!(ProgramState, active)));
+    if let Some(run) = run {
+        run.leave(b);
     }
     match r0 {
         Some(r0) => skip_unless_zero(b, env, r0, after, end),
         None => {
             b.ins().jump(after, &[]);
         }
+    }
+    if let Some((run, block)) = given_up {
+        run.give_up(b, block, after);
     }
     b.switch_to_block(after);
     Ok(())
@@ -338,30 +352,71 @@ fn skip_unless_zero(
     b.ins().jump(end, &[]);
 }
 
-/// `if state.active > rsp { state.misses += 1; goto after }; state.active = rsp`
-///
-/// A run that this one has interrupted is further up the stack. One that is not was left
-/// half done by a signal handler that jumped away (siglongjmp), or is on another stack; if it
-/// counted, the program would never run again on this thread.
-fn enter(b: &mut FunctionBuilder<'_>, state: Value, after: Block) {
-    let (busy, free) = (b.create_block(), b.create_block());
-    b.set_cold_block(busy);
-    let active_at = field(offset_of!(ProgramState, active));
-    let misses_at = field(offset_of!(ProgramState, misses));
-    let active = b.ins().load(types::I64, proved(), state, active_at);
-    let here = b.ins().get_stack_pointer(types::I64);
-    let is_above = b.ins().icmp(IntCC::UnsignedGreaterThan, active, here);
-    b.ins().brif(is_above, busy, &[], free, &[]);
+/// One guarded run of a program.
+#[derive(Clone, Copy)]
+struct Run {
+    /// The program's [`ProgramState`].
+    state: Value,
+    /// Where the guard's mark is: address and offset.
+    active: (Value, i32),
+}
 
-    b.switch_to_block(busy);
-    let misses = b.ins().load(types::I64, proved(), state, misses_at);
-    let misses = b.ins().iadd_imm_s(misses, 1);
-    b.ins().store(proved(), misses, state, misses_at);
-    b.ins().jump(after, &[]);
+impl Run {
+    fn new(slot: Value, state: Value, takes_locks: bool) -> Self {
+        let active = if takes_locks {
+            (slot, field(offset_of!(SlotHeader, locking)))
+        } else {
+            (state, field(offset_of!(ProgramState, active)))
+        };
+        Self { state, active }
+    }
 
-    b.switch_to_block(free);
-    b.ins().store(proved(), here, state, active_at);
-    b.ins().sequence_point();
+    /// `if state.active > rsp { state.misses += 1; goto after }; state.active = rsp`
+    ///
+    /// A run that this one has interrupted is further up the stack. One that is not was left
+    /// half done by a signal handler that jumped away (siglongjmp), or is on another stack; if it
+    /// counted, the program would never run again on this thread.
+    fn enter(self, b: &mut FunctionBuilder<'_>, after: Block) {
+        let (busy, free) = (b.create_block(), b.create_block());
+        b.set_cold_block(busy);
+        let (base, at) = self.active;
+        let active = b.ins().load(types::I64, proved(), base, at);
+        let here = b.ins().get_stack_pointer(types::I64);
+        let is_above = b.ins().icmp(IntCC::UnsignedGreaterThan, active, here);
+        b.ins().brif(is_above, busy, &[], free, &[]);
+
+        b.switch_to_block(busy);
+        self.count_miss(b);
+        b.ins().jump(after, &[]);
+
+        b.switch_to_block(free);
+        b.ins().store(proved(), here, base, at);
+        b.ins().sequence_point();
+    }
+
+    fn count_miss(self, b: &mut FunctionBuilder<'_>) {
+        let misses_at = field(offset_of!(ProgramState, misses));
+        let misses = b.ins().load(types::I64, proved(), self.state, misses_at);
+        let misses = b.ins().iadd_imm_s(misses, 1);
+        b.ins().store(proved(), misses, self.state, misses_at);
+    }
+
+    /// What `block` does, where a run goes that cannot get a lock.
+    fn give_up(self, b: &mut FunctionBuilder<'_>, block: Block, after: Block) {
+        b.set_cold_block(block);
+        b.switch_to_block(block);
+        self.count_miss(b);
+        self.leave(b);
+        b.ins().jump(after, &[]);
+    }
+
+    fn leave(self, b: &mut FunctionBuilder<'_>) {
+        let zero = b.ins().iconst(types::I64, 0);
+        // Without this barrier (no machine code) Cranelift might find `active = rsp` dead.
+        b.ins().sequence_point();
+        let (base, at) = self.active;
+        b.ins().store(proved(), zero, base, at);
+    }
 }
 
 fn offset(bytes: usize) -> i64 {

@@ -16,18 +16,26 @@
 //! Each side of an fsession program is decided on alone: one that only notes the time in its
 //! session cookie needs no guard, whatever its exit side writes.
 //!
+//! Programs that take locks are always guarded, and by one guard for all of them: in a signal
+//! handler above a run that holds a lock, another program would wait for that lock for ever, or
+//! take a second one while other threads take the two in the other order.
+//!
 //! The last part depends on instruction selection, so it is *checked* on the machine code
 //! ([`writes_are_single_instructions`]); where it does not hold the body is compiled again
 //! with guards.
 
-use flea_layout::plan::ArenaPlan;
+use flea_layout::plan::{ArenaPlan, MapPlacement};
 use flea_object::helper::Helper;
-use flea_object::spec::MapKind;
 use flea_verifier::Verified;
 use flea_verifier::facts::{Fact, Region};
 use iced_x86::{Decoder, DecoderOptions, InstructionInfoFactory, OpAccess, Register};
 
-use crate::translate::op;
+use crate::translate::{is_inline_array, op};
+
+/// `bpf_map_update_elem`'s flags are in r4.
+const FLAGS_ARG: usize = 3;
+/// Update with the lock in the value held.
+const BPF_F_LOCK: u64 = 4;
 
 /// Whether a program needs its guard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,10 +54,7 @@ pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
     for (i, fact) in verified.facts().iter().enumerate() {
         match *fact {
             Fact::Call { helper, map, .. }
-                if may_disturb(
-                    helper,
-                    map.and_then(|m| plan.maps.get(m.0 as usize)).map(|m| m.kind),
-                ) =>
+                if may_disturb(helper, map.and_then(|m| plan.maps.get(m.0 as usize))) =>
             {
                 return Guard::Needed;
             }
@@ -68,13 +73,23 @@ pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
     if merged_writes { Guard::UnlessMerged } else { Guard::Needless }
 }
 
+/// May the program hold the lock of a map's value, if only while a helper updates it?
+pub(crate) fn takes_locks(verified: &Verified, plan: &ArenaPlan) -> bool {
+    verified.facts().iter().any(|fact| match *fact {
+        Fact::Call { helper: Helper::SpinLock, .. } => true,
+        Fact::Call { helper: Helper::MapUpdateElem, map: Some(map), constants } => {
+            let locks = plan.maps.get(map.0 as usize).is_some_and(|m| m.lock_offset.is_some());
+            locks && constants[FLAGS_ARG].is_none_or(|flags| flags & BPF_F_LOCK != 0)
+        }
+        _ => false,
+    })
+}
+
 /// Does `helper` become a call of the runtime that works on what outlives the run, or that may
 /// lead to traced code?
-fn may_disturb(helper: Helper, map: Option<MapKind>) -> bool {
+fn may_disturb(helper: Helper, map: Option<&MapPlacement>) -> bool {
     match helper {
-        Helper::MapLookupElem | Helper::ForEachMapElem => {
-            !matches!(map, Some(MapKind::Array | MapKind::PerCpuArray))
-        }
+        Helper::MapLookupElem | Helper::ForEachMapElem => !map.is_some_and(is_inline_array),
         Helper::Loop
         | Helper::KtimeGetNs
         | Helper::KtimeGetBootNs

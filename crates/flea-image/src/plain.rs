@@ -32,7 +32,8 @@ pub fn compile_plain(verified: &Verified) -> Result<Code, CompileError> {
     compile_function(&PlainRequest { verified, plan: None, context_words: 0 })
 }
 
-/// As [`compile_plain`], with what `request` has besides. A thread that finds no slot gets 0.
+/// As [`compile_plain`], with what `request` has besides. A thread that finds no slot gets 0,
+/// and so does one that cannot get a lock.
 ///
 /// # Errors
 /// [`CompileError`]
@@ -64,7 +65,8 @@ pub fn compile_function(request: &PlainRequest<'_>) -> Result<Code, CompileError
         has_runtime: request.plan.is_some(),
         slot,
     };
-    let used = Use { verified, kind: None, cookie: 0, cookie_word: 0 };
+    let given_up = Some(without_slot);
+    let used = Use { verified, kind: None, cookie: 0, cookie_word: 0, given_up };
     let result = Translator::new(&mut b, &env, &used, &mut outcome).program(r1, r2)?;
     b.ins().return_(&[result]);
     b.switch_to_block(without_slot);

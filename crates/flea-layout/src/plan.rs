@@ -1,7 +1,7 @@
 //! Where everything of one arena goes: computed once when an object is loaded, used by the
 //! compiler (offsets become immediates) and by the controller (it lays the arena out).
 
-use flea_object::spec::{MapKind, MapSpec};
+use flea_object::spec::{MapIdx, MapKind, MapSpec, Shape};
 
 pub use crate::shared::hash_node_bytes;
 use crate::shared::{
@@ -58,6 +58,31 @@ pub struct MapPlacement {
     pub slot_offset: u64,
     /// Bytes between values.
     pub value_stride: u32,
+    /// `BPF_F_*`
+    pub flags: u32,
+    /// Where in a value its lock is.
+    pub lock_offset: Option<u32>,
+    /// It has a header and nothing else: compiled code finds the map that it stands for when it
+    /// runs.
+    pub template: bool,
+    /// The template of a map of maps. Such a map's values are offsets of headers, 0 where there
+    /// is no map.
+    pub inner: Option<MapIdx>,
+}
+
+impl MapPlacement {
+    /// What programs count on.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        Shape {
+            kind: self.kind,
+            key_size_bytes: self.key_size_bytes,
+            value_size_bytes: self.value_size_bytes,
+            max_entries: self.max_entries,
+            flags: self.flags,
+            lock_offset: self.lock_offset,
+        }
+    }
 }
 
 /// Bytes of table and node memory that a hash map of this shape needs; see
@@ -79,9 +104,10 @@ impl ArenaPlan {
             let value_stride = m.value_size_bytes.checked_next_multiple_of(8).unwrap_or(!7);
             let values = (u64::from(value_stride) * u64::from(m.max_entries)).min(ENOUGH);
             let (data_size_bytes, per_thread) = match m.kind {
-                MapKind::Array => (values, 0),
+                _ if m.template => (0, 0),
+                MapKind::Array | MapKind::ArrayOfMaps => (values, 0),
                 MapKind::PerCpuArray => (0, values),
-                MapKind::Hash => {
+                MapKind::Hash | MapKind::HashOfMaps => {
                     (hash_data_bytes(m.key_size_bytes, value_stride, m.max_entries), 0)
                 }
                 MapKind::PerCpuHash => {
@@ -100,6 +126,10 @@ impl ArenaPlan {
                 data_size_bytes,
                 slot_offset: if per_thread > 0 { slot_bytes } else { 0 },
                 value_stride,
+                flags: m.flags,
+                lock_offset: m.lock_offset,
+                template: m.template,
+                inner: m.inner.as_ref().map(|inner| inner.template),
             });
             slot_bytes = (slot_bytes + per_thread).min(ENOUGH);
         }

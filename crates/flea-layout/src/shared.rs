@@ -58,6 +58,11 @@ pub struct ArenaHeader {
     pub n_maps: u32,
     /// Where the next search for a dead thread's slot begins, once all are handed out.
     pub scan_cursor: AtomicU32,
+    /// Which `bpf_spin_lock` is suspected of having a dead owner: offset / 4, low bits << 32 |
+    /// its word.
+    pub lock_suspect: AtomicU64,
+    /// Since when (CLOCK_MONOTONIC, ns).
+    pub lock_suspect_since_ns: AtomicU64,
 }
 
 /// Offset of the first [`MapHeader`] from the arena's base.
@@ -77,8 +82,15 @@ pub struct SlotHeader {
     /// When the slot was taken from a dead thread (CLOCK_MONOTONIC, ns); 0 where it was not,
     /// or where nobody can still be using it. Counts while `owner` is [`SLOT_VACANT`].
     pub vacated_ns: AtomicU64,
+    /// The stack pointer of the run that is going on on this thread of a program that takes
+    /// locks, or 0: a recursion guard that all such programs share, as one of them could wait
+    /// for a lock that another holds further up the same stack.
+    pub locking: u64,
+    /// The offset of the `bpf_spin_lock` that this thread took last and has not given back, or
+    /// is waiting for; 0 for none.
+    pub held_lock: AtomicU64,
     /// Room to grow.
-    pub reserved: [u64; 5],
+    pub reserved: [u64; 3],
 }
 
 /// [`SlotHeader::owner`] of a slot that was handed out once and is free again.
@@ -123,6 +135,13 @@ pub struct MapHeader {
     pub slot_offset: u64,
     /// Whatever the kind needs: lock words, free lists, producer and consumer positions.
     pub state: [AtomicU64; 16],
+    /// One more than the offset of the lock in a value; 0 where there is none.
+    pub lock_offset_plus_1: u32,
+    /// Room to grow.
+    pub reserved: u32,
+    /// Maps of maps: offset from the arena's base of the header that those of inner maps must
+    /// be like.
+    pub template_offset: u64,
 }
 
 /// Bytes of one hash bucket: `{ first node: u32, lock: u32 }`.
@@ -161,11 +180,19 @@ pub enum RuntimeFn {
     ThreadSlot,
     /// `(vdso_clock_gettime or 0, clock_id) -> ns`
     ClockNs,
-    /// `(arena, map, key, slot) -> value address or 0`, hash kinds.
+    /// `(arena, map, key, slot) -> value address or 0`, all kinds with elements. Compiled code
+    /// looks into arrays itself where it knows which. The slot may be 0 but for per-CPU kinds.
     HashLookup,
     /// `(arena, map, cursor, key, key_bytes, slot) -> value address or 0`, hash kinds: the next
     /// element from the number at `cursor` on, which goes up; its key is copied to `key`.
     HashNext,
+    /// `(arena, map, key) -> address of an inner map's header or 0`, maps of maps.
+    InnerMap,
+    /// `(arena, lock, slot) -> 0 or -errno`: takes a value's lock, or gives up after a bounded
+    /// wait.
+    SpinLock,
+    /// `(arena, lock, slot) -> 0`
+    SpinUnlock,
     /// `(arena, map, key, value, flags, slot) -> 0 or -errno`, all kinds with elements.
     MapUpdate,
     /// `(arena, map, key) -> 0 or -errno`
@@ -204,11 +231,14 @@ pub enum RuntimeFn {
 
 impl RuntimeFn {
     /// All of them.
-    pub const ALL: [RuntimeFn; 20] = [
+    pub const ALL: [RuntimeFn; 23] = [
         RuntimeFn::ThreadSlot,
         RuntimeFn::ClockNs,
         RuntimeFn::HashLookup,
         RuntimeFn::HashNext,
+        RuntimeFn::InnerMap,
+        RuntimeFn::SpinLock,
+        RuntimeFn::SpinUnlock,
         RuntimeFn::MapUpdate,
         RuntimeFn::MapDelete,
         RuntimeFn::RingbufReserve,
@@ -235,6 +265,9 @@ impl RuntimeFn {
             RuntimeFn::ClockNs => "flea_clock_ns",
             RuntimeFn::HashLookup => "flea_hash_lookup",
             RuntimeFn::HashNext => "flea_hash_next",
+            RuntimeFn::InnerMap => "flea_inner_map",
+            RuntimeFn::SpinLock => "flea_spin_lock",
+            RuntimeFn::SpinUnlock => "flea_spin_unlock",
             RuntimeFn::MapUpdate => "flea_map_update",
             RuntimeFn::MapDelete => "flea_map_delete",
             RuntimeFn::RingbufReserve => "flea_ringbuf_reserve",

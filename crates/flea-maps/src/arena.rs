@@ -10,6 +10,7 @@ use std::sync::atomic::Ordering::{Acquire, Relaxed, Release};
 
 use flea_layout::plan::{ArenaPlan, MapPlacement};
 use flea_layout::shared::{ARENA_MAGIC, ArenaHeader, MapHeader, ProgramState};
+use flea_object::LOCK_BYTES;
 use flea_object::spec::{MapIdx, MapKind, MapSpec};
 use flea_runtime::hash;
 use flea_runtime::map::STATE_OFFSET;
@@ -18,7 +19,8 @@ use memmap2::{MmapOptions, MmapRaw};
 
 use crate::array::{ArrayMap, PerCpuArrayMap};
 use crate::error::{ArenaError, MapError};
-use crate::hash::{HashMap, PerCpuHashMap};
+use crate::hash::{HashMap, PerCpuHashMap, Update};
+use crate::inner::{ArrayOfMaps, HashOfMaps};
 use crate::ringbuf::RingBuf;
 
 /// Largest arena: address space, not memory; a quarter of what a process has would be 32 TiB.
@@ -48,6 +50,10 @@ pub enum Map {
     PerCpuHash(PerCpuHashMap),
     /// `BPF_MAP_TYPE_PERCPU_ARRAY`
     PerCpuArray(PerCpuArrayMap),
+    /// `BPF_MAP_TYPE_ARRAY_OF_MAPS`
+    ArrayOfMaps(ArrayOfMaps),
+    /// `BPF_MAP_TYPE_HASH_OF_MAPS`
+    HashOfMaps(HashOfMaps),
     /// `BPF_MAP_TYPE_RINGBUF`
     RingBuf(RingBuf),
 }
@@ -145,7 +151,7 @@ impl Arena {
     /// A map, whatever its kind.
     ///
     /// # Errors
-    /// [`MapError::NoSuchMap`]
+    /// [`MapError::NoSuchMap`], [`MapError::Template`]
     pub fn map_at(&self, index: MapIdx) -> Result<Map, MapError> {
         let placement = self.placement(index)?;
         Ok(match placement.kind {
@@ -153,6 +159,8 @@ impl Arena {
             MapKind::Array => Map::Array(self.array(index)?),
             MapKind::PerCpuHash => Map::PerCpuHash(self.percpu_hash(index)?),
             MapKind::PerCpuArray => Map::PerCpuArray(self.percpu_array(index)?),
+            MapKind::ArrayOfMaps => Map::ArrayOfMaps(self.array_of_maps(index)?),
+            MapKind::HashOfMaps => Map::HashOfMaps(self.hash_of_maps(index)?),
             MapKind::RingBuf => Map::RingBuf(self.ringbuf(index)?),
         })
     }
@@ -189,6 +197,22 @@ impl Arena {
         Ok(PerCpuHashMap::new(self.clone(), self.placement_of(index, MapKind::PerCpuHash)?))
     }
 
+    /// An ARRAY_OF_MAPS.
+    ///
+    /// # Errors
+    /// [`MapError::NoSuchMap`], [`MapError::WrongKind`]
+    pub fn array_of_maps(&self, index: MapIdx) -> Result<ArrayOfMaps, MapError> {
+        Ok(ArrayOfMaps::new(self.clone(), self.placement_of(index, MapKind::ArrayOfMaps)?))
+    }
+
+    /// A HASH_OF_MAPS.
+    ///
+    /// # Errors
+    /// [`MapError::NoSuchMap`], [`MapError::WrongKind`]
+    pub fn hash_of_maps(&self, index: MapIdx) -> Result<HashOfMaps, MapError> {
+        Ok(HashOfMaps::new(self.clone(), self.placement_of(index, MapKind::HashOfMaps)?))
+    }
+
     /// A RINGBUF's consumer. There may be one at a time: two would each see some records.
     ///
     /// # Errors
@@ -223,7 +247,8 @@ impl Arena {
     fn placement(&self, index: MapIdx) -> Result<&MapPlacement, MapError> {
         let maps = &self.plan().maps;
         let found = maps.get(to_usize(u64::from(index.0)));
-        found.ok_or(MapError::NoSuchMap { index, n_maps: maps.len() })
+        let found = found.ok_or(MapError::NoSuchMap { index, n_maps: maps.len() })?;
+        if found.template { Err(MapError::Template { index }) } else { Ok(found) }
     }
 
     fn placement_of(&self, index: MapIdx, wanted: MapKind) -> Result<MapPlacement, MapError> {
@@ -274,8 +299,21 @@ impl Arena {
         for (spec, placement) in maps.iter().zip(&plan.maps) {
             self.initialise_map(spec, placement)?;
         }
+        for (index, spec) in (0..).zip(maps) {
+            for &(slot, map) in spec.inner.iter().flat_map(|inner| &inner.init) {
+                self.put_inner_map(MapIdx(index), slot, map)?;
+            }
+        }
         memory.word(offset_of!(ArenaHeader, magic) as u64)?.store(ARENA_MAGIC, Release);
         Some(())
+    }
+
+    fn put_inner_map(&self, outer: MapIdx, slot: u32, map: MapIdx) -> Option<()> {
+        match self.map_at(outer).ok()? {
+            Map::ArrayOfMaps(maps) => maps.set(slot, map).ok(),
+            Map::HashOfMaps(maps) => maps.update(&slot.to_le_bytes(), map, Update::Any).ok(),
+            _ => None,
+        }
     }
 
     fn initialise_map(&self, spec: &MapSpec, placement: &MapPlacement) -> Option<()> {
@@ -285,8 +323,16 @@ impl Arena {
             (offset_of!(MapHeader, key_size_bytes), placement.key_size_bytes),
             (offset_of!(MapHeader, value_size_bytes), placement.value_size_bytes),
             (offset_of!(MapHeader, value_stride), placement.value_stride),
-            (offset_of!(MapHeader, max_entries), placement.max_entries),
+            // A template has no memory: whoever looks into it finds no element.
+            (
+                offset_of!(MapHeader, max_entries),
+                if placement.template { 0 } else { placement.max_entries },
+            ),
             (offset_of!(MapHeader, flags), spec.flags),
+            (
+                offset_of!(MapHeader, lock_offset_plus_1),
+                placement.lock_offset.map_or(0, |offset| offset + 1),
+            ),
         ] {
             header.half(at as u64)?.store(value, Relaxed);
         }
@@ -294,7 +340,12 @@ impl Arena {
         data.store(placement.data_offset, Relaxed);
         let slot = header.word(offset_of!(MapHeader, slot_offset) as u64)?;
         slot.store(placement.slot_offset, Relaxed);
-        if matches!(placement.kind, MapKind::Hash | MapKind::PerCpuHash) {
+        if let Some(template) = placement.inner {
+            let template = self.plan().maps.get(to_usize(u64::from(template.0)))?;
+            let word = header.word(offset_of!(MapHeader, template_offset) as u64)?;
+            word.store(template.header_offset, Relaxed);
+        }
+        if matches!(placement.kind, MapKind::Hash | MapKind::PerCpuHash | MapKind::HashOfMaps) {
             let seed = header.word(STATE_OFFSET + hash::state::SEED * 8)?;
             seed.store(random_seed(), Relaxed);
         }
@@ -338,7 +389,7 @@ fn random_seed() -> u64 {
 /// Whether each map makes sense for its kind, and the plan is theirs.
 fn check(plan: &ArenaPlan, maps: &[MapSpec]) -> Result<(), ArenaError> {
     for (index, spec) in maps.iter().enumerate() {
-        if let Err(reason) = check_map(spec) {
+        if let Err(reason) = check_map(spec).and_then(|()| check_inner(spec, maps)) {
             let (name, kind) = (spec.name.clone(), spec.kind);
             return Err(ArenaError::BadMap { index, name, kind, reason });
         }
@@ -364,18 +415,34 @@ fn check_map(spec: &MapSpec) -> Result<(), &'static str> {
         return Err("its value's size is 0 or over 1 GiB");
     }
     match spec.kind {
-        MapKind::Array | MapKind::PerCpuArray if spec.key_size_bytes != 4 => {
+        MapKind::Array | MapKind::PerCpuArray | MapKind::ArrayOfMaps
+            if spec.key_size_bytes != 4 =>
+        {
             return Err("the key of an array has 4 bytes");
         }
-        MapKind::Hash | MapKind::PerCpuHash
+        MapKind::Hash | MapKind::PerCpuHash | MapKind::HashOfMaps
             if spec.key_size_bytes == 0 || spec.key_size_bytes > MAX_KEY_BYTES =>
         {
             return Err("its key's size is 0 or over 64 KiB");
         }
-        MapKind::Hash | MapKind::PerCpuHash if spec.max_entries > hash::MAX_ENTRIES => {
+        MapKind::Hash | MapKind::PerCpuHash | MapKind::HashOfMaps
+            if spec.max_entries > hash::MAX_ENTRIES =>
+        {
             return Err("max_entries is over 2^30");
         }
         _ => {}
+    }
+    if let Some(lock) = spec.lock_offset {
+        let end = lock.checked_add(LOCK_BYTES);
+        let inside = end.is_some_and(|end| end <= spec.value_size_bytes);
+        if !inside
+            || !lock.is_multiple_of(LOCK_BYTES)
+            || !matches!(spec.kind, MapKind::Array | MapKind::Hash)
+        {
+            return Err(
+                "its values' lock is not inside, not aligned, or in another kind than Array and Hash",
+            );
+        }
     }
     match &spec.init {
         Some(_) if spec.kind != MapKind::Array => Err("only an array has first values"),
@@ -384,4 +451,33 @@ fn check_map(spec: &MapSpec) -> Result<(), &'static str> {
         }
         _ => Ok(()),
     }
+}
+
+/// Whether a map of maps and what it holds at the start fit together.
+fn check_inner(spec: &MapSpec, maps: &[MapSpec]) -> Result<(), &'static str> {
+    const MAP_VALUE_BYTES: u32 = 4;
+    let map = |index: MapIdx| maps.get(to_usize(u64::from(index.0)));
+    let Some(inner) = &spec.inner else {
+        let alone = !spec.kind.holds_maps();
+        return alone.then_some(()).ok_or("it does not say which maps it holds");
+    };
+    if !spec.kind.holds_maps() || spec.template || spec.value_size_bytes != MAP_VALUE_BYTES {
+        return Err("only ArrayOfMaps and HashOfMaps hold maps, as values of 4 bytes");
+    }
+    let template = map(inner.template).filter(|t| t.template && !t.kind.holds_maps());
+    let template = template.ok_or("what it names is no template")?.shape();
+    if !inner.init.is_empty() && spec.key_size_bytes != 4 {
+        return Err("its keys have no 4 bytes, as those have of maps that it holds at the start");
+    }
+    for &(slot, held) in &inner.init {
+        let fits = map(held).is_some_and(|m| !m.template && m.shape().fits(template));
+        if !fits {
+            return Err("a map that it holds at the start is not as its template");
+        }
+        let outside = spec.kind == MapKind::ArrayOfMaps && slot >= spec.max_entries;
+        if outside || inner.init.len() as u64 > u64::from(spec.max_entries) {
+            return Err("a map that it holds at the start has no place");
+        }
+    }
+    Ok(())
 }

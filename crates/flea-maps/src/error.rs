@@ -119,6 +119,35 @@ pub enum MapError {
     /// second.
     #[error("this part of the map is locked by another thread: try again")]
     Busy,
+    /// The map only says what others are like.
+    #[error(
+        "map {index:?} is the template of a map of maps and has no elements: ask for one of the maps in there"
+    )]
+    Template {
+        /// Which.
+        index: MapIdx,
+    },
+    /// A map of another shape than the template of a map of maps.
+    #[error(
+        "map {index:?} cannot be put into this map of maps: type, key_size, value_size, map_flags and the place of a lock must be those of its template, and an array's max_entries unless map_flags have BPF_F_INNER_MAP"
+    )]
+    WrongShape {
+        /// Which.
+        index: MapIdx,
+    },
+    /// A map that is not part of the object: shared memory does not grow once it is laid out.
+    #[error(
+        "map {index:?} is none of the {n_maps} maps that this object was loaded with, and no other can be put into a map of maps: declare as many maps as will be needed before it is loaded"
+    )]
+    NotLoaded {
+        /// What was asked for.
+        index: MapIdx,
+        /// How many there are.
+        n_maps: usize,
+    },
+    /// Values without a lock.
+    #[error("the map's values have no struct bpf_spin_lock to be held meanwhile")]
+    NoLock,
     /// The map's memory was overwritten by something else.
     #[error("the map's memory is damaged: the target has overwritten it")]
     Damaged,

@@ -6,13 +6,13 @@ use std::thread;
 use flea_layout::plan::MapPlacement;
 use flea_object::spec::MapKind;
 use flea_runtime::errno::Errno;
-use flea_runtime::hash::change::{BPF_ANY, BPF_EXIST, BPF_NOEXIST, Caller, Cells};
+use flea_runtime::hash::change::{BPF_ANY, BPF_EXIST, BPF_F_LOCK, BPF_NOEXIST, Caller, Cells};
 use flea_runtime::hash::{Geometry, NodeIdx, Table, Values, state};
 use flea_runtime::mem::{Bytes, low_half, to_usize};
 use flea_runtime::sys;
 
 use crate::arena::Arena;
-use crate::array::{cells, check_value, set_cells, value_buffer};
+use crate::array::{cells, check_value, hide_lock, set_cells, value_buffer};
 use crate::error::MapError;
 
 /// Tries at a lock that stays taken, each a bounded wait of its own.
@@ -29,6 +29,16 @@ pub enum Update {
     NoExist,
     /// `BPF_EXIST`: only change it.
     Exist,
+}
+
+impl Update {
+    pub(crate) fn flags(self) -> u64 {
+        match self {
+            Self::Any => BPF_ANY,
+            Self::NoExist => BPF_NOEXIST,
+            Self::Exist => BPF_EXIST,
+        }
+    }
 }
 
 /// A `BPF_MAP_TYPE_HASH`.
@@ -50,31 +60,65 @@ impl HashMap {
         Self { arena, placement }
     }
 
-    /// The value of `key`.
+    /// The value of `key`. A lock in it reads as zeros.
     ///
     /// # Errors
     /// [`MapError::KeySize`]
     pub fn lookup(&self, key: &[u8]) -> Result<Option<Vec<u8>>, MapError> {
+        self.read(key, |_, _| Ok(()))
+    }
+
+    /// The value of `key`, read while its lock is held (`BPF_F_LOCK`): programs that change it
+    /// under the lock are before or behind, never in between.
+    ///
+    /// # Errors
+    /// [`MapError::KeySize`], [`MapError::NoLock`], [`MapError::Busy`]
+    pub fn lookup_locked(&self, key: &[u8]) -> Result<Option<Vec<u8>>, MapError> {
+        self.placement.lock_offset.ok_or(MapError::NoLock)?;
+        let caller = caller(&self.arena)?;
+        self.read(key, |table, node| {
+            patiently(|| table.lock_value(&caller, node)).map_err(|e| explain(e, &self.placement))
+        })
+    }
+
+    /// Copies the value of `key` while what `hold` returns for its element lives.
+    fn read<'a, H>(
+        &'a self,
+        key: &[u8],
+        hold: impl Fn(&Table<'a>, NodeIdx) -> Result<H, MapError>,
+    ) -> Result<Option<Vec<u8>>, MapError> {
         check_key(&self.placement, key)?;
         let table = table(&self.arena, &self.placement)?;
         let (mut found, mut value) = (key.to_vec(), value_buffer(&self.placement));
         for _ in 0..READ_TRIES {
             let Some(node) = table.find(Bytes::from(key)) else { return Ok(None) };
+            let _held = hold(&table, node)?;
             // The node may have become another key's in between: look again.
             if table.snapshot(node, &mut found, &mut value) == Some(true) && found == key {
+                hide_lock(&self.placement, &mut value);
                 return Ok(Some(value));
             }
         }
         Err(MapError::Busy)
     }
 
-    /// Sets the value of `key`.
+    /// Sets the value of `key`, all but a lock in it.
     ///
     /// # Errors
     /// Sizes; [`MapError::Exists`], [`MapError::NotFound`], [`MapError::Full`],
     /// [`MapError::Busy`].
     pub fn update(&self, key: &[u8], value: &[u8], mode: Update) -> Result<(), MapError> {
-        update(&self.arena, &self.placement, key, value, mode)
+        update(&self.arena, &self.placement, key, value, mode.flags())
+    }
+
+    /// Sets the value of `key` while the lock of an element that is there is held
+    /// (`BPF_F_LOCK`).
+    ///
+    /// # Errors
+    /// As [`HashMap::update`]; [`MapError::NoLock`].
+    pub fn update_locked(&self, key: &[u8], value: &[u8], mode: Update) -> Result<(), MapError> {
+        self.placement.lock_offset.ok_or(MapError::NoLock)?;
+        update(&self.arena, &self.placement, key, value, mode.flags() | BPF_F_LOCK)
     }
 
     /// Takes `key` out.
@@ -111,6 +155,7 @@ impl Iterator for Iter<'_> {
         let map = self.map;
         let mut value = value_buffer(&map.placement);
         let (_, key) = next_element(&map.arena, &map.placement, &mut self.next, &mut value)?;
+        hide_lock(&map.placement, &mut value);
         Some((key, value))
     }
 }
@@ -151,7 +196,7 @@ impl PerCpuHashMap {
     /// # Errors
     /// As [`HashMap::update`].
     pub fn update(&self, key: &[u8], value: &[u8], mode: Update) -> Result<(), MapError> {
-        update(&self.arena, &self.placement, key, value, mode)?;
+        update(&self.arena, &self.placement, key, value, mode.flags())?;
         let table = table(&self.arena, &self.placement)?;
         match table.find(Bytes::from(key)) {
             Some(node) => set_cells(&self.arena, &self.placement, self.cell_offset(node), value),
@@ -214,7 +259,7 @@ impl<'a> IntoIterator for &'a PerCpuHashMap {
     }
 }
 
-fn table<'a>(arena: &'a Arena, placement: &MapPlacement) -> Result<Table<'a>, MapError> {
+pub(crate) fn table<'a>(arena: &'a Arena, placement: &MapPlacement) -> Result<Table<'a>, MapError> {
     let geometry = Geometry {
         key_size_bytes: placement.key_size_bytes,
         value_size_bytes: placement.value_size_bytes,
@@ -224,33 +269,29 @@ fn table<'a>(arena: &'a Arena, placement: &MapPlacement) -> Result<Table<'a>, Ma
             MapKind::PerCpuHash => Values::InSlots { slot_offset: placement.slot_offset },
             _ => Values::InNode,
         },
+        lock_offset: placement.lock_offset,
     };
     let state = arena.state(placement).ok_or(MapError::Damaged)?;
     let data = arena.memory().part(placement.data_offset, placement.data_size_bytes);
     Table::new(geometry, state, data.ok_or(MapError::Damaged)?).ok_or(MapError::Damaged)
 }
 
-fn update(
+pub(crate) fn update(
     arena: &Arena,
     placement: &MapPlacement,
     key: &[u8],
     value: &[u8],
-    mode: Update,
+    flags: u64,
 ) -> Result<(), MapError> {
     check_key(placement, key)?;
     check_value(placement, value)?;
     let table = table(arena, placement)?;
     let caller = caller(arena)?;
-    let flags = match mode {
-        Update::Any => BPF_ANY,
-        Update::NoExist => BPF_NOEXIST,
-        Update::Exist => BPF_EXIST,
-    };
     let (key, value) = (Bytes::from(key), Bytes::from(value));
     patiently(|| table.update(&caller, key, value, flags)).map_err(|e| explain(e, placement))
 }
 
-fn delete(arena: &Arena, placement: &MapPlacement, key: &[u8]) -> Result<(), MapError> {
+pub(crate) fn delete(arena: &Arena, placement: &MapPlacement, key: &[u8]) -> Result<(), MapError> {
     check_key(placement, key)?;
     let table = table(arena, placement)?;
     let caller = caller(arena)?;
@@ -259,16 +300,16 @@ fn delete(arena: &Arena, placement: &MapPlacement, key: &[u8]) -> Result<(), Map
 }
 
 /// This thread, with slot 0 for its values.
-fn caller(arena: &Arena) -> Result<Caller<'_>, MapError> {
+pub(crate) fn caller(arena: &Arena) -> Result<Caller<'_>, MapError> {
     let stride = arena.plan().slot_stride;
     let size_bytes = stride * u64::from(arena.readable_slots());
     let slots = arena.memory().part(arena.plan().slots_offset, size_bytes);
     let cells = Cells { slots: slots.ok_or(MapError::Damaged)?, stride, own: 0 };
-    Ok(Caller { tid: sys::gettid(), cells })
+    Ok(Caller { tid: sys::gettid(), cells, held: None })
 }
 
-/// Tries again while the bucket is locked, a bounded number of times.
-fn patiently(mut change: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno> {
+/// Tries again while the bucket or value is locked, a bounded number of times.
+pub(crate) fn patiently<T>(mut change: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     for _ in 1..LOCK_TRIES {
         match change() {
             Err(Errno::EBUSY) => thread::yield_now(),
@@ -278,7 +319,7 @@ fn patiently(mut change: impl FnMut() -> Result<(), Errno>) -> Result<(), Errno>
     change()
 }
 
-fn explain(errno: Errno, placement: &MapPlacement) -> MapError {
+pub(crate) fn explain(errno: Errno, placement: &MapPlacement) -> MapError {
     match errno {
         Errno::EEXIST => MapError::Exists,
         Errno::ENOENT => MapError::NotFound,
@@ -288,7 +329,7 @@ fn explain(errno: Errno, placement: &MapPlacement) -> MapError {
     }
 }
 
-fn check_key(placement: &MapPlacement, key: &[u8]) -> Result<(), MapError> {
+pub(crate) fn check_key(placement: &MapPlacement, key: &[u8]) -> Result<(), MapError> {
     let expected_bytes = placement.key_size_bytes;
     if key.len() as u64 == u64::from(expected_bytes) {
         Ok(())
@@ -299,7 +340,7 @@ fn check_key(placement: &MapPlacement, key: &[u8]) -> Result<(), MapError> {
 
 /// The next element from node `*next` on, in the order of nodes: each at most once, however
 /// broken the chains are.
-fn next_element(
+pub(crate) fn next_element(
     arena: &Arena,
     placement: &MapPlacement,
     next: &mut u32,

@@ -14,6 +14,7 @@
 //!     flags: 0,
 //!     init: None,
 //!     read_only: false,
+//!     ..MapSpec::default()
 //! }];
 //! let arena = Arena::create(&ArenaPlan::new(&maps, 1), &maps)?;
 //! let counts = arena.hash(MapIdx(0))?;
@@ -33,10 +34,12 @@ mod arena;
 mod array;
 mod error;
 mod hash;
+mod inner;
 mod ringbuf;
 
 pub use arena::{Arena, Map};
 pub use array::{ArrayMap, PerCpuArrayMap};
 pub use error::{ArenaError, MapError};
 pub use hash::{HashMap, Iter, PerCpuHashMap, PerCpuIter, Update};
+pub use inner::{ArrayOfMaps, HashOfMaps};
 pub use ringbuf::RingBuf;

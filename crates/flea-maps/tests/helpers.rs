@@ -11,7 +11,7 @@ use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 
 use flea_layout::shared::{MapHeader, RuntimeFn as F};
-use flea_object::spec::{MapIdx, MapKind};
+use flea_object::spec::{InnerMaps, MapIdx, MapKind, MapSpec};
 use in_process::{Target, spec};
 
 fn vdso_clock_gettime() -> u64 {
@@ -31,10 +31,18 @@ fn every_register_but_rax_is_kept_and_the_stack_use_is_small() {
         spec(MapKind::Hash, 8, 8, 64),
         spec(MapKind::PerCpuHash, 8, 8, 64),
         spec(MapKind::RingBuf, 0, 0, 4096),
+        MapSpec {
+            inner: Some(InnerMaps { template: MapIdx(4), init: vec![(1, MapIdx(0))] }),
+            ..spec(MapKind::HashOfMaps, 4, 4, 8)
+        },
+        MapSpec { template: true, ..spec(MapKind::Hash, 8, 8, 64) },
+        MapSpec { lock_offset: Some(0), ..spec(MapKind::Array, 4, 8, 2) },
     ];
     let target = Target::new(&maps);
     let (base, slot) = (target.base, target.slot());
     let (hash, percpu, ring) = (target.map(0), target.map(1), target.map(2));
+    let (outer, locked) = (target.map(3), base + target.arena.plan().maps[5].data_offset);
+    let one = 1u32.to_le_bytes();
     let mut buffer = [7u64; 32];
     let at = buffer.as_mut_ptr() as u64;
     let format = c"%s %-10d %08lx|".to_bytes_with_nul();
@@ -51,6 +59,10 @@ fn every_register_but_rax_is_kept_and_the_stack_use_is_small() {
         (F::HashLookup, vec![base, percpu, at, slot]),
         (F::HashNext, vec![base, hash, at + 128, at + 136, 8, slot]),
         (F::HashNext, vec![base, percpu, at + 144, at + 152, 8, slot]),
+        (F::InnerMap, vec![base, outer, one.as_ptr() as u64]),
+        (F::SpinLock, vec![base, locked, slot]),
+        (F::SpinUnlock, vec![base, locked, slot]),
+        (F::MapUpdate, vec![base, target.map(5), one.as_ptr() as u64, at, 4, slot]),
         (F::MapDelete, vec![base, hash, at]),
         (F::MapDelete, vec![base, percpu, at]),
         (F::MapUpdate, vec![base, percpu, at, at + 8, 0, slot]),

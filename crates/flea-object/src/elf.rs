@@ -19,6 +19,8 @@ const MACHINE_BPF: u16 = 247;
 
 /// Relocation of a `lddw`.
 pub(crate) const R_BPF_64_64: u32 = 1;
+/// Relocation of an address in data.
+pub(crate) const R_BPF_64_ABS64: u32 = 2;
 /// Relocation of a call.
 pub(crate) const R_BPF_64_32: u32 = 10;
 

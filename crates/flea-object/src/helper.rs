@@ -54,6 +54,10 @@ helpers! {
     ProbeWriteUser = 36, "bpf_probe_write_user";
     /// `long bpf_probe_read_str(dst, size, src)`: as `bpf_probe_read_user_str`.
     ProbeReadStr = 45, "bpf_probe_read_str";
+    /// `long bpf_spin_lock(lock)`
+    SpinLock = 93, "bpf_spin_lock";
+    /// `long bpf_spin_unlock(lock)`
+    SpinUnlock = 94, "bpf_spin_unlock";
     /// `long bpf_probe_read_user(dst, size, src)`
     ProbeReadUser = 112, "bpf_probe_read_user";
     /// `long bpf_probe_read_kernel(dst, size, src)`: as `bpf_probe_read_user`.

@@ -34,6 +34,6 @@ pub use btf::BtfError;
 pub use elf::ElfError;
 pub use error::ObjectError;
 pub use link::{ProgramError, ProgramFault};
-pub use maps::{MapError, MapFault};
+pub use maps::{LOCK_BYTES, MapError, MapFault};
 pub use parse::parse;
 pub use section::SectionFault;

@@ -26,7 +26,7 @@ use crate::btf_ext::{BtfExt, CoreRelocation, LineInfo};
 use crate::elf::{Elf, Relocation, SectionIdx};
 use crate::error::ObjectError;
 use crate::insn::Insn;
-use crate::maps::DeclaredMap;
+use crate::maps::Declared;
 use crate::section::{SectionName, parse_name};
 use crate::spec::{MapSpec, Program, ProgramFunction, ProgramKind, SourceLine};
 use crate::types::Types;
@@ -65,6 +65,8 @@ pub(crate) struct Linker<'a> {
     map_at: HashMap<i64, u32>,
     maps: Vec<MapSpec>,
     data_maps: HashMap<SectionIdx, u32>,
+    /// Where global data sections have a lock.
+    data_locks: HashMap<SectionIdx, u32>,
     n_linked_insns: usize,
 }
 
@@ -84,7 +86,7 @@ impl<'a> Linker<'a> {
         elf: &'a Elf<'a>,
         btf: Option<&'a Btf<'a>>,
         ext: &BtfExt<'a>,
-        declared: Vec<DeclaredMap>,
+        declared: Declared,
     ) -> Result<Self, ProgramError> {
         let functions = find_functions(elf)?;
         let by_start = functions
@@ -98,7 +100,6 @@ impl<'a> Linker<'a> {
             .filter(|s| s.executable)
             .map(|s| (s.idx, s.relocations.iter().map(|r| (r.offset, *r)).collect()))
             .collect();
-        let offsets = declared.iter().map(|m| i64::try_from(m.offset).unwrap_or(i64::MAX));
         let prototypes = Prototypes::new(btf, ext);
         let btf = btf.map_or(&[][..], std::slice::from_ref);
         Ok(Self {
@@ -112,9 +113,10 @@ impl<'a> Linker<'a> {
             core_relocations: by_section(&ext.core_relocations, |r| (r.section, r.insn_idx)),
             prototypes,
             maps_section: elf.section_named(".maps").map(|s| s.idx),
-            map_at: offsets.zip(0..).collect(),
-            maps: declared.into_iter().map(|m| m.spec).collect(),
+            map_at: declared.at,
+            maps: declared.maps,
             data_maps: HashMap::new(),
+            data_locks: declared.data_locks,
             functions,
             n_linked_insns: 0,
         })

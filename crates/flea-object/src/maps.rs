@@ -12,14 +12,23 @@
 //! Limits are Linux's (`kernel/bpf/{arraymap,hashtab,ringbuf}.c`, 6.18), so that what is
 //! accepted here would be there.
 
+mod inner;
+mod lock;
+
 use std::collections::HashMap;
 
 use crate::btf::{Btf, Kind};
-use crate::elf::{Elf, Section};
+use crate::elf::{Elf, Section, SectionIdx};
 use crate::error::ObjectError;
 use crate::spec::{MapKind, MapSpec};
 
+use inner::{Outer, Values};
+
+pub use lock::LOCK_BYTES;
+
 const PAGE_BYTES: u32 = 4096;
+/// Bytes of a map of maps' value, as user space sees it: a file descriptor in Linux.
+const MAP_VALUE_BYTES: u32 = 4;
 /// A hash key is on the program's stack (Linux: `MAX_BPF_STACK`).
 const MAX_HASH_KEY_BYTES: u32 = 512;
 /// Linux: `KMALLOC_MAX_SIZE` less the element's header.
@@ -36,6 +45,8 @@ const BPF_F_ZERO_SEED: u32 = 1 << 6;
 /// Programs may only read the map.
 pub(crate) const BPF_F_RDONLY_PROG: u32 = 1 << 7;
 const BPF_F_MMAPABLE: u32 = 1 << 10;
+/// Arrays with it may be put into a map of maps whatever their number of elements.
+pub(crate) const BPF_F_INNER_MAP: u32 = 1 << 12;
 
 /// A map that cannot be had, and why.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -90,7 +101,7 @@ pub enum MapFault {
     },
     /// A type that this build does not have.
     #[error(
-        "map type {kind} ({name}) is not supported; HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY and RINGBUF are"
+        "map type {kind} ({name}) is not supported; HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, ARRAY_OF_MAPS, HASH_OF_MAPS and RINGBUF are"
     )]
     UnsupportedKind {
         /// Linux's number.
@@ -116,6 +127,61 @@ pub enum MapFault {
         /// The bits at fault.
         unknown: u32,
     },
+    /// A value with more than one lock.
+    #[error(
+        "the value has a struct bpf_spin_lock at {first} and one at {second}; there may be one"
+    )]
+    TwoLocks {
+        /// Offset of one of them.
+        first: u32,
+        /// And of another.
+        second: u32,
+    },
+    /// A lock that is no whole, aligned part of the value.
+    #[error("the struct bpf_spin_lock at {offset} is not aligned to 4, or not inside the value")]
+    BadLock {
+        /// Its offset.
+        offset: u32,
+    },
+    /// A lock where there can be none.
+    #[error(
+        "the value has a struct bpf_spin_lock, which only HASH and ARRAY maps that programs may write can have"
+    )]
+    LockHere,
+    /// A map of maps that does not say of which.
+    #[error("is a map of maps: __array(values, struct ...) has to say of which maps")]
+    NoInner,
+    /// A map of maps of maps.
+    #[error("is a map of maps inside one, which there cannot be")]
+    Nested,
+    /// Something else than a map's address among the initial values.
+    #[error(
+        "its initial value at offset {offset} is not the address of a map: write .values = {{ [0] = &map }}"
+    )]
+    BadInit {
+        /// From the start of the variable.
+        offset: u64,
+    },
+    /// An initial value of another shape.
+    #[error(
+        "values[{slot}] is '{inner}', which is not as `values` declares: type, key_size, value_size, map_flags and the place of a lock must be the same, and an array's max_entries unless its map_flags have BPF_F_INNER_MAP"
+    )]
+    WrongInner {
+        /// Its index.
+        slot: u32,
+        /// The map.
+        inner: String,
+    },
+    /// An initial value that has no place.
+    #[error(
+        "values[{slot}] = &{inner} has no place: an index is below max_entries, a hash has room for so many maps, and its keys have 4 bytes"
+    )]
+    NoSuchSlot {
+        /// Its index.
+        slot: u32,
+        /// The map.
+        inner: String,
+    },
     /// A data section that is too large, or too large beside others.
     #[error("{size_bytes} bytes of global data; at most {MAX_GLOBAL_DATA_BYTES} are allowed")]
     TooMuchData {
@@ -134,43 +200,53 @@ pub enum MapFault {
     },
 }
 
-impl MapFault {
-    fn of(self, map: &str) -> MapError {
-        MapError { map: map.to_owned(), fault: self }
-    }
+/// The maps of `.maps`.
+#[derive(Debug, Default)]
+pub(crate) struct Declared {
+    /// In the order of the section, then the templates of maps of maps.
+    pub maps: Vec<MapSpec>,
+    /// Where a map's variable is in the section, and its index.
+    pub at: HashMap<i64, u32>,
+    /// Where global data sections have a lock.
+    pub data_locks: HashMap<SectionIdx, u32>,
 }
 
-/// A map of `.maps`, and where its variable is in the section.
-#[derive(Clone, Debug)]
-pub(crate) struct DeclaredMap {
-    pub offset: u64,
-    pub spec: MapSpec,
-}
-
-/// Reads every map of `.maps`, in the order of the section.
-pub(crate) fn read_declared(
-    elf: &Elf<'_>,
-    btf: Option<&Btf<'_>>,
-) -> Result<Vec<DeclaredMap>, ObjectError> {
+/// Reads every map of `.maps`.
+pub(crate) fn read_declared(elf: &Elf<'_>, btf: Option<&Btf<'_>>) -> Result<Declared, ObjectError> {
     let legacy = |s: &&Section<'_>| s.name == "maps" || s.name.starts_with("maps/");
     if let Some(section) = elf.sections.iter().find(legacy) {
         let fault = MapFault::Legacy { section: section.name.clone() };
         return Err(fault.of(&section.name).into());
     }
+    let mut declared = Declared::default();
+    if let Some(btf) = btf {
+        declared.data_locks = lock::find_in_data(elf, btf)?;
+    }
     let Some(section) = elf.section_named(".maps") else {
-        return Ok(Vec::new());
+        return Ok(declared);
     };
     let btf = btf.ok_or_else(|| MapFault::NoBtf.of(".maps"))?;
     let in_section = elf.symbols.iter().filter(|s| s.section == Some(section.idx));
-    let offsets: HashMap<&str, u64> = in_section.map(|s| (s.name.as_str(), s.value)).collect();
-    let mut maps = Vec::new();
+    let places: HashMap<&str, _> =
+        in_section.map(|s| (s.name.as_str(), (s.value, s.size_bytes))).collect();
+    let mut found = Vec::new();
     for (name, type_id) in btf.data_section(".maps")? {
-        let offset = *offsets.get(name).ok_or_else(|| MapFault::NotADefinition.of(name))?;
-        let spec = read_definition(btf, name, type_id)?;
-        maps.push(DeclaredMap { offset, spec });
+        let place = *places.get(name).ok_or_else(|| MapFault::NotADefinition.of(name))?;
+        let (spec, values) = read_definition(btf, name, type_id)?;
+        found.push((place, spec, values));
     }
-    maps.sort_by_key(|map| map.offset);
-    Ok(maps)
+    found.sort_by_key(|(place, _, _)| *place);
+    let mut outers = Vec::new();
+    for ((start, size_bytes), spec, values) in found {
+        let map = declared.maps.len();
+        let end = start.saturating_add(size_bytes);
+        outers.extend(values.map(|values| Outer { map, start, end, values }));
+        let index = u32::try_from(map).expect("a map takes bytes of the file");
+        declared.at.insert(i64::try_from(start).unwrap_or(i64::MAX), index);
+        declared.maps.push(spec);
+    }
+    inner::complete(elf, btf, section, &outers, &mut declared)?;
+    Ok(declared)
 }
 
 /// The map that a `.data`, `.rodata` or `.bss` section becomes, beside `held_bytes` of others: a
@@ -179,6 +255,7 @@ pub(crate) fn global_data(
     elf: &Elf<'_>,
     section: &Section<'_>,
     held_bytes: u64,
+    lock_offset: Option<u32>,
 ) -> Result<MapSpec, MapError> {
     let name = section.name.as_str();
     if let Some(relocation) = section.relocations.first() {
@@ -198,7 +275,7 @@ pub(crate) fn global_data(
     let mut bytes = section.data.to_vec();
     bytes.resize(value_size_bytes as usize, 0);
     let read_only = name == ".rodata" || name.starts_with(".rodata.");
-    Ok(MapSpec {
+    let spec = MapSpec {
         name: name.to_owned(),
         kind: MapKind::Array,
         key_size_bytes: 4,
@@ -207,7 +284,11 @@ pub(crate) fn global_data(
         flags: if read_only { BPF_F_RDONLY_PROG } else { 0 },
         init: Some(bytes),
         read_only,
-    })
+        lock_offset,
+        ..MapSpec::default()
+    };
+    lock::check(&spec).map_err(|fault| fault.of(name))?;
+    Ok(spec)
 }
 
 /// Whether a section of this name becomes a map.
@@ -225,13 +306,20 @@ struct Definition {
     flags: u32,
     key_size_bytes: Option<u32>,
     value_size_bytes: Option<u32>,
+    lock_offset: Option<u32>,
 }
 
-fn read_definition(btf: &Btf<'_>, map: &str, type_id: u32) -> Result<MapSpec, ObjectError> {
+/// The map that the structure `type_id` defines, and what it says of the maps inside.
+fn read_definition(
+    btf: &Btf<'_>,
+    map: &str,
+    type_id: u32,
+) -> Result<(MapSpec, Option<Values>), ObjectError> {
     let Kind::Struct { members, .. } = &btf.resolve(type_id)?.kind else {
         return Err(MapFault::NotADefinition.of(map).into());
     };
     let mut definition = Definition::default();
+    let mut values = None;
     for member in members {
         let bad = || MapFault::BadMember { member: member.name.to_owned() }.of(map);
         let unsupported = || MapFault::UnsupportedMember { member: member.name.to_owned() };
@@ -251,14 +339,26 @@ fn read_definition(btf: &Btf<'_>, map: &str, type_id: u32) -> Result<MapSpec, Ob
                     set_size(&mut definition.key_size_bytes, "key", size, map)?;
                 } else {
                     set_size(&mut definition.value_size_bytes, "value", size, map)?;
+                    definition.lock_offset = lock::find(btf, to, map)?;
                 }
+            }
+            "values" => {
+                let read = Values::read(btf, member.type_id, member.bit_offset)?;
+                values = Some(read.ok_or_else(|| unsupported().of(map))?);
             }
             // Harmless where they ask for nothing: no pinning, no node, no extra.
             "pinning" | "numa_node" | "map_extra" if uint()? == 0 => {}
             _ => return Err(unsupported().of(map).into()),
         }
     }
-    Ok(definition.into_spec(map)?)
+    let holds_maps = definition.kind.and_then(kind_from_number).is_some_and(MapKind::holds_maps);
+    match values {
+        Some(_) if !holds_maps => {
+            Err(MapFault::UnsupportedMember { member: "values".to_owned() }.of(map).into())
+        }
+        None if holds_maps => Err(MapFault::NoInner.of(map).into()),
+        _ => Ok((definition.into_spec(map)?, values)),
+    }
 }
 
 /// `__uint(x, N)` is `int (*x)[N]`.
@@ -295,15 +395,18 @@ impl Definition {
         let kind = kind_from_number(number).ok_or_else(|| {
             MapFault::UnsupportedKind { kind: number, name: kind_name(number) }.of(name)
         })?;
+        let default_value_size = if kind.holds_maps() { MAP_VALUE_BYTES } else { 0 };
         let spec = MapSpec {
             name: name.to_owned(),
             kind,
             key_size_bytes: self.key_size_bytes.unwrap_or(0),
-            value_size_bytes: self.value_size_bytes.unwrap_or(0),
+            value_size_bytes: self.value_size_bytes.unwrap_or(default_value_size),
             max_entries: self.max_entries,
             flags: self.flags,
             init: None,
             read_only: self.flags & BPF_F_RDONLY_PROG != 0,
+            lock_offset: self.lock_offset,
+            ..MapSpec::default()
         };
         spec.check()?;
         Ok(spec)
@@ -317,14 +420,15 @@ impl MapSpec {
     /// # Errors
     /// [`MapError`] with the first thing that Linux would not take either.
     pub fn check(&self) -> Result<(), MapError> {
-        check_sizes(self).map_err(|fault| fault.of(&self.name))?;
+        check_sizes(self).and_then(|()| lock::check(self)).map_err(|fault| fault.of(&self.name))?;
         let allowed = match self.kind {
-            MapKind::Array => BPF_F_RDONLY_PROG | BPF_F_MMAPABLE,
+            MapKind::Array => BPF_F_RDONLY_PROG | BPF_F_MMAPABLE | BPF_F_INNER_MAP,
             MapKind::PerCpuArray => BPF_F_RDONLY_PROG,
             MapKind::Hash | MapKind::PerCpuHash => {
                 BPF_F_NO_PREALLOC | BPF_F_ZERO_SEED | BPF_F_RDONLY_PROG
             }
-            MapKind::RingBuf => 0,
+            MapKind::HashOfMaps => BPF_F_NO_PREALLOC | BPF_F_ZERO_SEED,
+            MapKind::ArrayOfMaps | MapKind::RingBuf => 0,
         };
         let (flags, unknown) = (self.flags, self.flags & !allowed);
         if unknown != 0 {
@@ -340,10 +444,10 @@ fn check_sizes(spec: &MapSpec) -> Result<(), MapFault> {
     };
     let (key, value, n) = (spec.key_size_bytes, spec.value_size_bytes, spec.max_entries);
     match spec.kind {
-        MapKind::Array | MapKind::PerCpuArray => {
+        MapKind::Array | MapKind::PerCpuArray | MapKind::ArrayOfMaps => {
             size("key_size", key, key == 4, "an array's key is 4 bytes")?;
         }
-        MapKind::Hash | MapKind::PerCpuHash => {
+        MapKind::Hash | MapKind::PerCpuHash | MapKind::HashOfMaps => {
             let ok = (1..=MAX_HASH_KEY_BYTES).contains(&key);
             size("key_size", key, ok, "a hash key is 1 to 512 bytes")?;
         }
@@ -355,6 +459,10 @@ fn check_sizes(spec: &MapSpec) -> Result<(), MapFault> {
             return size("max_entries", n, ok, expected);
         }
     }
+    if spec.kind.holds_maps() {
+        let expected = "a map in a map of maps takes 4 bytes";
+        size("value_size", value, value == MAP_VALUE_BYTES, expected)?;
+    }
     let (max, expected) = match spec.kind {
         MapKind::Array => (MAX_ARRAY_VALUE_BYTES, "an array's value is 1 to 2147483647 bytes"),
         MapKind::Hash => (MAX_HASH_VALUE_BYTES, "a hash value is 1 to 4193280 bytes"),
@@ -365,8 +473,7 @@ fn check_sizes(spec: &MapSpec) -> Result<(), MapFault> {
 }
 
 fn kind_from_number(number: u32) -> Option<MapKind> {
-    use MapKind::{Array, Hash, PerCpuArray, PerCpuHash, RingBuf};
-    [Hash, Array, PerCpuHash, PerCpuArray, RingBuf].into_iter().find(|k| *k as u32 == number)
+    MapKind::ALL.iter().copied().find(|k| *k as u32 == number)
 }
 
 /// `BPF_MAP_TYPE_*` without the prefix.

@@ -2,6 +2,7 @@
 
 use crate::core_relo::CoreRelocation;
 use crate::insn::Insn;
+use crate::maps::BPF_F_INNER_MAP;
 use crate::types::Types;
 
 /// A loaded object: the input of a session.
@@ -22,7 +23,7 @@ pub struct Object {
 pub struct MapIdx(pub u32);
 
 /// A map, as the object describes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MapSpec {
     /// The variable's name; `.rodata`, `.data`, `.bss` (and `.rodata.x`) for global data.
     pub name: String,
@@ -40,28 +41,105 @@ pub struct MapSpec {
     pub init: Option<Vec<u8>>,
     /// Programs may only read it (`.rodata`, `BPF_F_RDONLY_PROG`).
     pub read_only: bool,
+    /// Where in a value its `struct bpf_spin_lock` is, if it has one.
+    pub lock_offset: Option<u32>,
+    /// What a map of maps holds; `None` for other kinds.
+    pub inner: Option<InnerMaps>,
+    /// Stands for the maps that a map of maps may hold: a shape without elements. A lookup in
+    /// that map gives a program some map of this shape.
+    pub template: bool,
+}
+
+/// What programs count on of a map.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Its type.
+    pub kind: MapKind,
+    /// Bytes per key.
+    pub key_size_bytes: u32,
+    /// Bytes per value.
+    pub value_size_bytes: u32,
+    /// Elements.
+    pub max_entries: u32,
+    /// `BPF_F_*`
+    pub flags: u32,
+    /// Where in a value its lock is.
+    pub lock_offset: Option<u32>,
+}
+
+impl Shape {
+    /// Whether a map of this shape may be put into a map of maps whose template has the other:
+    /// what a program was verified for must hold of it too (Linux: `bpf_map_meta_equal`).
+    #[must_use]
+    pub fn fits(self, template: Self) -> bool {
+        let any_length = self.kind != MapKind::Array || self.flags & BPF_F_INNER_MAP != 0;
+        let max_entries = if any_length { template.max_entries } else { self.max_entries };
+        Self { max_entries, ..self } == template
+    }
+}
+
+impl MapSpec {
+    /// What programs count on.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        Shape {
+            kind: self.kind,
+            key_size_bytes: self.key_size_bytes,
+            value_size_bytes: self.value_size_bytes,
+            max_entries: self.max_entries,
+            flags: self.flags,
+            lock_offset: self.lock_offset,
+        }
+    }
+}
+
+/// What a map of maps holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InnerMaps {
+    /// The map that is a [`MapSpec::template`] for all that may be put in.
+    pub template: MapIdx,
+    /// What is in it at the start: index or 4-byte key, and map.
+    pub init: Vec<(u32, MapIdx)>,
 }
 
 /// Map types, with Linux's numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum MapKind {
     /// `BPF_MAP_TYPE_HASH`
     Hash = 1,
     /// `BPF_MAP_TYPE_ARRAY`
+    #[default]
     Array = 2,
     /// `BPF_MAP_TYPE_PERCPU_HASH`
     PerCpuHash = 5,
     /// `BPF_MAP_TYPE_PERCPU_ARRAY`
     PerCpuArray = 6,
+    /// `BPF_MAP_TYPE_ARRAY_OF_MAPS`
+    ArrayOfMaps = 12,
+    /// `BPF_MAP_TYPE_HASH_OF_MAPS`
+    HashOfMaps = 13,
     /// `BPF_MAP_TYPE_RINGBUF`
     RingBuf = 27,
 }
 
 impl MapKind {
     /// All of them.
-    pub const ALL: &'static [Self] =
-        &[Self::Hash, Self::Array, Self::PerCpuHash, Self::PerCpuArray, Self::RingBuf];
+    pub const ALL: &'static [Self] = &[
+        Self::Hash,
+        Self::Array,
+        Self::PerCpuHash,
+        Self::PerCpuArray,
+        Self::ArrayOfMaps,
+        Self::HashOfMaps,
+        Self::RingBuf,
+    ];
+
+    /// Whether its values are maps.
+    #[must_use]
+    pub const fn holds_maps(self) -> bool {
+        matches!(self, Self::ArrayOfMaps | Self::HashOfMaps)
+    }
 }
 
 /// One program: a main function and the functions it calls.

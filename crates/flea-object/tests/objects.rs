@@ -12,7 +12,7 @@ use flea_object::helper::Helper;
 use flea_object::insn::Insn;
 use flea_object::interp::{Host, Interpreter, Memory, Protection};
 use flea_object::parse;
-use flea_object::spec::{MapIdx, MapKind, MapSpec, Object, Program, ProgramKind};
+use flea_object::spec::{InnerMaps, MapIdx, MapKind, MapSpec, Object, Program, ProgramKind};
 use flea_object::validate::validate;
 use support::{compile, compilers};
 
@@ -103,6 +103,7 @@ fn map(name: &str, kind: MapKind, sizes: [u32; 3], flags: u32) -> MapSpec {
         flags,
         init: None,
         read_only: flags == 1 << 7,
+        ..MapSpec::default()
     }
 }
 
@@ -291,5 +292,37 @@ fn objects_from_libbpfs_linker() {
         let counts = map_named(&object, "counts").unwrap();
         assert_eq!(memory.load(host.values[counts], 8), Ok(62), "{compiler}");
         assert!(program(&object, "on_free").lines.iter().any(|l| l.text.contains("twice(")));
+    }
+}
+
+#[test]
+fn maps_of_maps_and_locks_are_found() {
+    for compiler in compilers() {
+        let object = parse(&compile(compiler, "inner.bpf.c", &["-g"])).unwrap();
+        let index = |name| MapIdx(u32::try_from(map_named(&object, name).unwrap()).unwrap());
+        let at = |name| &object.maps[map_named(&object, name).unwrap()];
+        let route = MapSpec { lock_offset: Some(8), ..map("north", MapKind::Hash, [4, 16, 16], 0) };
+        assert_eq!(*at("north"), route, "{compiler}");
+        assert_eq!(*at("south"), MapSpec { name: "south".into(), ..route.clone() });
+
+        let template = MapSpec { name: "routes.inner".into(), template: true, ..route };
+        assert_eq!(*at("routes.inner"), template, "{compiler}");
+        let routes = InnerMaps {
+            template: index("routes.inner"),
+            init: vec![(0, index("north")), (2, index("south"))],
+        };
+        let expected = map("routes", MapKind::ArrayOfMaps, [4, 4, 4], 0);
+        assert_eq!(*at("routes"), MapSpec { inner: Some(routes), ..expected }, "{compiler}");
+
+        let lists = InnerMaps { template: index("lists.inner"), init: vec![(5, index("nine"))] };
+        let expected = map("lists", MapKind::HashOfMaps, [4, 4, 8], 0);
+        assert_eq!(*at("lists"), MapSpec { inner: Some(lists), ..expected }, "{compiler}");
+        let fits = |map, template| at(map).shape().fits(at(template).shape());
+        assert!(fits("nine", "lists.inner") && fits("south", "routes.inner"));
+        assert!(!fits("nine", "routes.inner") && !fits("north", "lists.inner"));
+
+        assert_eq!(at("deep").lock_offset, Some(4));
+        assert!(at(".data.guarded").lock_offset.is_some_and(|o| o == 0 || o == 8));
+        assert_eq!(at(".bss").lock_offset, None);
     }
 }

@@ -25,6 +25,7 @@ mod mem;
 mod printk;
 mod probe;
 mod ringbuf;
+mod spin;
 #[path = "../../flea-layout/src/shared.rs"]
 mod shared;
 #[path = "x86_64/mod.rs"]
@@ -99,6 +100,9 @@ entries! {
     flea_thread_slot => thread_slot;
     flea_hash_lookup => hash_lookup;
     flea_hash_next => hash_next;
+    flea_inner_map => inner_map;
+    flea_spin_lock => spin_lock;
+    flea_spin_unlock => spin_unlock;
     flea_map_update => map_update;
     flea_map_delete => map_delete;
     flea_ringbuf_reserve => ringbuf_reserve;
@@ -201,6 +205,24 @@ unsafe extern "C" fn hash_next(
     // SAFETY: `key` is `key_bytes` bytes of the program's own stack.
     let key = unsafe { core::slice::from_raw_parts_mut(key as *mut u8, key_bytes) };
     map.next(cursor, key, slot).unwrap_or(0)
+}
+
+unsafe extern "C" fn inner_map(arena: u64, map: u64, key: u64) -> u64 {
+    // SAFETY: `arena` is an arena.
+    let Some(map) = Map::new(unsafe { map::arena(arena) }, map) else { return 0 };
+    // SAFETY: `key` is what it is called.
+    unsafe { map.inner(key) }.unwrap_or(0)
+}
+
+unsafe extern "C" fn spin_lock(arena: u64, lock: u64, slot: u64) -> i64 {
+    // SAFETY: `arena` is an arena.
+    status(map::spin_lock(unsafe { map::arena(arena) }, lock, slot))
+}
+
+unsafe extern "C" fn spin_unlock(arena: u64, lock: u64, slot: u64) -> i64 {
+    // SAFETY: `arena` is an arena.
+    map::spin_unlock(unsafe { map::arena(arena) }, lock, slot);
+    0
 }
 
 unsafe extern "C" fn map_update(

@@ -18,6 +18,7 @@ pub mod mem;
 pub mod printk;
 pub mod probe;
 pub mod ringbuf;
+pub mod spin;
 #[path = "x86_64/mod.rs"]
 pub mod sys;
 pub mod task;

@@ -39,8 +39,10 @@ use crate::sys::{self, Tid};
 /// An unchanged lock word of a thread that nobody knows is given up after this.
 pub const STEAL_AFTER_NS: u64 = 1_000_000_000;
 
-const TID_BITS: u32 = 22;
-const TID_MASK: u32 = (1 << TID_BITS) - 1;
+/// Bits of a thread id.
+pub(crate) const TID_BITS: u32 = 22;
+/// The part of a lock word that names its owner.
+pub(crate) const TID_MASK: u32 = (1 << TID_BITS) - 1;
 /// Tries with a pause between them: some microseconds.
 const SPINS: u32 = 100;
 /// Then tries with the processor given to others between them, for at most this long.
@@ -130,7 +132,7 @@ pub fn acquire<'a>(
 
 impl Owners<'_> {
     /// Rule 3's first half.
-    fn is_dead(self, owner: Tid) -> bool {
+    pub(crate) fn is_dead(self, owner: Tid) -> bool {
         if !sys::is_thread_dead(owner) {
             return false;
         }
@@ -158,7 +160,7 @@ fn take(lock: &AtomicU32, seen: u32, me: Tid) -> Option<Guard<'_>> {
 
 /// Rule 3: whether this very word has been under suspicion for long enough. Starts the
 /// clock where it has not.
-fn is_given_up(suspect: Suspect<'_>, bucket: u32, seen: u32) -> bool {
+pub(crate) fn is_given_up(suspect: Suspect<'_>, bucket: u32, seen: u32) -> bool {
     let now_ns = sys::clock_ns(sys::CLOCK_MONOTONIC);
     let word = (u64::from(bucket) << 32) | u64::from(seen);
     if suspect.word.load(Acquire) == word {

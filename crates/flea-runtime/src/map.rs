@@ -5,11 +5,13 @@ use core::mem::offset_of;
 use core::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use crate::errno::Errno;
-use crate::hash::change::{BPF_EXIST, BPF_NOEXIST, Caller, Cells};
-use crate::hash::{Geometry, NodeIdx, Table, Values};
+use crate::hash::change::{BPF_EXIST, BPF_F_LOCK, BPF_NOEXIST, Caller, Cells};
+use crate::hash::{Geometry, NodeIdx, Table, Values, state};
+use crate::lock::Suspect;
 use crate::mem::{Bytes, Shared, low_half};
 use crate::ringbuf::{self, Ring};
-use crate::shared::{ArenaHeader, MAP_HEADER_BYTES, MapHeader, SlotHeader};
+use crate::shared::{ArenaHeader, MAP_HEADER_BYTES, MAP_HEADERS_OFFSET, MapHeader, SlotHeader};
+use crate::spin::{self, Held, Taker};
 use crate::sys::Tid;
 
 /// Linux's numbers of the map types.
@@ -22,6 +24,10 @@ pub mod kind {
     pub const PERCPU_HASH: u32 = 5;
     /// `BPF_MAP_TYPE_PERCPU_ARRAY`
     pub const PERCPU_ARRAY: u32 = 6;
+    /// `BPF_MAP_TYPE_ARRAY_OF_MAPS`
+    pub const ARRAY_OF_MAPS: u32 = 12;
+    /// `BPF_MAP_TYPE_HASH_OF_MAPS`
+    pub const HASH_OF_MAPS: u32 = 13;
     /// `BPF_MAP_TYPE_RINGBUF`
     pub const RINGBUF: u32 = 27;
 }
@@ -64,6 +70,8 @@ pub struct Map<'a> {
     max_entries: u32,
     data_offset: u64,
     slot_offset: u64,
+    lock_offset: Option<u32>,
+    template_offset: u64,
 }
 
 impl<'a> Map<'a> {
@@ -83,18 +91,84 @@ impl<'a> Map<'a> {
             max_entries: half(offset_of!(MapHeader, max_entries))?,
             data_offset: word(offset_of!(MapHeader, data_offset))?,
             slot_offset: word(offset_of!(MapHeader, slot_offset))?,
+            lock_offset: half(offset_of!(MapHeader, lock_offset_plus_1))?.checked_sub(1),
+            template_offset: word(offset_of!(MapHeader, template_offset))?,
         })
     }
 
-    /// `bpf_map_lookup_elem`, hash kinds: the value's address.
+    /// `bpf_map_lookup_elem`, all kinds with elements: the value's address.
     ///
     /// # Safety
-    /// `key` is the address of a key, `slot` of the calling thread's slot.
+    /// `key` is the address of a key; `slot`, in per-CPU maps, of the calling thread's slot.
     #[must_use]
     pub unsafe fn lookup(&self, key: u64, slot: u64) -> Option<u64> {
-        let table = self.table()?;
         // SAFETY: the verifier has proved that a whole key is readable there.
-        let node = table.find(unsafe { self.key(key) })?;
+        let key = unsafe { self.key(key) };
+        match self.kind {
+            kind::ARRAY => self.element(self.data_offset, key),
+            kind::PERCPU_ARRAY => {
+                let own = self.arena.offset_of(slot)?;
+                self.element(own.wrapping_add(self.slot_offset), key)
+            }
+            kind::HASH | kind::PERCPU_HASH => self.hash_lookup(key, slot),
+            _ => None,
+        }
+    }
+
+    /// `bpf_map_lookup_elem` in a map of maps: the address of the inner map's header. Compiled
+    /// code relies on the shape that it was verified for, so a header of another shape is no
+    /// map.
+    ///
+    /// # Safety
+    /// `key` is the address of a key.
+    #[must_use]
+    pub unsafe fn inner(&self, key: u64) -> Option<u64> {
+        // SAFETY: the verifier has proved that a whole key is readable there.
+        let key = unsafe { self.key(key) };
+        let value = match self.kind {
+            kind::ARRAY_OF_MAPS => {
+                let address = self.element(self.data_offset, key)?;
+                self.arena.half(self.arena.offset_of(address)?)?
+            }
+            kind::HASH_OF_MAPS => {
+                let table = self.table()?;
+                table.value_half(table.find(key)?)?
+            }
+            _ => return None,
+        };
+        let offset = u64::from(value.load(Relaxed));
+        let n_maps = self.arena.half(offset_of!(ArenaHeader, n_maps) as u64)?.load(Relaxed);
+        // 0 where there is no map.
+        let from_first = offset.checked_sub(MAP_HEADERS_OFFSET)?;
+        if from_first % MAP_HEADER_BYTES != 0 || from_first / MAP_HEADER_BYTES >= u64::from(n_maps)
+        {
+            return None;
+        }
+        let address = self.arena.address(offset);
+        let found = Self::new(self.arena, address)?;
+        let template = Self::new(self.arena, self.arena.address(self.template_offset))?;
+        (found.shape() == template.shape()).then_some(address)
+    }
+
+    /// What compiled code counts on.
+    fn shape(&self) -> (u32, u32, u32, Option<u32>) {
+        (self.kind, self.key_size_bytes, self.value_size_bytes, self.lock_offset)
+    }
+
+    /// The address of an array's element, all of it in the arena.
+    fn element(&self, values: u64, key: Bytes<'_>) -> Option<u64> {
+        let index = key.word(0) & u64::from(u32::MAX);
+        if index >= u64::from(self.max_entries) {
+            return None;
+        }
+        let stride = u64::from(self.value_stride);
+        let element = self.arena.part(values.wrapping_add(index * stride), stride)?;
+        Some(element.address(0))
+    }
+
+    fn hash_lookup(&self, key: Bytes<'_>, slot: u64) -> Option<u64> {
+        let table = self.table()?;
+        let node = table.find(key)?;
         Some(self.value(&table, node, slot))
     }
 
@@ -140,13 +214,13 @@ impl<'a> Map<'a> {
         match self.kind {
             kind::HASH | kind::PERCPU_HASH => {
                 let table = self.table().ok_or(Errno::EINVAL)?;
-                let caller = self.caller(own).ok_or(Errno::EINVAL)?;
+                let caller = caller(self.arena, own).ok_or(Errno::EINVAL)?;
                 table.update(&caller, key, value, flags)
             }
-            kind::ARRAY => self.update_array(self.data_offset, key, value, flags),
+            kind::ARRAY => self.update_array(own, self.data_offset, key, value, flags),
             kind::PERCPU_ARRAY => {
                 let values = own.ok_or(Errno::EINVAL)?.wrapping_add(self.slot_offset);
-                self.update_array(values, key, value, flags)
+                self.update_array(own, values, key, value, flags)
             }
             _ => Err(Errno::EINVAL),
         }
@@ -160,8 +234,11 @@ impl<'a> Map<'a> {
     /// # Safety
     /// `key` is the address of a key, `slot` of the calling thread's slot.
     pub unsafe fn delete(&self, key: u64, slot: u64) -> Result<(), Errno> {
+        if self.kind == kind::HASH_OF_MAPS {
+            return Err(Errno::EINVAL);
+        }
         let table = self.table().ok_or(Errno::EINVAL)?;
-        let caller = self.caller(self.arena.offset_of(slot)).ok_or(Errno::EINVAL)?;
+        let caller = caller(self.arena, self.arena.offset_of(slot)).ok_or(Errno::EINVAL)?;
         // SAFETY: the verifier has proved that a whole key is readable there.
         table.delete(&caller, unsafe { self.key(key) })
     }
@@ -178,7 +255,7 @@ impl<'a> Map<'a> {
 
     fn table(&self) -> Option<Table<'a>> {
         let values = match self.kind {
-            kind::HASH => Values::InNode,
+            kind::HASH | kind::HASH_OF_MAPS => Values::InNode,
             kind::PERCPU_HASH => Values::InSlots { slot_offset: self.slot_offset },
             _ => return None,
         };
@@ -188,6 +265,7 @@ impl<'a> Map<'a> {
             value_stride: self.value_stride,
             max_entries: self.max_entries,
             values,
+            lock_offset: self.lock_offset,
         };
         let rest = self.arena.size_bytes().checked_sub(self.data_offset)?;
         let data = self.arena.part(self.data_offset, rest)?;
@@ -196,12 +274,14 @@ impl<'a> Map<'a> {
 
     fn update_array(
         &self,
+        own: Option<u64>,
         values: u64,
         key: Bytes<'_>,
         value: Bytes<'_>,
         flags: u64,
     ) -> Result<(), Errno> {
-        if flags > BPF_EXIST {
+        let (flags, locked) = (flags & !BPF_F_LOCK, flags & BPF_F_LOCK != 0);
+        if flags > BPF_EXIST || (locked && self.lock_offset.is_none()) {
             return Err(Errno::EINVAL);
         }
         let index = key.word(0) & u64::from(u32::MAX);
@@ -212,22 +292,25 @@ impl<'a> Map<'a> {
             return Err(Errno::EEXIST);
         }
         let offset = values.wrapping_add(index * u64::from(self.value_stride));
-        self.arena.store(offset, value).ok_or(Errno::EINVAL)
+        let caller =
+            if locked { Some(caller(self.arena, own).ok_or(Errno::EINVAL)?) } else { None };
+        let _held = match &caller {
+            Some(caller) => Some(self.lock_element(caller, offset, low_half(index))?),
+            None => None,
+        };
+        self.arena.store_around(offset, value, self.lock_offset).ok_or(Errno::EINVAL)
     }
 
-    /// The thread whose slot is at offset `own`.
-    fn caller(&self, own: Option<u64>) -> Option<Caller<'a>> {
-        let word = |at: usize| Some(self.arena.word(at as u64)?.load(Relaxed));
-        let half = |at: usize| Some(self.arena.half(at as u64)?.load(Acquire));
-        let first = word(offset_of!(ArenaHeader, slots_offset))?;
-        let stride = word(offset_of!(ArenaHeader, slot_stride))?;
-        let n_slots = half(offset_of!(ArenaHeader, n_slots))?;
-        let used = half(offset_of!(ArenaHeader, used_slots))?.min(n_slots);
-        let slots = self.arena.part(first, stride.checked_mul(u64::from(used))?)?;
-        let own = own?.checked_sub(first)?;
-        let owner = slots.word(own + offset_of!(SlotHeader, owner) as u64)?.load(Relaxed);
-        let tid = Tid(low_half(owner));
-        Some(Caller { tid, cells: Cells { slots, stride, own } })
+    /// Takes the lock in an array's element, which is at `offset`.
+    fn lock_element(
+        &self,
+        caller: &Caller<'a>,
+        offset: u64,
+        index: u32,
+    ) -> Result<Held<'a>, Errno> {
+        let lock = self.lock_offset.ok_or(Errno::EINVAL)?;
+        let states = self.header.part(STATE_OFFSET, STATE_BYTES).ok_or(Errno::EINVAL)?;
+        lock_element(self.arena, states, caller, offset + u64::from(lock), index)
     }
 
     /// # Safety
@@ -236,4 +319,70 @@ impl<'a> Map<'a> {
         // SAFETY: as the caller says.
         unsafe { Bytes::new(address as *const u8, u64::from(self.key_size_bytes)) }
     }
+}
+
+/// Takes the lock at offset `at` of `memory`, in element `index` of an array whose header's
+/// state words are `states`. For both sides.
+///
+/// # Errors
+/// EBUSY (see `spin.rs`); EINVAL: there is none.
+pub fn lock_element<'a>(
+    memory: Shared<'a>,
+    states: Shared<'a>,
+    caller: &Caller<'a>,
+    at: u64,
+    index: u32,
+) -> Result<Held<'a>, Errno> {
+    let suspect = Suspect {
+        word: states.word(state::VALUE_SUSPECT * 8).ok_or(Errno::EINVAL)?,
+        since_ns: states.word(state::VALUE_SUSPECT_SINCE * 8).ok_or(Errno::EINVAL)?,
+    };
+    let owners = caller.cells.owners();
+    let taker = Taker { me: caller.tid, held: caller.held, suspect, owners };
+    taker.take(memory.half(at).ok_or(Errno::EINVAL)?, memory.address(at), index)
+}
+
+/// `bpf_spin_lock` of the lock at `address`, by the thread whose slot is at `slot`.
+///
+/// # Errors
+/// EBUSY (see `spin.rs`); EINVAL: an address outside the arena.
+pub fn spin_lock(arena: Shared<'_>, address: u64, slot: u64) -> Result<(), Errno> {
+    let at = arena.offset_of(address).ok_or(Errno::EINVAL)?;
+    let word = arena.half(at).ok_or(Errno::EINVAL)?;
+    let caller = caller(arena, arena.offset_of(slot)).ok_or(Errno::EINVAL)?;
+    let field = |at: usize| arena.word(at as u64).ok_or(Errno::EINVAL);
+    let suspect = Suspect {
+        word: field(offset_of!(ArenaHeader, lock_suspect))?,
+        since_ns: field(offset_of!(ArenaHeader, lock_suspect_since_ns))?,
+    };
+    let owners = caller.cells.owners();
+    let taker = Taker { me: caller.tid, held: caller.held, suspect, owners };
+    // `spin_unlock` releases it.
+    core::mem::forget(taker.take(word, address, low_half(at >> 2))?);
+    Ok(())
+}
+
+/// `bpf_spin_unlock`.
+pub fn spin_unlock(arena: Shared<'_>, address: u64, slot: u64) {
+    let word = arena.offset_of(address).and_then(|at| arena.half(at));
+    if let (Some(word), Some(caller)) = (word, caller(arena, arena.offset_of(slot))) {
+        spin::release(word, caller.tid, caller.held);
+    }
+}
+
+/// The thread whose slot is at offset `own`.
+fn caller<'a>(arena: Shared<'a>, own: Option<u64>) -> Option<Caller<'a>> {
+    let word = |at: usize| Some(arena.word(at as u64)?.load(Relaxed));
+    let half = |at: usize| Some(arena.half(at as u64)?.load(Acquire));
+    let first = word(offset_of!(ArenaHeader, slots_offset))?;
+    let stride = word(offset_of!(ArenaHeader, slot_stride))?;
+    let n_slots = half(offset_of!(ArenaHeader, n_slots))?;
+    let used = half(offset_of!(ArenaHeader, used_slots))?.min(n_slots);
+    let slots = arena.part(first, stride.checked_mul(u64::from(used))?)?;
+    let own = own?.checked_sub(first)?;
+    let slot = slots.part(own, size_of::<SlotHeader>() as u64)?;
+    let owner = slot.word(offset_of!(SlotHeader, owner) as u64)?.load(Relaxed);
+    let held = slot.word(offset_of!(SlotHeader, held_lock) as u64)?;
+    let tid = Tid(low_half(owner));
+    Some(Caller { tid, cells: Cells { slots, stride, own }, held: Some(held) })
 }

@@ -84,6 +84,24 @@ impl<'a> Shared<'a> {
         Some(())
     }
 
+    /// As [`Shared::store`], but for the 4 bytes at `hole`, which stay as they are.
+    pub fn store_around(self, offset: u64, bytes: Bytes<'_>, hole: Option<u32>) -> Option<()> {
+        let Some(hole) = hole else { return self.store(offset, bytes) };
+        let hole = u64::from(hole);
+        let to = self.part(offset, round_up_8(bytes.len()))?;
+        let mut at = 0;
+        while at < bytes.len() {
+            let word = bytes.word(at);
+            match hole.wrapping_sub(at) {
+                0 => to.half(at + 4)?.store(low_half(word >> 32), Relaxed),
+                4 => to.half(at)?.store(low_half(word), Relaxed),
+                _ => to.word(at)?.store(word, Relaxed),
+            }
+            at += 8;
+        }
+        Some(())
+    }
+
     /// Reads `out.len()` bytes at `offset`, a multiple of 8, word by word.
     pub fn load(self, offset: u64, out: &mut [u8]) -> Option<()> {
         let from = self.part(offset, round_up_8(out.len() as u64))?;

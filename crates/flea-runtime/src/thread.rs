@@ -234,6 +234,10 @@ impl<'a> Slots<'a> {
 
     /// Rule 5.
     fn clear_active(&self, offset: u64) {
+        if let Some(slot) = SlotWords::new(self.arena, offset) {
+            slot.locking.store(0, Relaxed);
+            slot.held_lock.store(0, Relaxed);
+        }
         let stride = size_of::<ProgramState>() as u64;
         for program in 0..u64::from(self.n_programs) {
             let at = offset + PROGRAM_STATES_OFFSET + program * stride;
@@ -254,6 +258,8 @@ struct SlotWords<'a> {
     owner: &'a AtomicU64,
     random: &'a AtomicU64,
     vacated_ns: &'a AtomicU64,
+    locking: &'a AtomicU64,
+    held_lock: &'a AtomicU64,
 }
 
 impl<'a> SlotWords<'a> {
@@ -263,6 +269,8 @@ impl<'a> SlotWords<'a> {
             owner: header.word(offset_of!(SlotHeader, owner) as u64)?,
             random: header.word(offset_of!(SlotHeader, random) as u64)?,
             vacated_ns: header.word(offset_of!(SlotHeader, vacated_ns) as u64)?,
+            locking: header.word(offset_of!(SlotHeader, locking) as u64)?,
+            held_lock: header.word(offset_of!(SlotHeader, held_lock) as u64)?,
         })
     }
 }

@@ -6,6 +6,7 @@ use std::ops::Bound;
 use std::time::Instant;
 
 use flea_layout::plan::ArenaPlan;
+use flea_object::LOCK_BYTES;
 use flea_object::helper::Helper;
 use flea_object::interp::{Host, Memory, Protection};
 use flea_object::spec::{MapIdx, MapKind, MapSpec};
@@ -19,6 +20,7 @@ const EOPNOTSUPP: i64 = -95;
 
 const BPF_NOEXIST: u64 = 1;
 const BPF_EXIST: u64 = 2;
+const BPF_F_LOCK: u64 = 4;
 /// A ring buffer record's header.
 const RECORD_HEADER_BYTES: u64 = 8;
 /// What a map looks like in a register; outside all memory.
@@ -32,6 +34,8 @@ enum Table {
     Hash(BTreeMap<Vec<u8>, u64>),
     /// Bytes that are reserved or not read.
     Ring { used_bytes: u64 },
+    /// Which map is at which key.
+    Maps(BTreeMap<Vec<u8>, u32>),
 }
 
 /// The maps of one vector.
@@ -41,6 +45,8 @@ pub(crate) struct MapsHost {
     context: Vec<u64>,
     /// Addresses of ring buffer records that are reserved and not given back.
     records: HashSet<u64>,
+    /// Address of the lock that the program holds.
+    held_lock: Option<u64>,
     since: Instant,
 }
 
@@ -65,6 +71,10 @@ impl MapsHost {
             }
             MapKind::Hash | MapKind::PerCpuHash => Table::Hash(BTreeMap::new()),
             MapKind::RingBuf => Table::Ring { used_bytes: 0 },
+            MapKind::ArrayOfMaps | MapKind::HashOfMaps => {
+                let init = spec.inner.iter().flat_map(|inner| &inner.init);
+                Table::Maps(init.map(|(key, map)| (key.to_le_bytes().to_vec(), map.0)).collect())
+            }
         });
         let tables = tables.collect();
         Self {
@@ -72,6 +82,7 @@ impl MapsHost {
             tables,
             context,
             records: HashSet::new(),
+            held_lock: None,
             since: Instant::now(),
         }
     }
@@ -94,6 +105,7 @@ impl MapsHost {
                 if inside { base + index * stride } else { 0 }
             }
             Table::Hash(elements) => elements.get(key).copied().unwrap_or(0),
+            Table::Maps(maps) => maps.get(key).map_or(0, |map| HANDLE_BASE + u64::from(*map)),
             Table::Ring { .. } => 0,
         }
     }
@@ -106,7 +118,9 @@ impl MapsHost {
         flags: u64,
         memory: &mut Memory,
     ) -> Result<i64, String> {
-        if flags > BPF_EXIST {
+        let lock = self.specs[map].lock_offset;
+        let (flags, locked) = (flags & !BPF_F_LOCK, flags & BPF_F_LOCK != 0);
+        if flags > BPF_EXIST || (locked && lock.is_none()) {
             return Ok(EINVAL);
         }
         let found = self.lookup(map, &key);
@@ -118,15 +132,37 @@ impl MapsHost {
                 if elements.len() as u64 >= u64::from(self.specs[map].max_entries) {
                     return Ok(E2BIG);
                 }
-                elements.insert(key, memory.add(value.to_vec(), Protection::ReadWrite));
+                let mut value = value.to_vec();
+                if let Some(lock) = lock_bytes(&mut value, lock) {
+                    lock.fill(0);
+                }
+                elements.insert(key, memory.add(value, Protection::ReadWrite));
                 return Ok(0);
             }
             (Table::Hash(_), _) if flags == BPF_NOEXIST => return Ok(EEXIST),
-            (Table::Ring { .. }, _) => return Ok(EINVAL),
+            (Table::Ring { .. } | Table::Maps(_), _) => return Ok(EINVAL),
             _ => {}
         }
         let place = memory.write(found, value.len() as u64).map_err(|e| e.to_string())?;
-        place.copy_from_slice(value);
+        let mut value = value.to_vec();
+        if let (Some(to), Some(from)) = (lock_bytes(&mut value, lock), lock_bytes(place, lock)) {
+            to.copy_from_slice(from);
+        }
+        place.copy_from_slice(&value);
+        Ok(0)
+    }
+
+    /// There is one thread: nobody waits.
+    fn lock(&mut self, helper: Helper, at: u64, memory: &Memory) -> Result<u64, String> {
+        memory.load(at, LOCK_BYTES).map_err(|e| e.to_string())?;
+        let (before, after) = match helper {
+            Helper::SpinLock => (None, Some(at)),
+            _ => (Some(at), None),
+        };
+        if self.held_lock != before {
+            return Err(format!("{} of {at:#x} with {:x?} held", helper.name(), self.held_lock));
+        }
+        self.held_lock = after;
         Ok(0)
     }
 
@@ -140,7 +176,7 @@ impl MapsHost {
                     ENOENT
                 }
             }
-            Table::Array { .. } | Table::Ring { .. } => EINVAL,
+            Table::Array { .. } | Table::Ring { .. } | Table::Maps(_) => EINVAL,
         }
     }
 
@@ -224,6 +260,7 @@ impl Host for MapsHost {
                 let known = self.records.remove(&args[0]);
                 known.then_some(0).ok_or_else(|| format!("{:#x} is no record", args[0]))
             }
+            Helper::SpinLock | Helper::SpinUnlock => self.lock(helper, args[0], memory),
             // Any clock that goes forward: the compiled program reads it at another time.
             Helper::KtimeGetNs | Helper::KtimeGetBootNs => {
                 Ok(u64::try_from(self.since.elapsed().as_nanos()).unwrap_or(u64::MAX))
@@ -277,7 +314,7 @@ impl Host for MapsHost {
                 let mut rest = elements.range::<[u8], _>((after, Bound::Unbounded));
                 Ok(rest.next().map(|(key, _)| key.clone()))
             }
-            Table::Ring { .. } => Err("a ring buffer has no elements".to_owned()),
+            Table::Ring { .. } | Table::Maps(_) => Err(format!("map {map} cannot be walked over")),
         }
     }
 
@@ -288,9 +325,15 @@ impl Host for MapsHost {
     fn map_value_address(&self, map: MapIdx) -> Option<u64> {
         match self.tables.get(map.0 as usize)? {
             Table::Array { base, .. } => Some(*base),
-            Table::Hash(_) | Table::Ring { .. } => None,
+            Table::Hash(_) | Table::Ring { .. } | Table::Maps(_) => None,
         }
     }
+}
+
+/// The lock's bytes in a value, where it has one.
+fn lock_bytes(value: &mut [u8], lock: Option<u32>) -> Option<&mut [u8]> {
+    let start = usize::try_from(lock?).ok()?;
+    value.get_mut(start..start + usize::try_from(LOCK_BYTES).ok()?)
 }
 
 fn comm(out: u64, size: u64, memory: &mut Memory) -> Result<u64, String> {

@@ -18,6 +18,8 @@
 
 mod facts;
 mod host;
+#[cfg(test)]
+mod inner_tests;
 mod native;
 pub mod worker;
 
@@ -194,6 +196,10 @@ fn spec(index: usize, map: &VectorMap) -> Result<MapSpec, Refused> {
     let skipped = |message| Refused { verdict: Verdict::Skipped, message };
     let kind = MapKind::ALL.iter().copied().find(|kind| *kind as u32 == map.kind);
     let kind = kind.ok_or_else(|| skipped(format!("map {index}: no type {} here", map.kind)))?;
+    if kind.holds_maps() {
+        let what = "a vector does not say which maps a map of maps holds";
+        return Err(skipped(format!("map {index}: {what}")));
+    }
     let init = map.init.as_deref().map(unhex).transpose();
     Ok(MapSpec {
         name: format!("map{index}"),
@@ -204,6 +210,7 @@ fn spec(index: usize, map: &VectorMap) -> Result<MapSpec, Refused> {
         flags: map.flags,
         init: init.map_err(skipped)?,
         read_only: map.flags & RDONLY_PROG != 0,
+        ..MapSpec::default()
     })
 }
 

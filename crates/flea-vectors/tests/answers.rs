@@ -136,6 +136,12 @@ fn maps_of_each_kind() {
     let unknown = run(json!({"insns": lookup_and_add(), "maps": [unknown]}));
     assert_eq!(unknown.verdict, Verdict::Skipped);
     assert!(unknown.message.contains("9999"), "{}", unknown.message);
+    for kind in [12, 13] {
+        let of_maps = json!({"type": kind, "key": 4, "value": 4, "max": 1});
+        let of_maps = run(json!({"insns": lookup_and_add(), "maps": [of_maps]}));
+        assert_eq!(of_maps.verdict, Verdict::Skipped);
+        assert!(of_maps.message.contains("which maps"), "{}", of_maps.message);
+    }
 }
 
 /// The interpreter once had its first memory at the address that argument 1 is.

@@ -1,5 +1,6 @@
 //! Accesses to memory: is every byte inside its object, and may it be read or written?
 
+use flea_object::LOCK_BYTES;
 use flea_object::spec::MapSpec;
 use flea_object::types::Types;
 
@@ -92,7 +93,7 @@ pub(crate) fn check(
             check_bounds(request, p, limit, &format!("map key, key_size={limit}"))?;
             Ok(Target::Other(Region::MapKey))
         }
-        PointerKind::MapValue(map) => {
+        PointerKind::MapValue(map) | PointerKind::LockValue { map, .. } => {
             let spec = maps.get(map.0 as usize).ok_or_else(bad)?;
             if spec.read_only && request.access != Access::Read {
                 let text = format!(
@@ -103,6 +104,9 @@ pub(crate) fn check(
             }
             let name = format!("map value, value_size={}", spec.value_size_bytes);
             check_bounds(request, p, spec.value_size_bytes, &name)?;
+            if let Some(lock) = spec.lock_offset {
+                check_apart(request, p, lock)?;
+            }
             Ok(Target::Other(Region::MapValue { map }))
         }
         PointerKind::Record { size_bytes, .. } => {
@@ -135,7 +139,9 @@ pub(crate) fn check(
 /// Bytes of the object that `p` points into, where it has a size of its own.
 pub(crate) fn object_bytes(p: &Pointer, maps: &[MapSpec]) -> Option<u32> {
     match p.kind {
-        PointerKind::MapValue(map) => maps.get(map.0 as usize).map(|m| m.value_size_bytes),
+        PointerKind::MapValue(map) | PointerKind::LockValue { map, .. } => {
+            maps.get(map.0 as usize).map(|m| m.value_size_bytes)
+        }
         PointerKind::Record { size_bytes, .. }
         | PointerKind::Memory { size_bytes }
         | PointerKind::Argument { size_bytes, .. } => Some(size_bytes),
@@ -169,6 +175,17 @@ fn check_bounds(request: Request, p: &Pointer, limit: u32, name: &str) -> Result
     }
     if access == Access::Atomic {
         check_aligned(&p.off, off, size_bytes)?;
+    }
+    Ok(())
+}
+
+/// Checks that no byte of the lock at `lock` is among those accessed.
+fn check_apart(request: Request, p: &Pointer, lock: u32) -> Result<(), Fault> {
+    let (min, max) = (p.off.wide.smin + request.off, p.off.wide.smax + request.off);
+    let (start, end) = (i64::from(lock), i64::from(lock) + i64::from(LOCK_BYTES));
+    if min < end && max + i64::from(request.size_bytes) > start {
+        return Err(Fault::new("bpf_spin_lock cannot be accessed directly by load/store")
+            .hint(format!("bytes {start} to {} of the value are its lock", end - 1)));
     }
     Ok(())
 }

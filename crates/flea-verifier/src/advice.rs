@@ -60,6 +60,7 @@ fn access(path: Path<'_>, state: &State, place: Address, story: &[Event]) -> Opt
         return unwritten(state, p, frame, place);
     }
     let writes = !matches!(path.ops.get(path.visits.last()?.idx), Some(Op::Load { .. }));
+    // A map whose values have locks is never read-only.
     if let (PointerKind::MapValue(map), true) = (p.kind, writes)
         && let Some(map) = path.maps.get(map.0 as usize).filter(|map| map.read_only)
     {

@@ -7,6 +7,7 @@ use flea_object::types::{Type, TypeId};
 use crate::Context;
 use crate::access::{self, Access, Request, followable, helper_stack_span};
 use crate::callback::{self, Round};
+use crate::lock::{self, Lock};
 use crate::machine::{Flow, Machine};
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
@@ -30,6 +31,7 @@ struct Seen {
     release: Option<Pointer>,
     /// The function that the helper calls.
     callback: Option<usize>,
+    lock: Option<Lock>,
     /// The largest key of a lookup in an array, where it is known.
     key_max: Option<u64>,
     cast_to: Option<TypeId>,
@@ -43,7 +45,9 @@ impl Machine<'_> {
         id: i32,
         state: &mut State,
     ) -> Result<Flow, Fault> {
-        let helper = Helper::from_id(id).ok_or_else(|| {
+        let known = Helper::from_id(id);
+        lock::check_call(state, known)?;
+        let helper = known.ok_or_else(|| {
             Fault::new(format!("invalid func unknown#{id}"))
                 .hint("this helper of Linux does not exist here")
         })?;
@@ -67,11 +71,14 @@ impl Machine<'_> {
         if let Some(record) = seen.release {
             release(state, record)?;
         }
+        if let Some(lock) = seen.lock {
+            lock::apply(helper, lock, state)?;
+        }
         state.set_reg(Reg::R0, Value::NotInit);
         for reg in (0..5).map(Reg::arg) {
             state.set_reg(reg, Value::NotInit);
         }
-        let result = self.result(idx, proto.ret, &seen, constants, state);
+        let result = self.result(idx, proto.ret, &seen, constants, state)?;
         state.set_reg(Reg::R0, result);
         let next = idx + 1;
         Ok(match round {
@@ -133,7 +140,7 @@ impl Machine<'_> {
                 Ok(())
             }
             Arg::CallbackCtx => callback::context(reg, &value),
-            Arg::ElementMap | Arg::WrittenMap | Arg::RingBuf | Arg::IteratedMap => {
+            Arg::LookupMap | Arg::WrittenMap | Arg::RingBuf | Arg::IteratedMap => {
                 seen.map = Some(self.map_arg(reg, &value, arg, helper)?);
                 Ok(())
             }
@@ -166,6 +173,10 @@ impl Machine<'_> {
                 seen.release = Some(record_arg(reg, &value)?);
                 Ok(())
             }
+            Arg::Lock => {
+                seen.lock = Some(self.lock_arg(reg, &value)?);
+                Ok(())
+            }
             Arg::Ctx => ctx_arg(reg, &value),
             Arg::Castable if value.as_scalar().is_some() || value.is_target() => Ok(()),
             Arg::Castable => Err(mismatch(reg, &value, arg)),
@@ -196,12 +207,14 @@ impl Machine<'_> {
     }
 
     fn map_arg(&self, reg: Reg, value: &Value, arg: Arg, helper: Helper) -> Result<MapIdx, Fault> {
-        let Value::Pointer(Pointer { kind: PointerKind::Map(map), .. }) = *value else {
+        let Value::Pointer(Pointer { kind: PointerKind::Map(map), or_null: None, .. }) = *value
+        else {
             return Err(mismatch(reg, value, arg));
         };
         let spec = self.map(map)?;
-        if !arg.takes_map(spec.kind) && arg == Arg::IteratedMap {
-            return Err(Fault::new("callback function not allowed for map"));
+        if arg == Arg::IteratedMap && (!arg.takes_map(spec.kind) || spec.template) {
+            return Err(Fault::new("callback function not allowed for map")
+                .hint("neither a map of maps nor the maps in it can be walked over"));
         }
         if !arg.takes_map(spec.kind) {
             return Err(Fault::new(format!(
@@ -323,12 +336,11 @@ impl Machine<'_> {
         seen: &Seen,
         constants: [Option<u64>; 5],
         state: &mut State,
-    ) -> Value {
-        let or_null = |machine: &mut Self, kind| {
-            let or_null = Some(machine.fresh_id());
-            Value::Pointer(Pointer { kind, off: Scalar::constant(0), or_null })
+    ) -> Result<Value, Fault> {
+        let or_null = |id, kind| {
+            Value::Pointer(Pointer { kind, off: Scalar::constant(0), or_null: Some(id) })
         };
-        match (ret, seen.map) {
+        Ok(match (ret, seen.map) {
             (Ret::Void, _) => Value::NotInit,
             (Ret::LengthOrError, _) => {
                 // Linux: errors are -1 to -4095.
@@ -337,15 +349,23 @@ impl Machine<'_> {
             }
             // Every element of an array is there.
             (Ret::ValueOrNull, Some(map)) if self.has_element(map, seen.key_max) => {
-                Value::pointer(PointerKind::MapValue(map))
+                let element = self.fresh_id();
+                Value::pointer(self.value_of(map, Some(element))?)
             }
-            (Ret::ValueOrNull, Some(map)) => or_null(self, PointerKind::MapValue(map)),
+            (Ret::ValueOrNull, Some(map)) => {
+                let id = self.fresh_id();
+                let kind = match &self.map(map)?.inner {
+                    Some(inner) => PointerKind::Map(inner.template),
+                    None => self.value_of(map, Some(id))?,
+                };
+                or_null(id, kind)
+            }
             (Ret::RecordOrNull, _) => {
                 let size_bytes = constants[1].and_then(|s| u32::try_from(s).ok()).unwrap_or(0);
                 let reference = self.fresh_id();
                 let callback = state.innermost_callback();
                 state.acquire(Reference { id: reference, insn_idx: idx, callback });
-                or_null(self, PointerKind::Record { size_bytes, reference })
+                or_null(self.fresh_id(), PointerKind::Record { size_bytes, reference })
             }
             (Ret::BitNumber, _) => Value::scalar(Scalar::signed(0, 64)),
             (Ret::Cast, _) => match seen.cast_to {
@@ -354,7 +374,7 @@ impl Machine<'_> {
             },
             (Ret::Cookie, _) => Value::pointer(PointerKind::Cookie),
             (Ret::Number | Ret::ValueOrNull, _) => Value::UNKNOWN,
-        }
+        })
     }
 }
 

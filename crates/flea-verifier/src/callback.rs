@@ -82,13 +82,16 @@ impl Machine<'_> {
         let n_seen = so_far.n_seen.saturating_add(1);
         inside.set_rounds(Some(Rounds { n_done, n_seen, ..so_far }));
         let args = match (helper, map) {
-            (Helper::ForEachMapElem, Some(map)) => [
-                Value::pointer(PointerKind::Map(map)),
-                Value::pointer(PointerKind::MapKey(map)),
-                Value::pointer(PointerKind::MapValue(map)),
-                context,
-                Value::NotInit,
-            ],
+            (Helper::ForEachMapElem, Some(map)) => {
+                let element = self.fresh_id();
+                [
+                    Value::pointer(PointerKind::Map(map)),
+                    Value::pointer(PointerKind::MapKey(map)),
+                    Value::pointer(self.value_of(map, Some(element))?),
+                    context,
+                    Value::NotInit,
+                ]
+            }
             _ => {
                 // The number of this round is below the number of rounds.
                 let last = i64::try_from(limit.unwrap_or(MAX_LOOPS)).unwrap_or(i64::MAX) - 1;
@@ -157,6 +160,10 @@ pub(crate) fn exit(state: &mut State) -> Result<Flow, Fault> {
         }
         text.push_str(" should have been in [0, 1]");
         return Err(Fault::new(text).hint("return 0 to go on, 1 to stop"));
+    }
+    if state.lock().is_some() {
+        return Err(Fault::new("bpf_spin_unlock is missing")
+            .hint("a callback gives back the lock that it took, in each round"));
     }
     let own = state.references().iter().find(|r| r.callback == state.depth());
     if let Some(held) = own {

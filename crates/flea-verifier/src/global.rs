@@ -17,6 +17,7 @@
 use flea_object::spec::{Param, Prototype};
 
 use crate::access::{self, Access, Request, check_aligned, followable, helper_stack_span};
+use crate::lock;
 use crate::machine::Machine;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
@@ -83,6 +84,7 @@ impl Machine<'_> {
                  with each of its callers"
             )));
         }
+        lock::check_global_call(state, self.ops)?;
         self.called.insert(function);
         for (n, param) in prototype.params.iter().enumerate().take(5) {
             let checked = self.check_param(state, n, param);

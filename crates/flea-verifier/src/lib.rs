@@ -24,6 +24,7 @@ mod explore;
 pub mod facts;
 mod global;
 mod liveness;
+mod lock;
 mod machine;
 mod note;
 mod number;

@@ -11,6 +11,7 @@ use crate::callback;
 use crate::cfg::Cfg;
 use crate::collect::Collector;
 use crate::facts::Region;
+use crate::lock;
 use crate::number::compare::Cond;
 use crate::number::scalar::{Scalar, Width};
 use crate::op::{Atomic, Op, Operand, Place, Reg, Size};
@@ -164,7 +165,10 @@ impl<'a> Machine<'a> {
                 return Ok(Flow::To(idx + 2));
             }
             Op::MapAddress { dst, map } => {
-                self.map(MapIdx(map))?;
+                if self.map(MapIdx(map))?.template {
+                    let text = format!("map {map} is a template, which is no map by itself");
+                    return Err(Fault::new(text).hint("look a map up in its map of maps"));
+                }
                 state.set_reg(dst, Value::pointer(PointerKind::Map(MapIdx(map))));
                 return Ok(Flow::To(idx + 2));
             }
@@ -272,13 +276,14 @@ impl<'a> Machine<'a> {
 
     fn map_value_address(&self, map: MapIdx, off: u32) -> Result<Value, Fault> {
         let spec = self.map(map)?;
-        if spec.kind != MapKind::Array || spec.max_entries != 1 || off >= spec.value_size_bytes {
+        let is_single = spec.kind == MapKind::Array && spec.max_entries == 1 && !spec.template;
+        if !is_single || off >= spec.value_size_bytes {
             return Err(Fault::new(format!(
                 "invalid access to map value pointer, value_size={} off={off}",
                 spec.value_size_bytes
             )));
         }
-        let base = Value::pointer(PointerKind::MapValue(map));
+        let base = Value::pointer(self.value_of(map, None)?);
         match base {
             Value::Pointer(p) => {
                 let off = Scalar::constant(u64::from(off));
@@ -544,6 +549,7 @@ fn exit(state: &mut State) -> Result<Flow, Fault> {
         ))
         .hint("submit or discard the record on every path"));
     }
+    lock::check_exit(state)?;
     Ok(Flow::End)
 }
 

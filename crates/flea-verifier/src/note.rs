@@ -80,7 +80,9 @@ impl Machine<'_> {
     }
 
     fn is_array(&self, map: MapIdx) -> bool {
-        let kind = self.maps.get(map.0 as usize).map(|spec| spec.kind);
-        matches!(kind, Some(MapKind::Array | MapKind::PerCpuArray))
+        // The maps that a template stands for may have fewer elements than it says.
+        self.maps.get(map.0 as usize).is_some_and(|spec| {
+            matches!(spec.kind, MapKind::Array | MapKind::PerCpuArray) && !spec.template
+        })
     }
 }

@@ -18,9 +18,9 @@ pub(crate) enum Arg {
     Anything,
     /// As `Anything`, and need not be set at all (a variadic helper's).
     Optional,
-    /// A map with elements.
-    ElementMap,
-    /// A map with elements that the helper changes.
+    /// A map with elements, also one whose elements are maps.
+    LookupMap,
+    /// A map with elements that are values, which the helper changes.
     WrittenMap,
     /// A ring buffer.
     RingBuf,
@@ -40,6 +40,8 @@ pub(crate) enum Arg {
     KnownSize,
     /// A record that is given back.
     Record,
+    /// The lock in a map's value.
+    Lock,
     /// The context.
     Ctx,
     /// A function of the program, which the helper calls in rounds.
@@ -86,11 +88,11 @@ const SIZE_OR_ZERO: Arg = Arg::Size(ZeroSize::Allowed);
 /// `helper`'s prototype.
 pub(crate) const fn proto(helper: Helper) -> Proto {
     use Arg::{
-        Anything, Callback, CallbackCtx, Castable, Ctx, ElementMap, Fill, FillU64, IteratedMap,
-        Key, KnownSize, MapValue, Optional, Read, Record, RingBuf, Rounds, TypeId, WrittenMap,
+        Anything, Callback, CallbackCtx, Castable, Ctx, Fill, FillU64, IteratedMap, Key, KnownSize,
+        Lock, LookupMap, MapValue, Optional, Read, Record, RingBuf, Rounds, TypeId, WrittenMap,
     };
     let (args, ret): (&'static [Arg], Ret) = match helper {
-        Helper::MapLookupElem => (&[ElementMap, Key], Ret::ValueOrNull),
+        Helper::MapLookupElem => (&[LookupMap, Key], Ret::ValueOrNull),
         Helper::MapUpdateElem => (&[WrittenMap, Key, MapValue, Anything], Ret::Number),
         Helper::MapDeleteElem => (&[WrittenMap, Key], Ret::Number),
         Helper::KtimeGetNs
@@ -112,6 +114,7 @@ pub(crate) const fn proto(helper: Helper) -> Proto {
         Helper::RingbufOutput => (&[RingBuf, Read, SIZE_OR_ZERO, Anything], Ret::Number),
         Helper::RingbufReserve => (&[RingBuf, KnownSize, Anything], Ret::RecordOrNull),
         Helper::RingbufSubmit | Helper::RingbufDiscard => (&[Record, Anything], Ret::Void),
+        Helper::SpinLock | Helper::SpinUnlock => (&[Lock], Ret::Void),
         Helper::RingbufQuery => (&[RingBuf, Anything], Ret::Number),
         Helper::Loop => (&[Rounds, Callback, CallbackCtx, Anything], Ret::Number),
         Helper::ForEachMapElem => (&[IteratedMap, Callback, CallbackCtx, Anything], Ret::Number),
@@ -132,8 +135,9 @@ impl Arg {
     /// Whether a map of this kind fits, for the arguments that take a map.
     pub(crate) const fn takes_map(self, kind: MapKind) -> bool {
         match self {
-            Self::ElementMap | Self::WrittenMap | Self::IteratedMap => {
-                !matches!(kind, MapKind::RingBuf)
+            Self::LookupMap => !matches!(kind, MapKind::RingBuf),
+            Self::WrittenMap | Self::IteratedMap => {
+                !matches!(kind, MapKind::RingBuf) && !kind.holds_maps()
             }
             Self::RingBuf => matches!(kind, MapKind::RingBuf),
             _ => false,
@@ -143,11 +147,12 @@ impl Arg {
     /// Linux's list of the types that fit, as its messages print it.
     pub(crate) const fn expected(self) -> &'static str {
         match self {
-            Self::ElementMap | Self::WrittenMap | Self::RingBuf | Self::IteratedMap => "map_ptr",
+            Self::LookupMap | Self::WrittenMap | Self::RingBuf | Self::IteratedMap => "map_ptr",
             Self::Key | Self::MapValue | Self::Read | Self::Fill | Self::FillU64 => {
                 "fp, map_value, mem, ringbuf_mem"
             }
             Self::Record => "ringbuf_mem",
+            Self::Lock => "map_value",
             Self::Ctx => "ctx",
             Self::Callback => "func",
             Self::CallbackCtx => "fp",

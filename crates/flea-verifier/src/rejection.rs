@@ -169,7 +169,9 @@ impl Known {
 
 fn map_of<'m>(p: &Pointer, maps: &'m [MapSpec]) -> Option<&'m MapSpec> {
     match p.kind {
-        PointerKind::Map(map) | PointerKind::MapValue(map) => maps.get(map.0 as usize),
+        PointerKind::Map(map) | PointerKind::MapValue(map) | PointerKind::LockValue { map, .. } => {
+            maps.get(map.0 as usize)
+        }
         _ => None,
     }
 }

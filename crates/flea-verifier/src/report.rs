@@ -8,7 +8,7 @@ use crate::number::scalar::Scalar;
 use crate::op::Reg;
 use crate::stack::{Byte, Slot};
 use crate::state::State;
-use crate::value::{Pointer, PointerKind, Value};
+use crate::value::{Id, Pointer, PointerKind, Value};
 
 /// One thing that is wrong with an instruction.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,6 +70,11 @@ pub(crate) fn whole_state(state: &State, maps: &[MapSpec]) -> String {
     for reference in state.references() {
         let _ = write!(out, " refs={}", reference.id);
     }
+    if let Some(lock) = state.lock() {
+        let name = maps.get(lock.map.0 as usize).map_or("?", |m| m.name.as_str());
+        let element = lock.element.map_or(0, Id::get);
+        let _ = write!(out, " lock={name}:{element}");
+    }
     out
 }
 
@@ -124,6 +129,10 @@ fn show_pointer(p: &Pointer, maps: &[MapSpec]) -> String {
                 Some(off) => format!("fp{}", off.cast_signed()),
                 None => format!("{name}({})", bounds(&p.off).join(",")),
             };
+        }
+        PointerKind::LockValue { map, element } => {
+            parts.extend(element.filter(|e| Some(*e) != p.or_null).map(|e| format!("id={e}")));
+            parts.extend(map_facts(map.0));
         }
         PointerKind::Map(map) | PointerKind::MapValue(map) | PointerKind::MapKey(map) => {
             parts.extend(map_facts(map.0));

@@ -7,6 +7,7 @@
 use std::rc::Rc;
 
 use crate::liveness::Liveness;
+use crate::lock::Lock;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
 use crate::stack::{Byte, Slot, Stack};
@@ -17,6 +18,7 @@ use crate::value::{Id, Number, Pointer, PointerKind, Value};
 pub(crate) struct State {
     frames: Vec<Rc<Frame>>,
     references: Rc<Vec<Reference>>,
+    lock: Option<Lock>,
 }
 
 /// One call frame.
@@ -94,7 +96,11 @@ impl Frame {
 impl State {
     /// At the main function's entry, with nothing in r1.
     pub(crate) fn new() -> Self {
-        Self { frames: vec![Rc::new(Frame::new(0, 0, None))], references: Rc::default() }
+        Self {
+            frames: vec![Rc::new(Frame::new(0, 0, None))],
+            references: Rc::default(),
+            lock: None,
+        }
     }
 
     /// At the entry of a function that is verified alone.
@@ -145,6 +151,15 @@ impl State {
         let n = self.references.len();
         Rc::make_mut(&mut self.references).retain(|r| r.id != id);
         self.references.len() < n
+    }
+
+    /// The lock that is held.
+    pub(crate) fn lock(&self) -> Option<Lock> {
+        self.lock
+    }
+
+    pub(crate) fn set_lock(&mut self, lock: Option<Lock>) {
+        self.lock = lock;
     }
 
     /// A call: r1 to r5 go along, everything else of the new frame is unset.
@@ -305,10 +320,17 @@ impl State {
             return false;
         }
         let mut ids = IdPairs::default();
+        let same_lock = match (self.lock, other.lock) {
+            (None, None) => true,
+            (Some(a), Some(b)) => a.map == b.map && ids.pair_if_any(a.element, b.element),
+            _ => false,
+        };
         let references = self.references.iter().zip(other.references.iter());
-        references.clone().all(|(a, b)| {
-            a.insn_idx == b.insn_idx && a.callback == b.callback && ids.pair(a.id, b.id)
-        }) && self.frames.iter().zip(&other.frames).all(|(a, b)| a.matches(b, how, &mut ids))
+        same_lock
+            && references.clone().all(|(a, b)| {
+                a.insn_idx == b.insn_idx && a.callback == b.callback && ids.pair(a.id, b.id)
+            })
+            && self.frames.iter().zip(&other.frames).all(|(a, b)| a.matches(b, how, &mut ids))
     }
 }
 
@@ -333,6 +355,14 @@ enum Match {
 struct IdPairs(Vec<(Id, Id)>);
 
 impl IdPairs {
+    fn pair_if_any(&mut self, a: Option<Id>, b: Option<Id>) -> bool {
+        match (a, b) {
+            (None, None) => true,
+            (Some(a), Some(b)) => self.pair(a, b),
+            _ => false,
+        }
+    }
+
     fn pair(&mut self, a: Id, b: Id) -> bool {
         match self.0.iter().find(|(x, y)| *x == a || *y == b) {
             Some(known) => *known == (a, b),
@@ -405,19 +435,17 @@ fn pointer_matches(a: &Pointer, b: &Pointer, how: Match, ids: &mut IdPairs) -> b
             PointerKind::Record { size_bytes: size_a, reference: ref_a },
             PointerKind::Record { size_bytes: size_b, reference: ref_b },
         ) => size_a == size_b && ids.pair(ref_a, ref_b),
+        (
+            PointerKind::LockValue { map: map_a, element: element_a },
+            PointerKind::LockValue { map: map_b, element: element_b },
+        ) => map_a == map_b && ids.pair_if_any(element_a, element_b),
         (a, b) => a == b,
     };
     let offsets = match how {
         Match::Includes => a.off.includes(&b.off),
         Match::Equal => a.off == b.off,
     };
-    kinds
-        && offsets
-        && match (a.or_null, b.or_null) {
-            (None, None) => true,
-            (Some(a), Some(b)) => ids.pair(a, b),
-            _ => false,
-        }
+    kinds && offsets && ids.pair_if_any(a.or_null, b.or_null)
 }
 
 fn slot_matches(a: &Slot, b: &Slot, how: Match, ids: &mut IdPairs) -> bool {

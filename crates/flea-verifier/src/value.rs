@@ -45,10 +45,13 @@ pub(crate) enum PointerKind {
     Stack { frame: usize },
     /// The context.
     Ctx,
-    /// A map itself, not its values.
+    /// A map itself, not its values; of a template, some map of its shape.
     Map(MapIdx),
     /// A value of a map.
     MapValue(MapIdx),
+    /// A value of a map whose values have a lock. `element` says which lookup gave it: values of
+    /// two lookups count as different. `None`: the map's only one.
+    LockValue { map: MapIdx, element: Option<Id> },
     /// A ring buffer record that must be submitted or discarded.
     Record { size_bytes: u32, reference: Id },
     /// A key of a map, as `bpf_for_each_map_elem` passes it: to be read alone.
@@ -114,6 +117,10 @@ impl Pointer {
     /// Linux's name for this type of register.
     pub(crate) fn type_name(&self) -> String {
         let null = if self.or_null.is_some() { "_or_null" } else { "" };
+        if let (PointerKind::Map(_), Some(_)) = (self.kind, self.or_null) {
+            // What a lookup in a map of maps gives is a value until it is known not to be null.
+            return "map_value_or_null".into();
+        }
         format!("{}{null}", self.kind.name())
     }
 }
@@ -131,7 +138,7 @@ impl PointerKind {
             Self::Stack { .. } => "fp",
             Self::Ctx => "ctx",
             Self::Map(_) => "map_ptr",
-            Self::MapValue(_) => "map_value",
+            Self::MapValue(_) | Self::LockValue { .. } => "map_value",
             Self::MapKey(_) => "map_key",
             Self::Function(_) => "func",
             Self::Record { .. } => "ringbuf_mem",

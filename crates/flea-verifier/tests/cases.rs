@@ -4,7 +4,8 @@
 //! == name
 //! ctx 2 result session      (a "result" per result word; or: regs; or: mem 16;
 //!                            default: ctx 2)
-//! map array 4 8 1 ro        (kind, key bytes, value bytes, entries)
+//! map array 4 8 1 ro        (kind, key bytes, value bytes, entries; "lock 4": offset of the
+//!                            value's lock; "template"; "of 2": index of its template)
 //! allow write               (bpf_probe_write_user)
 //! slots *foo -              (types of the context's words; see graph/mod.rs. The lines that
 //!                            declare them are the file's, before its first case)
@@ -20,7 +21,7 @@
 mod asm;
 mod graph;
 
-use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
+use flea_object::spec::{InnerMaps, MapIdx, MapKind, MapSpec, Program, ProgramKind};
 use flea_object::types::TypeId;
 use flea_verifier::{Context, Permissions, Target, Verifier};
 use graph::Graph;
@@ -93,18 +94,26 @@ fn map(text: &str) -> MapSpec {
         "array" => MapKind::Array,
         "percpu_hash" => MapKind::PerCpuHash,
         "percpu_array" => MapKind::PerCpuArray,
+        "array_of_maps" => MapKind::ArrayOfMaps,
+        "hash_of_maps" => MapKind::HashOfMaps,
         "ringbuf" => MapKind::RingBuf,
         other => panic!("map kind {other}"),
     };
+    let number = |word: &str| {
+        let at = w.iter().position(|found| *found == word)?;
+        Some(w[at + 1].parse().unwrap())
+    };
     MapSpec {
+        lock_offset: number("lock"),
+        template: w.contains(&"template"),
+        inner: number("of").map(|t| InnerMaps { template: MapIdx(t), init: Vec::new() }),
         name: w[0].to_string(),
         kind,
         key_size_bytes: w[1].parse().unwrap(),
         value_size_bytes: w[2].parse().unwrap(),
         max_entries: w[3].parse().unwrap(),
-        flags: 0,
-        init: None,
         read_only: w.contains(&"ro"),
+        ..MapSpec::default()
     }
 }
 

@@ -44,6 +44,7 @@ fn check(lines: &[&str]) -> Result<Verified, Rejection> {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     };
     let context = Context::Tracing { n_args: 2, n_results: 1, session: false };
     verify(&program(lines), &[map], context)

@@ -26,6 +26,9 @@ fn maps() -> Vec<MapSpec> {
         flags: 0,
         init: None,
         read_only,
+        inner: None,
+        lock_offset: None,
+        template: false,
     };
     vec![map("values", false), map("constants", true)]
 }
@@ -232,6 +235,9 @@ fn records_are_not_left_behind() {
         flags: 0,
         init: None,
         read_only: false,
+        inner: None,
+        lock_offset: None,
+        template: false,
     };
     let lines =
         ["call f", "exit", "f:", "r1 = map 0", "r2 = 8", "r3 = 0", "call #131", "r0 = 0", "exit"];

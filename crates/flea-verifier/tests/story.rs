@@ -23,6 +23,9 @@ fn maps() -> Vec<MapSpec> {
         flags: 0,
         init: None,
         read_only: false,
+        inner: None,
+        lock_offset: None,
+        template: false,
     }]
 }
 

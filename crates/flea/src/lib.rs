@@ -57,14 +57,18 @@ mod unwinder;
 mod vdso;
 
 pub use flea_maps::{
-    ArrayMap, HashMap, Map, MapError, PerCpuArrayMap, PerCpuHashMap, RingBuf, Update,
+    ArrayMap, ArrayOfMaps, HashMap, HashOfMaps, Map, MapError, PerCpuArrayMap, PerCpuHashMap,
+    RingBuf, Update,
 };
 pub use flea_object::{
     ObjectError, asm,
     helper::Helper,
     insn::Insn,
     parse as parse_object,
-    spec::{MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec, ProgramKind},
+    spec::{
+        InnerMaps, MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec,
+        ProgramKind,
+    },
 };
 pub use flea_process::{Exit, Pid};
 pub use flea_symbols::{Refusal, SiteKind, addr::RemoteAddr, signature};

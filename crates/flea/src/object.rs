@@ -224,8 +224,23 @@ impl Object {
     /// ```
     #[must_use]
     pub fn map(&self, name: &str) -> Option<flea_maps::Map> {
-        let index = self.inner.spec.maps.iter().position(|m| m.name == name)?;
-        self.inner.arena.map_at(map_idx(index)).ok()
+        self.map_at(self.map_index(name)?)
+    }
+
+    /// The index of the map with this name: what a map of maps takes and gives, and what
+    /// [`Object::maps`] is indexed by.
+    ///
+    /// Only maps that are declared in the object can be put into its maps of maps: its memory
+    /// does not grow once it is loaded.
+    #[must_use]
+    pub fn map_index(&self, name: &str) -> Option<MapIdx> {
+        self.inner.spec.maps.iter().position(|m| m.name == name).map(map_idx)
+    }
+
+    /// The map at this index; `None` also for one that is only a template.
+    #[must_use]
+    pub fn map_at(&self, index: MapIdx) -> Option<flea_maps::Map> {
+        self.inner.arena.map_at(index).ok()
     }
 
     /// Attaches all of `attachments` or none. Several programs on one function become one
@@ -713,6 +728,7 @@ fn add_printk_map(spec: &mut Spec) -> Option<MapIdx> {
             flags: 0,
             init: None,
             read_only: false,
+            ..MapSpec::default()
         });
         MapIdx(index)
     })

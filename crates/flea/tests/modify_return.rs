@@ -87,6 +87,7 @@ fn array(name: &str, n_words: usize) -> MapSpec {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     }
 }
 

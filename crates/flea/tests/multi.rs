@@ -115,6 +115,7 @@ fn array(name: &str) -> MapSpec {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     }
 }
 

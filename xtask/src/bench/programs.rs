@@ -68,6 +68,7 @@ impl Programs {
                 flags: 0,
                 init: None,
                 read_only: false,
+                ..MapSpec::default()
             }],
             programs: programs.collect::<Result<_>>()?,
             ..ObjectSpec::default()

@@ -4,7 +4,9 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, anyhow, bail};
-use flea::{AttachError, Attachment, Function, Map, MapSpec, Object, Permissions, Program};
+use flea::{
+    AttachError, Attachment, Function, Map, MapError, MapIdx, MapSpec, Object, Permissions, Program,
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -199,9 +201,35 @@ fn print_map(object: &Object, spec: &MapSpec, output: &mut Output) -> Result<()>
                 element(output, number(&key), &values, true)?;
             }
         }
+        Some(Map::ArrayOfMaps(map)) => {
+            for index in 0..map.len() {
+                print_inner_map(object, spec, json!(index), map.get(index), output)?;
+            }
+        }
+        Some(Map::HashOfMaps(map)) => {
+            for key in map.keys() {
+                print_inner_map(object, spec, number(&key), map.lookup(&key), output)?;
+            }
+        }
         Some(Map::RingBuf(_)) | None => {}
     }
     Ok(())
+}
+
+/// Which map is there; what is in it stands under its own name.
+fn print_inner_map(
+    object: &Object,
+    spec: &MapSpec,
+    key: Value,
+    inner: Result<Option<MapIdx>, MapError>,
+    output: &mut Output,
+) -> Result<()> {
+    let inner = inner.with_context(|| format!("map `{}`", spec.name))?;
+    let Some(inner) = inner.and_then(|index| object.maps().get(index.0 as usize)) else {
+        return Ok(());
+    };
+    output.line(format!("{}[{key}] = {}", spec.name, inner.name))?;
+    output.record(&Record::Map { map: &spec.name, key, value: json!(inner.name) })
 }
 
 /// Up to eight bytes are a number, little-endian; more are hex.

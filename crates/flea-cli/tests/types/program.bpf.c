@@ -20,7 +20,25 @@ static void answer(__u32 key, __s64 value)
 		*place = value;
 }
 
-#ifndef LIVE
+#if defined(DIRECT)
+/* The same by loads through the typed pointer that the function is given. */
+SEC("fentry/describe")
+int fields(__u64 *ctx)
+{
+	struct client *c = (void *)ctx[0];
+
+	answer(0, c->id);
+	answer(1, BPF_CORE_READ_BITFIELD(c, kind));
+	answer(2, (int)BPF_CORE_READ_BITFIELD(c, level));
+	answer(3, bpf_core_field_exists(c->age) ? c->age : 99);
+	answer(4, c->state == bpf_core_enum_value(enum state, BUSY));
+	answer(5, c->in.bytes);
+	answer(6, c->from[1]->port);
+	answer(7, c->name[2]);
+	answer(8, bpf_core_type_size(struct client));
+	return 0;
+}
+#elif !defined(LIVE)
 SEC("fentry/describe")
 int fields(__u64 *ctx)
 {

@@ -33,8 +33,7 @@ impl Translator<'_, '_> {
         else {
             return false;
         };
-        let kind = self.env.plan.maps.get(map.0 as usize).map(|m| m.kind);
-        matches!(kind, Some(MapKind::Array | MapKind::PerCpuArray))
+        self.env.plan.maps.get(map.0 as usize).is_some_and(is_inline_array)
     }
 
     pub(super) fn helper(
@@ -84,8 +83,17 @@ impl Translator<'_, '_> {
             Helper::ProbeReadUserStr | Helper::ProbeReadStr | Helper::ProbeReadKernelStr => {
                 Ok(self.runtime(RuntimeFn::ProbeReadUserStr, &[r1, r2, r3]))
             }
-            Helper::RingbufSubmit => Ok(self.runtime(RuntimeFn::RingbufSubmit, &[r1, r2])),
-            Helper::RingbufDiscard => Ok(self.runtime(RuntimeFn::RingbufDiscard, &[r1, r2])),
+            Helper::SpinLock => self.spin_lock(idx, r1),
+            Helper::SpinUnlock => {
+                let (arena, slot) = (self.arena(0, 0), self.slot(idx)?);
+                Ok(self.runtime(RuntimeFn::SpinUnlock, &[arena, r1, slot]))
+            }
+            Helper::RingbufSubmit | Helper::RingbufDiscard => {
+                self.note_given_back(r1);
+                let discards = helper == Helper::RingbufDiscard;
+                let f = if discards { RuntimeFn::RingbufDiscard } else { RuntimeFn::RingbufSubmit };
+                Ok(self.runtime(f, &[r1, r2]))
+            }
             Helper::Fls64 => {
                 let zeros = self.b.ins().clz(r1);
                 let bits = self.iconst(64);
@@ -120,16 +128,21 @@ impl Translator<'_, '_> {
         let map = map.ok_or(CompileError::BadFacts { insn_idx: idx, what: "which map?" })?;
         let placed = self.map(map)?;
         let [r2, r3, r4] = [2, 3, 4].map(|r| self.reg(scope, r));
-        if helper == Helper::MapLookupElem {
-            if matches!(placed.kind, MapKind::Array | MapKind::PerCpuArray) {
-                return self.array_lookup(scope, idx, placed);
-            }
-            let (arena, header) = self.arena_and_header(placed);
-            let slot = self.slot(idx)?;
-            return Ok(self.runtime(RuntimeFn::HashLookup, &[arena, header, r2, slot]));
+        if helper == Helper::MapLookupElem && is_inline_array(&placed) {
+            return self.array_lookup(scope, idx, placed);
         }
         let (arena, header) = self.arena_and_header(placed);
+        // Of a template nothing but the shape is known: which map it is, r1 says.
+        let header = if placed.template { self.reg(scope, 1) } else { header };
         Ok(match helper {
+            Helper::MapLookupElem if placed.kind.holds_maps() => {
+                self.runtime(RuntimeFn::InnerMap, &[arena, header, r2])
+            }
+            Helper::MapLookupElem => {
+                let slot =
+                    if placed.kind == MapKind::Array { self.iconst(0) } else { self.slot(idx)? };
+                self.runtime(RuntimeFn::HashLookup, &[arena, header, r2, slot])
+            }
             Helper::MapUpdateElem => {
                 let slot = self.slot(idx)?;
                 self.runtime(RuntimeFn::MapUpdate, &[arena, header, r2, r3, r4, slot])
@@ -138,9 +151,32 @@ impl Translator<'_, '_> {
             Helper::RingbufOutput => {
                 self.runtime(RuntimeFn::RingbufOutput, &[arena, header, r2, r3, r4])
             }
-            Helper::RingbufReserve => self.runtime(RuntimeFn::RingbufReserve, &[arena, header, r2]),
+            Helper::RingbufReserve => {
+                let record = self.runtime(RuntimeFn::RingbufReserve, &[arena, header, r2]);
+                self.note_reserved(idx, record);
+                record
+            }
             _ => self.runtime(RuntimeFn::RingbufQuery, &[header, r2]),
         })
+    }
+
+    /// `if flea_spin_lock(arena, lock, slot) != 0 { discard records; leave the program }`: without
+    /// the lock nothing that follows may run.
+    fn spin_lock(&mut self, idx: u32, lock: Value) -> Result<Value, CompileError> {
+        let given_up = self
+            .used
+            .given_up
+            .ok_or(CompileError::BadFacts { insn_idx: idx, what: "no way out of a lock" })?;
+        let (arena, slot) = (self.arena(0, 0), self.slot(idx)?);
+        let status = self.runtime(RuntimeFn::SpinLock, &[arena, lock, slot]);
+        let (taken, failed) = (self.b.create_block(), self.b.create_block());
+        self.b.set_cold_block(failed);
+        self.b.ins().brif(status, failed, &[], taken, &[]);
+        self.b.switch_to_block(failed);
+        self.discard_records();
+        self.b.ins().jump(given_up, &[]);
+        self.b.switch_to_block(taken);
+        Ok(self.iconst(0))
     }
 
     pub(super) fn arena_and_header(&mut self, placed: MapPlacement) -> (Value, Value) {
@@ -268,6 +304,11 @@ impl Translator<'_, '_> {
         self.out.calls_runtime = true;
         call_runtime(self.b, f, args)
     }
+}
+
+/// An array whose elements compiled code finds by itself.
+pub(crate) fn is_inline_array(map: &MapPlacement) -> bool {
+    matches!(map.kind, MapKind::Array | MapKind::PerCpuArray) && !map.template
 }
 
 /// Calls a runtime function: `movabs reg, address; call reg`, nothing clobbered but rax.

@@ -10,6 +10,7 @@ mod helper;
 mod jump;
 mod mem;
 pub(crate) mod op;
+mod records;
 mod registers;
 mod rounds;
 mod saves;
@@ -34,9 +35,11 @@ use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
 
 pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, zero_cookie};
-pub(crate) use helper::call_runtime;
+pub(crate) use helper::{call_runtime, is_inline_array};
 pub(crate) use registers::is_saved_at_entry;
 pub(crate) use saves::Saves;
+
+use records::Records;
 
 /// Instructions that one body may hold, calls inlined: Cranelift takes about a second for it.
 const MAX_INSNS: u32 = 100_000;
@@ -50,6 +53,8 @@ pub(crate) struct Use<'a> {
     pub cookie: u64,
     /// Word of this body's frame that holds the program's session cookie.
     pub cookie_word: u32,
+    /// Where a run goes that cannot get a lock; `None` where the program takes none.
+    pub given_up: Option<Block>,
 }
 
 /// What all programs of one body are translated with.
@@ -100,6 +105,7 @@ pub(crate) struct Translator<'a, 'b> {
     nonnull: HashSet<Value>,
     /// Somebody looks at what the main function returns.
     wants_result: bool,
+    records: Records,
 }
 
 /// One activation of one BPF function.
@@ -132,7 +138,15 @@ impl<'a, 'b> Translator<'a, 'b> {
         used: &'a Use<'a>,
         out: &'a mut Outcome,
     ) -> Self {
-        Self { b, env, used, out, nonnull: HashSet::new(), wants_result: true }
+        Self {
+            b,
+            env,
+            used,
+            out,
+            nonnull: HashSet::new(),
+            wants_result: true,
+            records: Records::default(),
+        }
     }
 
     /// Translates the whole program for what it does: its result is not even computed.
@@ -144,6 +158,7 @@ impl<'a, 'b> Translator<'a, 'b> {
     /// Translates the whole program; `r1` and `r2` as given. Returns r0 with the current block
     /// behind the program's end.
     pub fn program(&mut self, r1: Value, r2: Value) -> Result<Value, CompileError> {
+        self.begin_records();
         let zero = self.iconst(0);
         self.function(0, [r1, r2, zero, zero, zero], 0)
     }
@@ -378,7 +393,11 @@ impl<'a, 'b> Translator<'a, 'b> {
                 let at = i64::try_from(map.slot_offset).unwrap_or(i64::MAX).wrapping_add(offset);
                 self.b.ins().iadd_imm_s(slot, at)
             }
-            MapKind::Hash | MapKind::PerCpuHash | MapKind::RingBuf => {
+            MapKind::Hash
+            | MapKind::PerCpuHash
+            | MapKind::ArrayOfMaps
+            | MapKind::HashOfMaps
+            | MapKind::RingBuf => {
                 return Err(CompileError::BadFacts { insn_idx: idx, what: "map has no element 0" });
             }
         };

@@ -191,6 +191,7 @@ fn map(text: &str) -> MapSpec {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     }
 }
 

@@ -23,6 +23,7 @@ pub fn map(kind: MapKind, value_size_bytes: u32, max_entries: u32) -> MapSpec {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     }
 }
 

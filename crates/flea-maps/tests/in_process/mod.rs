@@ -33,6 +33,7 @@ pub fn spec(kind: MapKind, key: u32, value: u32, max_entries: u32) -> MapSpec {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     }
 }
 

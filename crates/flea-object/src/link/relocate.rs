@@ -165,7 +165,8 @@ impl Linker<'_> {
         let map = u32::try_from(self.maps.len()).expect("a map takes bytes of the file");
         let held = self.data_maps.values().filter_map(|&map| self.maps[map as usize].init.as_ref());
         let held_bytes = held.map(|bytes| bytes.len() as u64).sum();
-        self.maps.push(maps::global_data(self.elf, section, held_bytes)?);
+        let lock_offset = self.data_locks.get(&section.idx).copied();
+        self.maps.push(maps::global_data(self.elf, section, held_bytes, lock_offset)?);
         self.data_maps.insert(section.idx, map);
         Ok(map)
     }

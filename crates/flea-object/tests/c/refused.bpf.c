@@ -38,7 +38,7 @@ MAP(__uint(type, HASH); __uint(max_entries, 1); __uint(key_size, 513); __uint(va
 MAP(__uint(type, PERCPU_HASH); __uint(max_entries, 1); __type(key, u32);
     __uint(value_size, 32769););
 #elif defined(CASE_flags)
-MAP(__uint(type, ARRAY); __uint(max_entries, 1); __uint(map_flags, 1 << 12); __type(key, u32);
+MAP(__uint(type, ARRAY); __uint(max_entries, 1); __uint(map_flags, 1 << 11); __type(key, u32);
     __type(value, u32););
 #elif defined(CASE_pinning)
 MAP(__uint(type, ARRAY); __uint(max_entries, 1); __uint(pinning, 1); __type(key, u32);
@@ -49,6 +49,60 @@ MAP(__uint(type, ARRAY); __uint(max_entries, 1); __uint(key_size, 4); __type(key
 #elif defined(CASE_inner_map)
 struct inner { __uint(type, ARRAY); };
 MAP(__uint(type, HASH); __uint(max_entries, 1); __type(key, u32); __array(values, struct inner););
+#elif defined(CASE_no_inner)
+MAP(__uint(type, ARRAY_OF_MAPS); __uint(max_entries, 1); __type(key, u32); __type(value, u32););
+#elif defined(CASE_nested_maps)
+struct leaf { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32); };
+struct inner { __uint(type, ARRAY_OF_MAPS); __uint(max_entries, 1); __type(key, u32);
+	       __array(values, struct leaf); };
+MAP(__uint(type, HASH_OF_MAPS); __uint(max_entries, 1); __type(key, u32);
+    __array(values, struct inner););
+#elif defined(CASE_outer_value)
+struct inner { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32); };
+MAP(__uint(type, HASH_OF_MAPS); __uint(max_entries, 1); __type(key, u32); __type(value, u64);
+    __array(values, struct inner););
+#elif defined(CASE_wrong_inner)
+struct inner { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32); };
+struct { __uint(type, ARRAY); __uint(max_entries, 2); __type(key, u32); __type(value, u32); }
+	two SEC(".maps");
+MAP(__uint(type, HASH_OF_MAPS); __uint(max_entries, 1); __type(key, u32);
+    __array(values, struct inner);) = { .values = { [0] = (void *)&two } };
+#elif defined(CASE_inner_slot)
+struct inner { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32); };
+struct inner one SEC(".maps");
+MAP(__uint(type, ARRAY_OF_MAPS); __uint(max_entries, 1); __type(key, u32);
+    __array(values, struct inner);) = { .values = { [1] = &one } };
+#elif defined(CASE_inner_room)
+struct inner { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32); };
+struct inner one SEC(".maps");
+MAP(__uint(type, HASH_OF_MAPS); __uint(max_entries, 1); __type(key, u32);
+    __array(values, struct inner);) = { .values = { [5] = &one, [9] = &one } };
+#elif defined(CASE_inner_key)
+struct inner { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32); };
+struct inner one SEC(".maps");
+MAP(__uint(type, HASH_OF_MAPS); __uint(max_entries, 1); __type(key, u64);
+    __array(values, struct inner);) = { .values = { [0] = &one } };
+#elif defined(CASE_inner_data)
+struct inner { __uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32); };
+u64 number;
+MAP(__uint(type, ARRAY_OF_MAPS); __uint(max_entries, 1); __type(key, u32);
+    __array(values, struct inner);) = { .values = { [0] = (void *)&number } };
+#elif defined(CASE_two_locks)
+struct value { struct bpf_spin_lock a; u32 x; struct bpf_spin_lock b; };
+MAP(__uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, struct value););
+#elif defined(CASE_lock_array)
+struct value { u64 x; struct bpf_spin_lock locks[3]; };
+MAP(__uint(type, HASH); __uint(max_entries, 1); __type(key, u32); __type(value, struct value););
+#elif defined(CASE_lock_alignment)
+struct value { u16 x; struct bpf_spin_lock lock; } __attribute__((packed));
+MAP(__uint(type, ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, struct value););
+#elif defined(CASE_lock_percpu)
+struct value { u32 x; struct bpf_spin_lock lock; };
+MAP(__uint(type, PERCPU_ARRAY); __uint(max_entries, 1); __type(key, u32);
+    __type(value, struct value););
+#elif defined(CASE_lock_rodata)
+const struct bpf_spin_lock lock = {};
+SEC("fentry/f") u64 prog(u64 *ctx) { return *(volatile u32 *)&lock.val; }
 #elif defined(CASE_not_uint)
 MAP(int type; __uint(max_entries, 1););
 #elif defined(CASE_not_a_structure)

@@ -1,7 +1,7 @@
 //! Update and delete: the only code that changes a hash map. The rules are in `mod.rs`.
 
 use core::sync::atomic::{
-    AtomicU32,
+    AtomicU32, AtomicU64,
     Ordering::{AcqRel, Acquire, Relaxed, Release},
     fence,
 };
@@ -10,6 +10,7 @@ use super::{END, NodeIdx, Table, Values, Wanted, state};
 use crate::errno::Errno;
 use crate::lock::{self, Guard, Owners, Suspect};
 use crate::mem::{Bytes, Shared, low_half};
+use crate::spin::{Held, Taker};
 use crate::sys::Tid;
 
 /// `BPF_ANY`: make or change it.
@@ -18,6 +19,8 @@ pub const BPF_ANY: u64 = 0;
 pub const BPF_NOEXIST: u64 = 1;
 /// `BPF_EXIST`: change it; ENOENT where there is none.
 pub const BPF_EXIST: u64 = 2;
+/// `BPF_F_LOCK`: with the lock in the value held.
+pub const BPF_F_LOCK: u64 = 4;
 
 /// Compare-and-swaps on the free list before it is left alone. Each failure is somebody
 /// else's success, so this is never reached but in scribbled memory.
@@ -30,6 +33,8 @@ pub struct Caller<'a> {
     pub tid: Tid,
     /// The slots in use, and which of them a value given to PERCPU_HASH goes to.
     pub cells: Cells<'a>,
+    /// `held_lock` of the caller's slot, where it has one.
+    pub held: Option<&'a AtomicU64>,
 }
 
 /// The slots in use.
@@ -41,6 +46,14 @@ pub struct Cells<'a> {
     pub stride: u64,
     /// Offset of the caller's slot from slot 0.
     pub own: u64,
+}
+
+impl<'a> Cells<'a> {
+    /// The threads that may own locks.
+    #[must_use]
+    pub fn owners(&self) -> Owners<'a> {
+        Owners { slots: self.slots, stride: self.stride }
+    }
 }
 
 /// A node on its way into the map.
@@ -55,15 +68,16 @@ impl<'a> Table<'a> {
     /// new element are cleared.
     ///
     /// # Errors
-    /// EINVAL (flags), EEXIST, ENOENT, E2BIG (full), EBUSY (see `lock.rs`).
+    /// EINVAL (flags), EEXIST, ENOENT, E2BIG (full), EBUSY (see `lock.rs` and `spin.rs`).
     pub fn update(
         &self,
-        caller: &Caller<'_>,
+        caller: &Caller<'a>,
         key: Bytes<'_>,
         value: Bytes<'_>,
         flags: u64,
     ) -> Result<(), Errno> {
-        if flags > BPF_EXIST {
+        let (flags, locked) = (flags & !BPF_F_LOCK, flags & BPF_F_LOCK != 0);
+        if flags > BPF_EXIST || (locked && self.geometry.lock_offset.is_none()) {
             return Err(Errno::EINVAL);
         }
         let wanted = self.wanted(key).ok_or(Errno::EINVAL)?;
@@ -72,6 +86,10 @@ impl<'a> Table<'a> {
         match before {
             Some(_) if flags == BPF_NOEXIST => Err(Errno::EEXIST),
             None if flags == BPF_EXIST => Err(Errno::ENOENT),
+            Some((node, _)) if locked => {
+                let _held = self.lock_value(caller, node)?;
+                self.store_value(caller, node, value).ok_or(Errno::EINVAL)
+            }
             Some((node, _)) => self.store_value(caller, node, value).ok_or(Errno::EINVAL),
             None => {
                 let fresh = self.allocate().ok_or(Errno::E2BIG)?;
@@ -95,14 +113,31 @@ impl<'a> Table<'a> {
         Ok(())
     }
 
+    /// Takes the lock in a node's value.
+    ///
+    /// # Errors
+    /// EBUSY (see `spin.rs`), EINVAL: there is none.
+    pub fn lock_value(&self, caller: &Caller<'a>, node: NodeIdx) -> Result<Held<'a>, Errno> {
+        let offset = self.geometry.lock_offset.ok_or(Errno::EINVAL)?;
+        let at = self.value_offset(node) + u64::from(offset);
+        let suspect = self.suspect(state::VALUE_SUSPECT, state::VALUE_SUSPECT_SINCE)?;
+        let taker =
+            Taker { me: caller.tid, held: caller.held, suspect, owners: caller.cells.owners() };
+        let word = self.nodes.half(at).ok_or(Errno::EINVAL)?;
+        taker.take(word, self.nodes.address(at), node.0)
+    }
+
+    fn suspect(&self, word: u64, since_ns: u64) -> Result<Suspect<'a>, Errno> {
+        Ok(Suspect {
+            word: self.word(word).ok_or(Errno::EINVAL)?,
+            since_ns: self.word(since_ns).ok_or(Errno::EINVAL)?,
+        })
+    }
+
     fn lock(&self, bucket: u32, caller: &Caller<'_>) -> Result<Guard<'a>, Errno> {
         let word = self.lock_word(bucket).ok_or(Errno::EINVAL)?;
-        let suspect = Suspect {
-            word: self.word(state::SUSPECT).ok_or(Errno::EINVAL)?,
-            since_ns: self.word(state::SUSPECT_SINCE).ok_or(Errno::EINVAL)?,
-        };
-        let owners = Owners { slots: caller.cells.slots, stride: caller.cells.stride };
-        lock::acquire(word, bucket, caller.tid, suspect, owners)
+        let suspect = self.suspect(state::SUSPECT, state::SUSPECT_SINCE)?;
+        lock::acquire(word, bucket, caller.tid, suspect, caller.cells.owners())
     }
 
     /// With the bucket locked: the node of `wanted` and the link that leads to it.
@@ -158,7 +193,10 @@ impl<'a> Table<'a> {
 
     fn store_value(&self, caller: &Caller<'_>, node: NodeIdx, value: Bytes<'_>) -> Option<()> {
         match self.geometry.values {
-            Values::InNode => self.nodes.store(self.value_offset(node), value),
+            Values::InNode => {
+                let hole = self.geometry.lock_offset;
+                self.nodes.store_around(self.value_offset(node), value, hole)
+            }
             Values::InSlots { slot_offset } => {
                 let cells = caller.cells;
                 cells.slots.store(cells.own + self.cell_offset(slot_offset, node), value)

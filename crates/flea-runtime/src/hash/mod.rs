@@ -4,7 +4,7 @@
 //! ```text
 //!   MapHeader.state   [0] free list: tag << 32 | link      [3] suspected lock word
 //!                     [1] nodes ever used                  [4] suspected since, ns
-//!                     [2] seed
+//!                     [2] seed                             [5], [6] the same, of values' locks
 //!   data              buckets  n x { first: link, lock }            (see lock.rs)
 //!                     nodes    max_entries x { next: link, hash, next free: link,
 //!                                              generation, key.., value.. }
@@ -25,7 +25,8 @@
 //!    the comparison. After that, the element may be deleted and its node reused while a
 //!    program holds the value's address, as in Linux: it stays an address of a value.
 //!
-//! Values of existing elements are overwritten in place, word by word.
+//! Values of existing elements are overwritten in place, word by word. The lock in a value is
+//! never written: whoever has the address of an element that was deleted may hold its lock.
 
 pub mod change;
 pub mod key;
@@ -53,6 +54,10 @@ pub mod state {
     pub const SUSPECT: u64 = 3;
     /// See `lock.rs`.
     pub const SUSPECT_SINCE: u64 = 4;
+    /// As `SUSPECT`, of the locks in values; arrays have these two as well.
+    pub const VALUE_SUSPECT: u64 = 5;
+    /// As `SUSPECT_SINCE`.
+    pub const VALUE_SUSPECT_SINCE: u64 = 6;
 }
 
 /// Most elements a hash map can have: links have 31 bits.
@@ -75,6 +80,8 @@ pub struct Geometry {
     pub max_entries: u32,
     /// Where values are.
     pub values: Values,
+    /// Where in a value its lock is.
+    pub lock_offset: Option<u32>,
 }
 
 /// Where a hash map's values are.
@@ -169,6 +176,12 @@ impl<'a> Table<'a> {
     #[must_use]
     pub fn value_address(&self, node: NodeIdx) -> u64 {
         self.nodes.address(self.value_offset(node))
+    }
+
+    /// The first 4 bytes of a node's value: all of a map of maps' value.
+    #[must_use]
+    pub fn value_half(&self, node: NodeIdx) -> Option<&'a AtomicU32> {
+        self.nodes.half(self.value_offset(node))
     }
 
     /// Copies an element by its number, `0..max_entries`: key, then value where it is in the

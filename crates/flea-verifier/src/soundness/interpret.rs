@@ -96,7 +96,7 @@ impl<'a> Interpreter<'a> {
             let n = match spec.kind {
                 MapKind::Array | MapKind::PerCpuArray => spec.max_entries,
                 MapKind::Hash | MapKind::PerCpuHash => 2,
-                MapKind::RingBuf => 0,
+                MapKind::ArrayOfMaps | MapKind::HashOfMaps | MapKind::RingBuf => 0,
             };
             let size = spec.value_size_bytes as usize;
             let values = (0..n).map(|_| this.allocate(Kind::MapValue(map), size)).collect();
@@ -495,10 +495,15 @@ impl<'a> Interpreter<'a> {
     fn lookup(&mut self, map: usize, key: u64) -> Result<u64, String> {
         let spec = &self.maps[map];
         let size = spec.key_size_bytes as usize;
+        let inner = spec.inner.as_ref().map(|inner| inner.template);
         self.readable(key, size)?;
+        if let Some(MapIdx(template)) = inner {
+            // Some map like the template, or none.
+            return Ok(if self.below(3) > 0 { map_handle(template) } else { 0 });
+        }
         let n = match spec.kind {
             MapKind::Array | MapKind::PerCpuArray => self.read(key, 4)?.1,
-            MapKind::Hash | MapKind::PerCpuHash | MapKind::RingBuf => self.below(3),
+            _ => self.below(3),
         };
         let value = usize::try_from(n).ok().and_then(|n| self.values[map].get(n));
         Ok(value.copied().unwrap_or(0))
@@ -579,7 +584,10 @@ impl<'a> Interpreter<'a> {
                         self.frames.get(frame).is_some_and(|f| at(f.stack + 512))
                     }
                     PointerKind::Map(MapIdx(map)) => x == map_handle(map),
-                    PointerKind::MapValue(MapIdx(map)) => self.values_of(map).any(at),
+                    PointerKind::MapValue(MapIdx(map))
+                    | PointerKind::LockValue { map: MapIdx(map), .. } => {
+                        self.values_of(map).any(at)
+                    }
                     PointerKind::MapKey(MapIdx(map)) => {
                         self.bases(|k| k == Kind::MapKey(map)).any(at)
                     }

@@ -48,6 +48,7 @@ pub fn counter() -> ObjectSpec {
             flags: 0,
             init: None,
             read_only: false,
+            ..MapSpec::default()
         }],
         programs: vec![ProgramSpec {
             name: "count".into(),

@@ -172,6 +172,7 @@ pub(super) fn trace_object(programs: Vec<Program>) -> Object {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     };
     Object { maps: vec![map], programs, ..Object::default() }
 }
@@ -286,6 +287,7 @@ fn per_thread_array(value_size_bytes: u32, max_entries: u32) -> MapSpec {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     }
 }
 

@@ -54,6 +54,7 @@ fn object() -> ObjectSpec {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     };
     let programs = (0..PROGRAMS).map(program).collect();
     ObjectSpec { maps: vec![log], programs, ..ObjectSpec::default() }

@@ -158,6 +158,7 @@ pub fn object(shapes: &[Shape]) -> ObjectSpec {
         flags: 0,
         init: None,
         read_only: false,
+        ..MapSpec::default()
     };
     ObjectSpec { maps: vec![map], programs, ..ObjectSpec::default() }
 }
