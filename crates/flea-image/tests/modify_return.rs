@@ -231,28 +231,24 @@ fn the_body_stores_what_is_not_zero() {
     check(
         &body.modify.unwrap().listing(),
         &expect![[r#"
-            0000  push %rbp
-            0001  mov %rsp,%rbp
-            0004  sub $0x20,%rsp
-            0008  mov %rax,(%rsp)
-            000c  mov %rdx,8(%rsp)
-            0011  mov %rdi,0x10(%rsp)
-            0016  xor %rdx,%rdx
-            0019  cmp $1,%rdi
-            001d  jne +0x2a
-            0023  mov $0xFFFFFFFFFFFFFFF4,%rdx
-            002a  test %rdx,%rdx
-            002d  jne +0x4a
-            0033  mov (%rsp),%rax
-            0037  mov 8(%rsp),%rdx
-            003c  mov 0x10(%rsp),%rdi
-            0041  add $0x20,%rsp
-            0045  mov %rbp,%rsp
-            0048  pop %rbp
-            0049  ret
-            004a  movabs $0,%rax    # the skeleton's rbp
-            0054  mov %rdx,-8(%rax)
-            0058  jmp +0x33
+            0000  sub $0x20,%rsp
+            0004  mov %rax,(%rsp)
+            0008  mov %rdx,8(%rsp)
+            000d  mov %rdi,0x10(%rsp)
+            0012  xor %rdx,%rdx
+            0015  cmp $1,%rdi
+            0019  jne +0x22
+            001b  mov $0xFFFFFFFFFFFFFFF4,%rdx
+            0022  test %rdx,%rdx
+            0025  jne +0x3a
+            0027  mov (%rsp),%rax
+            002b  mov 8(%rsp),%rdx
+            0030  mov 0x10(%rsp),%rdi
+            0035  add $0x20,%rsp
+            0039  ret
+            003a  mov %rbp,%rax
+            003d  mov %rdx,-8(%rax)
+            0041  jmp +0x27
         "#]],
     );
     let never = compile(&ints(1), &decides(0)).unwrap();

@@ -34,6 +34,8 @@ pub(crate) enum Access {
 pub(crate) enum Target {
     /// These bytes of that frame; whether they are written yet is not checked here.
     Stack { frame: usize, span: Span },
+    /// Some bytes of `window` in that frame: the address is not one number.
+    StackWindow { frame: usize, window: Span },
     /// Anything else: its content is any number.
     Other(Region),
     /// The target's data: what is loaded, where that is more than any number.
@@ -79,9 +81,7 @@ pub(crate) fn check(
         Fault::new(format!("R{r} invalid mem access '{}'", p.type_name()))
     };
     match p.kind {
-        PointerKind::Stack { frame } => {
-            stack_span(request, p).map(|span| Target::Stack { frame, span })
-        }
+        PointerKind::Stack { frame } => check_stack(request, p, frame),
         PointerKind::Ctx => check_ctx(request, p, context),
         PointerKind::Map(_) | PointerKind::Function(_) => Err(bad()),
         PointerKind::MapKey(map) => {
@@ -240,36 +240,57 @@ fn ctx_hint(context: Context, n_bytes: u32) -> String {
     format!("the context is {n_slots} words of 8 bytes here, to be read whole and not written")
 }
 
-/// The bytes of the stack that a load, store or atomic covers.
-fn stack_span(request: Request, p: &Pointer) -> Result<Span, Fault> {
-    let span = helper_stack_span(request, p)?;
-    let at = p.off.wide.smin + request.off;
-    if at % i64::from(request.size_bytes.max(1)) != 0 {
+/// A load, store or atomic on the stack.
+fn check_stack(request: Request, p: &Pointer, frame: usize) -> Result<Target, Fault> {
+    let window = stack_window(request, p)?;
+    let off = request.off;
+    let sum = Scalar::alu(AluOp::Add, Width::W64, &p.off, &Scalar::constant(off.cast_unsigned()));
+    let bits = sum.wide.bits;
+    // What is spilled is followed by whole slots, so no access may lie across two.
+    if (bits.value | bits.mask) & (u64::from(request.size_bytes.max(1)) - 1) != 0 {
+        let at = match p.off.as_const() {
+            Some(_) => (p.off.wide.smin + off).to_string(),
+            None => format!("({:#x}; {:#x})", bits.value, bits.mask),
+        };
         let text = format!("misaligned stack access off {at} size {}", request.size_bytes);
         return Err(Fault::new(text));
     }
-    Ok(span)
+    Ok(match p.off.as_const() {
+        Some(_) => Target::Stack { frame, span: window },
+        None => Target::StackWindow { frame, window },
+    })
 }
 
-/// The bytes of the stack that a helper covers: any alignment.
-pub(crate) fn helper_stack_span(request: Request, p: &Pointer) -> Result<Span, Fault> {
+/// The bytes of the stack that an access may touch: all of them where its address is one number.
+/// For helpers too, so any alignment.
+pub(crate) fn stack_window(request: Request, p: &Pointer) -> Result<Span, Fault> {
     let Request { reg, off, size_bytes, access } = request;
     let r = reg.index();
-    if p.off.as_const().is_none() {
-        let bits = p.off.wide.bits;
-        let text = format!(
-            "R{r} variable stack access prohibited, var_off=({:#x}; {:#x}) off={off}",
-            bits.value, bits.mask
-        );
-        return Err(Fault::new(text).hint("keep arrays that are indexed by a variable in a map"));
-    }
-    let at = p.off.wide.smin + off;
-    Span::new(at, size_bytes).ok_or_else(|| {
+    // Offsets are within MAX_OFFSET: none of this overflows.
+    let (min, max) = (p.off.wide.smin + off, p.off.wide.smax + off);
+    let window = u32::try_from(max - min)
+        .ok()
+        .and_then(|moves| moves.checked_add(size_bytes))
+        .and_then(|window_bytes| Span::new(min, window_bytes));
+    window.ok_or_else(|| {
         let what = match access {
             Access::Read => "read from",
             Access::Write | Access::Atomic => "write to",
         };
-        Fault::new(format!("invalid {what} stack R{r} off={at} size={size_bytes}"))
-            .hint("a function's stack is the 512 bytes below r10")
+        if p.off.as_const().is_some() {
+            let text = format!("invalid {what} stack R{r} off={min} size={size_bytes}");
+            return Fault::new(text).hint("a function's stack is the 512 bytes below r10");
+        }
+        let bits = p.off.wide.bits;
+        Fault::new(format!(
+            "invalid variable-offset {what} stack R{r} var_off=({:#x}; {:#x}) off={off} \
+             size={size_bytes}",
+            bits.value, bits.mask
+        ))
+        .hint(format!(
+            "it reaches from {min} to {}, and the stack is the 512 bytes below r10: compare the \
+             index with the array's length first",
+            max + i64::from(size_bytes)
+        ))
     })
 }

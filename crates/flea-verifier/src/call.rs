@@ -1,11 +1,13 @@
 //! Calls of helpers: each argument against the prototype, then what the call leaves behind.
 
+use std::ops::RangeInclusive;
+
 use flea_object::helper::Helper;
 use flea_object::spec::{MapIdx, MapSpec};
 use flea_object::types::{Type, TypeId};
 
 use crate::Context;
-use crate::access::{self, Access, Request, followable, helper_stack_span};
+use crate::access::{self, Access, Request, followable, stack_window};
 use crate::callback::{self, Round};
 use crate::lock::{self, Lock};
 use crate::machine::{Flow, Machine};
@@ -28,6 +30,8 @@ struct Seen {
     max_size: u64,
     /// Stack bytes that the helper fills.
     fills: Vec<(usize, Span)>,
+    /// Stack bytes of which the helper fills some.
+    fills_somewhere: Vec<(usize, Span)>,
     release: Option<Pointer>,
     /// The function that the helper calls.
     callback: Option<usize>,
@@ -53,7 +57,7 @@ impl Machine<'_> {
         })?;
         self.check_allowed(helper)?;
         let proto = proto(helper);
-        let constants = std::array::from_fn(|n| state.reg(Reg::arg(n)).as_const());
+        let constants = self.known_args(state, proto.args);
         let key = self.lookup_key(helper, state);
         self.facts.number(idx, key);
         let mut seen = Seen { key_max: key.map(|(_, max)| max), ..Seen::default() };
@@ -67,6 +71,9 @@ impl Machine<'_> {
         };
         for (frame, span) in &seen.fills {
             state.frame_at_mut(*frame).stack.store_anything(*span)?;
+        }
+        for (frame, window) in &seen.fills_somewhere {
+            state.frame_at_mut(*frame).stack.store_somewhere(*window, None)?;
         }
         if let Some(record) = seen.release {
             release(state, record)?;
@@ -87,6 +94,19 @@ impl Machine<'_> {
                 Flow::Both { next: start, jump: next, jump_state: Box::new(behind) }
             }
             None => Flow::To(next),
+        })
+    }
+
+    /// The numbers among the arguments that are known, for the compiler. They and the numbers that
+    /// the call is checked with are what a decision is made by.
+    fn known_args(&mut self, state: &State, args: &[Arg]) -> [Option<u64>; 5] {
+        std::array::from_fn(|n| {
+            let (arg, reg) = (args.get(n)?, Reg::arg(n));
+            let known = state.reg(reg).as_const();
+            if known.is_some() || !matches!(arg, Arg::Anything | Arg::Optional) {
+                self.trail.need(reg);
+            }
+            known
         })
     }
 
@@ -146,13 +166,13 @@ impl Machine<'_> {
             }
             Arg::Key => {
                 let size = self.seen_map(seen)?.key_size_bytes;
-                self.memory(state, reg, arg, size, seen)
+                self.memory(state, reg, arg, size..=size, seen)
             }
             Arg::MapValue => {
                 let size = self.seen_map(seen)?.value_size_bytes;
-                self.memory(state, reg, arg, size, seen)
+                self.memory(state, reg, arg, size..=size, seen)
             }
-            Arg::FillU64 => self.memory(state, reg, arg, 8, seen),
+            Arg::FillU64 => self.memory(state, reg, arg, 8..=8, seen),
             // Checked with the size that follows.
             Arg::Read | Arg::Fill => Ok(()),
             Arg::Size(zero) => {
@@ -267,23 +287,17 @@ impl Machine<'_> {
         if max == 0 && state.reg(memory).as_const() == Some(0) {
             return Ok(());
         }
-        // Only if it is surely filled to the end may it be unwritten before.
-        let arg = if size.as_const().is_none() && memory_arg == Arg::Fill {
-            self.memory(state, memory, Arg::Read, max, seen)?;
-            Arg::Fill
-        } else {
-            memory_arg
-        };
-        self.memory(state, memory, arg, max, seen)
+        let min = u32::try_from(size.wide.umin).unwrap_or(max);
+        self.memory(state, memory, memory_arg, min..=max, seen)
     }
 
-    /// `size_bytes` bytes at `reg` that the helper reads or fills.
+    /// So many bytes at `reg` that the helper reads or fills.
     fn memory(
         &mut self,
         state: &State,
         reg: Reg,
         arg: Arg,
-        size_bytes: u32,
+        sizes_bytes: RangeInclusive<u32>,
         seen: &mut Seen,
     ) -> Result<(), Fault> {
         let value = state.reg(reg);
@@ -308,13 +322,22 @@ impl Machine<'_> {
         }
         let fills = matches!(arg, Arg::Fill | Arg::FillU64);
         let access = if fills { Access::Write } else { Access::Read };
-        let request = Request { reg, off: 0, size_bytes, access };
+        let (min, max) = sizes_bytes.into_inner();
+        let request = Request { reg, off: 0, size_bytes: max, access };
         let p = followable(reg, value)?;
         if let PointerKind::Stack { frame } = p.kind {
-            let span = helper_stack_span(request, p)?;
+            let span = stack_window(request, p)?;
             self.touch(state, frame, span);
             if fills {
-                seen.fills.push((frame, span));
+                // Bytes that are filled for any address and any size were written from here on;
+                // the others may not have been.
+                let from = p.off.wide.smax;
+                let end = p.off.wide.smin + i64::from(min);
+                let sure = u32::try_from(end - from).ok().and_then(|n| Span::new(from, n));
+                if sure != Some(span) {
+                    seen.fills_somewhere.push((frame, span));
+                }
+                seen.fills.extend(sure.map(|sure| (frame, sure)));
                 return Ok(());
             }
             let stack = &state.frame_at(frame).stack;

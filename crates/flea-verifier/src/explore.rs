@@ -4,7 +4,8 @@
 //!
 //! 1. Where several ways lead to an instruction (a join), the state is compared with those
 //!    that were there before. A state that an earlier one includes needs no second look,
-//!    *once everything that followed from the earlier one has been explored*.
+//!    *once everything that followed from the earlier one has been explored*: only then is it
+//!    known which of its numbers matter ([`crate::precision`]), and only those are compared.
 //! 2. [`Node::open`] counts what is still to be explored below a remembered state; only at 0
 //!    may it prune. A state with `open > 0` is an ancestor of the current path (depth first:
 //!    every waiting branch hangs on one). To meet an equal one again is an infinite loop.
@@ -18,7 +19,8 @@
 //! 4. A round that ends in a state included by any of its own family needs no second look,
 //!    even while that one is being explored. *Nothing unsafe is missed*: whatever can happen
 //!    from the new state can happen from the older one, and all of that is looked at before
-//!    the program is accepted. *It ends*: the edge back is taken once per round, and at run
+//!    the program is accepted. (Which numbers will matter is not known yet: all are compared,
+//!    and all count as needed.) *It ends*: the edge back is taken once per round, and at run
 //!    time the helper counts its rounds, or its map's elements. Another call's family will not
 //!    do: `for (i = 0; i < 9; i++) bpf_loop(1, set_to_0, &i, 0)` never ends, and each call's
 //!    round leaves what the first call found.
@@ -38,10 +40,12 @@ use std::collections::BTreeSet;
 
 use flea_object::spec::Program;
 
+use crate::budget::{self, Loop};
 use crate::cfg::Cfg;
 use crate::liveness::Liveness;
 use crate::machine::{Flow, Machine};
 use crate::op::Op;
+use crate::precision::{Needs, Place, Precision};
 use crate::report::Fault;
 use crate::state::{Rounds, State, Widening};
 use crate::story::Visit;
@@ -52,8 +56,10 @@ use crate::trace::{self, Sink, Trace};
 pub(crate) const BUDGET: usize = if cfg!(test) { 5_000 } else { 1_000_000 };
 /// Branches that may wait (Linux: BPF_COMPLEXITY_LIMIT_JMP_SEQ).
 const MAX_WAITING: usize = 8192;
-/// States remembered per instruction.
-const MAX_REMEMBERED: usize = 64;
+/// Explored states remembered per instruction: those that closed or pruned last. A loop of a
+/// thousand rounds with a branch in it leaves a thousand branches waiting, and each, the innermost
+/// first, is pruned by what the one before it has left.
+const MAX_CLOSED: usize = 64;
 /// Of its own path's states, so many are looked at. A cycle that is longer is not seen as
 /// one, and ends at the budget.
 const MAX_ANCESTORS: usize = 16;
@@ -88,10 +94,10 @@ pub(crate) struct Explorer<'a> {
     cfg: &'a Cfg,
     live: &'a Liveness,
     nodes: Vec<Node>,
-    /// Indices into `nodes`, for each instruction.
-    remembered: Vec<Vec<usize>>,
+    /// For each instruction.
+    remembered: Vec<Remembered>,
     waiting: Vec<Path>,
-    steps: Vec<Step>,
+    precision: Precision<'a>,
     /// How often each jump backwards was followed.
     back_jumps: Vec<u32>,
     patience: Patience,
@@ -99,9 +105,9 @@ pub(crate) struct Explorer<'a> {
     pub(crate) has_widened: bool,
     /// What is written down: the path, in the second run of a refused program, or everything.
     trace: Option<Trace<'a>>,
-    /// Every state on arrival at every instruction.
+    /// Every state on arrival at every instruction, and the number of the step.
     #[cfg(any(test, feature = "beliefs"))]
-    pub(crate) beliefs: Option<Vec<Vec<State>>>,
+    beliefs: Option<Vec<Vec<(State, usize)>>>,
 }
 
 /// A refusal, and the last step of the path that led to it.
@@ -112,21 +118,27 @@ pub(crate) struct Refusal {
     pub(crate) steps: BTreeSet<usize>,
 }
 
+/// The remembered states of one instruction, by their index into `nodes`, the newest last.
+#[derive(Clone, Default)]
+struct Remembered {
+    /// Ancestors of the current path.
+    open: Vec<usize>,
+    /// Explored to their end.
+    closed: Vec<usize>,
+}
+
 /// A remembered state.
 struct Node {
     parent: Option<usize>,
     /// Paths below it that are not yet explored to their end.
     open: u32,
-    state: State,
-    /// Of the first arrival at a helper's call: arrives after rounds, on all paths.
+    /// `None` where it can prune nothing any more.
+    state: Option<State>,
+    /// Of the first arrival at a helper's call: arrivals after rounds, on all paths.
     n_rounds: u32,
-}
-
-/// One visit of an instruction.
-#[derive(Clone, Copy)]
-struct Step {
-    prev: Option<usize>,
     insn_idx: usize,
+    /// Where [`Precision`] keeps what is needed of it.
+    mark: usize,
 }
 
 /// A path that waits to be explored, or is being explored.
@@ -136,8 +148,17 @@ struct Path {
     /// The last remembered state on it.
     node: usize,
     last_step: Option<usize>,
+    /// The last mark on it.
+    mark: usize,
     insns_since: u32,
     jumps_since: u32,
+}
+
+impl Path {
+    fn place(&self) -> Place {
+        let (last_step, mark, insn_idx) = (self.last_step, self.mark, self.idx);
+        Place { last_step, mark, insn_idx, depth: self.state.depth() }
+    }
 }
 
 impl<'a> Explorer<'a> {
@@ -149,15 +170,16 @@ impl<'a> Explorer<'a> {
         patience: Patience,
     ) -> Self {
         let n_insns = machine.ops.len();
+        let precision = Precision::new(machine.ops);
         Self {
             machine,
             program,
             cfg,
             live,
             nodes: Vec::new(),
-            remembered: vec![Vec::new(); n_insns],
+            remembered: vec![Remembered::default(); n_insns],
             waiting: Vec::new(),
-            steps: Vec::new(),
+            precision,
             back_jumps: vec![0; n_insns],
             patience,
             has_widened: false,
@@ -186,8 +208,8 @@ impl<'a> Explorer<'a> {
 
     /// Linux's last lines of a log: what the walk took.
     pub(crate) fn summary(&mut self, refusal: Option<&Refusal>) {
-        let n_insns = self.steps.len();
-        let most = self.remembered.iter().map(Vec::len).max().unwrap_or(0);
+        let n_insns = self.precision.steps.len();
+        let most = self.remembered.iter().map(|r| r.open.len() + r.closed.len()).max().unwrap_or(0);
         let n_states = self.nodes.len();
         let depths: Vec<String> = self.machine.stack_bytes.iter().map(u32::to_string).collect();
         if let Some(trace) = &mut self.trace {
@@ -200,6 +222,24 @@ impl<'a> Explorer<'a> {
                  total_states {n_states} peak_states {n_states} mark_read 0"
             ));
         }
+    }
+
+    /// The same walk, keeping every state.
+    #[cfg(any(test, feature = "beliefs"))]
+    pub(crate) fn remembering(mut self) -> Self {
+        self.beliefs = Some(vec![Vec::new(); self.machine.ops.len()]);
+        self.precision.before_steps = Some(Vec::new());
+        self
+    }
+
+    /// Every state on arrival at every instruction, with what was needed of it; `None` where they
+    /// were too many.
+    #[cfg(any(test, feature = "beliefs"))]
+    pub(crate) fn into_beliefs(self) -> Option<Vec<Vec<(State, Needs)>>> {
+        let needs = self.precision.before_steps?;
+        let with_needs = |(state, step): (State, usize)| Some((state, *needs.get(step)?));
+        let of_insn = |states: Vec<_>| states.into_iter().map(with_needs).collect();
+        self.beliefs?.into_iter().map(of_insn).collect()
     }
 
     /// Explores everything.
@@ -223,9 +263,16 @@ impl<'a> Explorer<'a> {
 
     /// Explores everything from `idx` on.
     fn run_from(&mut self, idx: usize, state: State) -> Result<(), Refusal> {
-        let node = self.nodes.len();
-        self.nodes.push(Node { parent: None, open: 1, state: state.clone(), n_rounds: 0 });
-        let mut path = Path { state, idx, node, last_step: None, insns_since: 0, jumps_since: 0 };
+        let (node, mark, last_step) = (self.nodes.len(), self.precision.entry(), None);
+        self.nodes.push(Node {
+            parent: None,
+            open: 1,
+            state: None,
+            insn_idx: idx,
+            mark,
+            n_rounds: 0,
+        });
+        let mut path = Path { state, idx, node, last_step, mark, insns_since: 0, jumps_since: 0 };
         loop {
             let ended = self.advance(&mut path).map_err(|fault| self.refuse(&path, fault))?;
             if ended {
@@ -244,18 +291,20 @@ impl<'a> Explorer<'a> {
             return Ok(true);
         }
         let idx = path.idx;
-        let step = self.steps.len();
+        let step = self.precision.steps.len();
         if step >= BUDGET {
             return Err(self.too_large(step));
         }
-        let prev = path.last_step.map(|prev| (prev, self.steps[prev].insn_idx));
-        self.steps.push(Step { prev: path.last_step, insn_idx: idx });
+        let prev = path.last_step.map(|prev| (prev, self.precision.steps[prev].insn_idx));
+        let mut place = path.place();
+        self.precision.begin(&mut place);
+        path.mark = place.mark;
         path.last_step = Some(step);
         path.insns_since += 1;
         #[cfg(any(test, feature = "beliefs"))]
         if let Some(beliefs) = &mut self.beliefs {
             if step < MAX_BELIEFS {
-                beliefs[idx].push(path.state.clone());
+                beliefs[idx].push((path.state.clone(), step));
             } else {
                 self.beliefs = None;
             }
@@ -265,13 +314,13 @@ impl<'a> Explorer<'a> {
         if let Some(trace) = &mut self.trace {
             trace.before(seen, &path.state);
         }
-        self.machine.note_operand(idx, &path.state);
         let flow = self.machine.step(idx, &mut path.state);
         if let Some(trace) = &mut self.trace {
             trace.after(seen, flow.as_ref().map(|_| &path.state).map_err(|_| ()));
         }
         let flow = flow?;
         self.machine.note_branch(idx, &flow);
+        self.precision.end(place, std::mem::take(&mut self.machine.trail));
         if matches!(self.machine.ops[idx], Op::Goto { .. } | Op::If { .. }) {
             path.jumps_since += 1;
         }
@@ -317,71 +366,93 @@ impl<'a> Explorer<'a> {
     fn arrive(&mut self, path: &mut Path) -> Result<bool, Fault> {
         let idx = path.idx;
         path.state.forget_dead(idx, self.live);
-        if self.prune(path)? {
+        let call = path.state.rounds().map(|r| r.root);
+        // To come back to where another round was is no loop.
+        let loops = |state: &State| {
+            let family = state.rounds().map(|r| r.root);
+            let same_round = || state.all_rounds().eq(path.state.all_rounds());
+            (call.is_none() || call != family)
+                && (family.is_some() || same_round())
+                && state.equals(&path.state)
+        };
+        let same = |n: &usize| self.nodes[*n].state.as_ref().is_some_and(loops);
+        if self.remembered[idx].open.iter().rev().take(MAX_ANCESTORS).any(same) {
+            return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
+                .hint("nothing that the loop's end depends on changes in it"));
+        }
+        if self.prune(path) {
             return Ok(true);
         }
         if self.machine.ops[idx].takes_callback() {
-            return self.arrive_at_rounds(path);
+            return Ok(self.arrive_at_rounds(path));
         }
         let far = path.insns_since >= MIN_INSNS_BETWEEN && path.jumps_since >= MIN_JUMPS_BETWEEN;
-        if far || self.remembered[idx].is_empty() {
+        let Remembered { open, closed } = &self.remembered[idx];
+        if far || (open.is_empty() && closed.is_empty()) {
             self.remember(path);
         }
         Ok(false)
     }
 
-    /// Whether `path` ends here, because all that follows is known to be safe.
-    fn prune(&mut self, path: &Path) -> Result<bool, Fault> {
-        let known = self.is_known(path)?;
-        if known && let Some(trace) = &mut self.trace {
-            let prev = path.last_step.map(|step| (step, self.steps[step].insn_idx));
-            trace.pruned(prev, path.idx);
+    /// Whether `path` ends here: what follows was explored from a state that includes this one.
+    fn prune(&mut self, path: &Path) -> bool {
+        let Some(needed) = self.known_by_family(path).or_else(|| self.known(path)) else {
+            return false;
+        };
+        // What was needed there is needed here.
+        self.precision.need(path.place(), needed);
+        if let Some(trace) = &mut self.trace {
+            let insn_idx = |step: usize| self.precision.steps[step].insn_idx;
+            trace.pruned(path.last_step.map(|step| (step, insn_idx(step))), path.idx);
         }
-        Ok(known)
+        true
     }
 
-    /// A remembered state makes `path` needless. An infinite loop is a fault.
-    fn is_known(&self, path: &Path) -> Result<bool, Fault> {
-        let idx = path.idx;
-        let call = path.state.rounds().map(|r| r.root);
-        let mut ancestors = 0;
-        for &n in self.remembered[idx].iter().rev() {
-            let node = &self.nodes[n];
-            let family = node.state.rounds().map(|r| r.root);
-            if call.is_some() && call == family {
-                if node.state.includes(&path.state) {
-                    return Ok(true);
-                }
-            } else if node.open > 0 {
-                ancestors += 1;
-                let same_round = || node.state.all_rounds().eq(path.state.all_rounds());
-                let again = ancestors <= MAX_ANCESTORS && node.state.equals(&path.state);
-                if again && (family.is_some() || same_round()) {
-                    return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
-                        .hint("nothing that the loop's end depends on changes in it"));
-                }
-            } else if self.may_prune(node, path) && node.state.includes(&path.state) {
-                return Ok(true);
-            }
-        }
-        Ok(false)
+    /// An arrival after a round, and one of its family includes it. Nobody knows yet what that one
+    /// will need, so all of it is compared, and needed.
+    fn known_by_family(&self, path: &Path) -> Option<Needs> {
+        let call = path.state.rounds()?.root;
+        let Remembered { open, closed } = &self.remembered[path.idx];
+        let includes = |n: &usize| {
+            self.nodes[*n].state.as_ref().is_some_and(|state| {
+                state.rounds().is_some_and(|r| r.root == call)
+                    && state.includes(&path.state, &Needs::ALL)
+            })
+        };
+        open.iter().rev().chain(closed.iter().rev()).any(includes).then_some(Needs::ALL)
     }
 
-    /// What `node` stands for is explored to its end: every call in a round of which it is has
+    /// What a state needs that was explored to its end and includes this one.
+    fn known(&mut self, path: &Path) -> Option<Needs> {
+        let closed = &self.remembered[path.idx].closed;
+        let includes = |n: &usize| {
+            let Node { state, mark, .. } = &self.nodes[*n];
+            let needed = self.precision.needed_at(*mark);
+            state.as_ref().is_some_and(|state| {
+                self.may_prune(state, path) && state.includes(&path.state, needed)
+            })
+        };
+        let at = closed.iter().rposition(includes)?;
+        let n = self.remembered[path.idx].closed.remove(at);
+        self.remembered[path.idx].closed.push(n);
+        Some(*self.precision.needed_at(self.nodes[n].mark))
+    }
+
+    /// What `known` stands for is explored to its end: every call in a round of which it is has
     /// been, or `path` is in a round of that very call.
-    fn may_prune(&self, node: &Node, path: &Path) -> bool {
-        node.state.all_rounds().zip(path.state.all_rounds()).all(|(at_node, on_path)| {
-            at_node.is_none_or(|r| {
+    fn may_prune(&self, known: &State, path: &Path) -> bool {
+        known.all_rounds().zip(path.state.all_rounds()).all(|(at_known, on_path)| {
+            at_known.is_none_or(|r| {
                 self.nodes[r.root].open == 0 || on_path.is_some_and(|p| p.root == r.root)
             })
         })
     }
 
     /// `path` comes to the call of a helper that calls a function in rounds, for the first time
-    /// or after a round.
-    fn arrive_at_rounds(&mut self, path: &mut Path) -> Result<bool, Fault> {
-        if self.widen(path) && self.prune(path)? {
-            return Ok(true);
+    /// or after a round; `true` where all that follows is known to be safe.
+    fn arrive_at_rounds(&mut self, path: &mut Path) -> bool {
+        if self.widen(path) && self.prune(path) {
+            return true;
         }
         if let Some(rounds) = path.state.rounds() {
             self.nodes[rounds.root].n_rounds += 1;
@@ -389,10 +460,11 @@ impl<'a> Explorer<'a> {
         let first = Rounds { root: self.nodes.len(), n_done: 0, n_seen: 0 };
         path.state.set_rounds(Some(path.state.rounds().unwrap_or(first)));
         self.remember(path);
-        Ok(false)
+        false
     }
 
-    /// After some rounds, forgets the numbers that the last one has changed.
+    /// After some rounds, forgets the numbers that the last one has changed. A walk back goes on
+    /// as if they were the same, so what is needed of the wider number is needed of the other.
     fn widen(&mut self, path: &mut Path) -> bool {
         let Some(rounds) = path.state.rounds() else { return false };
         let within = path.state.innermost_callback() > 0;
@@ -401,37 +473,30 @@ impl<'a> Explorer<'a> {
         if n_rounds < exact || self.patience == Patience::Endless {
             return false;
         }
-        let mut family = self.remembered[path.idx].iter().rev().map(|n| &self.nodes[*n]);
-        let before = family.find(|node| {
-            node.open > 0 && node.state.rounds().is_some_and(|r| r.root == rounds.root)
-        });
+        let open = self.remembered[path.idx].open.iter().rev();
+        let mut states = open.filter_map(|n| self.nodes[*n].state.as_ref());
+        let before = states.find(|state| state.rounds().is_some_and(|r| r.root == rounds.root));
         let Some(before) = before else { return false };
         let bounds = n_rounds < exact + ROUNDS_OF_BOUNDS;
         let how = if bounds { Widening::Bounds } else { Widening::Whole };
-        path.state.widen(&before.state, how);
+        path.state.widen(before, how);
         self.has_widened = true;
         true
     }
 
     fn remember(&mut self, path: &mut Path) {
         let n = self.nodes.len();
+        let mut place = path.place();
+        self.precision.mark(&mut place);
+        path.mark = place.mark;
         // The path now counts for the new node, and the new node for the old one.
-        self.nodes.push(Node {
-            parent: Some(path.node),
-            open: 1,
-            state: path.state.clone(),
-            n_rounds: 0,
-        });
+        let (parent, state) = (Some(path.node), Some(path.state.clone()));
+        let (insn_idx, mark) = (path.idx, path.mark);
+        self.nodes.push(Node { parent, open: 1, state, insn_idx, mark, n_rounds: 0 });
         path.node = n;
         path.insns_since = 0;
         path.jumps_since = 0;
-        let list = &mut self.remembered[path.idx];
-        list.push(n);
-        if list.len() > MAX_REMEMBERED {
-            // The first ones see other paths into a loop, the last ones the loop's own.
-            let dropped = list.remove(MAX_REMEMBERED / 2);
-            self.nodes[dropped].state = State::new();
-        }
+        self.remembered[path.idx].open.push(n);
     }
 
     /// A path below `node` has been explored to its end.
@@ -442,25 +507,47 @@ impl<'a> Explorer<'a> {
             if self.nodes[n].open > 0 {
                 return;
             }
+            self.closed(n);
             at = self.nodes[n].parent;
         }
     }
 
-    fn too_large(&self, processed: usize) -> Fault {
-        let fault =
-            Fault::new(format!("BPF program is too large. Processed {} insn", processed + 1));
-        match self.back_jumps.iter().enumerate().max_by_key(|(_, n)| **n) {
-            Some((idx, n)) if *n > 0 && self.machine.ops[idx].takes_callback() => {
-                fault.hint(format!(
-                    "the function that is called back at insn {idx} was verified for {n} rounds, \
-                     and each left something else behind: bound what it changes"
-                ))
-            }
-            Some((idx, n)) if *n > 0 => fault.hint(format!(
-                "the jump back at insn {idx} was followed {n} times: give its loop a smaller bound"
-            )),
-            _ => fault.hint("too many paths: split the program or join its branches earlier"),
+    /// Everything below `n` has been explored.
+    fn closed(&mut self, n: usize) {
+        let Remembered { open, closed } = &mut self.remembered[self.nodes[n].insn_idx];
+        let Some(at) = open.iter().rposition(|o| *o == n) else { return };
+        open.remove(at);
+        closed.push(n);
+        if closed.len() > MAX_CLOSED {
+            let oldest = closed.remove(0);
+            self.nodes[oldest].state = None;
         }
+    }
+
+    fn too_large(&self, n_processed: usize) -> Fault {
+        let hottest = self.back_jumps.iter().enumerate().max_by_key(|(_, n)| **n);
+        if let Some((idx, n)) = hottest
+            && *n > 0
+            && self.machine.ops[idx].takes_callback()
+        {
+            let eater = format!(
+                "the function that is called back at insn {idx} was verified for {n} rounds, and \
+                 each left something else behind: bound what it changes"
+            );
+            return budget::too_large(n_processed, Some(eater));
+        }
+        let eater = Loop::hottest(self.machine.ops, &self.back_jumps).map(|eater| {
+            // Two rounds of the current path: the newest, and the one before it.
+            let mut rounds = self.remembered[eater.head()].open.iter().rev();
+            let (after, before) = (rounds.next(), rounds.next());
+            let node = |n: &usize| Some((self.nodes[*n].state.as_ref()?, self.nodes[*n].mark));
+            let before = before.and_then(node);
+            let rounds = before.zip(after.and_then(node)).map(|((before, mark), (after, _))| {
+                (before, self.precision.needed_at(mark), after)
+            });
+            eater.describe(self.program, self.machine.maps, &self.precision.steps, rounds)
+        });
+        budget::too_large(n_processed, eater)
     }
 
     fn refuse(&self, path: &Path, fault: Fault) -> Refusal {
@@ -470,9 +557,9 @@ impl<'a> Explorer<'a> {
             && steps.len() < trace::MAX_STEPS
         {
             steps.insert(step);
-            at = self.steps.get(step).and_then(|s| s.prev);
+            at = self.precision.steps.get(step).and_then(|s| s.prev);
         }
-        let insn_idx = path.last_step.map_or(0, |s| self.steps[s].insn_idx);
+        let insn_idx = path.last_step.map_or(0, |s| self.precision.steps[s].insn_idx);
         let insn_idx = if fault.message.starts_with("infinite") { path.idx } else { insn_idx };
         Refusal { insn_idx, fault, steps }
     }

@@ -123,9 +123,10 @@ pub struct Function {
 /// What holds of an instruction's numbers on every path that reaches it.
 ///
 /// Joined over all states that the walk visits there. That is every path: one that the walk
-/// does not follow to its end was left at a state which another one includes, number for number,
-/// and that one was followed (`crate::explore`). What is forgotten at a join is forgotten before
-/// the instruction is visited, so the ranges are of what was explored.
+/// does not follow to its end was left at a state which another one includes in every number that
+/// something behind it needed, and that one was followed (`crate::explore`). What says something
+/// here needs its number (`crate::precision`). What is forgotten at a join is forgotten before the
+/// instruction is visited, so the ranges are of what was explored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Operands {
     /// The smallest and largest second operand, unsigned, in as many bits as the instruction

@@ -16,7 +16,7 @@
 
 use flea_object::spec::{Param, Prototype};
 
-use crate::access::{self, Access, Request, check_aligned, followable, helper_stack_span};
+use crate::access::{self, Access, Request, check_aligned, followable, stack_window};
 use crate::lock;
 use crate::machine::Machine;
 use crate::number::scalar::Scalar;
@@ -140,6 +140,8 @@ impl Machine<'_> {
         value: Value,
     ) -> Result<(), Fault> {
         let reg = Reg::arg(n);
+        // Whether a number is NULL decides.
+        self.trail.need(reg);
         let is_null = value.as_const() == Some(0);
         let may_be_null = is_null || matches!(value, Value::Pointer(p) if p.or_null.is_some());
         if may_be_null && memory.nonnull {
@@ -169,7 +171,7 @@ impl Machine<'_> {
         }
         let request = |access| Request { reg, off: 0, size_bytes: memory.size_bytes, access };
         if let PointerKind::Stack { frame } = p.kind {
-            let span = helper_stack_span(request(Access::Write), p)?;
+            let span = stack_window(request(Access::Write), p)?;
             self.touch(state, frame, span);
             let stack = &mut state.frame_at_mut(frame).stack;
             if let Some(spilled) = stack.abstract_pointer(span) {
@@ -177,7 +179,10 @@ impl Machine<'_> {
                 return Err(Fault::new(format!("R{} leaks addr of {name}", reg.index())));
             }
             stack.check_written(span)?;
-            return stack.store_anything(span);
+            return match p.off.as_const() {
+                Some(_) => stack.store_anything(span),
+                None => stack.store_somewhere(span, None),
+            };
         }
         for access in [Access::Read, Access::Write] {
             // Memory of the target's own is never written, so it fails here.

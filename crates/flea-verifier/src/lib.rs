@@ -1,8 +1,8 @@
 //! Proves that an eBPF program cannot harm the process it runs in.
 //!
 //! [`verify`] is the only door: it decodes ([`op`]), looks at the shape ([`cfg`]), asks which
-//! registers matter where ([`liveness`]), then walks all paths ([`explore`]) with one
-//! instruction at a time ([`machine`]) over states ([`state`]) of registers ([`value`]),
+//! registers matter where ([`liveness`]), then walks all paths ([`explore`], which asks
+//! [`precision`] what they hang on) with one instruction at a time ([`machine`]) over states ([`state`]) of registers ([`value`]),
 //! stack slots ([`stack`]) and numbers ([`number`]). What it learns on the way becomes
 //! [`facts`] for the compiler.
 //!
@@ -16,6 +16,8 @@
 
 mod access;
 mod advice;
+mod alu;
+mod budget;
 mod call;
 mod callback;
 mod cfg;
@@ -30,6 +32,7 @@ mod note;
 mod number;
 mod op;
 mod pointer;
+mod precision;
 mod proto;
 mod rejection;
 mod report;
@@ -40,6 +43,7 @@ mod state;
 mod story;
 mod trace;
 mod typed;
+mod upper;
 mod value;
 
 use std::collections::BTreeSet;

@@ -153,7 +153,14 @@ impl Liveness {
                 l.read(place.base, true);
                 l.read_slots(reach(at, place), exact);
             }
-            Op::Store { place, src } => store(&mut l, after, reach(at, place), place, src),
+            Op::Store { place, src } => {
+                store(&mut l, after, reach(at, place), place, src);
+                // A pointer that a callee was given may lead to its caller's frame, where the
+                // number may be asked for.
+                if role == Role::Callee && at[place.base.index()] == FrameAddress::No {
+                    l.read_operand(src, true);
+                }
+            }
             Op::Atomic { op, fetch, place, src } => {
                 if op == Atomic::Cmpxchg {
                     l.read(Reg::R0, true);

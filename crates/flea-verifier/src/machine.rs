@@ -16,10 +16,12 @@ use crate::number::compare::Cond;
 use crate::number::scalar::{Scalar, Width};
 use crate::op::{Atomic, Op, Operand, Place, Reg, Size};
 use crate::pointer::{self, Outcome};
+use crate::precision::{Touched, Trail};
 use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
-use crate::value::{Id, Number, Pointer, PointerKind, Value};
+use crate::upper::UpperHalves;
+use crate::value::{Id, Pointer, PointerKind, Value};
 use crate::{Context, Permissions, typed};
 
 /// What all paths share.
@@ -31,6 +33,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) ops: &'a [Op],
     pub(crate) cfg: &'a Cfg,
     pub(crate) facts: Collector,
+    pub(crate) upper: UpperHalves,
     /// Bytes of stack touched, by function.
     pub(crate) stack_bytes: Vec<u32>,
     /// Who calls whom, on the paths seen so far: caller and callee.
@@ -40,6 +43,8 @@ pub(crate) struct Machine<'a> {
     /// Global functions that some path calls.
     pub(crate) called: BTreeSet<usize>,
     last_id: u32,
+    /// What the last step left behind for walks back.
+    pub(crate) trail: Trail,
 }
 
 /// Where control goes after an instruction.
@@ -65,11 +70,13 @@ impl<'a> Machine<'a> {
             ops,
             cfg,
             facts: Collector::new(ops.len()),
+            upper: UpperHalves::new(ops, cfg),
             stack_bytes: vec![0; cfg.functions.len()],
             calls: BTreeSet::new(),
             returns: None,
             called: BTreeSet::new(),
             last_id: 0,
+            trail: Trail::default(),
         }
     }
 
@@ -126,23 +133,11 @@ impl<'a> Machine<'a> {
     pub(crate) fn step(&mut self, idx: usize, state: &mut State) -> Result<Flow, Fault> {
         let ops = self.ops;
         self.facts.plain(idx);
+        self.trail = Trail::default();
+        self.note_operand(idx, state);
         self.loosen(&ops[idx], state);
         match ops[idx] {
-            Op::Alu { op, width, dst, src } => {
-                let (a, b) = (read(state, dst)?, operand(state, src)?);
-                let result = match (&a, &b) {
-                    (Value::Scalar(a), Value::Scalar(b)) => {
-                        Value::scalar(Scalar::alu(op, width, &a.set, &b.set))
-                    }
-                    _ => match pointer::arithmetic(op, width, (dst, &a), &b) {
-                        Err(_) if self.are_numbers(&a, &b) => {
-                            Value::scalar(Scalar::alu(op, width, &any_of(&a), &any_of(&b)))
-                        }
-                        result => result?,
-                    },
-                };
-                state.set_reg(dst, result);
-            }
+            Op::Alu { op, width, dst, src } => self.alu(state, (op, width), dst, src)?,
             Op::Neg { width, dst } => {
                 let result = number(state, dst)?.neg(width);
                 state.set_reg(dst, Value::scalar(result));
@@ -157,8 +152,7 @@ impl<'a> Machine<'a> {
             }
             Op::Mov { width, dst, src } => self.mov(state, width, dst, src)?,
             Op::MovSx { width, bits, dst, src } => {
-                let result = number(state, src)?.sign_extend(bits, width);
-                state.set_reg(dst, Value::scalar(result));
+                self.mov_extended(state, width, bits, dst, src)?;
             }
             Op::Const { dst, value } => {
                 state.set_reg(dst, Value::scalar(Scalar::constant(value)));
@@ -194,7 +188,7 @@ impl<'a> Machine<'a> {
             }
             Op::Goto { target } => return Ok(Flow::To(target)),
             Op::If { cond, width, dst, src, target } => {
-                return branch(state, Test { cond, width, dst, src }, idx + 1, target);
+                return self.branch(state, Test { cond, width, dst, src }, idx + 1, target);
             }
             Op::FunctionAddress { dst, target } => {
                 let function = self.cfg.function_at(target);
@@ -214,7 +208,10 @@ impl<'a> Machine<'a> {
                 return Ok(Flow::To(target));
             }
             Op::CallPointer { callee } => return self.call_pointer(idx, callee, state),
-            Op::Exit if state.is_callback() => return callback::exit(state),
+            Op::Exit if state.is_callback() => {
+                self.trail.need(Reg::R0);
+                return callback::exit(state);
+            }
             Op::Exit => return self.exit(state),
         }
         Ok(Flow::To(idx + 1))
@@ -227,51 +224,12 @@ impl<'a> Machine<'a> {
 
     fn exit(&mut self, state: &mut State) -> Result<Flow, Fault> {
         if state.depth() == 0 && state.frame().function == 0 {
+            self.trail.need(Reg::R0);
             let r0 = any_of(state.reg(Reg::R0));
             let (min, max) = self.returns.unwrap_or((i64::MAX, i64::MIN));
             self.returns = Some((min.min(r0.wide.smin), max.max(r0.wide.smax)));
         }
         exit(state)
-    }
-
-    fn mov(
-        &mut self,
-        state: &mut State,
-        width: Width,
-        dst: Reg,
-        src: Operand,
-    ) -> Result<(), Fault> {
-        let result = match (src, width) {
-            (Operand::Imm(_), Width::W64) => operand(state, src)?,
-            (Operand::Imm(imm), Width::W32) => {
-                Value::scalar(Scalar::constant(u64::from(imm.cast_unsigned())))
-            }
-            (Operand::Reg(src), Width::W64) => {
-                read(state, src)?;
-                self.named(state, src)
-            }
-            (Operand::Reg(src), Width::W32) => {
-                if matches!(read(state, src)?, Value::Pointer(_)) {
-                    let text = format!("R{} partial copy of pointer", src.index());
-                    return Err(Fault::new(text));
-                }
-                Value::scalar(number(state, src)?.zero_extend(32))
-            }
-        };
-        state.set_reg(dst, result);
-        Ok(())
-    }
-
-    /// The value of `reg`, about to be copied: a number that is not known gets an id first,
-    /// so that what is learnt of the copy holds for it too.
-    fn named(&mut self, state: &mut State, reg: Reg) -> Value {
-        if let Value::Scalar(Number { set, id: None }) = *state.reg(reg)
-            && set.as_const().is_none()
-        {
-            let id = Some(self.fresh_id());
-            state.set_reg(reg, Value::Scalar(Number { set, id }));
-        }
-        *state.reg(reg)
     }
 
     fn map_value_address(&self, map: MapIdx, off: u32) -> Result<Value, Fault> {
@@ -309,8 +267,10 @@ impl<'a> Machine<'a> {
         let p = followable(place.base, state.reg(place.base))?;
         let target = access::check(request, p, self.maps, self.context, self.types())?;
         match target {
-            Target::Stack { frame, span } => {
+            Target::Stack { frame, span } | Target::StackWindow { frame, window: span } => {
                 self.touch(state, frame, span);
+                let certainly = matches!(target, Target::Stack { .. });
+                self.trail.touched = Some(Touched::new(frame, span, certainly));
                 self.facts.access(idx, Region::Stack)?;
             }
             Target::Other(region) => self.facts.access(idx, region)?,
@@ -322,6 +282,9 @@ impl<'a> Machine<'a> {
     fn load(&mut self, idx: usize, state: &mut State, place: Place) -> Result<Value, Fault> {
         match self.target(idx, state, place, Access::Read)? {
             Target::Stack { frame, span } => state.frame_at(frame).stack.load(span),
+            Target::StackWindow { frame, window } => {
+                state.frame_at(frame).stack.load_somewhere(window, place.size.bytes())
+            }
             Target::Other(Region::Ctx { offset_bytes }) => {
                 Ok(self.context_word(offset_bytes).unwrap_or(unknown_of(place.size)))
             }
@@ -351,6 +314,9 @@ impl<'a> Machine<'a> {
                 Err(Fault::new(format!("R{r} leaks addr of {} into mem", value.type_name())))
             }
             Target::Other(_) | Target::Typed(_) => Ok(()),
+            Target::StackWindow { frame, window } => {
+                state.frame_at_mut(frame).stack.store_somewhere(window, Some(&value))
+            }
             Target::Stack { frame, span } => {
                 let to_own_stack = matches!(
                     value,
@@ -361,7 +327,9 @@ impl<'a> Machine<'a> {
                     return Err(Fault::new(text));
                 }
                 let value = match src {
-                    Operand::Reg(src) if place.size == Size::B8 => self.named(state, src),
+                    Operand::Reg(src) if matches!(place.size, Size::B4 | Size::B8) => {
+                        self.named(state, src)
+                    }
                     _ => value,
                 };
                 state.frame_at_mut(frame).stack.store(span, value)
@@ -383,6 +351,11 @@ impl<'a> Machine<'a> {
             number_or_leak(state, Reg::R0)?;
         }
         let target = self.target(idx, state, place, Access::Atomic)?;
+        if let Target::StackWindow { frame, window } = target {
+            let stack = &mut state.frame_at_mut(frame).stack;
+            stack.load_somewhere(window, place.size.bytes())?;
+            stack.store_somewhere(window, None)?;
+        }
         if let Target::Stack { frame, span } = target {
             let stack = &mut state.frame_at_mut(frame).stack;
             if matches!(stack.load(span)?, Value::Pointer(_)) {
@@ -404,7 +377,7 @@ impl<'a> Machine<'a> {
 /// Pointers that Linux has as numbers, and how they become such.
 impl Machine<'_> {
     /// Numbers, or pointers that may be computed with.
-    fn are_numbers(&self, a: &Value, b: &Value) -> bool {
+    pub(crate) fn are_numbers(&self, a: &Value, b: &Value) -> bool {
         [a, b].into_iter().all(|v| v.as_scalar().is_some() || self.is_loose(v))
     }
 
@@ -434,7 +407,7 @@ impl Machine<'_> {
 }
 
 /// The number in a register: any, where it is a pointer.
-fn any_of(value: &Value) -> Scalar {
+pub(crate) fn any_of(value: &Value) -> Scalar {
     value.as_scalar().copied().unwrap_or(Scalar::UNKNOWN)
 }
 
@@ -447,36 +420,57 @@ struct Test {
     src: Operand,
 }
 
-fn branch(state: &mut State, test: Test, next: usize, jump: usize) -> Result<Flow, Fault> {
-    let Test { cond, width, dst, src } = test;
-    let (a, b) = (read(state, dst)?, operand(state, src)?);
-    if let (Value::Scalar(_), Value::Scalar(_)) = (&a, &b) {
-        let mut jump_state = state.clone();
-        let jumps = assume(&mut jump_state, test, cond);
-        let falls = assume(state, test, cond.opposite());
-        return Ok(match (falls, jumps) {
-            (true, true) => Flow::Both { next, jump, jump_state: Box::new(jump_state) },
-            (true, false) => Flow::To(next),
-            (false, true) => {
-                *state = jump_state;
-                Flow::To(jump)
+impl Machine<'_> {
+    fn branch(
+        &mut self,
+        state: &mut State,
+        test: Test,
+        next: usize,
+        jump: usize,
+    ) -> Result<Flow, Fault> {
+        let Test { cond, width, dst, src } = test;
+        let (a, b) = (read(state, dst)?, operand(state, src)?);
+        if let (Value::Scalar(x), Value::Scalar(y)) = (&a, &b) {
+            if x.id.is_some() || y.id.is_some() {
+                self.trail.linked = Some(state.linked([x, y]));
             }
-            // Both sides impossible: the state describes no machine at all.
-            (false, false) => Flow::End,
-        });
-    }
-    match pointer::compare(cond, width, (dst, &a), &b)? {
-        Outcome::Unknown => {
-            let jump_state = Box::new(state.clone());
-            Ok(Flow::Both { next, jump, jump_state })
+            let mut jump_state = state.clone();
+            let jumps = assume(&mut jump_state, test, cond);
+            let falls = assume(state, test, cond.opposite());
+            if falls && jumps {
+                return Ok(Flow::Both { next, jump, jump_state: Box::new(jump_state) });
+            }
+            self.trail.need(dst);
+            self.trail.need_operand(src);
+            return Ok(match (falls, jumps) {
+                (true, _) => Flow::To(next),
+                (false, true) => {
+                    *state = jump_state;
+                    Flow::To(jump)
+                }
+                // Both sides impossible: the state describes no machine at all.
+                (false, false) => Flow::End,
+            });
         }
-        Outcome::Known(true) => Ok(Flow::To(jump)),
-        Outcome::Known(false) => Ok(Flow::To(next)),
-        Outcome::Null { id, null_if } => {
-            let mut jump_state = Box::new(state.clone());
-            set_null(&mut jump_state, id, null_if);
-            set_null(state, id, !null_if);
-            Ok(Flow::Both { next, jump, jump_state })
+        let outcome = pointer::compare(cond, width, (dst, &a), &b)?;
+        if outcome != Outcome::Unknown {
+            // One of the two is the number that it was compared with.
+            self.trail.need(dst);
+            self.trail.need_operand(src);
+        }
+        match outcome {
+            Outcome::Unknown => {
+                let jump_state = Box::new(state.clone());
+                Ok(Flow::Both { next, jump, jump_state })
+            }
+            Outcome::Known(true) => Ok(Flow::To(jump)),
+            Outcome::Known(false) => Ok(Flow::To(next)),
+            Outcome::Null { id, null_if } => {
+                let mut jump_state = Box::new(state.clone());
+                set_null(&mut jump_state, id, null_if);
+                set_null(state, id, !null_if);
+                Ok(Flow::Both { next, jump, jump_state })
+            }
         }
     }
 }
@@ -558,14 +552,14 @@ fn unknown_of(size: Size) -> Value {
     Value::scalar(Scalar::UNKNOWN.zero_extend(8 * size.bytes()))
 }
 
-fn read(state: &State, reg: Reg) -> Result<Value, Fault> {
+pub(crate) fn read(state: &State, reg: Reg) -> Result<Value, Fault> {
     match state.reg(reg) {
         Value::NotInit => Err(Fault::not_readable(reg)),
         value => Ok(*value),
     }
 }
 
-fn operand(state: &State, operand: Operand) -> Result<Value, Fault> {
+pub(crate) fn operand(state: &State, operand: Operand) -> Result<Value, Fault> {
     match operand {
         Operand::Reg(reg) => read(state, reg),
         Operand::Imm(imm) => Ok(Value::scalar(Scalar::imm(imm))),
@@ -573,7 +567,7 @@ fn operand(state: &State, operand: Operand) -> Result<Value, Fault> {
 }
 
 /// The number in `reg`; pointers are refused.
-fn number(state: &State, reg: Reg) -> Result<Scalar, Fault> {
+pub(crate) fn number(state: &State, reg: Reg) -> Result<Scalar, Fault> {
     match read(state, reg)? {
         Value::Scalar(n) => Ok(n.set),
         _ => Err(Fault::new(format!("R{} pointer arithmetic prohibited", reg.index()))),

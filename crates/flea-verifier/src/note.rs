@@ -30,6 +30,18 @@ impl Machine<'_> {
             Width::W64 => (set.wide.umin, set.wide.umax),
             Width::W32 => (set.low.umin, set.low.umax),
         });
+        // What the compiler cannot use is not said, so that paths need not be parted by it.
+        let half = u64::from(u32::MAX);
+        let is_move = matches!(self.ops[idx], Op::Mov { .. });
+        let by_construction = is_move && self.upper.is_zero(idx, src);
+        let range = match range {
+            Some(_) if by_construction => Some((0, half)),
+            Some((_, max)) if is_move && max > half => None,
+            other => other,
+        };
+        if range.is_some_and(|range| range != (0, u64::MAX)) && !by_construction {
+            self.trail.need(src);
+        }
         self.facts.number(idx, range);
     }
 
@@ -51,7 +63,7 @@ impl Machine<'_> {
     }
 
     /// The range of the key that a lookup in an array reads, where it is on the stack.
-    pub(crate) fn lookup_key(&self, helper: Helper, state: &State) -> Option<(u64, u64)> {
+    pub(crate) fn lookup_key(&mut self, helper: Helper, state: &State) -> Option<(u64, u64)> {
         let Value::Pointer(Pointer { kind: PointerKind::Map(map), .. }) = state.reg(Reg::arg(0))
         else {
             return None;
@@ -70,6 +82,8 @@ impl Machine<'_> {
             return None;
         }
         let key = state.frame_at(*frame).stack.load(span).ok()?;
+        // Whether the element exists is decided by it.
+        self.trail.need_stack(*frame, span);
         key.as_scalar().map(|set| (set.low.umin, set.low.umax))
     }
 

@@ -6,7 +6,7 @@ use flea_object::spec::MapSpec;
 
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
-use crate::stack::{Byte, Slot};
+use crate::stack::{Byte, Half, Slot};
 use crate::state::State;
 use crate::value::{Id, Pointer, PointerKind, Value};
 
@@ -79,20 +79,30 @@ pub(crate) fn whole_state(state: &State, maps: &[MapSpec]) -> String {
 }
 
 /// Eight bytes of stack: a register that was spilled there, or a letter per byte from the
-/// highest address down (`m` for anything, `?` for not written).
+/// highest address down (`m` for anything, `?` for not written); or a number in each half.
 fn show_slot(slot: &Slot, maps: &[MapSpec]) -> Option<String> {
-    let bytes = match slot {
+    let text = match slot {
         Slot::Spill(Value::NotInit) => return None,
         Slot::Spill(value) => return Some(show_value(value, maps)),
-        Slot::Bytes(bytes) => bytes,
+        Slot::Bytes(bytes) => bytes_text(bytes),
+        Slot::Halves(halves) => {
+            let half = |half: &Half| match half {
+                Half::Number(value) => show_value(value, maps),
+                Half::Bytes(bytes) => bytes_text(bytes),
+            };
+            format!("{}:{}", half(&halves[1]), half(&halves[0]))
+        }
     };
+    text.contains(|c| c != '?').then_some(text)
+}
+
+fn bytes_text(bytes: &[Byte]) -> String {
     let letter = |byte: &Byte| match byte {
         Byte::Unwritten => '?',
         Byte::Zero => '0',
         Byte::Anything => 'm',
     };
-    let text: String = bytes.iter().rev().map(letter).collect();
-    text.contains(['m', '0']).then_some(text)
+    bytes.iter().rev().map(letter).collect()
 }
 
 /// A register's content.
@@ -102,7 +112,11 @@ pub(crate) fn show_value(value: &Value, maps: &[MapSpec]) -> String {
         Value::Scalar(n) => match (n.set.as_const(), n.id) {
             (Some(c), _) => format!("{}", c.cast_signed()),
             (None, id) => {
-                let mut parts: Vec<String> = id.map(|id| format!("id={id}")).into_iter().collect();
+                let shown = |id| match n.delta.cast_signed() {
+                    0 => format!("id={id}"),
+                    delta => format!("id={id}{delta:+}"),
+                };
+                let mut parts: Vec<String> = id.map(shown).into_iter().collect();
                 parts.extend(bounds(&n.set));
                 format!("scalar({})", parts.join(","))
             }

@@ -1,8 +1,9 @@
 //! The verifier's picture of the machine on one path: call frames, and references that are
 //! still to be released.
 //!
-//! **Invariant**: `a.includes(b)` only where every concrete machine that `b` describes is
-//! also described by `a`. Pruning rests on it.
+//! **Invariant**: `a.includes(b, needed)` only where every concrete machine that `b` describes is
+//! also described by `a`, were the numbers that are not `needed` any numbers in `a`. Pruning rests
+//! on it; see [`crate::precision`].
 
 use std::rc::Rc;
 
@@ -10,7 +11,8 @@ use crate::liveness::Liveness;
 use crate::lock::Lock;
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
-use crate::stack::{Byte, Slot, Stack};
+use crate::precision::{FrameNeeds, Needs};
+use crate::stack::{Byte, Half, Slot, Stack};
 use crate::value::{Id, Number, Pointer, PointerKind, Value};
 
 /// One path's picture. Frames are shared with other paths until they are written.
@@ -248,13 +250,17 @@ impl State {
         }
     }
 
-    /// Records what was learnt of the number in `reg`, and of all that are equal to it.
+    /// Records what was learnt of the number in `reg`, and of all that are linked to it.
     pub(crate) fn learn(&mut self, reg: Reg, set: Scalar) {
-        let Value::Scalar(Number { id, .. }) = *self.reg(reg) else { return };
-        self.set_reg(reg, Value::Scalar(Number { set, id }));
-        if id.is_some() {
-            let same = |v: &Value| matches!(v, Value::Scalar(n) if n.id == id);
-            self.update(same, |_| Value::Scalar(Number { set, id }));
+        let Value::Scalar(known) = *self.reg(reg) else { return };
+        let known = Number { set, ..known };
+        self.set_reg(reg, Value::Scalar(known));
+        if known.id.is_some() {
+            let same = |v: &Value| matches!(v, Value::Scalar(n) if n.id == known.id);
+            self.update(same, |v| match v {
+                Value::Scalar(n) => Value::Scalar(n.told(&known)),
+                other => *other,
+            });
         }
     }
 
@@ -297,23 +303,57 @@ impl State {
         self.update(
             |v| matches!(v, Value::Scalar(Number { id: Some(id), .. }) if single.binary_search(id).is_ok()),
             |v| match v {
-                Value::Scalar(n) => Value::Scalar(Number { id: None, ..*n }),
+                Value::Scalar(n) => Value::Scalar(Number::unlinked(n.set)),
                 other => *other,
             },
         );
     }
 
-    /// Every machine that `other` describes is described by `self`.
-    pub(crate) fn includes(&self, other: &Self) -> bool {
-        self.matches(other, Match::Includes)
+    /// Where the numbers are that have the id of one of `numbers`.
+    pub(crate) fn linked(&self, numbers: [&Number; 2]) -> Needs {
+        let ids = numbers.map(|n| n.id);
+        let wanted =
+            |v: &Value| matches!(v, Value::Scalar(n) if n.id.is_some() && ids.contains(&n.id));
+        let mut found = Needs::default();
+        for (depth, frame) in self.frames.iter().enumerate() {
+            for (reg, _) in frame.regs.iter().enumerate().filter(|(_, v)| wanted(v)) {
+                found.add_reg(depth, reg);
+            }
+            found.add_slots(depth, frame.stack.slots_with(wanted));
+        }
+        found
+    }
+
+    /// A register of the current function with another number in `later`, and both numbers: one
+    /// that is needed, if any such differs.
+    pub(crate) fn changed_register(
+        &self,
+        later: &Self,
+        needed: &Needs,
+    ) -> Option<(Reg, Value, Value)> {
+        let needed = needed.frame(self.depth());
+        let pairs = Reg::all().map(|reg| (reg, *self.reg(reg), *later.reg(reg)));
+        let differs = |(_, a, b): &(Reg, Value, Value)| match (a, b) {
+            (Value::Scalar(a), Value::Scalar(b)) => a.set != b.set,
+            _ => false,
+        };
+        let changed: Vec<_> = pairs.filter(differs).collect();
+        let first_needed = changed.iter().find(|(reg, _, _)| needed.has_reg(reg.index()));
+        first_needed.or(changed.first()).copied()
+    }
+
+    /// Every machine that `other` describes is described by `self`, where only the numbers in
+    /// `needed` are looked at.
+    pub(crate) fn includes(&self, other: &Self, needed: &Needs) -> bool {
+        self.matches(other, Match::Includes, needed)
     }
 
     /// Both describe the same, up to the names of ids.
     pub(crate) fn equals(&self, other: &Self) -> bool {
-        self.matches(other, Match::Equal)
+        self.matches(other, Match::Equal, &Needs::ALL)
     }
 
-    fn matches(&self, other: &Self, how: Match) -> bool {
+    fn matches(&self, other: &Self, how: Match, needed: &Needs) -> bool {
         if self.frames.len() != other.frames.len()
             || self.references.len() != other.references.len()
         {
@@ -330,7 +370,12 @@ impl State {
             && references.clone().all(|(a, b)| {
                 a.insn_idx == b.insn_idx && a.callback == b.callback && ids.pair(a.id, b.id)
             })
-            && self.frames.iter().zip(&other.frames).all(|(a, b)| a.matches(b, how, &mut ids))
+            && self
+                .frames
+                .iter()
+                .zip(&other.frames)
+                .enumerate()
+                .all(|(depth, (a, b))| a.matches(b, how, needed.frame(depth), &mut ids))
     }
 }
 
@@ -352,7 +397,16 @@ enum Match {
 
 /// Which id of one state is which of the other: one to one.
 #[derive(Default)]
-struct IdPairs(Vec<(Id, Id)>);
+struct IdPairs(Vec<IdPair>);
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct IdPair {
+    a: Id,
+    /// `None`: a number of the other state that is linked to none.
+    b: Option<Id>,
+    /// What a number with `b` has on top of its partner's delta.
+    shift: u64,
+}
 
 impl IdPairs {
     fn pair_if_any(&mut self, a: Option<Id>, b: Option<Id>) -> bool {
@@ -364,10 +418,21 @@ impl IdPairs {
     }
 
     fn pair(&mut self, a: Id, b: Id) -> bool {
-        match self.0.iter().find(|(x, y)| *x == a || *y == b) {
-            Some(known) => *known == (a, b),
+        self.add(IdPair { a, b: Some(b), shift: 0 })
+    }
+
+    /// Two linked numbers of one state are so linked in the other.
+    fn pair_numbers(&mut self, a: Id, delta: u64, b: &Number) -> bool {
+        self.add(IdPair { a, b: b.id, shift: b.delta.wrapping_sub(delta) })
+    }
+
+    fn add(&mut self, pair: IdPair) -> bool {
+        let same = |p: &&IdPair| p.a == pair.a || (p.b.is_some() && p.b == pair.b);
+        match self.0.iter().find(same) {
+            // What is linked to none is no second time the same.
+            Some(known) => *known == pair && pair.b.is_some(),
             None => {
-                self.0.push((a, b));
+                self.0.push(pair);
                 true
             }
         }
@@ -375,7 +440,7 @@ impl IdPairs {
 }
 
 impl Frame {
-    fn matches(&self, other: &Self, how: Match, ids: &mut IdPairs) -> bool {
+    fn matches(&self, other: &Self, how: Match, needed: FrameNeeds, ids: &mut IdPairs) -> bool {
         if self.call_idx != other.call_idx || self.function != other.function {
             return false;
         }
@@ -389,8 +454,18 @@ impl Frame {
             return false;
         }
         let n_slots = self.stack.n_slots().max(other.stack.n_slots());
-        self.regs.iter().zip(&other.regs).all(|(a, b)| value_matches(a, b, how, ids))
-            && (0..n_slots).all(|i| slot_matches(self.stack.slot(i), other.stack.slot(i), how, ids))
+        let regs = self.regs.iter().zip(&other.regs).enumerate();
+        regs.into_iter().all(|(i, (a, b))| match (a, b) {
+            (Value::Scalar(_), Value::Scalar(_)) if !needed.has_reg(i) => true,
+            _ => value_matches(a, b, how, ids),
+        }) && (0..n_slots).all(|i| {
+            let (a, b) = (self.stack.slot(i), other.stack.slot(i));
+            if needed.has_slot(i) || a.is_pointer() {
+                slot_matches(a, b, how, ids)
+            } else {
+                written_matches(a, b)
+            }
+        })
     }
 }
 
@@ -420,12 +495,14 @@ fn number_matches(a: &Number, b: &Number, how: Match, ids: &mut IdPairs) -> bool
         Match::Includes => a.set.includes(&b.set),
         Match::Equal => a.set == b.set,
     };
-    // Where `a` counts on two numbers being equal, they must be equal in `b`.
+    // Where `a` counts on two numbers being linked, they must be so in `b`. A link of one
+    // number alone says nothing.
     sets && match (a.id, b.id) {
         (None, None) => true,
         (None, Some(_)) => how == Match::Includes,
-        (Some(_), None) => false,
-        (Some(a), Some(b)) => ids.pair(a, b),
+        (Some(_), None) if how == Match::Equal => false,
+        (Some(_), Some(_)) if a.part != b.part => false,
+        (Some(id), _) => ids.pair_numbers(id, a.delta, b),
     }
 }
 
@@ -448,11 +525,21 @@ fn pointer_matches(a: &Pointer, b: &Pointer, how: Match, ids: &mut IdPairs) -> b
     kinds && offsets && ids.pair_if_any(a.or_null, b.or_null)
 }
 
+/// What is written in `a` is written in `b`, and is no pointer there.
+fn written_matches(a: &Slot, b: &Slot) -> bool {
+    let a = a.bytes().map(|b| if b == Byte::Unwritten { b } else { Byte::Anything });
+    let unwritten = a.iter().all(|b| *b == Byte::Unwritten);
+    unwritten || (!b.is_pointer() && bytes_include(&a, &b.bytes()))
+}
+
 fn slot_matches(a: &Slot, b: &Slot, how: Match, ids: &mut IdPairs) -> bool {
     if how == Match::Equal {
         return match (a, b) {
             (Slot::Spill(a), Slot::Spill(b)) => value_matches(a, b, how, ids),
             (Slot::Bytes(a), Slot::Bytes(b)) => a == b,
+            (Slot::Halves(a), Slot::Halves(b)) => {
+                a.iter().zip(b.iter()).all(|(a, b)| half_matches(a, b, how, ids))
+            }
             _ => false,
         };
     }
@@ -464,14 +551,31 @@ fn slot_matches(a: &Slot, b: &Slot, how: Match, ids: &mut IdPairs) -> bool {
         Slot::Bytes(bytes) => {
             // Bytes of a pointer are never read as numbers where `a` was explored with
             // numbers: a pointer in `b` would be.
-            let pointer = matches!(b, Slot::Spill(Value::Pointer(_)));
             let unwritten = bytes.iter().all(|b| *b == Byte::Unwritten);
-            (unwritten || !pointer)
-                && bytes.iter().zip(b.bytes()).all(|(a, b)| match a {
-                    Byte::Unwritten => true,
-                    Byte::Anything => b != Byte::Unwritten,
-                    Byte::Zero => b == Byte::Zero,
-                })
+            (unwritten || !b.is_pointer()) && bytes_include(bytes, &b.bytes())
+        }
+        Slot::Halves(halves) => {
+            !b.is_pointer()
+                && halves.iter().zip(&b.halves()).all(|(a, b)| half_matches(a, b, how, ids))
         }
     }
+}
+
+fn half_matches(a: &Half, b: &Half, how: Match, ids: &mut IdPairs) -> bool {
+    match (a, b) {
+        (Half::Number(a), Half::Number(b)) => value_matches(a, b, how, ids),
+        (Half::Bytes(a), Half::Bytes(b)) if how == Match::Equal => a == b,
+        (_, _) if how == Match::Equal => false,
+        (Half::Number(_), _) if b.bytes().contains(&Byte::Unwritten) => false,
+        (Half::Number(a), _) => value_matches(a, &b.filled(), how, ids),
+        (Half::Bytes(a), _) => bytes_include(a, &b.bytes()),
+    }
+}
+
+fn bytes_include(a: &[Byte], b: &[Byte]) -> bool {
+    a.iter().zip(b).all(|(a, b)| match a {
+        Byte::Unwritten => true,
+        Byte::Anything => *b != Byte::Unwritten,
+        Byte::Zero => *b == Byte::Zero,
+    })
 }

@@ -274,7 +274,7 @@ impl Path<'_> {
         if visit.state.depth() < frame || next.state.depth() < frame {
             return Found::Nothing;
         }
-        let content = |state: &State| *state.frame_at(frame).stack.slot(slot);
+        let content = |state: &State| state.frame_at(frame).stack.slot(slot).clone();
         let stored_there = match *op {
             Op::Store { place, .. } | Op::Atomic { place, .. } => {
                 let there = self.slot_of(at, place);

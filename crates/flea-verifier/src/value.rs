@@ -3,7 +3,7 @@
 use flea_object::spec::MapIdx;
 use flea_object::types::TypeId;
 
-use crate::number::scalar::Scalar;
+use crate::number::scalar::{AluOp, Scalar, Width};
 
 /// Identifies numbers that are equal, pointers that are null together, and references.
 pub(crate) type Id = std::num::NonZeroU32;
@@ -19,12 +19,39 @@ pub(crate) enum Value {
     Pointer(Pointer),
 }
 
-/// A number, possibly known to equal others: all with the same `id` are one and the same
-/// number, so that what is learnt of one holds for all.
+/// A number, possibly linked to others: all with the same `id` are one and the same number, each
+/// plus its own `delta` (wrapping around), so that what is learnt of one holds for all. What
+/// 32-bit arithmetic made is the lower half of such a sum, zero-extended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Number {
     pub(crate) set: Scalar,
     pub(crate) id: Option<Id>,
+    /// 0 where there is no id.
+    pub(crate) delta: u64,
+    /// How much of the sum this is; all of it where there is no id.
+    pub(crate) part: Width,
+}
+
+impl Number {
+    /// A number that is linked to none.
+    pub(crate) const fn unlinked(set: Scalar) -> Self {
+        Self { set, id: None, delta: 0, part: Width::W64 }
+    }
+
+    /// What is known of this number now that `other`, which has the same id, is known better.
+    pub(crate) fn told(&self, other: &Self) -> Self {
+        let by = Scalar::constant(self.delta.wrapping_sub(other.delta));
+        let set = match (other.part, self.part) {
+            (Width::W64, Width::W64) => Scalar::alu(AluOp::Add, Width::W64, &other.set, &by),
+            (_, Width::W32) => Scalar::alu(AluOp::Add, Width::W32, &other.set, &by),
+            // The upper half of the sum is not known.
+            (Width::W32, Width::W64) => {
+                Scalar::alu(AluOp::Add, Width::W32, &other.set, &by).lower_half()
+            }
+        };
+        // No common member: this path describes no machine, so anything may be said of it.
+        Self { set: self.set.intersect(&set).unwrap_or(set), ..*self }
+    }
 }
 
 /// A pointer: where it points, and how far from there.
@@ -73,7 +100,7 @@ impl Value {
     pub(crate) const UNKNOWN: Self = Self::scalar(Scalar::UNKNOWN);
 
     pub(crate) const fn scalar(set: Scalar) -> Self {
-        Self::Scalar(Number { set, id: None })
+        Self::Scalar(Number::unlinked(set))
     }
 
     pub(crate) const fn pointer(kind: PointerKind) -> Self {

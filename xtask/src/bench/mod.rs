@@ -1,10 +1,10 @@
 //! What a hit costs: bare call, hand-written counter, Flea, the kernel's probes, all on
 //! functions of *one* process, in rounds that take turns, so that a slow moment of the
 //! machine hits all of them. Then what attaching and detaching costs, and the target's
-//! longest pause. A row that cannot be measured prints why and does not stop the others.
+//! longest pause; then what verifying costs. A row that cannot be measured prints why and does not stop the others.
 //!
 //! `rows.rs` says what is measured, `goals.rs` what is wanted of it, `harness.rs` talks to `bench_loop.c`, `controller.rs`
-//! runs the command `flea` beside it, `programs.rs` attaches what no command does, `steps.rs` counts instructions, `table.rs` prints.
+//! runs the command `flea` beside it, `programs.rs` attaches what no command does, `steps.rs` counts instructions, `verify.rs` verifies, `table.rs` prints.
 
 mod attach;
 mod controller;
@@ -15,6 +15,7 @@ mod rows;
 mod site;
 mod steps;
 mod table;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -52,11 +53,16 @@ fn parse(args: &[&str]) -> Result<Options> {
 
 /// Runs the whole bench and prints it.
 pub fn run(args: &[&str]) -> Result<ExitCode> {
+    if let [verify::ONE, number, n_insns] = args {
+        verify::measure_one(number, n_insns)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     let options = parse(args)?;
     let flea = find_flea(options.flea);
     let rows::Measured { hits, goals } = rows::measure(flea.as_ref().ok(), options.n_rounds)?;
     let attaches = attach::measure(flea.as_ref().ok());
     let pause = attach::pause(flea.as_ref().ok());
+    let verifications = verify::measure();
     if options.json {
         println!(
             "{}",
@@ -65,6 +71,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
                 "goals": goals.iter().map(table::goal_json).collect::<Vec<_>>(),
                 "attach": attaches.iter().map(table::attach_json).collect::<Vec<_>>(),
                 "pause": table::pause_json(&pause),
+                "verify": verifications.iter().map(table::verification_json).collect::<Vec<_>>(),
             })
         );
         return Ok(ExitCode::SUCCESS);
@@ -75,7 +82,8 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     println!("{}", table::hits(&hits, options.n_rounds));
     println!("{}", table::goals(&goals));
     println!("{}", table::attaches(&attaches));
-    println!("{}", table::pause(&pause));
+    println!("{}\n", table::pause(&pause));
+    println!("{}", table::verifications(&verifications));
     Ok(ExitCode::SUCCESS)
 }
 

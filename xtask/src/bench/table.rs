@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use super::attach::{Bulk, Pause};
 use super::goals::Goal;
 use super::rows::{Hit, Times};
+use super::verify::{Cost, Verification};
 
 /// The chain of an error in one line.
 fn reason(error: &Error) -> String {
@@ -92,6 +93,42 @@ pub fn pause(pause: &Result<Pause>) -> String {
         Err(e) => format!("not measured: {}", reason(e)),
     };
     format!("longest pause of a busy thread (median): {line}")
+}
+
+/// What verifying costs, a line per program.
+pub fn verifications(all: &[Verification]) -> String {
+    let mut text = format!(
+        "verifying a program, median; instructions, or visits of a loop's\n\
+         {:<24} {:>10} {:>12} {:>12} {:>12}\n",
+        "", "insns", "ms", "wanted", "peak KiB"
+    );
+    for one in all {
+        let wanted = one.wanted.as_secs_f64() * 1e3;
+        let line = match &one.outcome {
+            Ok(Cost { time, peak_bytes }) => {
+                let ms = time.as_secs_f64() * 1e3;
+                format!("{ms:12.2} {wanted:12.0} {:12}", peak_bytes / 1024)
+            }
+            Err(e) => format!("not measured: {}", reason(e)),
+        };
+        let _ = writeln!(text, "{:<24} {:>10} {line}", one.shape, one.n_insns);
+    }
+    text
+}
+
+/// One verified program as JSON.
+pub fn verification_json(one: &Verification) -> Value {
+    let Verification { shape, n_insns, wanted, outcome } = one;
+    match outcome {
+        Ok(Cost { time, peak_bytes }) => json!({
+            "shape": shape,
+            "n_insns": n_insns,
+            "ms": time.as_secs_f64() * 1e3,
+            "wanted_ms": wanted.as_secs_f64() * 1e3,
+            "peak_bytes": peak_bytes,
+        }),
+        Err(e) => json!({ "shape": shape, "n_insns": n_insns, "error": reason(e) }),
+    }
 }
 
 /// One row as JSON.

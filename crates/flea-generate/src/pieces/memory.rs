@@ -167,6 +167,39 @@ impl Builder<'_> {
         self.land(over);
     }
 
+    /// A copy plus a constant, one of the two compared, the other used as an index.
+    pub(crate) fn related(&mut self) {
+        let (a, b, pointer) = (self.target(), self.target(), self.scratch());
+        if a == b || pointer == a || pointer == b {
+            return;
+        }
+        match self.random.below(3) {
+            0 => self.alu_imm(op::AND, a, 0xff),
+            1 => self.emit(op::ALU | op::MOV | op::X, a, a, 0, 0),
+            _ => {}
+        }
+        let class = self.random.pick(&[op::ALU64, op::ALU64, op::ALU]);
+        self.emit(class | op::MOV | op::X, b, a, 0, 0);
+        let class = self.random.pick(&[op::ALU64, op::ALU64, op::ALU]);
+        let code = self.random.pick(&[op::ADD, op::SUB]);
+        let by = self.random.pick(&[1, 4, -1, -3, 16, i32::MIN]);
+        let moved = self.random.pick(&[a, b]);
+        self.emit(class | code, moved, 0, 0, by);
+        let (tested, used) = if self.random.chance(50) { (a, b) } else { (b, a) };
+        let code = self.random.pick(&[op::JGT, op::JSGT, op::JGE]);
+        let limit = self.random.below(INDICES) as i32 - 8;
+        let guard = self.jump_if(code, tested, limit);
+        let bound = self.jump_if(op::JGT, used, INDICES as i32 - 8);
+        self.mov(pointer, DATA);
+        self.alu(op::ADD, pointer, used);
+        self.load_from(pointer, pointer, INDICES - 8);
+        let over = self.jump();
+        self.land(guard);
+        self.land(bound);
+        self.fresh(pointer);
+        self.land(over);
+    }
+
     /// A byte of the numbers on the stack, at a place that is known when it runs.
     pub(crate) fn indexed_stack(&mut self) {
         let (index, pointer) = (self.target(), self.scratch());
@@ -174,6 +207,9 @@ impl Builder<'_> {
             return;
         }
         self.bound(index);
+        if self.random.chance(60) {
+            self.alu_imm(op::AND, index, -8);
+        }
         self.stack_address(pointer, -NUMBER_BYTES);
         self.alu(op::ADD, pointer, index);
         self.use_pointer(pointer, INDICES - 8);

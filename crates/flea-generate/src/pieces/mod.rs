@@ -15,7 +15,7 @@ impl Builder<'_> {
             self.rounds();
             return;
         }
-        match self.random.below(33) {
+        match self.random.below(34) {
             0..=5 => self.arithmetic(),
             6 => {
                 let reg = self.target();
@@ -38,6 +38,7 @@ impl Builder<'_> {
             24 => self.read_target(),
             25 => self.changing_number(),
             26 => self.call(),
+            33 => self.related(),
             27 if self.function > 0 && !self.in_callback => self.early_exit(),
             28..=29 if depth > 0 => self.repeat(depth),
             _ if depth > 0 => self.branch(depth),

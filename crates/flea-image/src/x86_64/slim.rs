@@ -64,8 +64,8 @@ fn slimmer(code: &Code) -> Option<Code> {
             let mut copy =
                 Instruction::with2(Opcode::Mov_r64_rm64, register, Register::RBP).ok()?;
             // It keeps the place of the old one, by which jumps find their way.
-            copy.set_ip(insn.ip());
             copy.set_len(insn.len());
+            copy.set_ip(insn.ip());
             *insn = copy;
         }
         relocs.retain(|r| r.kind != RelocKind::SkeletonFrame);

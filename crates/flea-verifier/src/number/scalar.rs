@@ -64,6 +64,16 @@ impl Scalar {
         self.wide.as_const()
     }
 
+    /// Every member is in `min..=max`, signed.
+    pub(crate) const fn is_within(&self, min: i64, max: i64) -> bool {
+        min <= self.wide.smin && self.wide.smax <= max
+    }
+
+    /// All numbers with the lower half of a member.
+    pub(crate) fn lower_half(&self) -> Self {
+        Self { wide: Range::UNKNOWN, low: self.low }.settled()
+    }
+
     /// `x` is a member.
     #[cfg(any(test, feature = "beliefs"))]
     pub(crate) const fn contains(&self, x: u64) -> bool {
@@ -82,12 +92,21 @@ impl Scalar {
         Self { wide, low }
     }
 
+    /// At least the members of both; `None` where there certainly is none.
+    pub(crate) fn intersect(&self, other: &Self) -> Option<Self> {
+        let (wide, low) = (self.wide.intersect(&other.wide)?, self.low.intersect(&other.low)?);
+        Self { wide, low }.settle()
+    }
+
     /// `self op b`, in `width` bits; a 32-bit result is zero-extended.
     pub(crate) fn alu(op: AluOp, width: Width, a: &Self, b: &Self) -> Self {
         if width == Width::W32 {
             return Self::from_low(apply(op, &a.low, &b.low));
         }
-        let wide = apply(op, &a.wide, &b.wide);
+        let wide = match op {
+            AluOp::Lsh => a.shl(b),
+            _ => apply(op, &a.wide, &b.wide),
+        };
         // The lower half of these depends on the lower halves alone.
         let low = match op {
             AluOp::Add | AluOp::Sub | AluOp::Mul | AluOp::Or | AluOp::And | AluOp::Xor => {
@@ -96,6 +115,20 @@ impl Scalar {
             _ => Range::UNKNOWN,
         };
         Self { wide, low }.settled()
+    }
+
+    /// A 64-bit shift. By 32 or more, nothing is left of the upper half, so that it is as if the
+    /// lower had been extended either way: `r <<= 32; r s>>= 32` is how an `int` is made wide.
+    fn shl(&self, count: &Self) -> Range<64> {
+        let plain = self.wide.shl(&count.wide);
+        if !count.as_const().is_some_and(|k| k & 63 >= 32) {
+            return plain;
+        }
+        let extended = [self.sign_extend(32, Width::W64), self.zero_extend(32)];
+        extended.iter().fold(plain, |known, s| {
+            let more = s.wide.shl(&count.wide);
+            known.intersect(&more).unwrap_or(more)
+        })
     }
 
     pub(crate) fn neg(&self, width: Width) -> Self {

@@ -8,10 +8,11 @@ use flea_object::spec::{MapIdx, MapKind, MapSpec};
 
 use super::Numbers;
 use super::meaning::{concrete, holds, sext};
-use crate::facts::{Fact, Region, Verified};
+use crate::facts::{Branch, Fact, Operands, Region, Verified};
 use crate::number::scalar::{AluOp, Width};
 use crate::op::{Atomic, Op, Operand, Place, Reg};
-use crate::stack::{Byte, Slot};
+use crate::precision::Needs;
+use crate::stack::{Byte, Half, Slot};
 use crate::state::State;
 use crate::value::{Id, PointerKind, Value};
 use crate::{Context, PT_REGS_BYTES};
@@ -184,22 +185,56 @@ impl<'a> Interpreter<'a> {
 
     pub(crate) fn run(
         &mut self,
-        beliefs: &[Vec<State>],
+        beliefs: &[Vec<(State, Needs)>],
         verified: &Verified,
     ) -> Result<u64, String> {
         let mut idx = 0;
         for _ in 0..MAX_STEPS {
-            if !beliefs[idx].iter().any(|s| self.agrees(s)) {
+            if !beliefs[idx].iter().any(|(state, needs)| self.agrees(state, needs)) {
                 let n = beliefs[idx].len();
                 let regs = *self.regs();
                 return Err(format!("insn {idx}: none of {n} states describes {regs:x?}"));
             }
-            match self.step(idx, verified).map_err(|e| format!("insn {idx}: {e}"))? {
-                Some(next) => idx = next,
-                None => return Ok(self.result),
-            }
+            // Fewer instructions than u32 counts.
+            let operands = verified.operands(idx as u32);
+            let next = self
+                .check_number(idx, operands)
+                .and_then(|()| self.step(idx, verified))
+                .map_err(|e| format!("insn {idx}: {e}"))?;
+            let Some(next) = next else { return Ok(self.result) };
+            self.check_branch(idx, next, operands)?;
+            idx = next;
         }
         Err("the program does not end".into())
+    }
+
+    /// The number that the compiler was told of is in its range.
+    fn check_number(&mut self, idx: usize, said: Operands) -> Result<(), String> {
+        let x = match self.ops[idx] {
+            Op::Alu { width, src: src @ Operand::Reg(_), .. } => {
+                let x = self.get(src);
+                if width == Width::W64 { x } else { x & 0xffff_ffff }
+            }
+            Op::Mov { width: Width::W32, src, .. } => self.get(src),
+            // What it looks up is a key where something is said of it.
+            Op::CallHelper { .. } if (said.min, said.max) != (0, u64::MAX) => {
+                let at = self.regs()[2];
+                self.read(at, 4)?.1
+            }
+            _ => return Ok(()),
+        };
+        let inside = (said.min..=said.max).contains(&x);
+        inside.then_some(()).ok_or_else(|| format!("{x:#x} was said to be in {said:?}"))
+    }
+
+    fn check_branch(&self, idx: usize, next: usize, said: Operands) -> Result<(), String> {
+        let Op::If { target, .. } = self.ops[idx] else { return Ok(()) };
+        let expected = match said.branch {
+            Some(Branch::Jumps) => target,
+            Some(Branch::Falls) => idx + 1,
+            None => next,
+        };
+        (next == expected).then_some(()).ok_or_else(|| format!("insn {idx}: goes to {next}"))
     }
 
     fn step(&mut self, idx: usize, verified: &Verified) -> Result<Option<usize>, String> {
@@ -541,39 +576,53 @@ impl<'a> Interpreter<'a> {
     }
 
     /// `state` describes the machine.
-    fn agrees(&self, state: &State) -> bool {
+    fn agrees(&self, state: &State, needs: &Needs) -> bool {
         if state.depth() + 1 != self.frames.len() {
             return false;
         }
         let mut ids = BTreeMap::new();
         self.frames.iter().enumerate().all(|(depth, frame)| {
             let believed = state.frame_at(depth);
-            let regs = believed.registers().iter().zip(frame.regs);
-            let regs = regs.into_iter().all(|(v, x)| self.value_agrees(v, x, &mut ids));
+            let needed = needs.frame(depth);
+            let regs = believed.registers().iter().zip(frame.regs).enumerate();
+            let regs = regs.into_iter().all(|(i, (v, x))| {
+                let any_number = matches!(v, Value::Scalar(_)) && !needed.has_reg(i);
+                any_number || self.value_agrees(v, x, &mut ids)
+            });
             regs && (0..believed.stack.n_slots()).all(|i| {
+                if !needed.has_slot(i) && !believed.stack.slot(i).is_pointer() {
+                    return true;
+                }
                 let memory = &self.objects[&frame.stack].bytes[512 - 8 * (i + 1)..][..8];
                 self.slot_agrees(believed.stack.slot(i), memory, &mut ids)
             })
         })
     }
 
-    fn slot_agrees(&self, slot: &Slot, memory: &[u8], ids: &mut BTreeMap<Id, u64>) -> bool {
+    fn slot_agrees(&self, slot: &Slot, memory: &[u8], ids: &mut BTreeMap<Id, Linked>) -> bool {
         match slot {
             Slot::Spill(v) => {
                 let x = u64::from_le_bytes(memory.try_into().expect("8 bytes"));
                 self.value_agrees(v, x, ids)
             }
-            Slot::Bytes(bytes) => {
-                bytes.iter().zip(memory).all(|(b, m)| *b != Byte::Zero || *m == 0)
-            }
+            Slot::Bytes(bytes) => bytes_agree(bytes, memory),
+            Slot::Halves(halves) => halves.iter().zip(memory.chunks(4)).all(|(half, m)| {
+                let x = u32::from_le_bytes(m.try_into().expect("4 bytes"));
+                match half {
+                    Half::Number(v) => self.value_agrees(v, u64::from(x), ids),
+                    Half::Bytes(bytes) => bytes_agree(bytes, m),
+                }
+            }),
         }
     }
 
-    fn value_agrees(&self, value: &Value, x: u64, ids: &mut BTreeMap<Id, u64>) -> bool {
-        let mut same = |id: Option<Id>| id.is_none_or(|id| *ids.entry(id).or_insert(x) == x);
+    fn value_agrees(&self, value: &Value, x: u64, ids: &mut BTreeMap<Id, Linked>) -> bool {
         match value {
             Value::NotInit => true,
-            Value::Scalar(n) => n.set.contains(x) && same(n.id),
+            Value::Scalar(n) => {
+                n.set.contains(x)
+                    && n.id.is_none_or(|id| ids.entry(id).or_default().agrees(n.part, n.delta, x))
+            }
             Value::Pointer(p) => {
                 if p.or_null.is_some() && x == 0 {
                     return true;
@@ -605,6 +654,26 @@ impl<'a> Interpreter<'a> {
             }
         }
     }
+}
+
+/// What has an id, as far as the numbers linked to it have told.
+#[derive(Default)]
+struct Linked {
+    whole: Option<u64>,
+    lower: Option<u64>,
+}
+
+impl Linked {
+    /// `x` is that plus `delta`, or the lower half of the sum.
+    fn agrees(&mut self, part: Width, delta: u64, x: u64) -> bool {
+        let base = x.wrapping_sub(delta);
+        let lower = *self.lower.get_or_insert(base & 0xffff_ffff) == base & 0xffff_ffff;
+        lower && (part == Width::W32 || *self.whole.get_or_insert(base) == base)
+    }
+}
+
+fn bytes_agree(believed: &[Byte], memory: &[u8]) -> bool {
+    believed.iter().zip(memory).all(|(b, m)| *b != Byte::Zero || *m == 0)
 }
 
 fn agree(kind: Kind, fact: Fact) -> Result<(), String> {

@@ -1,8 +1,9 @@
 //! The verifier against running programs: a program that it accepts runs in a checking
 //! interpreter. No access may leave its object, and before every instruction at least one of
 //! the states that the verifier had there must describe the machine: every register, every
-//! spilled register, every byte known to be zero, and the equality of numbers with one id. What
-//! the program returns is in the range that was said.
+//! spilled register, every byte known to be zero, and the link of numbers with one id; but of
+//! numbers, only those that something afterwards needed ([`crate::precision`]). What the program
+//! returns is in the range that was said.
 //!
 //! For the tests of this crate and, with the feature `beliefs`, for the fuzzers.
 
@@ -20,6 +21,7 @@ use crate::explore::{Explorer, Patience};
 use crate::liveness::{Liveness, ProgramResult};
 use crate::machine::Machine;
 use crate::op::{Op, decode};
+use crate::precision::Needs;
 use crate::state::State;
 use crate::{Context, Rejection, Verified};
 use interpret::Interpreter;
@@ -33,7 +35,7 @@ pub struct Beliefs<'a> {
     maps: &'a [MapSpec],
     context: Context,
     ops: Vec<Op>,
-    states: Vec<Vec<State>>,
+    states: Vec<Vec<(State, Needs)>>,
 }
 
 /// Why there is nothing to compare with.
@@ -86,15 +88,14 @@ fn states(
     maps: &[MapSpec],
     context: Context,
     ops: &[Op],
-) -> Result<Vec<Vec<State>>, NoBeliefs> {
+) -> Result<Vec<Vec<(State, Needs)>>, NoBeliefs> {
     let cfg = Cfg::new(ops).map_err(|_| NoBeliefs::TwoVerdicts)?;
     let live = Liveness::new(ops, &cfg, ProgramResult::of(program.kind));
     for patience in [Patience::Short, Patience::Endless] {
         let machine = Machine::new(maps, context, ops, &cfg);
-        let mut explorer = Explorer::new(machine, program, &cfg, &live, patience);
-        explorer.beliefs = Some(vec![Vec::new(); ops.len()]);
+        let mut explorer = Explorer::new(machine, program, &cfg, &live, patience).remembering();
         if explorer.run().is_ok() {
-            return explorer.beliefs.take().ok_or(NoBeliefs::TooMany);
+            return explorer.into_beliefs().ok_or(NoBeliefs::TooMany);
         }
     }
     Err(NoBeliefs::TwoVerdicts)
