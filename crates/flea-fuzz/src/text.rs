@@ -27,6 +27,7 @@ fn map(spec: &MapSpec) -> String {
         MapKind::ArrayOfMaps => "array_of_maps",
         MapKind::HashOfMaps => "hash_of_maps",
         MapKind::RingBuf => "ringbuf",
+        MapKind::ProgArray => "prog_array",
     };
     let (key, value, max) = (spec.key_size_bytes, spec.value_size_bytes, spec.max_entries);
     let read_only = if spec.read_only { " ro" } else { "" };

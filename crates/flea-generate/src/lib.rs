@@ -42,6 +42,8 @@ pub mod map {
     pub const PER_CPU_HASH: u32 = 6;
     /// Where a program leaves all 64 bits of `r0`.
     pub const RESULT: u32 = 7;
+    /// A program array. Where programs are compared it is empty.
+    pub const JUMPS: u32 = 8;
 }
 
 /// The maps that programs name by index.
@@ -69,6 +71,7 @@ pub fn maps() -> Vec<MapSpec> {
         map("percpu_array", MapKind::PerCpuArray, 4, 16, 2),
         map("percpu_hash", MapKind::PerCpuHash, 8, 16, 4),
         map("result", MapKind::Array, 4, 8, 1),
+        map("jumps", MapKind::ProgArray, 4, 4, 8),
     ]
 }
 
@@ -134,6 +137,6 @@ mod tests {
         }
         // Arithmetic 54, jumps 45 and calls, loads 8, stores 8, atomics 2, lddw and its half.
         assert!(opcodes.len() >= 110, "only {} opcodes: {opcodes:02x?}", opcodes.len());
-        assert_eq!(helpers.len(), 15, "{helpers:?}");
+        assert_eq!(helpers.len(), 16, "{helpers:?}");
     }
 }

@@ -211,14 +211,15 @@ fn build(
     Ok((code, outcome))
 }
 
-/// Does the program itself name its thread's slot?
+/// Does the program, or what its tail calls lead to, itself name its thread's slot?
 pub(crate) fn uses_slot(verified: &Verified, plan: &ArenaPlan) -> bool {
     let per_thread = |map: MapIdx| {
         let kind = plan.maps.get(map.0 as usize).map(|m| m.kind);
         matches!(kind, Some(MapKind::PerCpuArray | MapKind::PerCpuHash))
     };
-    let facts = verified.facts().iter().zip(verified.insns());
-    facts.into_iter().any(|(fact, insn)| match *fact {
+    let members = verified.members();
+    let mut facts = members.flat_map(|member| member.facts().iter().zip(member.insns()));
+    facts.any(|(fact, insn)| match *fact {
         Fact::Call {
             helper:
                 Helper::GetPrandomU32
@@ -303,16 +304,16 @@ fn emit_program(
         run
     });
     let given_up = run.filter(|_| chosen.takes_locks).map(|run| (run, b.create_block()));
-    let used = Use {
+    let members = Use::members(Use {
         verified: &chosen.verified,
         kind: Some(program.kind),
         cookie: program.cookie,
         cookie_word: chosen.cookie_word,
         given_up: given_up.map(|(_, block)| block),
-    };
+    });
     // The context pointer is never used as a number.
     let ctx = b.ins().iconst(types::I64, 0);
-    let mut translator = Translator::new(b, env, &used, outcome);
+    let mut translator = Translator::new(b, env, &members, outcome);
     let skips = env.args.side == Side::Modify && program.verified.return_range() != (0..=0);
     let r0 = if skips {
         Some(translator.program(ctx, ctx)?)

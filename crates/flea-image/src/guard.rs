@@ -48,8 +48,17 @@ pub(crate) enum Guard {
     Needless,
 }
 
-/// Decides from the program alone.
+/// Decides from the program and what its tail calls lead to: one run, one guard.
 pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
+    let of_all = verified.members().map(|member| of_member(member, plan));
+    of_all.fold(Guard::Needless, |strictest, guard| match (strictest, guard) {
+        (Guard::Needed, _) | (_, Guard::Needed) => Guard::Needed,
+        (Guard::UnlessMerged, _) | (_, Guard::UnlessMerged) => Guard::UnlessMerged,
+        _ => Guard::Needless,
+    })
+}
+
+fn of_member(verified: &Verified, plan: &ArenaPlan) -> Guard {
     let mut merged_writes = false;
     for (i, fact) in verified.facts().iter().enumerate() {
         match *fact {
@@ -73,9 +82,10 @@ pub(crate) fn of_program(verified: &Verified, plan: &ArenaPlan) -> Guard {
     if merged_writes { Guard::UnlessMerged } else { Guard::Needless }
 }
 
-/// May the program hold the lock of a map's value, if only while a helper updates it?
+/// May the program, or what its tail calls lead to, hold the lock of a map's value, if only while a helper updates it?
 pub(crate) fn takes_locks(verified: &Verified, plan: &ArenaPlan) -> bool {
-    verified.facts().iter().any(|fact| match *fact {
+    let mut facts = verified.members().flat_map(Verified::facts);
+    facts.any(|fact| match *fact {
         Fact::Call { helper: Helper::SpinLock, .. } => true,
         Fact::Call { helper: Helper::MapUpdateElem, map: Some(map), constants } => {
             let locks = plan.maps.get(map.0 as usize).is_some_and(|m| m.lock_offset.is_some());
@@ -99,6 +109,7 @@ fn may_disturb(helper: Helper, map: Option<&MapPlacement>) -> bool {
         | Helper::GetFuncRet
         | Helper::GetFuncArgCnt
         | Helper::Fls64
+        | Helper::TailCall
         | Helper::RdonlyCast
         | Helper::SessionIsReturn
         | Helper::SessionCookie => false,

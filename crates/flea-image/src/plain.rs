@@ -67,7 +67,8 @@ pub fn compile_function(request: &PlainRequest<'_>) -> Result<Code, CompileError
     };
     let given_up = Some(without_slot);
     let used = Use { verified, kind: None, cookie: 0, cookie_word: 0, given_up };
-    let result = Translator::new(&mut b, &env, &used, &mut outcome).program(r1, r2)?;
+    let members = Use::members(used);
+    let result = Translator::new(&mut b, &env, &members, &mut outcome).program(r1, r2)?;
     b.ins().return_(&[result]);
     b.switch_to_block(without_slot);
     let nothing = b.ins().iconst(types::I64, 0);

@@ -241,6 +241,15 @@ pub enum CompileError {
         /// The bound.
         max: u32,
     },
+    /// A program would have to be put into itself for ever.
+    #[error(
+        "instruction {insn_idx}: a tail call in a function that is called leads back to the \
+         program that calls it, which Flea cannot compile; make the tail call in the main function"
+    )]
+    TailRecursion {
+        /// The tail call.
+        insn_idx: u32,
+    },
     /// The code generator refused: a fault in Flea.
     #[error("code generator: {0}")]
     CodeGenerator(String),

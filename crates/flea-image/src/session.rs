@@ -4,15 +4,23 @@
 //! set for it, no argument saved.
 
 use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
 
 use flea_object::helper::Helper;
 use flea_verifier::Verified;
 use flea_verifier::facts::Fact;
+use flea_verifier::targets::Targets;
 
 use crate::translate::{Side, op};
 
-/// `verified` where it runs as an fsession program on `side`.
+/// `verified`, with what its tail calls lead to, where it runs as an fsession program on `side`.
 pub(crate) fn half(verified: &Verified, side: Side) -> Verified {
+    let Targets { programs, slots } = verified.targets();
+    let programs = programs.iter().map(|program| Arc::new(half_of_one(program, side))).collect();
+    half_of_one(verified, side).with_targets(Targets { programs, slots: slots.clone() })
+}
+
+fn half_of_one(verified: &Verified, side: Side) -> Verified {
     let reached = reached(verified, side);
     verified.narrowed(|idx| reached.contains(&idx))
 }

@@ -9,14 +9,14 @@ use flea_verifier::facts::{Fact, Region};
 use crate::request::ProgramUse;
 use crate::translate::{Side, is_saved_at_entry};
 
-/// Whether `verified`, attached as `kind` to a function with this signature, needs the skeleton's
+/// Whether `verified`, or what its tail calls lead to, attached as `kind` to a function with this signature, needs the skeleton's
 /// frame: every kind that runs at exit, and those entry programs that read what no parameter of
 /// an entry body can show. What needs a frame needs the function's stack words to be known.
 #[must_use]
 pub fn needs_frame(kind: ProgramKind, verified: &Verified, signature: &Signature) -> bool {
     match kind {
-        ProgramKind::Fentry => reads_wide_words(verified, signature),
-        ProgramKind::Uprobe => reads_saved_registers(verified),
+        ProgramKind::Fentry => verified.members().any(|v| reads_wide_words(v, signature)),
+        ProgramKind::Uprobe => verified.members().any(reads_saved_registers),
         ProgramKind::Fexit
         | ProgramKind::Fsession
         | ProgramKind::FmodRet

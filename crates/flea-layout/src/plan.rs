@@ -50,7 +50,7 @@ pub struct MapPlacement {
     pub max_entries: u32,
     /// Its [`crate::shared::MapHeader`].
     pub header_offset: u64,
-    /// Its data; 0 for `PERCPU_ARRAY`.
+    /// Its data; 0 for `PERCPU_ARRAY` and `PROG_ARRAY`.
     pub data_offset: u64,
     /// Bytes of its data.
     pub data_size_bytes: u64,
@@ -114,6 +114,8 @@ impl ArenaPlan {
                     (hash_data_bytes(m.key_size_bytes, 0, m.max_entries), values)
                 }
                 MapKind::RingBuf => (u64::from(m.max_entries), 0),
+                // Its programs are part of the code.
+                MapKind::ProgArray => (0, 0),
             };
             let data_size_bytes = data_size_bytes.min(ENOUGH);
             placed.push(MapPlacement {

@@ -151,7 +151,8 @@ impl Arena {
     /// A map, whatever its kind.
     ///
     /// # Errors
-    /// [`MapError::NoSuchMap`], [`MapError::Template`]
+    /// [`MapError::NoSuchMap`], [`MapError::Template`]; [`MapError::HoldsPrograms`] of a program
+    /// array, which has no elements here
     pub fn map_at(&self, index: MapIdx) -> Result<Map, MapError> {
         let placement = self.placement(index)?;
         Ok(match placement.kind {
@@ -162,6 +163,7 @@ impl Arena {
             MapKind::ArrayOfMaps => Map::ArrayOfMaps(self.array_of_maps(index)?),
             MapKind::HashOfMaps => Map::HashOfMaps(self.hash_of_maps(index)?),
             MapKind::RingBuf => Map::RingBuf(self.ringbuf(index)?),
+            MapKind::ProgArray => return Err(MapError::HoldsPrograms { index }),
         })
     }
 
@@ -415,7 +417,7 @@ fn check_map(spec: &MapSpec) -> Result<(), &'static str> {
         return Err("its value's size is 0 or over 1 GiB");
     }
     match spec.kind {
-        MapKind::Array | MapKind::PerCpuArray | MapKind::ArrayOfMaps
+        MapKind::Array | MapKind::PerCpuArray | MapKind::ArrayOfMaps | MapKind::ProgArray
             if spec.key_size_bytes != 4 =>
         {
             return Err("the key of an array has 4 bytes");

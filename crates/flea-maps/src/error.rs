@@ -79,6 +79,15 @@ pub enum MapError {
         /// What it is.
         found: MapKind,
     },
+    /// A program array, which has no memory.
+    #[error(
+        "map {index:?} is a program array: its elements are programs, to be set and cleared \
+         through the object that it belongs to"
+    )]
+    HoldsPrograms {
+        /// Which.
+        index: MapIdx,
+    },
     /// The key has another size than the map's keys.
     #[error("the key has {found_bytes} bytes, the map's keys have {expected_bytes}")]
     KeySize {

@@ -1,5 +1,8 @@
 //! The helper functions a program may call, with Linux's numbers (include/uapi/linux/bpf.h).
 
+/// Tail calls that one run may make (Linux: `MAX_TAIL_CALL_CNT`); further ones miss.
+pub const MAX_TAIL_CALLS: u32 = 33;
+
 macro_rules! helpers {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $text:literal;)*) => {
         /// A helper that this build implements.
@@ -44,6 +47,9 @@ helpers! {
     GetPrandomU32 = 7, "bpf_get_prandom_u32";
     /// `u32 bpf_get_smp_processor_id()`
     GetSmpProcessorId = 8, "bpf_get_smp_processor_id";
+    /// `long bpf_tail_call(ctx, prog_array, index)`: does not come back where a program stands
+    /// at `index`.
+    TailCall = 12, "bpf_tail_call";
     /// `u64 bpf_get_current_pid_tgid()`: tgid << 32 | tid
     GetCurrentPidTgid = 14, "bpf_get_current_pid_tgid";
     /// `u64 bpf_get_current_uid_gid()`: gid << 32 | uid

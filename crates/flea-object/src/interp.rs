@@ -23,7 +23,7 @@ mod alu;
 mod callback;
 mod memory;
 
-use crate::helper::Helper;
+use crate::helper::{Helper, MAX_TAIL_CALLS};
 use crate::insn::{Insn, PSEUDO_CALL, PSEUDO_FUNC, PSEUDO_MAP, PSEUDO_MAP_VALUE};
 use crate::opcode as op;
 use crate::spec::MapIdx;
@@ -118,6 +118,16 @@ pub trait Host {
         let _ = last;
         Err(format!("{map:#x} is no map with elements"))
     }
+
+    /// What stands at `index` of the program array that looks like `map` to the program: an
+    /// index into [`Interpreter::targets`], or nothing. (Linux takes the low 32 bits of r3.)
+    ///
+    /// # Errors
+    /// A reason, which ends the program with [`Trap::HelperFailed`].
+    fn tail_target(&self, map: u64, index: u32) -> Result<Option<usize>, String> {
+        let _ = index;
+        Err(format!("{map:#x} is no program array"))
+    }
 }
 
 /// A [`Host`] without helpers and maps.
@@ -142,6 +152,7 @@ impl Host for NoHost {
 #[derive(Clone, Copy, Debug)]
 pub struct Interpreter<'a> {
     insns: &'a [Insn],
+    targets: &'a [&'a [Insn]],
     /// Steps after which a run ends with [`Trap::StepLimit`].
     pub max_steps: u64,
     /// What a frame's stack is filled with when the function starts.
@@ -158,7 +169,16 @@ impl<'a> Interpreter<'a> {
     /// [`validate`]'s.
     pub fn new(insns: &'a [Insn]) -> Result<Self, EncodingError> {
         validate(insns)?;
-        Ok(Self { insns, max_steps: Self::DEFAULT_MAX_STEPS, stack_fill: 0 })
+        Ok(Self { insns, targets: &[], max_steps: Self::DEFAULT_MAX_STEPS, stack_fill: 0 })
+    }
+
+    /// The same, with programs that tail calls may lead to: [`Host::tail_target`] says which.
+    ///
+    /// # Errors
+    /// [`validate`]'s, of the first that is not well-formed.
+    pub fn targets(self, targets: &'a [&'a [Insn]]) -> Result<Self, EncodingError> {
+        targets.iter().try_for_each(|insns| validate(insns))?;
+        Ok(Self { targets, ..self })
     }
 
     /// Runs it with `args` in `r1` to `r5`, and returns `r0`. The stack of `memory` is made
@@ -176,9 +196,19 @@ impl<'a> Interpreter<'a> {
         let mut regs = [0; op::N_REGISTERS as usize];
         regs[1..6].copy_from_slice(&args);
         regs[FP] = memory.stack_top();
-        let mut state = State { insns: self.insns, regs, pc: 0, frames: Vec::new(), memory, host };
+        let mut state = State {
+            insns: self.insns,
+            targets: self.targets,
+            stack_fill: self.stack_fill,
+            n_tail_calls: 0,
+            regs,
+            pc: 0,
+            frames: Vec::new(),
+            memory,
+            host,
+        };
         for _ in 0..self.max_steps {
-            if let Some(result) = state.step(self.stack_fill)? {
+            if let Some(result) = state.step()? {
                 return Ok(result);
             }
         }
@@ -189,7 +219,9 @@ impl<'a> Interpreter<'a> {
 const FP: usize = op::FRAME_POINTER as usize;
 
 /// What a call keeps for its caller.
-struct Frame {
+struct Frame<'a> {
+    /// The caller's program: a tail call changes that of the callee.
+    insns: &'a [Insn],
     return_pc: usize,
     saved: [u64; 5],
     waiting: Waiting,
@@ -205,16 +237,19 @@ enum Waiting {
 
 struct State<'a, H> {
     insns: &'a [Insn],
+    targets: &'a [&'a [Insn]],
+    stack_fill: u8,
+    n_tail_calls: u32,
     regs: [u64; op::N_REGISTERS as usize],
     pc: usize,
-    frames: Vec<Frame>,
+    frames: Vec<Frame<'a>>,
     memory: &'a mut Memory,
     host: &'a mut H,
 }
 
-impl<H: Host> State<'_, H> {
+impl<'a, H: Host> State<'a, H> {
     /// One instruction; the result where it is the main function's `exit`.
-    fn step(&mut self, stack_fill: u8) -> Result<Option<u64>, Trap> {
+    fn step(&mut self) -> Result<Option<u64>, Trap> {
         let insn = self.insns[self.pc];
         let mut next_pc = self.pc + 1;
         match insn.class() {
@@ -239,21 +274,24 @@ impl<H: Host> State<'_, H> {
             _ => match insn.opcode {
                 op::EXIT_OP => match self.frames.pop() {
                     None => return Ok(Some(self.regs[0])),
-                    Some(frame) => next_pc = self.return_from(frame, stack_fill)?,
+                    Some(frame) => next_pc = self.return_from(frame)?,
                 },
                 op::CALLX_OP => {
                     let register = insn.callx().expect("validated");
                     let function = self.function(self.get(register))?;
-                    self.enter(next_pc, stack_fill)?;
+                    self.enter(next_pc)?;
                     next_pc = function;
                 }
                 op::CALL_OP if insn.src == PSEUDO_CALL => {
-                    self.enter(next_pc, stack_fill)?;
+                    self.enter(next_pc)?;
                     next_pc = offset_pc(next_pc, insn.imm);
+                }
+                op::CALL_OP if insn.imm == Helper::TailCall as i32 => {
+                    next_pc = self.tail_call()?.unwrap_or(next_pc);
                 }
                 op::CALL_OP => match Helper::from_id(insn.imm) {
                     Some(helper) if helper.takes_callback() => {
-                        next_pc = self.start_rounds(helper, stack_fill)?;
+                        next_pc = self.start_rounds(helper)?;
                     }
                     _ => self.call_helper(insn.imm)?,
                 },
@@ -344,25 +382,27 @@ impl<H: Host> State<'_, H> {
         Ok(())
     }
 
-    fn enter(&mut self, return_pc: usize, stack_fill: u8) -> Result<(), Trap> {
+    fn enter(&mut self, return_pc: usize) -> Result<(), Trap> {
         if self.frames.len() + 1 >= MAX_CALL_FRAMES {
             return Err(Trap::CallDepth { insn_idx: self.pc });
         }
         let mut saved = [0; 5];
         saved.copy_from_slice(&self.regs[6..=FP]);
-        self.frames.push(Frame { return_pc, saved, waiting: Waiting::Caller });
-        self.regs[FP] = self.memory.push_frame(stack_fill);
+        let waiting = Waiting::Caller;
+        self.frames.push(Frame { insns: self.insns, return_pc, saved, waiting });
+        self.regs[FP] = self.memory.push_frame(self.stack_fill);
         Ok(())
     }
 
-    fn return_from(&mut self, mut frame: Frame, stack_fill: u8) -> Result<usize, Trap> {
+    fn return_from(&mut self, mut frame: Frame<'a>) -> Result<usize, Trap> {
         match std::mem::replace(&mut frame.waiting, Waiting::Caller) {
             Waiting::Caller => Ok(self.leave(&frame)),
-            Waiting::Helper(rounds) => self.next_round(&frame, rounds, stack_fill),
+            Waiting::Helper(rounds) => self.next_round(&frame, rounds),
         }
     }
 
-    fn leave(&mut self, frame: &Frame) -> usize {
+    fn leave(&mut self, frame: &Frame<'a>) -> usize {
+        self.insns = frame.insns;
         self.memory.pop_frame();
         self.regs[6..=FP].copy_from_slice(&frame.saved);
         self.regs[1..6].fill(CLOBBERED);
@@ -379,6 +419,31 @@ impl<H: Host> State<'_, H> {
             .map_err(|reason| Trap::HelperFailed { insn_idx, helper, reason })?;
         self.regs[1..6].fill(CLOBBERED);
         Ok(())
+    }
+
+    /// Where the target begins: it takes the place of the function that calls, whose caller it
+    /// returns to. `None` where the call misses and the program goes on.
+    fn tail_call(&mut self) -> Result<Option<usize>, Trap> {
+        let (ctx, map, index) = (self.regs[1], self.regs[2], self.regs[3]);
+        let failed = |reason| {
+            let helper = Helper::TailCall as i32;
+            Trap::HelperFailed { insn_idx: self.pc, helper, reason }
+        };
+        let index = u32::try_from(index & 0xffff_ffff).expect("32 bits");
+        let target = self.host.tail_target(map, index).map_err(failed)?;
+        self.regs[..6].fill(CLOBBERED);
+        let target = target.filter(|_| self.n_tail_calls < MAX_TAIL_CALLS);
+        let Some(target) = target else { return Ok(None) };
+        self.insns = self.targets.get(target).copied().ok_or_else(|| {
+            let (insn_idx, helper) = (self.pc, Helper::TailCall as i32);
+            Trap::HelperFailed { insn_idx, helper, reason: format!("there is no program {target}") }
+        })?;
+        self.n_tail_calls += 1;
+        self.regs.fill(CLOBBERED);
+        self.regs[1] = ctx;
+        self.memory.pop_frame();
+        self.regs[FP] = self.memory.push_frame(self.stack_fill);
+        Ok(Some(0))
     }
 
     fn bad_access(&self, access: BadAccess) -> Trap {
@@ -471,6 +536,49 @@ mod tests {
         fn map_value_address(&self, map: MapIdx) -> Option<u64> {
             (map.0 == 0).then_some(self.0)
         }
+    }
+
+    /// Program 0 at index 0 of every array, and nothing else.
+    struct Itself;
+
+    impl Host for Itself {
+        fn call(&mut self, _: i32, _: [u64; 5], _: &mut Memory) -> Result<u64, String> {
+            Err("no helpers".to_owned())
+        }
+
+        fn map_handle(&self, _: MapIdx) -> Option<u64> {
+            Some(1)
+        }
+
+        fn map_value_address(&self, _: MapIdx) -> Option<u64> {
+            None
+        }
+
+        fn tail_target(&self, _: u64, index: u32) -> Result<Option<usize>, String> {
+            Ok((index == 0).then_some(0))
+        }
+    }
+
+    /// `*r1 += 1; bpf_tail_call(r1, map, index); return *r1`, in memory that r1 points at.
+    fn counts_runs(index: u64) -> u64 {
+        let mut asm = Asm::new();
+        asm.mov64_reg(R6, R1).mov64_imm(R2, 1).atomic_add(Size::DW, R6, 0, R2);
+        asm.map_ref(R2, MapIdx(0)).lddw(R3, index).call(Helper::TailCall);
+        asm.load(Size::DW, R0, R6, 0).exit();
+        let insns = asm.finish().unwrap();
+        let mut memory = Memory::new();
+        let at = memory.add(vec![0; 8], Protection::ReadWrite);
+        let programs = [insns.as_slice()];
+        let interpreter = Interpreter::new(&insns).unwrap().targets(&programs).unwrap();
+        interpreter.run([at, 0, 0, 0, 0], &mut memory, &mut Itself).unwrap()
+    }
+
+    #[test]
+    fn tail_calls_end_after_33() {
+        assert_eq!(counts_runs(0), 34);
+        assert_eq!(counts_runs(1), 1);
+        // Linux looks at the low half.
+        assert_eq!(counts_runs(7 << 32), 34);
     }
 
     #[test]

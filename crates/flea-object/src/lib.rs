@@ -25,6 +25,7 @@ mod link;
 mod maps;
 pub mod opcode;
 mod parse;
+mod prog_array;
 mod section;
 pub mod spec;
 pub mod types;

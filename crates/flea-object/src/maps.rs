@@ -20,13 +20,16 @@ use std::collections::HashMap;
 use crate::btf::{Btf, Kind};
 use crate::elf::{Elf, Section, SectionIdx};
 use crate::error::ObjectError;
-use crate::spec::{MapKind, MapSpec};
+use crate::spec::{MapIdx, MapKind, MapSpec};
 
+use crate::prog_array::{self, FilledArray};
 use inner::{Outer, Values};
 
 pub use lock::LOCK_BYTES;
 
 const PAGE_BYTES: u32 = 4096;
+/// An element of a program array: in Linux, a file descriptor.
+const PROGRAM_BYTES: u32 = 4;
 /// Bytes of a map of maps' value, as user space sees it: a file descriptor in Linux.
 const MAP_VALUE_BYTES: u32 = 4;
 /// A hash key is on the program's stack (Linux: `MAX_BPF_STACK`).
@@ -77,7 +80,7 @@ pub enum MapFault {
     NotADefinition,
     /// A member that has no meaning, or none here.
     #[error(
-        "member '{member}' is not supported; type, max_entries, map_flags, key, value, key_size and value_size are"
+        "member '{member}' is not supported; type, max_entries, map_flags, key, value, key_size and value_size are, and values for a PROG_ARRAY"
     )]
     UnsupportedMember {
         /// Its name.
@@ -101,7 +104,7 @@ pub enum MapFault {
     },
     /// A type that this build does not have.
     #[error(
-        "map type {kind} ({name}) is not supported; HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, ARRAY_OF_MAPS, HASH_OF_MAPS and RINGBUF are"
+        "map type {kind} ({name}) is not supported; HASH, ARRAY, PERCPU_HASH, PERCPU_ARRAY, PROG_ARRAY, ARRAY_OF_MAPS, HASH_OF_MAPS and RINGBUF are"
     )]
     UnsupportedKind {
         /// Linux's number.
@@ -154,6 +157,9 @@ pub enum MapFault {
     /// A map of maps of maps.
     #[error("is a map of maps inside one, which there cannot be")]
     Nested,
+    /// A map of program arrays.
+    #[error("is a program array inside a map of maps, where there cannot be one")]
+    ProgramsInside,
     /// Something else than a map's address among the initial values.
     #[error(
         "its initial value at offset {offset} is not the address of a map: write .values = {{ [0] = &map }}"
@@ -198,6 +204,32 @@ pub enum MapFault {
         /// What of.
         symbol: String,
     },
+    /// An address in a definition, at a place that holds none.
+    #[error(
+        "its definition holds the address of '{symbol}' at offset {offset}; only values of a PROG_ARRAY hold some"
+    )]
+    AddressInDefinition {
+        /// From the definition's start.
+        offset: u64,
+        /// What of.
+        symbol: String,
+    },
+    /// A value of a program array that is something else.
+    #[error("values[{index}] is '{symbol}', which is no program: a global function with a SEC is")]
+    NotAProgram {
+        /// Which.
+        index: u32,
+        /// Its name.
+        symbol: String,
+    },
+    /// More values than elements.
+    #[error("values[{index}] is past its end: max_entries is {max_entries}")]
+    TooManyValues {
+        /// Which.
+        index: u32,
+        /// How many there can be.
+        max_entries: u32,
+    },
 }
 
 /// The maps of `.maps`.
@@ -207,6 +239,8 @@ pub(crate) struct Declared {
     pub maps: Vec<MapSpec>,
     /// Where a map's variable is in the section, and its index.
     pub at: HashMap<i64, u32>,
+    /// Program arrays that are filled where they are declared.
+    pub program_arrays: Vec<FilledArray>,
     /// Where global data sections have a lock.
     pub data_locks: HashMap<SectionIdx, u32>,
 }
@@ -232,16 +266,23 @@ pub(crate) fn read_declared(elf: &Elf<'_>, btf: Option<&Btf<'_>>) -> Result<Decl
     let mut found = Vec::new();
     for (name, type_id) in btf.data_section(".maps")? {
         let place = *places.get(name).ok_or_else(|| MapFault::NotADefinition.of(name))?;
-        let (spec, values) = read_definition(btf, name, type_id)?;
-        found.push((place, spec, values));
+        found.push((place, read_definition(btf, name, type_id)?));
     }
-    found.sort_by_key(|(place, _, _)| *place);
+    found.sort_by_key(|(place, _)| *place);
     let mut outers = Vec::new();
-    for ((start, size_bytes), spec, values) in found {
+    for ((start, size_bytes), Definition { spec, values, programs_offset }) in found {
         let map = declared.maps.len();
         let end = start.saturating_add(size_bytes);
         outers.extend(values.map(|values| Outer { map, start, end, values }));
         let index = u32::try_from(map).expect("a map takes bytes of the file");
+        let (name, max_entries) = (&spec.name, spec.max_entries);
+        declared.program_arrays.extend(programs_offset.map(|values_offset| FilledArray {
+            map: MapIdx(index),
+            name: name.clone(),
+            max_entries,
+            place: start..end,
+            values_offset,
+        }));
         declared.at.insert(i64::try_from(start).unwrap_or(i64::MAX), index);
         declared.maps.push(spec);
     }
@@ -298,9 +339,18 @@ pub(crate) fn is_global_data(name: &str) -> bool {
     })
 }
 
+/// A map, and what its definition says of what is in it.
+struct Definition {
+    spec: MapSpec,
+    /// Of a map of maps.
+    values: Option<Values>,
+    /// Where in the structure those of a program array begin.
+    programs_offset: Option<u64>,
+}
+
 /// What the members of a definition say, before it is known whether they fit together.
 #[derive(Default)]
-struct Definition {
+struct Members {
     kind: Option<u32>,
     max_entries: u32,
     flags: u32,
@@ -310,16 +360,12 @@ struct Definition {
 }
 
 /// The map that the structure `type_id` defines, and what it says of the maps inside.
-fn read_definition(
-    btf: &Btf<'_>,
-    map: &str,
-    type_id: u32,
-) -> Result<(MapSpec, Option<Values>), ObjectError> {
+fn read_definition(btf: &Btf<'_>, map: &str, type_id: u32) -> Result<Definition, ObjectError> {
     let Kind::Struct { members, .. } = &btf.resolve(type_id)?.kind else {
         return Err(MapFault::NotADefinition.of(map).into());
     };
-    let mut definition = Definition::default();
-    let mut values = None;
+    let mut definition = Members::default();
+    let (mut values, mut programs_offset) = (None, None);
     for member in members {
         let bad = || MapFault::BadMember { member: member.name.to_owned() }.of(map);
         let unsupported = || MapFault::UnsupportedMember { member: member.name.to_owned() };
@@ -342,6 +388,14 @@ fn read_definition(
                     definition.lock_offset = lock::find(btf, to, map)?;
                 }
             }
+            // Behind the others, as libbpf wants it: the type is known by now.
+            "values" if definition.kind == Some(MapKind::ProgArray as u32) => {
+                if !prog_array::are_program_pointers(btf, member.type_id)? {
+                    return Err(bad().into());
+                }
+                set_size(&mut definition.value_size_bytes, "value", PROGRAM_BYTES, map)?;
+                programs_offset = Some(u64::from(member.bit_offset / 8));
+            }
             "values" => {
                 let read = Values::read(btf, member.type_id, member.bit_offset)?;
                 values = Some(read.ok_or_else(|| unsupported().of(map))?);
@@ -357,7 +411,7 @@ fn read_definition(
             Err(MapFault::UnsupportedMember { member: "values".to_owned() }.of(map).into())
         }
         None if holds_maps => Err(MapFault::NoInner.of(map).into()),
-        _ => Ok((definition.into_spec(map)?, values)),
+        _ => Ok(Definition { spec: definition.into_spec(map)?, values, programs_offset }),
     }
 }
 
@@ -389,7 +443,7 @@ fn set_size(
     }
 }
 
-impl Definition {
+impl Members {
     fn into_spec(self, name: &str) -> Result<MapSpec, MapError> {
         let number = self.kind.unwrap_or(0);
         let kind = kind_from_number(number).ok_or_else(|| {
@@ -428,7 +482,7 @@ impl MapSpec {
                 BPF_F_NO_PREALLOC | BPF_F_ZERO_SEED | BPF_F_RDONLY_PROG
             }
             MapKind::HashOfMaps => BPF_F_NO_PREALLOC | BPF_F_ZERO_SEED,
-            MapKind::ArrayOfMaps | MapKind::RingBuf => 0,
+            MapKind::ArrayOfMaps | MapKind::RingBuf | MapKind::ProgArray => 0,
         };
         let (flags, unknown) = (self.flags, self.flags & !allowed);
         if unknown != 0 {
@@ -446,6 +500,11 @@ fn check_sizes(spec: &MapSpec) -> Result<(), MapFault> {
     match spec.kind {
         MapKind::Array | MapKind::PerCpuArray | MapKind::ArrayOfMaps => {
             size("key_size", key, key == 4, "an array's key is 4 bytes")?;
+        }
+        MapKind::ProgArray => {
+            size("key_size", key, key == 4, "an array's key is 4 bytes")?;
+            let expected = "a program array's value is 4 bytes";
+            size("value_size", value, value == PROGRAM_BYTES, expected)?;
         }
         MapKind::Hash | MapKind::PerCpuHash | MapKind::HashOfMaps => {
             let ok = (1..=MAX_HASH_KEY_BYTES).contains(&key);

@@ -7,6 +7,7 @@ use crate::elf::Elf;
 use crate::error::ObjectError;
 use crate::link::{Linker, ProgramFault};
 use crate::maps;
+use crate::prog_array;
 use crate::spec::Object;
 
 /// Reads an eBPF object as `clang -target bpf -O2 -g -c` makes it and libbpf takes it.
@@ -24,15 +25,17 @@ pub fn parse(bytes: &[u8]) -> Result<Object, ObjectError> {
         _ => BtfExt::default(),
     };
     let declared = maps::read_declared(&elf, btf.as_ref())?;
+    let slots = prog_array::named_slots(&elf, &declared.program_arrays)?;
     let mut linker = Linker::new(&elf, btf.as_ref(), &ext, declared)?;
     let programs = linker.link_programs()?;
+    let program_slots = slots.iter().map(|s| s.resolve(&programs)).collect::<Result<_, _>>()?;
     let (maps, types) = linker.into_parts();
     for program in &programs {
         for relocation in &program.core_relocations {
             relocation.check(&types).map_err(|e| ProgramFault::Core(e).of(&program.name))?;
         }
     }
-    Ok(Object { maps, programs, license: license(&elf), types })
+    Ok(Object { maps, programs, license: license(&elf), types, program_slots })
 }
 
 fn license(elf: &Elf<'_>) -> Option<String> {

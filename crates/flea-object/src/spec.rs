@@ -16,6 +16,19 @@ pub struct Object {
     pub license: Option<String>,
     /// The types that [`Program::core_relocations`] are about, as the object has them.
     pub types: Types,
+    /// What program arrays hold to begin with.
+    pub program_slots: Vec<ProgramSlot>,
+}
+
+/// A program in a program array, where `bpf_tail_call` finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProgramSlot {
+    /// The array.
+    pub map: MapIdx,
+    /// Where in it.
+    pub index: u32,
+    /// Index into [`Object::programs`].
+    pub program: usize,
 }
 
 /// Index into [`Object::maps`].
@@ -111,6 +124,8 @@ pub enum MapKind {
     /// `BPF_MAP_TYPE_ARRAY`
     #[default]
     Array = 2,
+    /// `BPF_MAP_TYPE_PROG_ARRAY`: its elements are programs, see [`Object::program_slots`].
+    ProgArray = 3,
     /// `BPF_MAP_TYPE_PERCPU_HASH`
     PerCpuHash = 5,
     /// `BPF_MAP_TYPE_PERCPU_ARRAY`
@@ -128,6 +143,7 @@ impl MapKind {
     pub const ALL: &'static [Self] = &[
         Self::Hash,
         Self::Array,
+        Self::ProgArray,
         Self::PerCpuHash,
         Self::PerCpuArray,
         Self::ArrayOfMaps,

@@ -19,21 +19,22 @@ pub(crate) fn unverified(insns: &[Insn]) -> Result<Verified, String> {
     validate(insns).map_err(|e| e.to_string())?;
     let starts = function_starts(insns);
     let mut facts = Vec::with_capacity(insns.len());
-    let mut map_in_r1 = None;
+    // Helpers take their map in r1, a tail call in r2.
+    let mut maps = [None; 2];
     for (i, insn) in insns.iter().enumerate() {
         let second_half = i > 0 && insns[i - 1].is_lddw();
         facts.push(match insn.class() {
             _ if second_half => Fact::Unreachable,
             op::LDX | op::ST | op::STX => Fact::Access(Region::Memory),
-            op::JMP if insn.opcode == op::CALL_OP => call(insns, i, &starts, map_in_r1)?,
+            op::JMP if insn.opcode == op::CALL_OP => call(insns, i, &starts, maps)?,
             op::JMP if insn.opcode == op::CALLX_OP => Fact::CallPointer,
             _ => Fact::Plain,
         });
         match insn.class() {
-            op::LD if insn.is_lddw() && insn.src == PSEUDO_MAP && insn.dst == 1 => {
-                map_in_r1 = Some(MapIdx(insn.imm.cast_unsigned()));
+            op::LD if insn.is_lddw() && insn.src == PSEUDO_MAP && matches!(insn.dst, 1 | 2) => {
+                maps[usize::from(insn.dst) - 1] = Some(MapIdx(insn.imm.cast_unsigned()));
             }
-            op::JMP if matches!(insn.opcode, op::CALL_OP | op::CALLX_OP) => map_in_r1 = None,
+            op::JMP if matches!(insn.opcode, op::CALL_OP | op::CALLX_OP) => maps = [None; 2],
             _ => {}
         }
     }
@@ -83,7 +84,7 @@ fn call(
     insns: &[Insn],
     i: usize,
     starts: &[u32],
-    map_in_r1: Option<MapIdx>,
+    [map_in_r1, map_in_r2]: [Option<MapIdx>; 2],
 ) -> Result<Fact, String> {
     let insn = insns[i];
     if insn.src == PSEUDO_CALL {
@@ -94,5 +95,6 @@ fn call(
     }
     let helper = Helper::from_id(insn.imm)
         .ok_or_else(|| format!("insn {i}: helper {} is not there", insn.imm))?;
-    Ok(Fact::Call { helper, map: map_in_r1, constants: [None; 5] })
+    let map = if helper == Helper::TailCall { map_in_r2 } else { map_in_r1 };
+    Ok(Fact::Call { helper, map, constants: [None; 5] })
 }

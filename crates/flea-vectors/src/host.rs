@@ -34,6 +34,8 @@ enum Table {
     Hash(BTreeMap<Vec<u8>, u64>),
     /// Bytes that are reserved or not read.
     Ring { used_bytes: u64 },
+    /// A program array: a vector is one program, so it is empty.
+    Programs,
     /// Which map is at which key.
     Maps(BTreeMap<Vec<u8>, u32>),
 }
@@ -71,6 +73,7 @@ impl MapsHost {
             }
             MapKind::Hash | MapKind::PerCpuHash => Table::Hash(BTreeMap::new()),
             MapKind::RingBuf => Table::Ring { used_bytes: 0 },
+            MapKind::ProgArray => Table::Programs,
             MapKind::ArrayOfMaps | MapKind::HashOfMaps => {
                 let init = spec.inner.iter().flat_map(|inner| &inner.init);
                 Table::Maps(init.map(|(key, map)| (key.to_le_bytes().to_vec(), map.0)).collect())
@@ -106,7 +109,7 @@ impl MapsHost {
             }
             Table::Hash(elements) => elements.get(key).copied().unwrap_or(0),
             Table::Maps(maps) => maps.get(key).map_or(0, |map| HANDLE_BASE + u64::from(*map)),
-            Table::Ring { .. } => 0,
+            Table::Ring { .. } | Table::Programs => 0,
         }
     }
 
@@ -140,7 +143,7 @@ impl MapsHost {
                 return Ok(0);
             }
             (Table::Hash(_), _) if flags == BPF_NOEXIST => return Ok(EEXIST),
-            (Table::Ring { .. } | Table::Maps(_), _) => return Ok(EINVAL),
+            (Table::Ring { .. } | Table::Programs | Table::Maps(_), _) => return Ok(EINVAL),
             _ => {}
         }
         let place = memory.write(found, value.len() as u64).map_err(|e| e.to_string())?;
@@ -176,7 +179,7 @@ impl MapsHost {
                     ENOENT
                 }
             }
-            Table::Array { .. } | Table::Ring { .. } | Table::Maps(_) => EINVAL,
+            Table::Array { .. } | Table::Ring { .. } | Table::Programs | Table::Maps(_) => EINVAL,
         }
     }
 
@@ -294,6 +297,7 @@ impl Host for MapsHost {
             Helper::Loop | Helper::ForEachMapElem => {
                 Err(format!("{} is the interpreter's own", helper.name()))
             }
+            Helper::TailCall => Err("the interpreter makes tail calls itself".to_owned()),
             Helper::SessionIsReturn | Helper::SessionCookie => {
                 Err(format!("{} belongs to fsession programs", helper.name()))
             }
@@ -325,7 +329,14 @@ impl Host for MapsHost {
     fn map_value_address(&self, map: MapIdx) -> Option<u64> {
         match self.tables.get(map.0 as usize)? {
             Table::Array { base, .. } => Some(*base),
-            Table::Hash(_) | Table::Ring { .. } | Table::Maps(_) => None,
+            Table::Hash(_) | Table::Ring { .. } | Table::Programs | Table::Maps(_) => None,
+        }
+    }
+
+    fn tail_target(&self, map: u64, _: u32) -> Result<Option<usize>, String> {
+        match self.tables[self.map(map)?] {
+            Table::Programs => Ok(None),
+            _ => Err(format!("{map:#x} is no program array")),
         }
     }
 }

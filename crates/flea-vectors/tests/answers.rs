@@ -186,6 +186,31 @@ fn a_ring_buffer_record_is_reserved_and_submitted() {
     accepted(&run(json!({"insns": insns.concat(), "maps": [map]})), 77);
 }
 
+/// A vector is one program, so its program arrays are empty.
+#[test]
+fn tail_calls_miss() {
+    let jump = |index: [String; 2]| {
+        let map = [insn(0x18, 2, 1, 0, 0), insn(0, 0, 0, 0, 0)];
+        let call = [insn(0x85, 0, 0, 0, 12), insn(0xb7, 0, 0, 0, 7), exit()];
+        [map.concat(), index.concat(), call.concat()].concat()
+    };
+    let with = |index, check| {
+        let map = json!({"type": 3, "key": 4, "value": 4, "max": 4});
+        run(json!({"insns": jump(index), "maps": [map], "check": check}))
+    };
+    let known = [insn(0xb7, 3, 0, 0, 1), insn(0xb7, 4, 0, 0, 0)];
+    let unknown = [insn(0x79, 3, 1, 0, 0), insn(0x57, 3, 0, 0, 7)];
+    let pointer = [insn(0xbf, 3, 10, 0, 0), insn(0xb7, 4, 0, 0, 0)];
+    accepted(&with(known.clone(), true), 7);
+    accepted(&with(unknown, true), 7);
+    let unchecked = with(known, false);
+    let seven = Some("0x7".to_owned());
+    assert_eq!((unchecked.r0_interpreted, unchecked.r0_compiled), (seven.clone(), seven));
+    let refused = with(pointer, true);
+    assert_eq!(refused.verdict, Verdict::Reject);
+    assert_eq!(refused.message, "R3 leaks addr into helper function");
+}
+
 #[test]
 fn what_is_no_program_is_refused() {
     for (insns, part) in [("95", "whole"), ("zz", "hex"), ("", "no instructions"), ("é", "hex")] {

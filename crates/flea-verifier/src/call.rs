@@ -160,7 +160,14 @@ impl Machine<'_> {
                 Ok(())
             }
             Arg::CallbackCtx => callback::context(reg, &value),
-            Arg::LookupMap | Arg::WrittenMap | Arg::RingBuf | Arg::IteratedMap => {
+            Arg::Index => match value.as_scalar() {
+                Some(_) => Ok(()),
+                None => {
+                    let r = reg.index();
+                    Err(Fault::new(format!("R{r} leaks addr into helper function")))
+                }
+            },
+            Arg::LookupMap | Arg::WrittenMap | Arg::RingBuf | Arg::ProgArray | Arg::IteratedMap => {
                 seen.map = Some(self.map_arg(reg, &value, arg, helper)?);
                 Ok(())
             }

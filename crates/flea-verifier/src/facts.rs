@@ -5,6 +5,8 @@ use std::ops::RangeInclusive;
 
 use flea_object::{helper::Helper, insn::Insn, spec::MapIdx};
 
+use crate::targets::Targets;
+
 /// Functions that are called through a register at an instruction.
 pub(crate) type Callees = BTreeMap<u32, BTreeSet<u32>>;
 
@@ -17,6 +19,7 @@ pub struct Verified {
     pub(crate) functions: Vec<Function>,
     pub(crate) callees: Callees,
     pub(crate) returns: RangeInclusive<i64>,
+    pub(crate) targets: Targets,
 }
 
 impl Verified {
@@ -30,8 +33,8 @@ impl Verified {
         functions: Vec<Function>,
     ) -> Self {
         let callees = Callees::new();
-        let returns = i64::MIN..=i64::MAX;
-        Self { insns, facts, operands: Vec::new(), functions, callees, returns }
+        let (returns, targets) = (i64::MIN..=i64::MAX, Targets::default());
+        Self { insns, facts, operands: Vec::new(), functions, callees, returns, targets }
     }
 
     /// The same, where `function` may be called through a register at `insn_idx`: for programs

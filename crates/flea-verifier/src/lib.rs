@@ -41,6 +41,8 @@ pub mod soundness;
 mod stack;
 mod state;
 mod story;
+mod tail;
+pub mod targets;
 mod trace;
 mod typed;
 mod upper;
@@ -60,6 +62,7 @@ use op::Op;
 use report::Fault;
 use stack::STACK_BYTES;
 use story::Path;
+use targets::Targets;
 use trace::Sink;
 
 pub use access::PT_REGS_BYTES;
@@ -232,7 +235,7 @@ fn accepted(
     cfg: &Cfg,
     machine: Machine<'_>,
 ) -> Result<Verified, (usize, Fault)> {
-    check_stack(&machine.calls, &machine.stack_bytes)?;
+    check_stack(cfg, machine.ops, &machine.calls, &machine.stack_bytes)?;
     let (returns, operands) = (machine.return_range(), machine.facts.operands());
     let (facts, callees) = machine.facts.into_parts();
     Ok(Verified {
@@ -242,6 +245,7 @@ fn accepted(
         operands,
         callees,
         returns,
+        targets: Targets::default(),
     })
 }
 
@@ -258,6 +262,8 @@ fn check_size(program: &Program) -> Result<(), (usize, Fault)> {
 
 /// The stack of the deepest chain of `calls` (each frame rounded up as in Linux) must fit.
 fn check_stack(
+    cfg: &Cfg,
+    ops: &[Op],
     calls: &BTreeSet<(usize, usize)>,
     stack_bytes: &[u32],
 ) -> Result<(), (usize, Fault)> {
@@ -285,7 +291,7 @@ fn check_stack(
         let text = format!("combined stack size of {frames} calls is {bytes}. Too large");
         return Err((0, Fault::new(text).hint("keep large variables in a per-CPU array")));
     }
-    Ok(())
+    tail::check_callers(cfg, ops, own)
 }
 
 fn functions(cfg: &Cfg, stack_bytes: &[u32]) -> Vec<Function> {

@@ -81,7 +81,7 @@ pub(crate) fn check_call(state: &State, helper: Option<Helper>) -> Result<(), Fa
 /// `bpf_spin_lock` or `bpf_spin_unlock` of `lock`.
 pub(crate) fn apply(helper: Helper, lock: Lock, state: &mut State) -> Result<(), Fault> {
     if helper == Helper::SpinLock {
-        check_records(state)?;
+        check_records(state, helper)?;
         state.set_lock(Some(lock));
         return Ok(());
     }
@@ -97,13 +97,14 @@ pub(crate) fn apply(helper: Helper, lock: Lock, state: &mut State) -> Result<(),
 }
 
 /// At most one record of each `bpf_ringbuf_reserve` is held.
-fn check_records(state: &State) -> Result<(), Fault> {
+pub(crate) fn check_records(state: &State, helper: Helper) -> Result<(), Fault> {
     let held = state.references();
     let is_second =
         |(n, insn_idx): &(usize, usize)| held[..*n].iter().any(|other| other.insn_idx == *insn_idx);
     let twice = held.iter().map(|r| r.insn_idx).enumerate().find(is_second);
     let Some((_, insn_idx)) = twice else { return Ok(()) };
-    let text = format!("bpf_spin_lock while holding two references of insn {insn_idx}");
+    let name = helper.name();
+    let text = format!("{name} while holding two references of insn {insn_idx}");
     Err(Fault::new(text).hint(
         "submit the first record before the second is reserved in the loop, or behind \
          bpf_spin_unlock",
@@ -118,9 +119,12 @@ pub(crate) fn check_global_call(state: &State, ops: &[Op]) -> Result<(), Fault> 
                     use static function instead";
         return Err(Fault::new(text));
     }
-    let lock = (Helper::SpinLock as u32).cast_signed();
-    if ops.iter().any(|op| matches!(op, Op::CallHelper { id } if *id == lock)) {
-        check_records(state)?;
+    // What a tail call leads to may take one as well.
+    for helper in [Helper::SpinLock, Helper::TailCall] {
+        let id = (helper as u32).cast_signed();
+        if ops.iter().any(|op| matches!(op, Op::CallHelper { id: called } if *called == id)) {
+            check_records(state, helper)?;
+        }
     }
     Ok(())
 }

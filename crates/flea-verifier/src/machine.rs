@@ -20,6 +20,7 @@ use crate::precision::{Touched, Trail};
 use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
+use crate::tail::TAIL_CALL;
 use crate::upper::UpperHalves;
 use crate::value::{Id, Pointer, PointerKind, Value};
 use crate::{Context, Permissions, typed};
@@ -195,6 +196,7 @@ impl<'a> Machine<'a> {
                 state.set_reg(dst, Value::pointer(PointerKind::Function(function)));
                 return Ok(Flow::To(idx + 2));
             }
+            Op::CallHelper { id: TAIL_CALL } => return self.tail_call(idx, state),
             Op::CallHelper { id } => return self.call_helper(idx, id, state),
             Op::CallLocal { target } => {
                 let function = self.cfg.function_at(target);
@@ -220,6 +222,11 @@ impl<'a> Machine<'a> {
     /// What the program returns on the paths seen so far; anything where none has ended.
     pub(crate) fn return_range(&self) -> RangeInclusive<i64> {
         self.returns.map_or(i64::MIN..=i64::MAX, |(min, max)| min..=max)
+    }
+
+    /// Another program may say what this one returns.
+    pub(crate) fn returns_anything(&mut self) {
+        self.returns = Some((i64::MIN, i64::MAX));
     }
 
     fn exit(&mut self, state: &mut State) -> Result<Flow, Fault> {

@@ -24,6 +24,10 @@ pub(crate) enum Arg {
     WrittenMap,
     /// A ring buffer.
     RingBuf,
+    /// A program array.
+    ProgArray,
+    /// A number: no pointer is used as one.
+    Index,
     /// Readable memory of the map's key size.
     Key,
     /// Readable memory of the map's value size.
@@ -88,8 +92,9 @@ const SIZE_OR_ZERO: Arg = Arg::Size(ZeroSize::Allowed);
 /// `helper`'s prototype.
 pub(crate) const fn proto(helper: Helper) -> Proto {
     use Arg::{
-        Anything, Callback, CallbackCtx, Castable, Ctx, Fill, FillU64, IteratedMap, Key, KnownSize,
-        Lock, LookupMap, MapValue, Optional, Read, Record, RingBuf, Rounds, TypeId, WrittenMap,
+        Anything, Callback, CallbackCtx, Castable, Ctx, Fill, FillU64, Index, IteratedMap, Key,
+        KnownSize, Lock, LookupMap, MapValue, Optional, ProgArray, Read, Record, RingBuf, Rounds,
+        TypeId, WrittenMap,
     };
     let (args, ret): (&'static [Arg], Ret) = match helper {
         Helper::MapLookupElem => (&[LookupMap, Key], Ret::ValueOrNull),
@@ -101,6 +106,7 @@ pub(crate) const fn proto(helper: Helper) -> Proto {
         | Helper::GetSmpProcessorId
         | Helper::GetCurrentPidTgid
         | Helper::GetCurrentUidGid => (&[], Ret::Number),
+        Helper::TailCall => (&[Ctx, ProgArray, Index], Ret::Void),
         Helper::TracePrintk => (&[Read, SIZE, Optional, Optional, Optional], Ret::Number),
         Helper::TraceVprintk => (&[Read, SIZE, Read, SIZE_OR_ZERO], Ret::Number),
         Helper::GetCurrentComm => (&[Fill, SIZE], Ret::Number),
@@ -135,11 +141,12 @@ impl Arg {
     /// Whether a map of this kind fits, for the arguments that take a map.
     pub(crate) const fn takes_map(self, kind: MapKind) -> bool {
         match self {
-            Self::LookupMap => !matches!(kind, MapKind::RingBuf),
+            Self::LookupMap => !matches!(kind, MapKind::RingBuf | MapKind::ProgArray),
             Self::WrittenMap | Self::IteratedMap => {
-                !matches!(kind, MapKind::RingBuf) && !kind.holds_maps()
+                !matches!(kind, MapKind::RingBuf | MapKind::ProgArray) && !kind.holds_maps()
             }
             Self::RingBuf => matches!(kind, MapKind::RingBuf),
+            Self::ProgArray => matches!(kind, MapKind::ProgArray),
             _ => false,
         }
     }
@@ -147,7 +154,11 @@ impl Arg {
     /// Linux's list of the types that fit, as its messages print it.
     pub(crate) const fn expected(self) -> &'static str {
         match self {
-            Self::LookupMap | Self::WrittenMap | Self::RingBuf | Self::IteratedMap => "map_ptr",
+            Self::LookupMap
+            | Self::WrittenMap
+            | Self::RingBuf
+            | Self::ProgArray
+            | Self::IteratedMap => "map_ptr",
             Self::Key | Self::MapValue | Self::Read | Self::Fill | Self::FillU64 => {
                 "fp, map_value, mem, ringbuf_mem"
             }
@@ -158,6 +169,7 @@ impl Arg {
             Self::CallbackCtx => "fp",
             Self::Anything
             | Self::Optional
+            | Self::Index
             | Self::Size(_)
             | Self::KnownSize
             | Self::TypeId

@@ -97,6 +97,7 @@ fn map(text: &str) -> MapSpec {
         "array_of_maps" => MapKind::ArrayOfMaps,
         "hash_of_maps" => MapKind::HashOfMaps,
         "ringbuf" => MapKind::RingBuf,
+        "prog_array" => MapKind::ProgArray,
         other => panic!("map kind {other}"),
     };
     let number = |word: &str| {

@@ -281,3 +281,27 @@ fn those_that_are_called_are_verified() {
     let text = "@3 R1 invalid mem access 'scalar'";
     refused(&[Param::Number], &[&alive[..], &wild].concat(), text);
 }
+
+/// What it leads to comes back to the function's caller, who takes any number from it.
+#[test]
+fn a_tail_call_of_a_global_function() {
+    let jumps = MapSpec {
+        name: "jumps".into(),
+        kind: MapKind::ProgArray,
+        value_size_bytes: 4,
+        ..maps().remove(0)
+    };
+    let maps = [maps(), vec![jumps]].concat();
+    let tail = ["f:", "r2 = map 2", "r3 = 0", "call bpf_tail_call", "r0 = 1", "exit"];
+    let check = |main: &[&str]| {
+        verify(&program(&[Param::Context], &[main, &tail].concat()), &maps, CONTEXT)
+    };
+    let verified = check(&["call f", "r0 = 0", "exit"]).unwrap();
+    assert_eq!(verified.return_range(), 0..=0);
+    assert_eq!(verified.tail_calls().count(), 1);
+    let verified = check(&["call f", "exit"]).unwrap();
+    assert_eq!(verified.return_range(), i64::MIN..=i64::MAX);
+    let main = ["call f", "r2 = value 0 0", "r2 += r0", "r0 = *(u8 *)(r2 + 0)", "exit"];
+    let message = check(&main).unwrap_err().message;
+    assert!(message.contains("register with unbounded min value"), "{message}");
+}

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use flea_object::spec::{MapIdx, ProgramKind};
 use flea_process::{ProcError, SeizeError, SpawnError};
 use flea_symbols::{PatternError, Refusal, addr::RemoteAddr};
 use flea_verifier::Rejection;
@@ -82,6 +83,9 @@ pub enum LoadError {
     /// Not an object Flea can use.
     #[error(transparent)]
     Object(#[from] flea_object::ObjectError),
+    /// A program array holds what it cannot.
+    #[error(transparent)]
+    ProgramArray(#[from] ProgramArrayError),
     /// Its maps could not be laid out.
     #[error("maps: {0}")]
     Arena(#[from] flea_maps::ArenaError),
@@ -94,6 +98,70 @@ pub enum LoadError {
     /// Setting up memory in the target failed.
     #[error(transparent)]
     Remote(#[from] RemoteError),
+}
+
+/// A program array that was not changed. What is attached is as it was.
+#[derive(Debug, thiserror::Error)]
+pub enum ProgramArrayError {
+    /// The map is none.
+    #[error("map {} is no program array", .map.0)]
+    NoSuchArray {
+        /// Its number.
+        map: MapIdx,
+    },
+    /// There is no such program.
+    #[error("program array {map}: there is no program {program} in its object")]
+    NoSuchProgram {
+        /// The array.
+        map: String,
+        /// The number.
+        program: usize,
+    },
+    /// The index is past its end.
+    #[error("program array {map} has {max_entries} elements: there is no index {index}")]
+    OutOfRange {
+        /// The array.
+        map: String,
+        /// What was asked for.
+        index: u32,
+        /// How many there are.
+        max_entries: u32,
+    },
+    /// The program was loaded with other maps.
+    #[error("program array {map}: program {program} belongs to another object; load both together")]
+    OtherObject {
+        /// The array.
+        map: String,
+        /// The program.
+        program: String,
+    },
+    /// Programs of two kinds would use one array.
+    #[error(
+        "program array {map}: program {program} is an {} program and {other} an {} program; all \
+         that stand in an array or call through it are of one kind",
+        .kind.name(),
+        .other_kind.name()
+    )]
+    Kind {
+        /// The array.
+        map: String,
+        /// The program.
+        program: String,
+        /// Its kind.
+        kind: ProgramKind,
+        /// Another one.
+        other: String,
+        /// Its kind.
+        other_kind: ProgramKind,
+    },
+    /// What is attached could not be made anew.
+    #[error("program array {map}: {error}; the array and what is attached are as before")]
+    Rebuild {
+        /// The array.
+        map: String,
+        /// Why.
+        error: Box<AttachError>,
+    },
 }
 
 /// Setting up memory in the target failed.

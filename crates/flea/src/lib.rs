@@ -45,11 +45,14 @@ mod object;
 mod own;
 mod patch;
 mod placement;
+mod program_array;
+mod rebuild;
 mod reclaim;
 pub mod registry;
 mod remote;
 mod replace;
 mod session;
+mod slots;
 mod transaction;
 pub mod types;
 mod unload;
@@ -67,7 +70,7 @@ pub use flea_object::{
     parse as parse_object,
     spec::{
         InnerMaps, MapIdx, MapKind, MapSpec, Object as ObjectSpec, Program as ProgramSpec,
-        ProgramKind,
+        ProgramKind, ProgramSlot,
     },
 };
 pub use flea_process::{Exit, Pid};
@@ -80,11 +83,12 @@ pub mod rejection {
 }
 
 pub use self::{
-    error::{AttachError, FindError, LoadError, RemoteError, SessionError},
+    error::{AttachError, FindError, LoadError, ProgramArrayError, RemoteError, SessionError},
     function::Function,
     link::Link,
     modules::{Module, OpenError},
     object::{Attachment, Object, Program},
     patch::{Patch, PatchError, Replacement, ResolveError},
+    program_array::ProgramArray,
     session::Session,
 };

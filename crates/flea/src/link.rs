@@ -84,6 +84,7 @@ impl Link {
         transaction::detach(&object.session, object.base, &self.ids)?;
         self.state = State::LetGo;
         self.object.release(&self.keys);
+        self.object.forget(&self.ids);
         Ok(())
     }
 }

@@ -4,7 +4,7 @@
 use std::{
     borrow::Cow,
     collections::{HashMap, HashSet},
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, RwLock},
 };
 
 use flea_image::{Body, BodyRequest, Cpu, ProgramUse, RelocTarget, SkipResult};
@@ -20,15 +20,17 @@ use flea_symbols::{
     addr::RemoteAddr,
     signature::{Signature, StackWords},
 };
-use flea_verifier::{Context, Permissions, Rejection, Target, Verified, Verifier};
+use flea_verifier::{Context, Permissions, Rejection, Target, Verified, Verifier, targets};
 
 use crate::{
     error::{AttachError, LoadError},
     fit::{Fits, Fitted, ModuleKey},
     function::Function,
     link::Link,
+    program_array::{Attached, ProgramArray},
     registry::StackArgs,
     session::{Inner, lock},
+    slots::Slots,
     transaction,
 };
 
@@ -87,6 +89,11 @@ pub(crate) struct Loaded {
     fits: Fits,
     verified: Mutex<HashMap<ProofKey, Arc<Verified>>>,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
+    /// Read for as long as programs are compiled and attached, so that none is with old contents
+    /// once they have been changed.
+    pub(crate) slots: RwLock<Slots>,
+    /// What is attached, where program arrays might change it.
+    pub(crate) links: Mutex<Vec<Attached>>,
 }
 
 /// What a proof depends on.
@@ -135,7 +142,7 @@ pub struct Program {
 #[derive(Clone, Debug)]
 pub struct Attachment {
     /// Index into the object's programs.
-    program: usize,
+    pub(crate) program: usize,
     function: Function,
     cookie: u64,
 }
@@ -155,6 +162,7 @@ pub(crate) struct Prepared {
 
 impl Object {
     pub(crate) fn load(session: &Arc<Inner>, mut spec: Spec) -> Result<Self, LoadError> {
+        let slots = RwLock::new(Slots::of(&spec)?);
         let printk = add_printk_map(&mut spec);
         let n_programs = u32::try_from(spec.programs.len()).expect("an object is far smaller");
         let plan = ArenaPlan::new(&spec.maps, n_programs);
@@ -173,6 +181,8 @@ impl Object {
                 fits: Fits::default(),
                 verified: Mutex::default(),
                 attached: Mutex::default(),
+                slots,
+                links: Mutex::default(),
             }),
         })
     }
@@ -194,7 +204,16 @@ impl Object {
         &self.inner.spec.maps
     }
 
-    /// The map with this name.
+    /// The program array with this name.
+    #[must_use]
+    pub fn program_array(&self, name: &str) -> Option<ProgramArray> {
+        let is_it = |m: &MapSpec| m.name == name && m.kind == MapKind::ProgArray;
+        let index = self.inner.spec.maps.iter().position(is_it)?;
+        Some(ProgramArray::new(self.clone(), map_idx(index)))
+    }
+
+    /// The map with this name. Not a program array, which holds nothing to read or write:
+    /// [`Object::program_array`].
     ///
     /// ```
     /// # mod parts { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/examples/parts/counter.rs")); }
@@ -249,12 +268,15 @@ impl Object {
     /// # Errors
     /// [`AttachError`] for the first that cannot be; the target runs as before.
     pub fn attach(&self, attachments: &[Attachment]) -> Result<Link, AttachError> {
-        let prepared = self.prepare(attachments)?;
+        let slots = self.slots();
+        let prepared = self.prepare(attachments, &slots)?;
         let keys: Vec<_> = attachments.iter().map(|a| (a.program, a.function.address())).collect();
         self.claim(&keys, attachments)?;
         let ids = transaction::attach(&self.inner, &prepared).inspect_err(|_| {
             self.release(&keys);
         })?;
+        self.remember(&ids, attachments);
+        drop(slots);
         Ok(Link::new(self.clone(), ids, keys))
     }
 
@@ -318,12 +340,16 @@ impl Object {
         Ok(())
     }
 
-    fn prepare(&self, attachments: &[Attachment]) -> Result<Vec<Prepared>, AttachError> {
+    pub(crate) fn prepare(
+        &self,
+        attachments: &[Attachment],
+        slots: &Slots,
+    ) -> Result<Vec<Prepared>, AttachError> {
         let mut by_address: HashMap<RemoteAddr, usize> = HashMap::new();
         let mut prepared: Vec<Prepared> = Vec::new();
         for a in attachments {
             let program = Program { object: self.clone(), index: a.program };
-            let verified = program.check(&a.function)?;
+            let verified = program.check_with(&a.function, slots, None)?;
             let at = *by_address.entry(a.function.address()).or_insert(prepared.len());
             if at == prepared.len() {
                 prepared.push(self.prepare_function(&a.function)?);
@@ -445,13 +471,28 @@ impl Program {
         self.object.attach(&attachments)
     }
 
+    /// Whether it stands in a program array: one that is not attached itself is run by tail
+    /// calls.
+    #[must_use]
+    pub fn is_in_program_array(&self) -> bool {
+        self.object.slots().hold(self.index)
+    }
+
+    pub(crate) fn index(&self) -> usize {
+        self.index
+    }
+
+    pub(crate) fn is_of(&self, object: &Object) -> bool {
+        Arc::ptr_eq(&self.object.inner, &object.inner)
+    }
+
     /// Whether it could be attached to `function`: there is a site, the verifier accepts it with
     /// this signature, and the stack arguments are known where a frame has to pass them on.
     ///
     /// # Errors
     /// The reason why not.
     pub fn check(&self, function: &Function) -> Result<Arc<Verified>, AttachError> {
-        self.checked(function, None)
+        self.check_with(function, &self.object.slots(), None)
     }
 
     /// The same, and `line` is called with each line of the verifier's log: every instruction
@@ -465,19 +506,20 @@ impl Program {
         function: &Function,
         line: &mut dyn FnMut(&str),
     ) -> Result<Arc<Verified>, AttachError> {
-        self.checked(function, Some(line))
+        self.check_with(function, &self.object.slots(), Some(line))
     }
 
-    fn checked(
+    fn check_with(
         &self,
         function: &Function,
+        slots: &Slots,
         log: Option<&mut dyn FnMut(&str)>,
     ) -> Result<Arc<Verified>, AttachError> {
         function
             .site()
             .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
-        let verified = self.verify(function, context(signature, self.kind()), log)?;
+        let verified = self.verify_all(function, context(signature, self.kind()), slots, log)?;
         if flea_image::needs_frame(self.kind(), &verified, signature) {
             stack_args(function, signature)?;
         }
@@ -485,6 +527,29 @@ impl Program {
             self.check_skip(function)?;
         }
         Ok(verified)
+    }
+
+    /// The proof for a function with this context, with what its tail calls lead to.
+    fn verify_all(
+        &self,
+        function: &Function,
+        context: Context,
+        slots: &Slots,
+        mut log: Option<&mut dyn FnMut(&str)>,
+    ) -> Result<Arc<Verified>, AttachError> {
+        let mut prove = |index| {
+            let program = Program { object: self.object.clone(), index };
+            let log = match &mut log {
+                Some(line) => Some(&mut **line as &mut dyn FnMut(&str)),
+                None => None,
+            };
+            program.verify(function, context, log)
+        };
+        let verified = prove(self.index)?;
+        if verified.tail_calls().next().is_none() {
+            return Ok(verified);
+        }
+        targets::link(self.index, slots.all(), prove).map(Arc::new)
     }
 
     /// The proof for a function with this context, made once for all functions where that

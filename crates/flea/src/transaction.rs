@@ -56,7 +56,7 @@ mod tests;
 /// Code arenas that one transaction may add.
 const MAX_NEW_ARENAS: usize = 64;
 /// How often another controller may be faster.
-const MAX_ATTEMPTS: usize = 16;
+pub(crate) const MAX_ATTEMPTS: usize = 16;
 /// How long a detach waits for threads to leave what was taken off.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it waits for threads to return from traced functions, which may take for ever: on
@@ -254,7 +254,7 @@ where
 }
 
 /// Whether that is this very process.
-fn is_own(pid: Pid) -> bool {
+pub(crate) fn is_own(pid: Pid) -> bool {
     pid.cast_unsigned() == std::process::id()
 }
 
@@ -273,7 +273,7 @@ fn frame_offsets(registry: &Registry, prepared: &[Prepared]) -> Vec<u32> {
 }
 
 /// Compiles on every CPU: functions are independent of each other.
-fn compile(
+pub(crate) fn compile(
     object: &Loaded,
     prepared: &[Prepared],
     offsets: &[u32],
@@ -505,14 +505,15 @@ impl Author {
     }
 }
 
-/// What [`add_body`] adds.
-struct NewBody<'a> {
-    body: &'a Body,
+/// What [`place_body`] places.
+#[derive(Clone, Copy)]
+pub(crate) struct NewBody<'a> {
+    pub(crate) body: &'a Body,
     /// First word of its frame.
-    offset: u32,
+    pub(crate) offset: u32,
     /// Where the runtime blob is.
-    runtime: RemoteAddr,
-    author: Author,
+    pub(crate) runtime: RemoteAddr,
+    pub(crate) author: Author,
 }
 
 /// Places a body and makes `function` enter it.
@@ -523,6 +524,23 @@ fn add_body(
     function: &mut FunctionState,
     new: &NewBody<'_>,
 ) -> Result<u32, AttachError> {
+    let arenas = arenas(function);
+    let id = change.registry.next_id;
+    change.registry.next_id += 1;
+    let state = place_body(change, object, p, function, (id, new))?;
+    function.bodies.insert(0, state);
+    change.relink(function, arenas)?;
+    Ok(id)
+}
+
+/// Places the body that is to have number `id`, and makes `function` ready for it.
+pub(crate) fn place_body(
+    change: &mut Change,
+    object: &Loaded,
+    p: &Prepared,
+    function: &mut FunctionState,
+    (id, new): (u32, &NewBody<'_>),
+) -> Result<BodyState, AttachError> {
     let NewBody { body, runtime, author, .. } = *new;
     let mut place = |code: &Option<flea_image::Code>| -> Result<Option<Placed>, AttachError> {
         let Some(code) = code else { return Ok(None) };
@@ -531,9 +549,11 @@ fn add_body(
     };
     let (entry, session) = (place(&body.entry)?, place(&body.session)?);
     let (modify, exit) = (place(&body.modify)?, place(&body.exit)?);
-    let id = change.registry.next_id;
-    change.registry.next_id += 1;
-    let state = BodyState {
+    if modify.is_some() {
+        function.skip = p.skip().map(Skip::from);
+    }
+    function.stack = function.stack.join(p.stack);
+    Ok(BodyState {
         id,
         owner: author.owner,
         since: author.since,
@@ -548,15 +568,7 @@ fn add_body(
         frame_words: body.frame_words,
         reads: pack_reads(&body.reads),
         saves: body.saves.clone(),
-    };
-    let arenas = arenas(function);
-    function.bodies.insert(0, state);
-    if modify.is_some() {
-        function.skip = p.skip().map(Skip::from);
-    }
-    function.stack = function.stack.join(p.stack);
-    change.relink(function, arenas)?;
-    Ok(id)
+    })
 }
 
 fn program_label(object: &Loaded, index: usize) -> (String, String) {

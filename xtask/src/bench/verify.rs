@@ -76,28 +76,32 @@ fn in_child(number: usize, n_insns: usize) -> Result<Cost> {
 /// What the child does: prints nanoseconds and bytes.
 pub fn measure_one(number: &str, n_insns: &str) -> Result<()> {
     let (_, make) = SHAPES.get(number.parse::<usize>()?).context("no such shape")?;
-    let Cost { time, peak_bytes } = cost(&make(n_insns.parse()?)?)?;
+    let Cost { time, peak_bytes } = cost(make(n_insns.parse()?)?)?;
     println!("{} {peak_bytes}", time.as_nanos());
     Ok(())
 }
 
-fn cost(insns: &[Insn]) -> Result<Cost> {
-    let program = Program {
+const CONTEXT: Context = Context::Tracing { n_args: 2, n_results: 0, session: false };
+
+fn program(insns: Vec<Insn>) -> Program {
+    Program {
         name: "bench".into(),
         section: "fentry/bench".into(),
         kind: ProgramKind::Fentry,
-        insns: insns.to_vec(),
+        insns,
         ..Program::default()
-    };
-    let maps = [data()];
-    let context = Context::Tracing { n_args: 2, n_results: 0, session: false };
+    }
+}
+
+fn cost(insns: Vec<Insn>) -> Result<Cost> {
+    let (program, maps) = (program(insns), [data()]);
     let before = resident_bytes("VmRSS:")?;
-    verify(&program, &maps, context)?;
+    verify(&program, &maps, CONTEXT)?;
     let peak_bytes = resident_bytes("VmHWM:")?.saturating_sub(before);
     let mut times = Vec::new();
     for _ in 0..N_TIMES {
         let start = Instant::now();
-        verify(&program, &maps, context)?;
+        verify(&program, &maps, CONTEXT)?;
         times.push(start.elapsed());
     }
     times.sort_unstable();
@@ -197,4 +201,22 @@ fn array_loop(n_visits: usize, n_round: usize, body: fn(&mut Asm)) -> Result<Vec
     body(&mut asm);
     asm.add64_imm(R9, 1).jump_if(JmpOp::Lt, R9, rounds, start);
     end(asm)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test")]
+
+    use super::*;
+
+    #[test]
+    fn all_shapes_are_accepted_and_as_long_as_said() {
+        for (shape, make) in SHAPES {
+            let insns = make(1000).unwrap();
+            if !shape.contains("loop") {
+                assert!((950..=1000).contains(&insns.len()), "{shape}: {}", insns.len());
+            }
+            verify(&program(insns), &[data()], CONTEXT).unwrap();
+        }
+    }
 }

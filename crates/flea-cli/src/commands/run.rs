@@ -61,6 +61,9 @@ fn choose(target: &Target, object: &Object, verbose: bool) -> Result<Chosen> {
     let mut chosen = Chosen::default();
     for program in object.programs().filter(Program::autoload) {
         let Some(pattern) = program.target() else {
+            if program.is_in_program_array() {
+                continue;
+            }
             bail!(
                 "program `{}`: its section names no function; write SEC(\"{}/FUNCTION\")",
                 program.name(),

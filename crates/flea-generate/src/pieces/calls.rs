@@ -163,6 +163,23 @@ impl Builder<'_> {
         }
     }
 
+    /// Any number is an index; nothing comes back.
+    pub(crate) fn tail_call(&mut self) {
+        let index = self.source();
+        self.mov(3, index);
+        if self.random.chance(50) {
+            let known = self.random.below(10) as i32;
+            self.mov_imm(3, known);
+        }
+        self.mov(1, CONTEXT);
+        let map = if self.mistake() { map::ARRAY } else { map::JUMPS };
+        self.map(2, map);
+        self.helper(Helper::TailCall);
+        if !self.mistake() {
+            self.fresh(0);
+        }
+    }
+
     /// Only functions behind this one: there is no recursion.
     pub(crate) fn call(&mut self) {
         let behind = self.n_functions - self.function - 1;

@@ -39,6 +39,7 @@ impl Builder<'_> {
             25 => self.changing_number(),
             26 => self.call(),
             33 => self.related(),
+            30 if !self.in_callback => self.tail_call(),
             27 if self.function > 0 && !self.in_callback => self.early_exit(),
             28..=29 if depth > 0 => self.repeat(depth),
             _ if depth > 0 => self.branch(depth),

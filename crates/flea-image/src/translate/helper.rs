@@ -114,7 +114,8 @@ impl Translator<'_, '_> {
             Helper::SessionCookie if self.used.kind == Some(ProgramKind::Fsession) => {
                 self.cookie_address().ok_or(not_here)
             }
-            Helper::SessionIsReturn | Helper::SessionCookie => Err(not_here),
+            // A tail call goes another way: it is no call.
+            Helper::SessionIsReturn | Helper::SessionCookie | Helper::TailCall => Err(not_here),
         }
     }
 

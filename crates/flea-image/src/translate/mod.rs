@@ -14,16 +14,16 @@ mod records;
 mod registers;
 mod rounds;
 mod saves;
+mod tail;
 mod target;
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
 
-use cranelift_codegen::ir::{
-    Block, InstBuilder, MemFlagsData, StackSlot, StackSlotData, StackSlotKind, Type, Value, types,
-};
+use cranelift_codegen::ir::{Block, InstBuilder, MemFlagsData, StackSlot, Type, Value, types};
 use cranelift_frontend::{FunctionBuilder, Variable};
 use flea_layout::plan::{ArenaPlan, MapPlacement};
+use flea_object::helper::Helper;
 use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_FUNC, PSEUDO_MAP, PSEUDO_MAP_VALUE};
 use flea_object::spec::{MapIdx, MapKind, ProgramKind};
 use flea_verifier::Verified;
@@ -38,6 +38,7 @@ pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, 
 pub(crate) use helper::{call_runtime, is_inline_array};
 pub(crate) use registers::is_saved_at_entry;
 pub(crate) use saves::Saves;
+use tail::Tails;
 
 use records::Records;
 
@@ -47,6 +48,7 @@ const MAX_INSNS: u32 = 100_000;
 const MAX_CALL_DEPTH: u32 = 8;
 
 /// What one program is translated with.
+#[derive(Clone, Copy)]
 pub(crate) struct Use<'a> {
     pub verified: &'a Verified,
     pub kind: Option<ProgramKind>,
@@ -99,8 +101,11 @@ impl Outcome {
 pub(crate) struct Translator<'a, 'b> {
     pub b: &'a mut FunctionBuilder<'b>,
     pub env: &'a Env<'a>,
+    /// The program whose instructions are being translated: one of `members`.
     pub used: &'a Use<'a>,
     pub out: &'a mut Outcome,
+    members: &'a [Use<'a>],
+    tails: Tails,
     /// Values that cannot be 0: addresses of array elements at a known index.
     nonnull: HashSet<Value>,
     /// Somebody looks at what the main function returns.
@@ -132,17 +137,21 @@ pub(crate) fn proved() -> MemFlagsData {
 }
 
 impl<'a, 'b> Translator<'a, 'b> {
+    /// `members` are a program and what its tail calls lead to: [`Use::members`].
     pub fn new(
         b: &'a mut FunctionBuilder<'b>,
         env: &'a Env<'a>,
-        used: &'a Use<'a>,
+        members: &'a [Use<'a>],
         out: &'a mut Outcome,
     ) -> Self {
+        let (used, tails) = (&members[0], Tails::default());
         Self {
             b,
             env,
             used,
             out,
+            members,
+            tails,
             nonnull: HashSet::new(),
             wants_result: true,
             records: Records::default(),
@@ -158,12 +167,26 @@ impl<'a, 'b> Translator<'a, 'b> {
     /// Translates the whole program; `r1` and `r2` as given. Returns r0 with the current block
     /// behind the program's end.
     pub fn program(&mut self, r1: Value, r2: Value) -> Result<Value, CompileError> {
+        self.start_tails(r1, r2);
         self.begin_records();
         let zero = self.iconst(0);
         self.function(0, [r1, r2, zero, zero, zero], 0)
     }
 
     fn function(
+        &mut self,
+        index: u32,
+        args: [Value; 5],
+        depth: u32,
+    ) -> Result<Value, CompileError> {
+        if self.makes_tail_calls(index) {
+            self.region(index, args, depth)
+        } else {
+            self.one_function(index, args, depth)
+        }
+    }
+
+    fn one_function(
         &mut self,
         index: u32,
         args: [Value; 5],
@@ -225,13 +248,7 @@ impl<'a, 'b> Translator<'a, 'b> {
         }
         let frame = Frame::analyse(verified, function, |i| self.reads_key_inline(i));
         let stack_bytes = function.stack_bytes.min(512).next_multiple_of(8);
-        let slot = frame.needs_memory.then(|| {
-            self.b.create_sized_stack_slot(StackSlotData::new(
-                StackSlotKind::ExplicitSlot,
-                stack_bytes,
-                3,
-            ))
-        });
+        let slot = frame.needs_memory.then(|| self.stack_slot(depth, stack_bytes));
         let stack_bytes = i32::try_from(stack_bytes).unwrap_or(0);
         let zero = self.iconst(0);
         let regs = std::array::from_fn(|_| self.b.declare_var(types::I64));
@@ -286,10 +303,7 @@ impl<'a, 'b> Translator<'a, 'b> {
         insn: Insn,
         fact: Fact,
     ) -> Result<bool, CompileError> {
-        self.out.n_insns += 1;
-        if self.out.n_insns > MAX_INSNS {
-            return Err(CompileError::TooLarge { max: MAX_INSNS });
-        }
+        self.count_insns(1)?;
         if insn.dst > 10 || insn.src > 10 {
             return Err(CompileError::Unsupported { insn_idx: idx, opcode: insn.opcode });
         }
@@ -308,6 +322,15 @@ impl<'a, 'b> Translator<'a, 'b> {
             op::JMP | op::JMP32 => self.jump(scope, idx, insn).map(|()| true),
             _ => Err(CompileError::Unsupported { insn_idx: idx, opcode: insn.opcode }),
         }
+    }
+
+    fn count_insns(&mut self, n: usize) -> Result<(), CompileError> {
+        let n = u32::try_from(n).unwrap_or(u32::MAX);
+        self.out.n_insns = self.out.n_insns.saturating_add(n);
+        if self.out.n_insns > MAX_INSNS {
+            return Err(CompileError::TooLarge { max: MAX_INSNS });
+        }
+        Ok(())
     }
 
     fn call(
@@ -329,6 +352,12 @@ impl<'a, 'b> Translator<'a, 'b> {
                 let callee = self.reg(scope, register);
                 let args = std::array::from_fn(|i| self.b.use_var(scope.regs[i + 1]));
                 self.call_through(scope, idx, callee, args)?
+            }
+            Fact::Call { helper: Helper::TailCall, .. }
+                if insn.opcode == op::CALL && insn.src == 0 =>
+            {
+                self.tail_call(scope, idx, fact)?;
+                self.iconst(0)
             }
             Fact::Call { helper, map, constants } if insn.opcode == op::CALL && insn.src == 0 => {
                 self.helper(scope, idx, helper, map, constants)?
@@ -397,6 +426,7 @@ impl<'a, 'b> Translator<'a, 'b> {
             | MapKind::PerCpuHash
             | MapKind::ArrayOfMaps
             | MapKind::HashOfMaps
+            | MapKind::ProgArray
             | MapKind::RingBuf => {
                 return Err(CompileError::BadFacts { insn_idx: idx, what: "map has no element 0" });
             }

@@ -79,7 +79,10 @@ impl Translator<'_, '_> {
                 match placed.kind {
                     MapKind::Array | MapKind::PerCpuArray => self.each_of_array(&call, placed)?,
                     MapKind::Hash | MapKind::PerCpuHash => self.each_of_hash(&call, placed)?,
-                    MapKind::RingBuf | MapKind::ArrayOfMaps | MapKind::HashOfMaps => {
+                    MapKind::RingBuf
+                    | MapKind::ProgArray
+                    | MapKind::ArrayOfMaps
+                    | MapKind::HashOfMaps => {
                         let what = "a map without elements";
                         return Err(CompileError::BadFacts { insn_idx: idx, what });
                     }

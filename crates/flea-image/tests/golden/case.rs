@@ -1,12 +1,15 @@
 //! A case as its file's upper part states it.
 
+use std::convert::Infallible;
+use std::sync::Arc;
+
 use flea_image::SiteKind;
-use flea_object::spec::{MapKind, MapSpec, Program, ProgramKind};
+use flea_object::spec::{MapIdx, MapKind, MapSpec, Program, ProgramKind};
 use flea_object::types::TypeId;
 use flea_symbols::signature::{
     ArgWord, Param, RetWord, Return, Signature, SignatureSource, StackWords, Type,
 };
-use flea_verifier::{Context, Target, Verified, Verifier};
+use flea_verifier::{Context, Target, Verified, Verifier, targets};
 use iced_x86::code_asm::*;
 
 use crate::asm;
@@ -110,6 +113,8 @@ impl Case {
             slots: vec![],
         };
         let mut programs: Vec<(usize, ProgramKind, Vec<&str>)> = vec![];
+        let mut held: Vec<((MapIdx, u32), Vec<&str>)> = vec![];
+        let mut is_held = false;
         for line in text.lines().map(str::trim).filter(|l| !l.is_empty() && !l.starts_with('#')) {
             let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
             match word {
@@ -118,15 +123,28 @@ impl Case {
                 "map" => case.maps.push(map(rest)),
                 "flags:" => rest.split(' ').for_each(|flag| case.flag(flag)),
                 "controller" => case.controllers.push(controller(rest)),
-                "program" => programs.push((case.controllers.len() - 1, kind(rest), vec![])),
+                "program" => {
+                    is_held = false;
+                    programs.push((case.controllers.len() - 1, kind(rest), vec![]));
+                }
+                "held" => {
+                    is_held = true;
+                    held.push((slot(rest), vec![]));
+                }
                 "run:" => case.runs.push(run(rest)),
                 "struct" => {}
                 "slots" => case.slots = case.graph.slots(rest),
+                _ if is_held => held.last_mut().unwrap().1.push(line),
                 _ => programs.last_mut().unwrap_or_else(|| panic!("what is {line}")).2.push(line),
             }
         }
+        let slots = held.iter().zip(1..).map(|((slot, _), program)| (*slot, program)).collect();
         for (controller, kind, lines) in programs {
-            let verified = verified(&lines, kind, &case);
+            let prove = |i: usize| {
+                let lines = if i == 0 { &lines } else { &held[i - 1].1 };
+                Ok::<_, Infallible>(Arc::new(verified(lines, kind, &case)))
+            };
+            let Ok(verified) = targets::link(0, &slots, prove);
             case.controllers[controller].programs.push((kind, verified));
         }
         case
@@ -183,6 +201,7 @@ fn map(text: &str) -> MapSpec {
         kind: match words[0] {
             "array" => MapKind::Array,
             "percpu_array" => MapKind::PerCpuArray,
+            "prog_array" => MapKind::ProgArray,
             other => panic!("map kind {other}: the rig has no runtime for it"),
         },
         key_size_bytes: number(1),
@@ -193,6 +212,12 @@ fn map(text: &str) -> MapSpec {
         read_only: false,
         ..MapSpec::default()
     }
+}
+
+/// `1 3`: map, index.
+fn slot(text: &str) -> (MapIdx, u32) {
+    let (map, index) = text.split_once(' ').unwrap_or_else(|| panic!("held {text}"));
+    (MapIdx(map.parse().unwrap()), index.parse().unwrap())
 }
 
 /// `rdi=5 xmm0=0x10`

@@ -13,6 +13,8 @@
 //! program fentry                        or fexit, fsession, fmod_ret, uprobe, uretprobe
 //!   r0 = *(u64 *)(r1 + 0)               in the notation of flea-verifier's tests/asm
 //!   exit
+//! held 1 3                              a program at index 3 of map 1, for tail calls
+//!   exit
 //! run: rdi=5 xmm0=0x10                  all other registers are the rig's pattern
 //! ---
 //! ```

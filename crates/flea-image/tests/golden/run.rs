@@ -42,7 +42,8 @@ pub fn runs(case: &Case) -> String {
         if !differ.is_empty() {
             let _ = write!(out, ", unlike untraced: {}", differ.join(" "));
         }
-        for (i, map) in case.maps.iter().enumerate() {
+        let maps = case.maps.iter().enumerate();
+        for (i, map) in maps.filter(|(_, map)| map.kind != MapKind::ProgArray) {
             let _ = write!(out, "; map {i}:{}", words(&traced, i, map.kind, map.value_size_bytes));
         }
         out.push('\n');

@@ -30,7 +30,7 @@ enum Over {
     Elements { map: u64, last_key: Option<Vec<u8>>, key: Option<u64> },
 }
 
-impl<H: Host> State<'_, H> {
+impl<'a, H: Host> State<'a, H> {
     /// The function that `value` refers to: one that the program takes a reference to.
     pub(super) fn function(&self, value: u64) -> Result<usize, Trap> {
         let start = value.wrapping_sub(FUNCTION_BASE);
@@ -45,7 +45,7 @@ impl<H: Host> State<'_, H> {
     }
 
     /// Starts `bpf_loop` or `bpf_for_each_map_elem`; where control goes.
-    pub(super) fn start_rounds(&mut self, helper: Helper, stack_fill: u8) -> Result<usize, Trap> {
+    pub(super) fn start_rounds(&mut self, helper: Helper) -> Result<usize, Trap> {
         let [_, first, callback, context, flags, ..] = self.regs;
         let over = match helper {
             Helper::Loop => Over::Numbers(first),
@@ -67,7 +67,7 @@ impl<H: Host> State<'_, H> {
         let Some(args) = self.round_args(&mut rounds)? else {
             return Ok(self.finish_rounds(0, return_pc));
         };
-        self.enter(return_pc, stack_fill)?;
+        self.enter(return_pc)?;
         self.regs[1..6].copy_from_slice(&args);
         if let Some(frame) = self.frames.last_mut() {
             frame.waiting = Waiting::Helper(rounds);
@@ -78,9 +78,8 @@ impl<H: Host> State<'_, H> {
     /// The callback of `frame`'s helper has returned; where control goes.
     pub(super) fn next_round(
         &mut self,
-        frame: &Frame,
+        frame: &Frame<'a>,
         mut rounds: Rounds,
-        stack_fill: u8,
     ) -> Result<usize, Trap> {
         let return_pc = self.leave(frame);
         rounds.n_done += 1;
@@ -91,7 +90,7 @@ impl<H: Host> State<'_, H> {
             return Ok(self.finish_rounds(rounds.n_done, return_pc));
         };
         let callback = rounds.callback;
-        self.enter(return_pc, stack_fill)?;
+        self.enter(return_pc)?;
         self.regs[1..6].copy_from_slice(&args);
         if let Some(frame) = self.frames.last_mut() {
             frame.waiting = Waiting::Helper(rounds);

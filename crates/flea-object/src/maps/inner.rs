@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 
-use super::{Declared, MapFault, read_definition};
+use super::{Declared, Definition, MapFault, read_definition};
 use crate::btf::{Btf, Kind};
 use crate::elf::{Elf, R_BPF_64_ABS64, Relocation, Section};
 use crate::error::ObjectError;
@@ -70,9 +70,13 @@ pub(super) fn complete(
 /// libbpf's name for it.
 fn template(btf: &Btf<'_>, outer: &Outer, name: &str) -> Result<MapSpec, ObjectError> {
     let inner_name = format!("{name}.inner");
-    let (mut spec, values) = read_definition(btf, &inner_name, outer.values.definition)?;
+    let definition = read_definition(btf, &inner_name, outer.values.definition)?;
+    let Definition { mut spec, values, .. } = definition;
     if values.is_some() || spec.kind.holds_maps() {
         return Err(MapFault::Nested.of(&inner_name).into());
+    }
+    if spec.kind == MapKind::ProgArray {
+        return Err(MapFault::ProgramsInside.of(&inner_name).into());
     }
     spec.template = true;
     Ok(spec)

@@ -120,7 +120,7 @@ impl<'b, 'a> Search<'b, 'a> {
 }
 
 impl MapFault {
-    pub(super) fn of(self, map: &str) -> MapError {
+    pub(crate) fn of(self, map: &str) -> MapError {
         MapError { map: map.to_owned(), fault: self }
     }
 }

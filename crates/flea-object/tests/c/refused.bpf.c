@@ -15,7 +15,28 @@ PROGRAM("fentry/")
 #elif defined(CASE_static)
 SEC("fentry/f") static u64 prog(u64 *ctx) { return 0; }
 #elif defined(CASE_prog_array)
-MAP(__uint(type, PROG_ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u32););
+MAP(__uint(type, PROG_ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u64););
+#elif defined(CASE_prog_array_flags)
+MAP(__uint(type, PROG_ARRAY); __uint(max_entries, 1); __uint(map_flags, 1 << 7); __type(key, u32);
+    __type(value, u32););
+#elif defined(CASE_prog_array_size)
+SEC("fentry/f") int prog(void *ctx) { return 0; }
+MAP(__uint(type, PROG_ARRAY); __uint(max_entries, 1); __type(key, u32); __type(value, u64);
+    __array(values, int (void *));) = { .values = { (void *)&prog } };
+#elif defined(CASE_prog_array_end)
+SEC("fentry/f") int prog(void *ctx) { return 0; }
+MAP(__uint(type, PROG_ARRAY); __uint(max_entries, 2); __type(key, u32);
+    __array(values, int (void *));) = { .values = { [2] = (void *)&prog } };
+#elif defined(CASE_prog_array_text)
+__noinline int helper(void *ctx) { return 0; }
+MAP(__uint(type, PROG_ARRAY); __uint(max_entries, 2); __type(key, u32);
+    __array(values, int (void *));) = { .values = { (void *)&helper } };
+#elif defined(CASE_prog_array_data)
+u64 number;
+MAP(__uint(type, PROG_ARRAY); __uint(max_entries, 2); __type(key, u32);
+    __array(values, int (void *));) = { .values = { [1] = (void *)&number } };
+#elif defined(CASE_prog_array_values)
+MAP(__uint(type, PROG_ARRAY); __uint(max_entries, 2); __type(key, u32); __array(values, u64););
 #elif defined(CASE_lru)
 MAP(__uint(type, LRU_HASH); __uint(max_entries, 1); __type(key, u32); __type(value, u32););
 #elif defined(CASE_no_type)

@@ -121,7 +121,7 @@ impl Scalar {
     /// lower had been extended either way: `r <<= 32; r s>>= 32` is how an `int` is made wide.
     fn shl(&self, count: &Self) -> Range<64> {
         let plain = self.wide.shl(&count.wide);
-        if !count.as_const().is_some_and(|k| k & 63 >= 32) {
+        if count.as_const().is_none_or(|k| k & 63 < 32) {
             return plain;
         }
         let extended = [self.sign_extend(32, Width::W64), self.zero_extend(32)];

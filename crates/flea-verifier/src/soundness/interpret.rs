@@ -14,6 +14,8 @@ use crate::op::{Atomic, Op, Operand, Place, Reg};
 use crate::precision::Needs;
 use crate::stack::{Byte, Half, Slot};
 use crate::state::State;
+use crate::tail::TAIL_CALL;
+use crate::targets::TailCall;
 use crate::value::{Id, PointerKind, Value};
 use crate::{Context, PT_REGS_BYTES};
 
@@ -97,7 +99,10 @@ impl<'a> Interpreter<'a> {
             let n = match spec.kind {
                 MapKind::Array | MapKind::PerCpuArray => spec.max_entries,
                 MapKind::Hash | MapKind::PerCpuHash => 2,
-                MapKind::ArrayOfMaps | MapKind::HashOfMaps | MapKind::RingBuf => 0,
+                MapKind::ArrayOfMaps
+                | MapKind::HashOfMaps
+                | MapKind::RingBuf
+                | MapKind::ProgArray => 0,
             };
             let size = spec.value_size_bytes as usize;
             let values = (0..n).map(|_| this.allocate(Kind::MapValue(map), size)).collect();
@@ -314,6 +319,13 @@ impl<'a> Interpreter<'a> {
             }
             op @ Op::CallHelper { id } if op.takes_callback() => {
                 return self.start_rounds(id, idx, verified).map(Some);
+            }
+            Op::CallHelper { id: TAIL_CALL } => {
+                if self.tail_call(fact)? {
+                    // The target's stack is another one, and its result any.
+                    self.regs()[0] = (self.numbers)();
+                    return self.leave();
+                }
             }
             Op::CallHelper { id } => self.helper(id, fact)?,
             Op::CallPointer { callee } => {
@@ -565,6 +577,21 @@ impl<'a> Interpreter<'a> {
             Kind::Frame(_) | Kind::Record | Kind::Cookie | Kind::Memory => false,
         };
         if refused { Err(format!("write to {kind:?}")) } else { Ok(()) }
+    }
+
+    /// Whether there is a program at the index: by chance.
+    fn tail_call(&mut self, fact: Fact) -> Result<bool, String> {
+        let [ctx, map, index]: [u64; 3] = std::array::from_fn(|n| self.regs()[n + 1]);
+        let call = TailCall::of(0, fact).ok_or("no tail call's fact")?;
+        if !self.bases(|kind| kind == Kind::Ctx).any(|base| base == ctx) {
+            return Err("not the context".into());
+        }
+        if map != map_handle(call.map.0) || call.index.is_some_and(|known| known != index as u32) {
+            return Err(format!("{map:#x} at {index} was said to be {call:?}"));
+        }
+        let scramble = (self.numbers)();
+        self.regs()[0..=5].fill(scramble);
+        Ok(self.below(2) == 0)
     }
 
     fn values_of(&self, map: u32) -> impl Iterator<Item = u64> + '_ {
