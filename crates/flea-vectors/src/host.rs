@@ -318,7 +318,9 @@ impl Host for MapsHost {
                 let mut rest = elements.range::<[u8], _>((after, Bound::Unbounded));
                 Ok(rest.next().map(|(key, _)| key.clone()))
             }
-            Table::Ring { .. } | Table::Maps(_) => Err(format!("map {map} cannot be walked over")),
+            Table::Ring { .. } | Table::Maps(_) | Table::Programs => {
+                Err(format!("map {map} cannot be walked over"))
+            }
         }
     }
 
