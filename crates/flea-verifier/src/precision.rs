@@ -17,7 +17,8 @@
 //!    comparison narrows both sides and every number linked to them: who needs one needs all.
 //! 3. What is not understood (control coming from where no rule says) needs everything.
 //! 4. A path that is pruned needs what the state needs that pruned it: its followers have been
-//!    explored there.
+//!    explored there. Where they have not all been, at the end of a callback's round that its own
+//!    call's states include ([`crate::explore`]), it needs everything.
 //! 5. Whether a register is set, what kind of pointer it holds and where that may point, and which
 //!    bytes of the stack are written is compared always.
 
@@ -354,7 +355,14 @@ fn undo(
         return;
     };
     match ops[step.insn_idx] {
-        Op::CallLocal { .. } if next_depth == depth + 1 => enter(needs, depth),
+        Op::CallLocal { .. } | Op::CallPointer { .. } if next_depth == depth + 1 => {
+            enter(needs, depth);
+        }
+        ref op if op.takes_callback() && next_depth == depth + 1 => enter_round(needs, depth),
+        // Whether a round's result stops the helper was needed; the caller's registers stay.
+        Op::Exit if next_depth + 1 == depth && ops[next_idx].takes_callback() => {
+            needs.frames[depth] = FrameNeeds::default();
+        }
         Op::Exit if next_depth + 1 == depth && returns_from_call(ops, next_idx) => {
             leave(needs, depth);
         }
@@ -377,7 +385,10 @@ fn undo(
                 frame.add(src);
             }
         }
-        Op::Const { dst, .. } | Op::MapAddress { dst, .. } | Op::MapValueAddress { dst, .. } => {
+        Op::Const { dst, .. }
+        | Op::MapAddress { dst, .. }
+        | Op::MapValueAddress { dst, .. }
+        | Op::FunctionAddress { dst, .. } => {
             frame.take(dst);
         }
         Op::Load { dst, .. } => {
@@ -424,6 +435,17 @@ fn enter(needs: &mut Needs, depth: usize) {
     caller.regs = (caller.regs & !0x3f) | (callee.regs & 0x3e);
 }
 
+/// A round's number is below the helper's first argument; all other arguments are pointers, or
+/// NULL for the context, which is the third one.
+fn enter_round(needs: &mut Needs, depth: usize) {
+    let callee = std::mem::take(&mut needs.frames[depth + 1]);
+    let caller = &mut needs.frames[depth];
+    if callee.regs & 0x3e != 0 {
+        caller.add(Reg::arg(0));
+        caller.add(Reg::arg(2));
+    }
+}
+
 /// The result is what the callee left in r0.
 fn leave(needs: &mut Needs, depth: usize) {
     if needs.frames[depth - 1].take(Reg::R0) {
@@ -433,7 +455,7 @@ fn leave(needs: &mut Needs, depth: usize) {
 
 fn returns_from_call(ops: &[Op], next_idx: usize) -> bool {
     let call = next_idx.checked_sub(1).and_then(|idx| ops.get(idx));
-    matches!(call, Some(Op::CallLocal { .. }))
+    matches!(call, Some(Op::CallLocal { .. } | Op::CallPointer { .. }))
 }
 
 fn undo_store(needs: &mut Needs, depth: usize, touched: Option<Touched>, src: Operand) {
