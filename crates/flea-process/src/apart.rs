@@ -166,8 +166,8 @@ mod tests {
 
     #[test]
     fn a_child_that_is_killed_is_an_error() {
-        // SAFETY: it is this child's own number.
-        let killed = in_own_process(|| unsafe { libc::kill(libc::getpid(), libc::SIGKILL) });
+        use nix::sys::signal::{Signal, kill};
+        let killed = in_own_process(|| kill(nix::unistd::getpid(), Signal::SIGKILL));
         assert!(killed.unwrap_err().to_string().contains("was killed"));
     }
 }

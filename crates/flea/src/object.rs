@@ -539,10 +539,7 @@ impl Program {
     ) -> Result<Arc<Verified>, AttachError> {
         let mut prove = |index| {
             let program = Program { object: self.object.clone(), index };
-            let log = match &mut log {
-                Some(line) => Some(&mut **line as &mut dyn FnMut(&str)),
-                None => None,
-            };
+            let log = log.as_mut().map(|line| &mut **line as &mut dyn FnMut(&str));
             program.verify(function, context, log)
         };
         let verified = prove(self.index)?;
@@ -609,7 +606,7 @@ impl Program {
         function: &'f Function,
         context: Context,
         fitted: Option<&Fitted>,
-    ) -> Option<(Cow<'f, Types>, Cow<'f, [Option<TypeId>]>)> {
+    ) -> Option<TypesOf<'f>> {
         let graph = match context {
             Context::Tracing { .. } => Some(function.types()),
             Context::PtRegs | Context::Memory { .. } => None,
@@ -692,6 +689,9 @@ impl Prepared {
 fn cpu() -> Cpu {
     Cpu { lzcnt: std::arch::is_x86_feature_detected!("lzcnt") }
 }
+
+/// Types, and which of them a context's words have.
+type TypesOf<'f> = (Cow<'f, Types>, Cow<'f, [Option<TypeId>]>);
 
 impl Loaded {
     /// Whether the program with this index can change the target's memory.

@@ -347,7 +347,7 @@ impl<'a> Interpreter<'a> {
 
     /// What the target has at an address that nobody has proved: 0 where nothing is.
     fn anything(&mut self, place: Place) -> u64 {
-        let x = if (self.numbers)() % 4 == 0 { 0 } else { (self.numbers)() };
+        let x = if (self.numbers)().is_multiple_of(4) { 0 } else { (self.numbers)() };
         x & (u64::MAX >> (64 - 8 * place.size.bytes()))
     }
 

@@ -43,7 +43,7 @@ pub struct Beliefs<'a> {
 pub enum NoBeliefs {
     /// The program is not accepted.
     #[error("{0}")]
-    Refused(Rejection),
+    Refused(Box<Rejection>),
     /// Too many states to keep.
     #[error("too many states to keep")]
     TooMany,
@@ -58,7 +58,8 @@ impl<'a> Beliefs<'a> {
     /// # Errors
     /// [`NoBeliefs`]
     pub fn of(program: &Program, maps: &'a [MapSpec], context: Context) -> Result<Self, NoBeliefs> {
-        let verified = crate::verify(program, maps, context).map_err(NoBeliefs::Refused)?;
+        let verified =
+            crate::verify(program, maps, context).map_err(|e| NoBeliefs::Refused(Box::new(e)))?;
         let ops = decode(&program.insns).map_err(|_| NoBeliefs::TwoVerdicts)?;
         let states = states(program, maps, context, &ops)?;
         Ok(Self { verified, maps, context, ops, states })
