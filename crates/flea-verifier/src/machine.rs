@@ -15,7 +15,7 @@ use crate::number::compare::Cond;
 use crate::number::scalar::{Scalar, Width};
 use crate::op::{Atomic, Op, Operand, Place, Reg, Size};
 use crate::pointer::{self, Outcome};
-use crate::precision::{Touched, Trail};
+use crate::precision::{Returned, Touched, Trail};
 use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
@@ -220,6 +220,9 @@ impl<'a> Machine<'a> {
             let r0 = any_of(state.reg(Reg::R0));
             let (min, max) = self.returns.unwrap_or((i64::MAX, i64::MIN));
             self.returns = Some((min.min(r0.wide.smin), max.max(r0.wide.smax)));
+        }
+        if state.depth() > 0 {
+            self.trail.returned = Returned::Result;
         }
         exit(state)
     }

@@ -167,6 +167,19 @@ pub(crate) struct Trail {
     pub(crate) touched: Option<Touched>,
     /// What a comparison narrowed beside its two sides, and its sides.
     pub(crate) linked: Option<Needs>,
+    pub(crate) returned: Returned,
+}
+
+/// What a step that left a function gave back to its caller, which is one of the program's.
+/// Whoever else leaves or enters a frame says nothing here, and walks back need everything.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Returned {
+    #[default]
+    Not,
+    /// The callee's r0.
+    Result,
+    /// Any number: a tail call's.
+    Anything,
 }
 
 impl Trail {
@@ -198,6 +211,7 @@ pub(crate) struct Step {
     touched: Option<Touched>,
     /// Index into [`Precision::linked`].
     linked: Option<u32>,
+    returned: Returned,
 }
 
 /// What is known to be needed after some step.
@@ -258,7 +272,8 @@ impl<'a> Precision<'a> {
             self.mark(place);
         }
         let (prev, insn_idx, depth) = (place.last_step, place.insn_idx, place.depth);
-        self.steps.push(Step { prev, insn_idx, depth, touched: None, linked: None });
+        let (touched, linked, returned) = (None, None, Returned::Not);
+        self.steps.push(Step { prev, insn_idx, depth, touched, linked, returned });
         #[cfg(any(test, feature = "beliefs"))]
         if let Some(before) = &mut self.before_steps {
             before.push(Needs::default());
@@ -288,6 +303,7 @@ impl<'a> Precision<'a> {
         if let Some(step) = self.steps.last_mut() {
             step.touched = trail.touched;
             step.linked = linked;
+            step.returned = trail.returned;
         }
     }
 
@@ -305,7 +321,7 @@ impl<'a> Precision<'a> {
 
     /// `needs` are needed at `place`.
     pub(crate) fn need(&mut self, place: Place, mut needs: Needs) {
-        let Place { mut last_step, mut mark, mut insn_idx, mut depth } = place;
+        let Place { mut last_step, mut mark, mut depth, .. } = place;
         loop {
             while self.marks[mark].step == last_step {
                 let Mark { prev, needs: known, .. } = &mut self.marks[mark];
@@ -321,28 +337,22 @@ impl<'a> Precision<'a> {
                 return;
             }
             let step = self.steps[number];
-            undo(self.ops, &step, (insn_idx, depth), &self.linked, &mut needs);
+            undo(self.ops, &step, depth, &self.linked, &mut needs);
             #[cfg(any(test, feature = "beliefs"))]
             if let Some(before) = &mut self.before_steps {
                 before[number].add(&needs);
             }
-            (last_step, insn_idx, depth) = (step.prev, step.insn_idx, step.depth);
+            (last_step, depth) = (step.prev, step.depth);
         }
     }
 }
 
-/// Makes what is needed behind `step`, after which instruction `next_idx` runs in frame
-/// `next_depth`, what is needed before it.
+/// Makes what is needed behind `step`, after which frame `next_depth` is the current one, what is
+/// needed before it.
 ///
 /// What is needed of the union of two sets is the union of what is needed of each: a walk back may
 /// leave out what an earlier one has followed.
-fn undo(
-    ops: &[Op],
-    step: &Step,
-    (next_idx, next_depth): (usize, usize),
-    linked: &[Needs],
-    needs: &mut Needs,
-) {
+fn undo(ops: &[Op], step: &Step, next_depth: usize, linked: &[Needs], needs: &mut Needs) {
     if needs.is_empty() {
         return;
     }
@@ -354,8 +364,8 @@ fn undo(
     };
     match ops[step.insn_idx] {
         Op::CallLocal { .. } if next_depth == depth + 1 => enter(needs, depth),
-        Op::Exit if next_depth + 1 == depth && returns_from_call(ops, next_idx) => {
-            leave(needs, depth);
+        _ if next_depth + 1 == depth && step.returned != Returned::Not => {
+            leave(needs, depth, step.returned);
         }
         _ if !same_frame => *needs = Needs::ALL,
         Op::Alu { dst, src, .. } if frame.has(dst) => frame.add_operand(src),
@@ -417,16 +427,11 @@ fn enter(needs: &mut Needs, depth: usize) {
     caller.regs = (caller.regs & !0x3f) | (callee.regs & 0x3e);
 }
 
-/// The result is what the callee left in r0.
-fn leave(needs: &mut Needs, depth: usize) {
-    if needs.frames[depth - 1].take(Reg::R0) {
+/// The callee's frame was there before, its caller's r0 was not.
+fn leave(needs: &mut Needs, depth: usize, returned: Returned) {
+    if needs.frames[depth - 1].take(Reg::R0) && returned == Returned::Result {
         needs.frames[depth].add(Reg::R0);
     }
-}
-
-fn returns_from_call(ops: &[Op], next_idx: usize) -> bool {
-    let call = next_idx.checked_sub(1).and_then(|idx| ops.get(idx));
-    matches!(call, Some(Op::CallLocal { .. }))
 }
 
 fn undo_store(needs: &mut Needs, depth: usize, touched: Option<Touched>, src: Operand) {

@@ -11,6 +11,7 @@ use crate::cfg::Cfg;
 use crate::lock;
 use crate::machine::{Flow, Machine};
 use crate::op::{Op, Reg};
+use crate::precision::Returned;
 use crate::report::Fault;
 use crate::state::State;
 use crate::value::Value;
@@ -41,6 +42,7 @@ impl Machine<'_> {
         // The target may take a lock.
         lock::check_records(&hit, Helper::TailCall)?;
         hit.set_reg(Reg::R0, Value::UNKNOWN);
+        self.trail.returned = Returned::Anything;
         Ok(match hit.leave() {
             Some(call_idx) => {
                 Flow::Both { next: idx + 1, jump: call_idx + 1, jump_state: Box::new(hit) }
