@@ -22,7 +22,7 @@ const RANGES: [&str; 3] = [
     "unbounded memory access, make sure to bounds check",
 ];
 
-const ALL: [Knowledge; 4] = [
+const ALL: [Knowledge; 5] = [
     Knowledge {
         is_had: |insns| insns.iter().any(is_remainder),
         why: "bounds of quotients and remainders",
@@ -35,13 +35,18 @@ const ALL: [Knowledge; 4] = [
     },
     Knowledge {
         is_had: |insns| insns.iter().any(is_open_shift),
-        why: "the upper half behind a 32-bit shift by any number",
+        why: "what a shift by any number leaves",
         words: &[],
     },
     Knowledge {
         is_had: |insns| insns.iter().any(is_stored) && insns.iter().any(is_narrow_load),
-        why: "parts of a stored constant",
+        why: "parts of a stored number",
         words: &[],
+    },
+    Knowledge {
+        is_had: |insns| insns.iter().any(is_copy) && insns.iter().any(is_narrow_sum),
+        why: "a copied number to which a constant is added in 32 bits: Linux links them as in 64",
+        words: &["pointer offset"],
     },
 ];
 
@@ -76,13 +81,21 @@ fn is_subtraction(insn: &Insn) -> bool {
 }
 
 fn is_open_shift(insn: &Insn) -> bool {
-    insn.class() == op::ALU
+    matches!(insn.class(), op::ALU | op::ALU64)
         && insn.is_source_register()
         && matches!(insn.code(), op::LSH | op::RSH | op::ARSH)
 }
 
 fn is_stored(insn: &Insn) -> bool {
-    insn.class() == op::ST && insn.dst == op::FRAME_POINTER
+    matches!(insn.class(), op::ST | op::STX) && insn.mode() == op::MEM && insn.access_bytes() == 8
+}
+
+fn is_copy(insn: &Insn) -> bool {
+    insn.opcode == op::ALU64 | op::MOV | op::X
+}
+
+fn is_narrow_sum(insn: &Insn) -> bool {
+    insn.opcode == op::ALU | op::ADD || insn.opcode == op::ALU | op::SUB
 }
 
 fn is_narrow_load(insn: &Insn) -> bool {
