@@ -23,7 +23,6 @@
 
 use crate::op::{Atomic, Op, Operand, Reg};
 use crate::stack::Span;
-use crate::tail::TAIL_CALL;
 
 /// Frames that may be on top of each other.
 const MAX_FRAMES: usize = crate::cfg::MAX_CALL_DEPTH + 1;
@@ -367,12 +366,6 @@ fn undo(ops: &[Op], step: &Step, next_depth: usize, linked: &[Needs], needs: &mu
         Op::CallLocal { .. } if next_depth == depth + 1 => enter(needs, depth),
         _ if next_depth + 1 == depth && step.returned != Returned::Not => {
             leave(needs, depth, step.returned);
-        }
-        // The result is the target's: any number.
-        Op::CallHelper { id: TAIL_CALL }
-            if next_depth + 1 == depth && returns_from_call(ops, next_idx) =>
-        {
-            needs.frames[next_depth].take(Reg::R0);
         }
         _ if !same_frame => *needs = Needs::ALL,
         Op::Alu { dst, src, .. } if frame.has(dst) => frame.add_operand(src),
