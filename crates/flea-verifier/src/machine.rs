@@ -478,7 +478,7 @@ fn assume(state: &mut State, test: Test, cond: Cond) -> bool {
         return true;
     };
     if test.src == Operand::Reg(test.dst) {
-        return cond.may_hold_of_equals();
+        return true;
     }
     let Some((a, b)) = Scalar::refine(cond, test.width, &a.set, &b.set) else { return false };
     state.learn(test.dst, a);

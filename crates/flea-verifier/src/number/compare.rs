@@ -42,13 +42,6 @@ impl Cond {
     }
 }
 
-impl Cond {
-    /// Whether it may hold between a number and itself; if not, the opposite does.
-    pub(crate) const fn may_hold_of_equals(self) -> bool {
-        !matches!(self, Self::Ne | Self::Gt | Self::Lt | Self::Sgt | Self::Slt)
-    }
-}
-
 impl<const BITS: u32> Range<BITS> {
     /// Narrows `a` and `b` by `a cond b`; `None` where that cannot be.
     pub(crate) fn refine(cond: Cond, a: &Self, b: &Self) -> Option<(Self, Self)> {
