@@ -50,6 +50,13 @@ struct Call {
     function: usize,
 }
 
+/// Whether a program calls helpers that call its functions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Callbacks {
+    None,
+    Some,
+}
+
 pub(crate) struct Builder<'a> {
     pub(crate) random: &'a mut Random,
     pub(crate) style: Style,
@@ -63,6 +70,11 @@ pub(crate) struct Builder<'a> {
     pub(crate) n_functions: usize,
     pub(crate) comparable: bool,
     calls: Vec<Call>,
+    /// Whether there are callbacks at all.
+    pub(crate) callbacks: Callbacks,
+    pub(crate) in_callback: bool,
+    /// References to callbacks, and who calls them.
+    pub(crate) references: Vec<(usize, Helper)>,
 }
 
 impl<'a> Builder<'a> {
@@ -78,7 +90,14 @@ impl<'a> Builder<'a> {
             n_functions,
             comparable: true,
             calls: Vec::new(),
+            callbacks: Callbacks::None,
+            in_callback: false,
+            references: Vec::new(),
         }
+    }
+
+    pub(crate) fn with_callbacks(self) -> Self {
+        Self { callbacks: Callbacks::Some, ..self }
     }
 
     pub(crate) fn program(mut self) -> Generated {
@@ -94,6 +113,7 @@ impl<'a> Builder<'a> {
         for function in 1..self.n_functions {
             self.function(function);
         }
+        self.place_callbacks();
         Generated { insns: self.out, comparable: self.comparable }
     }
 
@@ -134,7 +154,7 @@ impl<'a> Builder<'a> {
         self.exit();
     }
 
-    fn frame(&mut self) {
+    pub(crate) fn frame(&mut self) {
         for off in (8..=NUMBER_BYTES).step_by(8) {
             let imm = self.random.imm();
             self.store_imm(DW, FP, -off, imm);
@@ -165,7 +185,7 @@ impl<'a> Builder<'a> {
         self.out.push(Insn { opcode, dst, src, off, imm });
     }
 
-    fn wide(&mut self, dst: u8, src: u8, low: u32, high: u32) {
+    pub(crate) fn wide(&mut self, dst: u8, src: u8, low: u32, high: u32) {
         self.emit(op::LDDW, dst, src, 0, low.cast_signed());
         self.emit(0, 0, 0, 0, high.cast_signed());
     }

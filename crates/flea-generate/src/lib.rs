@@ -93,6 +93,12 @@ pub struct Generated {
     pub comparable: bool,
 }
 
+/// The next program of `random`, with helpers that call its functions in rounds. The kernel
+/// takes those only with type information, so that such programs are not for comparing with it.
+pub fn program_with_callbacks(random: &mut Random, style: Style) -> Generated {
+    builder::Builder::new(random, style).with_callbacks().program()
+}
+
 /// The next program of `random`.
 pub fn program(random: &mut Random, style: Style) -> Generated {
     builder::Builder::new(random, style).program()

@@ -228,7 +228,11 @@ pub(crate) fn uses_slot(verified: &Verified, plan: &ArenaPlan) -> bool {
                 | Helper::SpinUnlock,
             ..
         } => true,
-        Fact::Call { helper: Helper::MapLookupElem, map: Some(map), .. } => {
+        Fact::Call {
+            helper: Helper::MapLookupElem | Helper::ForEachMapElem,
+            map: Some(map),
+            ..
+        } => {
             let kind = plan.maps.get(map.0 as usize).map(|m| m.kind);
             !kind.is_some_and(|kind| kind == MapKind::Array || kind.holds_maps())
         }

@@ -152,7 +152,7 @@ fn step(insn: Insn, mut s: State) -> State {
                 s[dst] = Loc::Plain;
             }
         }
-        op::JMP if insn.opcode == op::CALL => {
+        op::JMP if matches!(insn.opcode, op::CALL | op::CALLX) => {
             s[..6].fill(Loc::Plain);
         }
         _ => {}
@@ -194,14 +194,18 @@ impl Uses {
                 self.atomic(base, off, size);
                 self.escape_all(value);
             }
-            op::JMP if insn.opcode == op::CALL => self.call(insn, fact, s, inline_key),
+            op::JMP if matches!(insn.opcode, op::CALL | op::CALLX) => {
+                self.call(insn, fact, s, inline_key);
+            }
             op::JMP if insn.opcode == op::EXIT => self.escape_all(s[0]),
             _ => {}
         }
     }
 
     fn call(&mut self, insn: Insn, fact: Fact, s: &State, inline_key: impl Fn() -> bool) {
-        if insn.src == PSEUDO_CALL {
+        // A helper's callback is code of the program as well.
+        let calls_back = matches!(fact, Fact::Call { helper, .. } if helper.takes_callback());
+        if insn.src == PSEUDO_CALL || insn.opcode == op::CALLX || calls_back {
             s[1..6].iter().for_each(|l| self.escape_all(*l));
             return;
         }

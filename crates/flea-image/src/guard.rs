@@ -99,8 +99,9 @@ pub(crate) fn takes_locks(verified: &Verified, plan: &ArenaPlan) -> bool {
 /// lead to traced code?
 fn may_disturb(helper: Helper, map: Option<&MapPlacement>) -> bool {
     match helper {
-        Helper::MapLookupElem => !map.is_some_and(is_inline_array),
-        Helper::KtimeGetNs
+        Helper::MapLookupElem | Helper::ForEachMapElem => !map.is_some_and(is_inline_array),
+        Helper::Loop
+        | Helper::KtimeGetNs
         | Helper::KtimeGetBootNs
         | Helper::GetFuncIp
         | Helper::GetAttachCookie

@@ -189,12 +189,6 @@ pub enum CompileError {
         /// Its first byte.
         opcode: u8,
     },
-    /// The address of a function as a value: callbacks are not supported yet.
-    #[error("instruction {insn_idx}: callbacks (bpf_loop and the like) are not supported")]
-    Callback {
-        /// Its index.
-        insn_idx: u32,
-    },
     /// A helper that has no meaning where the program runs.
     #[error("instruction {insn_idx}: {} cannot be called here", .helper.name())]
     HelperNotHere {

@@ -35,9 +35,9 @@ fn reached(verified: &Verified, side: Side) -> HashSet<u32> {
         if !reached.insert(idx) {
             continue;
         }
-        if let Some(Fact::CallLocal { function }) = verified.facts().get(idx as usize).copied() {
-            work.extend(verified.functions().get(function as usize).map(|f| f.start_insn_idx));
-        }
+        let called = verified.called_at(idx);
+        let called = called.filter_map(|function| verified.functions().get(function as usize));
+        work.extend(called.map(|f| f.start_insn_idx));
         let [next, to] = op::successors(insn, idx);
         match answer(verified, &entered, idx, side) {
             Some(true) => work.extend(to),

@@ -342,9 +342,9 @@ fn what_cannot_be_compiled_says_why() {
     let not_here = CompileError::HelperNotHere { insn_idx: 0, helper: Helper::SessionCookie };
     assert_eq!(refuse(&[session, exit()], ProgramKind::Fentry), not_here);
 
-    let callback =
-        [plain(insn(0x18, 1, 4, 0, 0)), (insn(0, 0, 0, 0, 0), Fact::Unreachable), exit()];
-    assert_eq!(refuse(&callback, ProgramKind::Fentry), CompileError::Callback { insn_idx: 0 });
+    let nowhere = [(insn(0x8d, 1, 0, 0, 0), Fact::CallPointer), exit()];
+    let error = refuse(&nowhere, ProgramKind::Fentry);
+    assert_eq!(error, CompileError::BadFacts { insn_idx: 0, what: "call of no function" });
 
     let mut no_map = lddw_value(1, 9, 0).to_vec();
     no_map.push(exit());

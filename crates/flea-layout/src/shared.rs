@@ -183,6 +183,9 @@ pub enum RuntimeFn {
     /// `(arena, map, key, slot) -> value address or 0`, all kinds with elements. Compiled code
     /// looks into arrays itself where it knows which. The slot may be 0 but for per-CPU kinds.
     HashLookup,
+    /// `(arena, map, cursor, key, key_bytes, slot) -> value address or 0`, hash kinds: the next
+    /// element from the number at `cursor` on, which goes up; its key is copied to `key`.
+    HashNext,
     /// `(arena, map, key) -> address of an inner map's header or 0`, maps of maps.
     InnerMap,
     /// `(arena, lock, slot) -> 0 or -errno`: takes a value's lock, or gives up after a bounded
@@ -228,10 +231,11 @@ pub enum RuntimeFn {
 
 impl RuntimeFn {
     /// All of them.
-    pub const ALL: [RuntimeFn; 22] = [
+    pub const ALL: [RuntimeFn; 23] = [
         RuntimeFn::ThreadSlot,
         RuntimeFn::ClockNs,
         RuntimeFn::HashLookup,
+        RuntimeFn::HashNext,
         RuntimeFn::InnerMap,
         RuntimeFn::SpinLock,
         RuntimeFn::SpinUnlock,
@@ -260,6 +264,7 @@ impl RuntimeFn {
             RuntimeFn::ThreadSlot => "flea_thread_slot",
             RuntimeFn::ClockNs => "flea_clock_ns",
             RuntimeFn::HashLookup => "flea_hash_lookup",
+            RuntimeFn::HashNext => "flea_hash_next",
             RuntimeFn::InnerMap => "flea_inner_map",
             RuntimeFn::SpinLock => "flea_spin_lock",
             RuntimeFn::SpinUnlock => "flea_spin_unlock",

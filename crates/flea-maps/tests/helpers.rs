@@ -10,7 +10,7 @@ mod registers;
 use std::collections::HashSet;
 use std::ffi::{CStr, CString};
 
-use flea_layout::shared::RuntimeFn as F;
+use flea_layout::shared::{MapHeader, RuntimeFn as F};
 use flea_object::spec::{InnerMaps, MapIdx, MapKind, MapSpec};
 use in_process::{Target, spec};
 
@@ -57,6 +57,8 @@ fn every_register_but_rax_is_kept_and_the_stack_use_is_small() {
         (F::MapUpdate, vec![base, percpu, at, at + 8, 0, slot]),
         (F::HashLookup, vec![base, hash, at, slot]),
         (F::HashLookup, vec![base, percpu, at, slot]),
+        (F::HashNext, vec![base, hash, at + 128, at + 136, 8, slot]),
+        (F::HashNext, vec![base, percpu, at + 144, at + 152, 8, slot]),
         (F::InnerMap, vec![base, outer, one.as_ptr() as u64]),
         (F::SpinLock, vec![base, locked, slot]),
         (F::SpinUnlock, vec![base, locked, slot]),
@@ -308,4 +310,65 @@ fn random_numbers_differ() {
     let seen: HashSet<u64> = (0..1000).map(|_| target.call(F::Prandom, &[slot])).collect();
     assert!(seen.len() > 990);
     assert!(seen.iter().all(|n| *n <= u64::from(u32::MAX)));
+}
+
+/// What a walk over map 0 finds, each key deleted as it comes where `deleting`.
+fn walk(target: &Target, deleting: bool) -> Vec<(u64, u64)> {
+    let (slot, mut cursor, mut key) = (target.slot(), 0u64, [0u8; 8]);
+    let mut found = Vec::new();
+    loop {
+        let (at, key_at) = ((&raw mut cursor) as u64, key.as_mut_ptr() as u64);
+        let args = [target.base, target.map(0), at, key_at, 8, slot];
+        let value = target.call(F::HashNext, &args);
+        if value == 0 {
+            return found;
+        }
+        // SAFETY: the address of a value of 8 bytes, from the runtime.
+        found.push((u64::from_le_bytes(key), unsafe { (value as *const u64).read() }));
+        assert!(found.len() <= 1000, "a walk ends");
+        if deleting {
+            assert_eq!(target.delete(0, &key), 0);
+        }
+    }
+}
+
+#[test]
+fn a_walk_finds_every_element_once() {
+    for kind in [MapKind::Hash, MapKind::PerCpuHash] {
+        let target = Target::new(&[spec(kind, 8, 8, 64)]);
+        let slot = target.slot();
+        assert_eq!(walk(&target, false), []);
+        for n in 0..40u64 {
+            assert_eq!(target.update(0, &n.to_le_bytes(), &(n * 7).to_le_bytes(), 0, slot), 0);
+        }
+        for n in (0..40u64).step_by(3) {
+            assert_eq!(target.delete(0, &n.to_le_bytes()), 0);
+        }
+        let expected: Vec<(u64, u64)> =
+            (0..40).filter(|n| n % 3 != 0).map(|n| (n, n * 7)).collect();
+        for deleting in [false, true] {
+            let mut found = walk(&target, deleting);
+            found.sort_unstable();
+            assert_eq!(found, expected, "{kind:?}");
+        }
+        assert_eq!(walk(&target, false), [], "{kind:?}");
+    }
+}
+
+/// The program has room for keys of the size that it was compiled for.
+#[test]
+fn a_walk_writes_no_more_than_a_key() {
+    let target = Target::new(&[spec(MapKind::Hash, 8, 8, 64)]);
+    let slot = target.slot();
+    assert_eq!(target.update(0, &[1; 8], &[2; 8], 0, slot), 0);
+    let at = target.map(0) + std::mem::offset_of!(MapHeader, key_size_bytes) as u64;
+    for scribbled in [0u32, 1, 9, 16, 512, u32::MAX] {
+        // SAFETY: a word of the map's header, in our own arena.
+        unsafe { (at as *mut u32).write(scribbled) };
+        let (mut cursor, mut key) = (0u64, [0x55u8; 1024]);
+        let (cursor_at, key_at) = ((&raw mut cursor) as u64, key.as_mut_ptr() as u64);
+        let args = [target.base, target.map(0), cursor_at, key_at, 8, slot];
+        assert_eq!(target.call(F::HashNext, &args), 0, "{scribbled}");
+        assert_eq!(key, [0x55; 1024], "{scribbled}");
+    }
 }

@@ -382,6 +382,11 @@ impl Asm {
         self.insn(op::CALL_OP, 0, PSEUDO_CALL, 0, 0)
     }
 
+    /// `r0 = function whose address is in register(r1, ..., r5)`
+    pub fn call_register(&mut self, register: Reg) -> &mut Self {
+        self.insn(op::CALLX_OP, register as u8, 0, 0, 0)
+    }
+
     /// `return r0`
     pub fn exit(&mut self) -> &mut Self {
         self.insn(op::EXIT_OP, 0, 0, 0, 0)

@@ -137,6 +137,10 @@ fn fmt_unconditional(insn: &Insn, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         op::JA_OP => write!(f, "goto pc{:+}", insn.off),
         op::GOTOL_OP => write!(f, "gotol pc{:+}", insn.imm),
         op::EXIT_OP => f.write_str("exit"),
+        op::CALLX_OP => match insn.callx() {
+            Some(register) => write!(f, "callx r{register}"),
+            None => fmt_unknown(insn, f),
+        },
         op::CALL_OP if insn.src == PSEUDO_CALL => write!(f, "call pc{:+}", insn.imm),
         op::CALL_OP => {
             let name = Helper::from_id(insn.imm).map_or("unknown", Helper::name);

@@ -84,12 +84,16 @@ helpers! {
     RingbufDiscard = 133, "bpf_ringbuf_discard";
     /// `u64 bpf_ringbuf_query(map, flags)`
     RingbufQuery = 134, "bpf_ringbuf_query";
+    /// `long bpf_for_each_map_elem(map, callback, callback_ctx, flags)`
+    ForEachMapElem = 164, "bpf_for_each_map_elem";
     /// `u64 bpf_get_func_ip(ctx)`
     GetFuncIp = 173, "bpf_get_func_ip";
     /// `u64 bpf_get_attach_cookie(ctx)`
     GetAttachCookie = 174, "bpf_get_attach_cookie";
     /// `long bpf_trace_vprintk(fmt, fmt_size, data, data_len)`
     TraceVprintk = 177, "bpf_trace_vprintk";
+    /// `long bpf_loop(nr_loops, callback, callback_ctx, flags)`
+    Loop = 181, "bpf_loop";
     /// `long bpf_get_func_arg(ctx, n, value)`
     GetFuncArg = 183, "bpf_get_func_arg";
     /// `long bpf_get_func_ret(ctx, value)`
@@ -106,4 +110,12 @@ helpers! {
     Fls64 = 0x7f00_0003, "bpf_fls64";
     /// kfunc `void *bpf_rdonly_cast(obj, type_id)`, `bpf_core_cast`: `obj` as a typed pointer.
     RdonlyCast = 0x7f00_0010, "bpf_rdonly_cast";
+}
+
+impl Helper {
+    /// Whether it calls a function of the program, in r2, with r3 as its context.
+    #[must_use]
+    pub const fn takes_callback(self) -> bool {
+        matches!(self, Self::Loop | Self::ForEachMapElem)
+    }
 }

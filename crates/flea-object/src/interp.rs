@@ -3,8 +3,8 @@
 //! path, and knows nothing of real addresses: all memory is a [`Memory`] of byte vectors at
 //! made-up addresses.
 //!
-//! Meaning is RFC 9669's, all conformance groups but `callx` and packet access. Beyond it,
-//! to bring out mistakes: `r1` to `r5` are overwritten after every call, and a frame's stack
+//! Meaning is RFC 9669's, all conformance groups but packet access; `callx` calls a function
+//! that the program refers to. Beyond it, to bring out mistakes: `r1` to `r5` are overwritten after every call, and a frame's stack
 //! starts out filled with [`Interpreter::stack_fill`].
 //!
 //! ```
@@ -20,6 +20,7 @@
 //! ```
 
 mod alu;
+mod callback;
 mod memory;
 
 use crate::helper::{Helper, MAX_TAIL_CALLS};
@@ -28,6 +29,7 @@ use crate::opcode as op;
 use crate::spec::MapIdx;
 use crate::validate::{EncodingError, validate};
 
+pub use callback::MAX_LOOPS;
 pub use memory::{BadAccess, Memory, Protection};
 
 /// Frames that may be on the stack at a time (Linux: `MAX_CALL_FRAMES`).
@@ -68,6 +70,14 @@ pub enum Trap {
         /// Index of the map.
         map: u32,
     },
+    /// A call through a value that refers to no function.
+    #[error("insn {insn_idx}: call through {value:#x}, which is no function of the program")]
+    NoFunction {
+        /// The call.
+        insn_idx: usize,
+        /// The value.
+        value: u64,
+    },
     /// More than [`MAX_CALL_FRAMES`] calls deep.
     #[error("insn {insn_idx}: more than {MAX_CALL_FRAMES} calls deep")]
     CallDepth {
@@ -98,6 +108,16 @@ pub trait Host {
 
     /// The address of element 0 of a map.
     fn map_value_address(&self, map: MapIdx) -> Option<u64>;
+
+    /// The key after `last` (`None`: the first one) in the map that a program knows as `map`, in
+    /// any order that stays the same while elements come and go. For `bpf_for_each_map_elem`.
+    ///
+    /// # Errors
+    /// A reason, which ends the program with [`Trap::HelperFailed`].
+    fn next_key(&self, map: u64, last: Option<&[u8]>) -> Result<Option<Vec<u8>>, String> {
+        let _ = last;
+        Err(format!("{map:#x} is no map with elements"))
+    }
 
     /// What stands at `index` of the program array that looks like `map` to the program: an
     /// index into [`Interpreter::targets`], or nothing. (Linux takes the low 32 bits of r3.)
@@ -198,12 +218,21 @@ impl<'a> Interpreter<'a> {
 
 const FP: usize = op::FRAME_POINTER as usize;
 
-/// What a local call keeps for its caller.
+/// What a call keeps for its caller.
 struct Frame<'a> {
     /// The caller's program: a tail call changes that of the callee.
     insns: &'a [Insn],
     return_pc: usize,
     saved: [u64; 5],
+    waiting: Waiting,
+}
+
+/// Who waits for a frame's function to return.
+enum Waiting {
+    /// The function that called it.
+    Caller,
+    /// A helper, which may call it again.
+    Helper(callback::Rounds),
 }
 
 struct State<'a, H> {
@@ -245,8 +274,14 @@ impl<'a, H: Host> State<'a, H> {
             _ => match insn.opcode {
                 op::EXIT_OP => match self.frames.pop() {
                     None => return Ok(Some(self.regs[0])),
-                    Some(frame) => next_pc = self.leave(&frame),
+                    Some(frame) => next_pc = self.return_from(frame)?,
                 },
+                op::CALLX_OP => {
+                    let register = insn.callx().expect("validated");
+                    let function = self.function(self.get(register))?;
+                    self.enter(next_pc)?;
+                    next_pc = function;
+                }
                 op::CALL_OP if insn.src == PSEUDO_CALL => {
                     self.enter(next_pc)?;
                     next_pc = offset_pc(next_pc, insn.imm);
@@ -254,7 +289,12 @@ impl<'a, H: Host> State<'a, H> {
                 op::CALL_OP if insn.imm == Helper::TailCall as i32 => {
                     next_pc = self.tail_call()?.unwrap_or(next_pc);
                 }
-                op::CALL_OP => self.call_helper(insn.imm)?,
+                op::CALL_OP => match Helper::from_id(insn.imm) {
+                    Some(helper) if helper.takes_callback() => {
+                        next_pc = self.start_rounds(helper)?;
+                    }
+                    _ => self.call_helper(insn.imm)?,
+                },
                 _ => {
                     let (a, b) = self.operands(insn);
                     if alu::is_taken(insn, a, b) {
@@ -348,9 +388,17 @@ impl<'a, H: Host> State<'a, H> {
         }
         let mut saved = [0; 5];
         saved.copy_from_slice(&self.regs[6..=FP]);
-        self.frames.push(Frame { insns: self.insns, return_pc, saved });
+        let waiting = Waiting::Caller;
+        self.frames.push(Frame { insns: self.insns, return_pc, saved, waiting });
         self.regs[FP] = self.memory.push_frame(self.stack_fill);
         Ok(())
+    }
+
+    fn return_from(&mut self, mut frame: Frame<'a>) -> Result<usize, Trap> {
+        match std::mem::replace(&mut frame.waiting, Waiting::Caller) {
+            Waiting::Caller => Ok(self.leave(&frame)),
+            Waiting::Helper(rounds) => self.next_round(&frame, rounds),
+        }
     }
 
     fn leave(&mut self, frame: &Frame<'a>) -> usize {

@@ -145,6 +145,8 @@ pub const ATOMIC_CMPXCHG: i32 = 0xf0 | ATOMIC_FETCH;
 pub const LDDW: u8 = LD | IMM | DW;
 /// The whole opcode of a call of a helper or of a function.
 pub const CALL_OP: u8 = JMP | CALL | K;
+/// The whole opcode of a call of the function whose address is in a register: [`Insn::callx`].
+pub const CALLX_OP: u8 = JMP | CALL | X;
 /// The whole opcode of a return.
 pub const EXIT_OP: u8 = JMP | EXIT;
 /// The whole opcode of an unconditional jump by `off`.
@@ -182,6 +184,17 @@ impl Insn {
     #[must_use]
     pub const fn is_source_register(self) -> bool {
         self.opcode & SOURCE_MASK == X
+    }
+
+    /// The register that a `callx` calls through; `None` for anything else. RFC 9669 has it in
+    /// `dst`, as clang has from version 19 on; older ones put it into `imm`.
+    #[must_use]
+    pub const fn callx(self) -> Option<u8> {
+        match (self.opcode, self.dst, self.imm) {
+            (CALLX_OP, 0, imm @ 0..=10) => Some(imm.to_le_bytes()[0]),
+            (CALLX_OP, dst, 0) => Some(dst),
+            _ => None,
+        }
     }
 
     /// Bytes that a load or store moves.

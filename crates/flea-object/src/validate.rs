@@ -356,6 +356,13 @@ fn check_jump(insn: &Insn) -> Result<(), EncodingFault> {
             }
             Ok(())
         }
+        op::CALLX_OP => {
+            reserved("BPF_CALL", &[("src_reg", src), ("off", off)])?;
+            let register = insn
+                .callx()
+                .ok_or(EncodingFault::ReservedField { instruction: "BPF_CALL", field: "imm" })?;
+            check_register(register)
+        }
         _ if !matches!(insn.code(), op::JEQ..=op::JSGE | op::JLT..=op::JSLE) => {
             Err(EncodingFault::UnknownOpcode { opcode: insn.opcode })
         }
@@ -482,7 +489,12 @@ mod tests {
         alone(insn(0xb7, 11, 0, 0, 0), "insn 0: R11 is invalid");
         alone(insn(0xb7, 10, 0, 0, 0), "insn 0: frame pointer is read only");
         alone(insn(0xbf, 0, 12, 0, 0), "insn 0: R12 is invalid");
-        alone(insn(0x8d, 2, 0, 0, 0), "insn 0: unknown opcode 8d");
+        alone(insn(0x8d, 2, 0, 0, 0), "ok");
+        alone(insn(0x8d, 0, 0, 0, 2), "ok");
+        alone(insn(0x8d, 2, 0, 0, 2), "insn 0: BPF_CALL uses reserved fields: imm must be 0");
+        alone(insn(0x8d, 0, 0, 0, 11), "insn 0: BPF_CALL uses reserved fields: imm must be 0");
+        alone(insn(0x8d, 11, 0, 0, 0), "insn 0: R11 is invalid");
+        alone(insn(0x8d, 2, 1, 0, 0), "insn 0: BPF_CALL uses reserved fields: src_reg must be 0");
         alone(insn(0x67, 0, 0, 0, 64), "insn 0: invalid shift 64");
         alone(insn(0x37, 0, 0, 0, 0), "insn 0: div by zero");
         alone(insn(0xdc, 0, 0, 0, 8), "insn 0: BPF_END: imm 8 means nothing");

@@ -10,7 +10,7 @@ use std::sync::LazyLock;
 
 use flea_object::helper::Helper;
 use flea_object::insn::Insn;
-use flea_object::interp::{FUNCTION_BASE, Host, Interpreter, Memory, Protection};
+use flea_object::interp::{Host, Interpreter, Memory, Protection};
 use flea_object::parse;
 use flea_object::spec::{InnerMaps, MapIdx, MapKind, MapSpec, Object, Program, ProgramKind};
 use flea_object::validate::validate;
@@ -195,13 +195,12 @@ fn linked_programs_compute_what_the_source_says() {
 #[test]
 fn callbacks_are_linked() {
     for (what, object) in PROGRAMS.iter() {
-        let (_, _, host) = run(object, "on_free_too", &[0]);
+        // The interpreter calls the function itself, ten times.
+        let (result, _, host) = run(object, "on_free_too", &[0]);
         let p = program(object, "on_free_too");
         let names: Vec<_> = p.functions.iter().map(|f| f.name.as_str()).collect();
         assert_eq!(names, ["on_free_too", "each"], "{what}");
-        let each = u64::from(p.functions[1].insn_idx);
-        assert_eq!(host.calls[0].0, 181);
-        assert_eq!(host.calls[0].1[1], FUNCTION_BASE + each, "{what}");
+        assert_eq!((result, host.calls.len()), (10, 0), "{what}");
     }
 }
 

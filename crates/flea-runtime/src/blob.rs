@@ -99,6 +99,7 @@ macro_rules! entries {
 entries! {
     flea_thread_slot => thread_slot;
     flea_hash_lookup => hash_lookup;
+    flea_hash_next => hash_next;
     flea_inner_map => inner_map;
     flea_spin_lock => spin_lock;
     flea_spin_unlock => spin_unlock;
@@ -186,6 +187,24 @@ unsafe extern "C" fn hash_lookup(arena: u64, map: u64, key: u64, slot: u64) -> u
     let Some(map) = Map::new(unsafe { map::arena(arena) }, map) else { return 0 };
     // SAFETY: `key` and `slot` are what they are called.
     unsafe { map.lookup(key, slot) }.unwrap_or(0)
+}
+
+unsafe extern "C" fn hash_next(
+    arena: u64,
+    map: u64,
+    cursor: u64,
+    key: u64,
+    key_bytes: u64,
+    slot: u64,
+) -> u64 {
+    // SAFETY: `arena` is an arena.
+    let Some(map) = Map::new(unsafe { map::arena(arena) }, map) else { return 0 };
+    let Ok(key_bytes) = usize::try_from(key_bytes) else { return 0 };
+    // SAFETY: `cursor` is a word of the program's own stack.
+    let cursor = unsafe { &mut *(cursor as *mut u64) };
+    // SAFETY: `key` is `key_bytes` bytes of the program's own stack.
+    let key = unsafe { core::slice::from_raw_parts_mut(key as *mut u8, key_bytes) };
+    map.next(cursor, key, slot).unwrap_or(0)
 }
 
 unsafe extern "C" fn inner_map(arena: u64, map: u64, key: u64) -> u64 {

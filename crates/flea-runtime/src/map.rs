@@ -6,7 +6,7 @@ use core::sync::atomic::Ordering::{Acquire, Relaxed};
 
 use crate::errno::Errno;
 use crate::hash::change::{BPF_EXIST, BPF_F_LOCK, BPF_NOEXIST, Caller, Cells};
-use crate::hash::{Geometry, Table, Values, state};
+use crate::hash::{Geometry, NodeIdx, Table, Values, state};
 use crate::lock::Suspect;
 use crate::mem::{Bytes, Shared, low_half};
 use crate::ringbuf::{self, Ring};
@@ -169,11 +169,30 @@ impl<'a> Map<'a> {
     fn hash_lookup(&self, key: Bytes<'_>, slot: u64) -> Option<u64> {
         let table = self.table()?;
         let node = table.find(key)?;
+        Some(self.value(&table, node, slot))
+    }
+
+    /// One step of `bpf_for_each_map_elem`, hash kinds: the next element from number `cursor`
+    /// on. Its key is copied, so that nobody changes it while the program looks at it; the
+    /// value's address is as good as that of a lookup. `None` where there is no other, and where
+    /// the header tells of keys of another size than the program was compiled for.
+    #[must_use]
+    pub fn next(&self, cursor: &mut u64, key: &mut [u8], slot: u64) -> Option<u64> {
+        if key.len() as u64 != u64::from(self.key_size_bytes) {
+            return None;
+        }
+        let table = self.table()?;
+        let node = table.next(u32::try_from(*cursor).ok()?, key)?;
+        *cursor = u64::from(node.0) + 1;
+        Some(self.value(&table, node, slot))
+    }
+
+    fn value(&self, table: &Table<'_>, node: NodeIdx, slot: u64) -> u64 {
         match table.geometry().values {
-            Values::InNode => Some(table.value_address(node)),
+            Values::InNode => table.value_address(node),
             Values::InSlots { slot_offset } => {
                 let cell = u64::from(node.0) * u64::from(self.value_stride);
-                Some(slot + slot_offset + cell)
+                slot + slot_offset + cell
             }
         }
     }

@@ -1,11 +1,13 @@
 //! What the compiler is told of a program that no verifier saw: every access goes to plain
 //! memory, every call is what it says. Only for code that runs in a process of its own.
 
+use std::collections::BTreeSet;
+
 use flea_object::helper::Helper;
-use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_MAP};
+use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_FUNC, PSEUDO_MAP};
 use flea_object::opcode as op;
 use flea_object::spec::MapIdx;
-use flea_object::validate::validate;
+use flea_object::validate::{function_starts, validate};
 use flea_verifier::Verified;
 use flea_verifier::facts::{Fact, Function, Region};
 
@@ -25,13 +27,14 @@ pub(crate) fn unverified(insns: &[Insn]) -> Result<Verified, String> {
             _ if second_half => Fact::Unreachable,
             op::LDX | op::ST | op::STX => Fact::Access(Region::Memory),
             op::JMP if insn.opcode == op::CALL_OP => call(insns, i, &starts, maps)?,
+            op::JMP if insn.opcode == op::CALLX_OP => Fact::CallPointer,
             _ => Fact::Plain,
         });
         match insn.class() {
             op::LD if insn.is_lddw() && insn.src == PSEUDO_MAP && matches!(insn.dst, 1 | 2) => {
                 maps[usize::from(insn.dst) - 1] = Some(MapIdx(insn.imm.cast_unsigned()));
             }
-            op::JMP if insn.opcode == op::CALL_OP => maps = [None; 2],
+            op::JMP if matches!(insn.opcode, op::CALL_OP | op::CALLX_OP) => maps = [None; 2],
             _ => {}
         }
     }
@@ -45,7 +48,27 @@ pub(crate) fn unverified(insns: &[Insn]) -> Result<Verified, String> {
             stack_bytes: op::STACK_BYTES,
         })
         .collect();
-    Ok(Verified::from_parts_unverified(insns.to_vec(), facts, functions))
+    let callees = callees(insns, &facts, &starts);
+    let program = Verified::from_parts_unverified(insns.to_vec(), facts, functions);
+    Ok(callees
+        .into_iter()
+        .fold(program, |program, (call, function)| program.with_callee_unverified(call, function)))
+}
+
+/// Every call through a register may lead to every function whose address is taken.
+fn callees(insns: &[Insn], facts: &[Fact], starts: &[u32]) -> Vec<(u32, u32)> {
+    let taken = insns.iter().enumerate().filter(|(i, insn)| {
+        insn.is_lddw() && insn.src == PSEUDO_FUNC && facts[*i] != Fact::Unreachable
+    });
+    let taken: BTreeSet<u32> = taken.map(|(i, insn)| callee(i, *insn)).collect();
+    let functions = (0u32..).zip(starts).filter(|(_, start)| taken.contains(start));
+    let functions: Vec<u32> = functions.map(|(function, _)| function).collect();
+    let calls = facts.iter().enumerate().filter(|(_, fact)| match fact {
+        Fact::CallPointer => true,
+        Fact::Call { helper, .. } => helper.takes_callback(),
+        _ => false,
+    });
+    calls.flat_map(|(i, _)| functions.iter().map(move |f| (index(i), *f))).collect()
 }
 
 /// A program longer than this was refused by `validate`.
@@ -55,15 +78,6 @@ fn index(i: usize) -> u32 {
 
 fn callee(i: usize, insn: Insn) -> u32 {
     (index(i) + 1).wrapping_add_signed(insn.imm)
-}
-
-fn function_starts(insns: &[Insn]) -> Vec<u32> {
-    let calls = insns.iter().enumerate();
-    let calls = calls.filter(|(_, insn)| insn.opcode == op::CALL_OP && insn.src == PSEUDO_CALL);
-    let mut starts: Vec<u32> = calls.map(|(i, insn)| callee(i, *insn)).chain([0]).collect();
-    starts.sort_unstable();
-    starts.dedup();
-    starts
 }
 
 fn call(

@@ -2,6 +2,7 @@
 //! that nothing is shared with the code that compiled programs call.
 
 use std::collections::{BTreeMap, HashSet};
+use std::ops::Bound;
 use std::time::Instant;
 
 use flea_layout::plan::ArenaPlan;
@@ -293,9 +294,32 @@ impl Host for MapsHost {
             Helper::GetFuncRet => Ok(EOPNOTSUPP.cast_unsigned()),
             // There is no buffer to print into: as a session without one answers.
             Helper::TracePrintk | Helper::TraceVprintk => Ok(EINVAL.cast_unsigned()),
+            Helper::Loop | Helper::ForEachMapElem => {
+                Err(format!("{} is the interpreter's own", helper.name()))
+            }
             Helper::TailCall => Err("the interpreter makes tail calls itself".to_owned()),
             Helper::SessionIsReturn | Helper::SessionCookie => {
                 Err(format!("{} belongs to fsession programs", helper.name()))
+            }
+        }
+    }
+
+    fn next_key(&self, map: u64, last: Option<&[u8]>) -> Result<Option<Vec<u8>>, String> {
+        let map = self.map(map)?;
+        match &self.tables[map] {
+            Table::Array { .. } => {
+                let index = last.and_then(|key| key.first_chunk()).map(|k| u32::from_le_bytes(*k));
+                let next = index.map_or(0, |index| index.saturating_add(1));
+                let inside = next < self.specs[map].max_entries;
+                Ok(inside.then(|| next.to_le_bytes().to_vec()))
+            }
+            Table::Hash(elements) => {
+                let after = last.map_or(Bound::Unbounded, Bound::Excluded);
+                let mut rest = elements.range::<[u8], _>((after, Bound::Unbounded));
+                Ok(rest.next().map(|(key, _)| key.clone()))
+            }
+            Table::Ring { .. } | Table::Maps(_) | Table::Programs => {
+                Err(format!("map {map} cannot be walked over"))
             }
         }
     }

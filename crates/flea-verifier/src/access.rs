@@ -83,7 +83,16 @@ pub(crate) fn check(
     match p.kind {
         PointerKind::Stack { frame } => check_stack(request, p, frame),
         PointerKind::Ctx => check_ctx(request, p, context),
-        PointerKind::Map(_) => Err(bad()),
+        PointerKind::Map(_) | PointerKind::Function(_) => Err(bad()),
+        PointerKind::MapKey(map) => {
+            if request.access != Access::Read {
+                let r = request.reg.index();
+                return Err(Fault::new(format!("write to change key R{r} not allowed")));
+            }
+            let limit = maps.get(map.0 as usize).ok_or_else(bad)?.key_size_bytes;
+            check_bounds(request, p, limit, &format!("map key, key_size={limit}"))?;
+            Ok(Target::Other(Region::MapKey))
+        }
         PointerKind::MapValue(map) | PointerKind::LockValue { map, .. } => {
             let spec = maps.get(map.0 as usize).ok_or_else(bad)?;
             if spec.read_only && request.access != Access::Read {

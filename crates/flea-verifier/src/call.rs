@@ -8,8 +8,9 @@ use flea_object::types::{Type, TypeId};
 
 use crate::Context;
 use crate::access::{self, Access, Request, followable, stack_window};
+use crate::callback::{self, Round};
 use crate::lock::{self, Lock};
-use crate::machine::Machine;
+use crate::machine::{Flow, Machine};
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
 use crate::proto::{Arg, Ret, ZeroSize, proto};
@@ -32,6 +33,8 @@ struct Seen {
     /// Stack bytes of which the helper fills some.
     fills_somewhere: Vec<(usize, Span)>,
     release: Option<Pointer>,
+    /// The function that the helper calls.
+    callback: Option<usize>,
     lock: Option<Lock>,
     /// The largest key of a lookup in an array, where it is known.
     key_max: Option<u64>,
@@ -45,7 +48,7 @@ impl Machine<'_> {
         idx: usize,
         id: i32,
         state: &mut State,
-    ) -> Result<(), Fault> {
+    ) -> Result<Flow, Fault> {
         let known = Helper::from_id(id);
         lock::check_call(state, known)?;
         let helper = known.ok_or_else(|| {
@@ -62,6 +65,10 @@ impl Machine<'_> {
             self.check_arg(state, helper, n, *arg, proto.args, &mut seen)?;
         }
         self.facts.call(idx, helper, seen.map, constants)?;
+        let round = match seen.callback {
+            Some(function) => self.round(idx, helper, function, seen.map, state)?,
+            None => None,
+        };
         for (frame, span) in &seen.fills {
             state.frame_at_mut(*frame).stack.store_anything(*span)?;
         }
@@ -80,7 +87,14 @@ impl Machine<'_> {
         }
         let result = self.result(idx, proto.ret, &seen, constants, state)?;
         state.set_reg(Reg::R0, result);
-        Ok(())
+        let next = idx + 1;
+        Ok(match round {
+            Some(Round { start, state: inside }) => {
+                let behind = std::mem::replace(state, *inside);
+                Flow::Both { next: start, jump: next, jump_state: Box::new(behind) }
+            }
+            None => Flow::To(next),
+        })
     }
 
     /// The numbers among the arguments that are known, for the compiler. They and the numbers that
@@ -133,10 +147,19 @@ impl Machine<'_> {
             return if arg == Arg::Optional { Ok(()) } else { Err(Fault::not_readable(reg)) };
         }
         match arg {
-            Arg::Anything | Arg::Optional if value.is_ctx() => {
-                Err(mismatch(reg, &value, arg).hint("the context has no address to pass on"))
+            Arg::Anything | Arg::Optional if value.is_abstract() => {
+                let name = value.type_name();
+                let hint = format!("a pointer of type {name} has no address to pass on");
+                Err(mismatch(reg, &value, arg).hint(hint))
             }
             Arg::Anything | Arg::Optional => Ok(()),
+            Arg::Rounds if value.as_scalar().is_none() => Err(mismatch(reg, &value, arg)),
+            Arg::Rounds => Ok(()),
+            Arg::Callback => {
+                seen.callback = Some(callback::function(reg, &value)?);
+                Ok(())
+            }
+            Arg::CallbackCtx => callback::context(reg, &value),
             Arg::Index => match value.as_scalar() {
                 Some(_) => Ok(()),
                 None => {
@@ -144,7 +167,7 @@ impl Machine<'_> {
                     Err(Fault::new(format!("R{r} leaks addr into helper function")))
                 }
             },
-            Arg::LookupMap | Arg::WrittenMap | Arg::RingBuf | Arg::ProgArray => {
+            Arg::LookupMap | Arg::WrittenMap | Arg::RingBuf | Arg::ProgArray | Arg::IteratedMap => {
                 seen.map = Some(self.map_arg(reg, &value, arg, helper)?);
                 Ok(())
             }
@@ -216,6 +239,10 @@ impl Machine<'_> {
             return Err(mismatch(reg, value, arg));
         };
         let spec = self.map(map)?;
+        if arg == Arg::IteratedMap && (!arg.takes_map(spec.kind) || spec.template) {
+            return Err(Fault::new("callback function not allowed for map")
+                .hint("neither a map of maps nor the maps in it can be walked over"));
+        }
         if !arg.takes_map(spec.kind) {
             return Err(Fault::new(format!(
                 "cannot pass map_type {} into func {}",
@@ -321,8 +348,9 @@ impl Machine<'_> {
                 return Ok(());
             }
             let stack = &state.frame_at(frame).stack;
-            if stack.holds_ctx(span) {
-                return Err(Fault::new(format!("R{} leaks addr of ctx", reg.index())));
+            if let Some(spilled) = stack.abstract_pointer(span) {
+                let name = spilled.type_name();
+                return Err(Fault::new(format!("R{} leaks addr of {name}", reg.index())));
             }
             return stack
                 .check_written(span)
@@ -365,7 +393,8 @@ impl Machine<'_> {
             (Ret::RecordOrNull, _) => {
                 let size_bytes = constants[1].and_then(|s| u32::try_from(s).ok()).unwrap_or(0);
                 let reference = self.fresh_id();
-                state.acquire(Reference { id: reference, insn_idx: idx });
+                let callback = state.innermost_callback();
+                state.acquire(Reference { id: reference, insn_idx: idx, callback });
                 or_null(self.fresh_id(), PointerKind::Record { size_bytes, reference })
             }
             (Ret::BitNumber, _) => Value::scalar(Scalar::signed(0, 64)),
@@ -426,7 +455,7 @@ fn release(state: &mut State, record: Pointer) -> Result<(), Fault> {
     Ok(())
 }
 
-fn mismatch(reg: Reg, value: &Value, arg: Arg) -> Fault {
+pub(crate) fn mismatch(reg: Reg, value: &Value, arg: Arg) -> Fault {
     let (r, found, expected) = (reg.index(), value.type_name(), arg.expected());
     Fault::new(format!("R{r} type={found} expected={expected}"))
 }

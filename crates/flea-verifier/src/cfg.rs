@@ -42,9 +42,10 @@ impl Successors {
             Op::Exit => Self { next: None, jump: None },
             Op::Goto { target } => Self { next: None, jump: Some(target) },
             Op::If { target, .. } => Self { next: Some(idx + 1), jump: Some(target) },
-            Op::Const { .. } | Op::MapAddress { .. } | Op::MapValueAddress { .. } => {
-                Self { next: Some(idx + 2), jump: None }
-            }
+            Op::Const { .. }
+            | Op::MapAddress { .. }
+            | Op::MapValueAddress { .. }
+            | Op::FunctionAddress { .. } => Self { next: Some(idx + 2), jump: None },
             _ => Self { next: Some(idx + 1), jump: None },
         }
     }
@@ -132,8 +133,9 @@ impl Cfg {
         }
         let mut height = 1;
         for op in &ops[span.start..span.end] {
-            if let Op::CallLocal { target } = op {
-                let callee = self.function_at(*target);
+            // As in Linux: who takes a function's address is taken to call it.
+            if let Some(target) = op.function() {
+                let callee = self.function_at(target);
                 height = height.max(1 + self.height(ops, callee, depth + 1, heights)?);
             }
         }
@@ -148,12 +150,18 @@ impl Cfg {
         let mut todo = vec![0];
         ways[0] = 1;
         while let Some(idx) = todo.pop() {
-            let call = if let Op::CallLocal { target } = ops[idx] { Some(target) } else { None };
-            for to in Successors::of(idx, &ops[idx]).iter().chain(call) {
+            for to in Successors::of(idx, &ops[idx]).iter().chain(ops[idx].function()) {
                 if ways[to] == 0 {
                     todo.push(to);
                 }
                 ways[to] = ways[to].saturating_add(1);
+            }
+            // A helper that calls back is come to again after each round, and what is behind it
+            // after any number of them.
+            if ops[idx].takes_callback() {
+                for to in [idx, idx + 1] {
+                    ways[to] = ways[to].saturating_add(1);
+                }
             }
         }
         for (idx, op) in ops.iter().enumerate() {
@@ -171,10 +179,7 @@ impl Cfg {
 
 fn find_functions(ops: &[Op]) -> Vec<Span> {
     let mut starts = vec![0];
-    starts.extend(ops.iter().filter_map(|op| match op {
-        Op::CallLocal { target } => Some(*target),
-        _ => None,
-    }));
+    starts.extend(ops.iter().filter_map(Op::function));
     starts.sort_unstable();
     starts.dedup();
     let ends = starts.iter().skip(1).copied().chain([ops.len()]);
@@ -198,8 +203,7 @@ fn check_jumps(ops: &[Op], functions: &[Span]) -> Result<(), (usize, Fault)> {
                 let text = format!("jump out of range from insn {idx} to {to}");
                 return Err((idx, Fault::new(text)));
             }
-            let call = if let Op::CallLocal { target } = op { Some(*target) } else { None };
-            for to in jump.into_iter().chain(call) {
+            for to in jump.into_iter().chain(op.function()) {
                 if ops[to] == Op::SecondHalf {
                     let text = format!("jump into the middle of ldimm64 insn {to}");
                     return Err((idx, Fault::new(text)));

@@ -3,13 +3,14 @@
 use flea_object::helper::Helper;
 use flea_object::spec::MapIdx;
 
-use crate::facts::{Branch, Fact, Operands, Region};
+use crate::facts::{Branch, Callees, Fact, Operands, Region};
 use crate::report::Fault;
 
 /// One fact per instruction so far.
 #[derive(Debug)]
 pub(crate) struct Collector {
     facts: Vec<Fact>,
+    callees: Callees,
     numbers: Vec<Seen>,
 }
 
@@ -43,15 +44,15 @@ impl Seen {
 impl Collector {
     pub(crate) fn new(n_insns: usize) -> Self {
         let numbers = vec![Seen::NOTHING; n_insns];
-        Self { facts: vec![Fact::Unreachable; n_insns], numbers }
+        Self { facts: vec![Fact::Unreachable; n_insns], callees: Callees::new(), numbers }
     }
 
     pub(crate) fn operands(&self) -> Vec<Operands> {
         self.numbers.iter().map(Seen::operands).collect()
     }
 
-    pub(crate) fn into_facts(self) -> Vec<Fact> {
-        self.facts
+    pub(crate) fn into_parts(self) -> (Vec<Fact>, Callees) {
+        (self.facts, self.callees)
     }
 
     /// On a path, the second operand of `idx` is in `min..=max`; anything where it is not known.
@@ -124,8 +125,22 @@ impl Collector {
 
     /// `idx` calls function number `function`.
     pub(crate) fn call_local(&mut self, idx: usize, function: usize) {
-        // Fewer functions than instructions, which are counted in a u32.
-        let function = u32::try_from(function).unwrap_or(u32::MAX);
-        self.facts[idx] = Fact::CallLocal { function };
+        self.facts[idx] = Fact::CallLocal { function: index(function) };
     }
+
+    /// `idx` calls function number `function`, whose address is in a register.
+    pub(crate) fn call_pointer(&mut self, idx: usize, function: usize) {
+        self.facts[idx] = Fact::CallPointer;
+        self.callback(idx, function);
+    }
+
+    /// The helper called at `idx` calls function number `function`.
+    pub(crate) fn callback(&mut self, idx: usize, function: usize) {
+        self.callees.entry(index(idx)).or_default().insert(index(function));
+    }
+}
+
+/// Instructions are counted in a u32, and there are no more functions than those.
+fn index(n: usize) -> u32 {
+    u32::try_from(n).unwrap_or(u32::MAX)
 }

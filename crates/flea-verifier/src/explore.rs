@@ -10,7 +10,31 @@
 //!    may it prune. A state with `open > 0` is an ancestor of the current path (depth first:
 //!    every waiting branch hangs on one). To meet an equal one again is an infinite loop.
 //! 3. So the remembered states form a graph without cycles, and no accepted program runs
-//!    more instructions than were visited here: at most [`BUDGET`].
+//!    more instructions than were visited here: at most [`BUDGET`], callbacks' rounds apart.
+//!
+//! A helper that calls a function in rounds adds the one kind of cycle that is allowed, back
+//! to its call ([`crate::callback`]). Each arrival there is remembered; those of one call
+//! form a family, named by the first one, the root ([`crate::state::Rounds`]).
+//!
+//! 4. A round that ends in a state included by any of its own family needs no second look,
+//!    even while that one is being explored. *Nothing unsafe is missed*: whatever can happen
+//!    from the new state can happen from the older one, and all of that is looked at before
+//!    the program is accepted. (Which numbers will matter is not known yet: all are compared,
+//!    and all count as needed.) *It ends*: the edge back is taken once per round, and at run
+//!    time the helper counts its rounds, or its map's elements. Another call's family will not
+//!    do: `for (i = 0; i < 9; i++) bpf_loop(1, set_to_0, &i, 0)` never ends, and each call's
+//!    round leaves what the first call found.
+//! 5. For the same reason no state may be pruned by one within a round of another call, as
+//!    long as that call is being explored: [`Explorer::may_prune`]. Then order all remembered
+//!    states by when their exploration is complete, and let a family count as its root.
+//!    Outside of rounds every edge leads to an earlier one; a round's edges lead to the same
+//!    family or to an earlier one. So a program that never ended would have to do endless
+//!    rounds in one call.
+//! 6. Where rounds change a number again and again, the arrivals would go on as long as it
+//!    changes. After some rounds such numbers are widened, which only forgets. What is
+//!    refused then is tried again without, as Linux does it ([`Patience`]). A round is
+//!    followed before what comes behind the call, so that the widest state gets there first
+//!    and the others find it explored.
 
 use std::collections::BTreeSet;
 
@@ -21,16 +45,15 @@ use crate::cfg::Cfg;
 use crate::liveness::Liveness;
 use crate::machine::{Flow, Machine};
 use crate::op::Op;
-#[cfg(any(test, feature = "beliefs"))]
-use crate::precision::Needs;
-use crate::precision::{Place, Precision};
+use crate::precision::{Needs, Place, Precision};
 use crate::report::Fault;
-use crate::state::State;
+use crate::state::{Rounds, State, Widening};
 use crate::story::Visit;
 use crate::trace::{self, Sink, Trace};
 
-/// Instructions that may be visited (Linux: BPF_COMPLEXITY_LIMIT_INSNS).
-pub(crate) const BUDGET: usize = 1_000_000;
+/// Instructions that may be visited (Linux: BPF_COMPLEXITY_LIMIT_INSNS). Fewer where thousands
+/// of random programs are tried, some of which use up all of it.
+pub(crate) const BUDGET: usize = if cfg!(test) { 5_000 } else { 1_000_000 };
 /// Branches that may wait (Linux: BPF_COMPLEXITY_LIMIT_JMP_SEQ).
 const MAX_WAITING: usize = 8192;
 /// Explored states remembered per instruction: those that closed or pruned last. A loop of a
@@ -44,6 +67,21 @@ const MAX_ANCESTORS: usize = 16;
 /// would cost more than they save (Linux's numbers).
 const MIN_INSNS_BETWEEN: u32 = 8;
 const MIN_JUMPS_BETWEEN: u32 = 2;
+/// Rounds of a callback, on all paths together, that are looked at before numbers which change
+/// in them are widened: of a call in the main function or its callees, and of one within a round.
+const EXACT_ROUNDS: u32 = 8;
+const EXACT_ROUNDS_WITHIN: u32 = 2;
+/// So many more widen bounds that move; then the whole number is given up.
+const ROUNDS_OF_BOUNDS: u32 = 8;
+
+/// Whether numbers that change in each round of a callback are followed for ever.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// They are widened after some rounds.
+    Short,
+    /// They are, until the budget is used up.
+    Endless,
+}
 
 /// States that are kept for a comparison with a running program; beyond it none are.
 #[cfg(any(test, feature = "beliefs"))]
@@ -62,6 +100,9 @@ pub(crate) struct Explorer<'a> {
     precision: Precision<'a>,
     /// How often each jump backwards was followed.
     back_jumps: Vec<u32>,
+    patience: Patience,
+    /// A number was widened, so that with endless patience the verdict may be another one.
+    pub(crate) has_widened: bool,
     /// What is written down: the path, in the second run of a refused program, or everything.
     trace: Option<Trace<'a>>,
     /// Every state on arrival at every instruction, and the number of the step.
@@ -93,6 +134,8 @@ struct Node {
     open: u32,
     /// `None` where it can prune nothing any more.
     state: Option<State>,
+    /// Of the first arrival at a helper's call: arrivals after rounds, on all paths.
+    n_rounds: u32,
     insn_idx: usize,
     /// Where [`Precision`] keeps what is needed of it.
     mark: usize,
@@ -124,6 +167,7 @@ impl<'a> Explorer<'a> {
         program: &'a Program,
         cfg: &'a Cfg,
         live: &'a Liveness,
+        patience: Patience,
     ) -> Self {
         let n_insns = machine.ops.len();
         let precision = Precision::new(machine.ops);
@@ -137,6 +181,8 @@ impl<'a> Explorer<'a> {
             waiting: Vec::new(),
             precision,
             back_jumps: vec![0; n_insns],
+            patience,
+            has_widened: false,
             trace: None,
             #[cfg(any(test, feature = "beliefs"))]
             beliefs: None,
@@ -218,7 +264,14 @@ impl<'a> Explorer<'a> {
     /// Explores everything from `idx` on.
     fn run_from(&mut self, idx: usize, state: State) -> Result<(), Refusal> {
         let (node, mark, last_step) = (self.nodes.len(), self.precision.entry(), None);
-        self.nodes.push(Node { parent: None, open: 1, state: None, insn_idx: idx, mark });
+        self.nodes.push(Node {
+            parent: None,
+            open: 1,
+            state: None,
+            insn_idx: idx,
+            mark,
+            n_rounds: 0,
+        });
         let mut path = Path { state, idx, node, last_step, mark, insns_since: 0, jumps_since: 0 };
         loop {
             let ended = self.advance(&mut path).map_err(|fault| self.refuse(&path, fault))?;
@@ -299,32 +352,39 @@ impl<'a> Explorer<'a> {
     }
 
     fn count_back_jump(&mut self, from: usize, to: usize) {
-        let returns = matches!(
-            self.machine.ops[from],
-            Op::Exit | Op::CallLocal { .. } | Op::CallHelper { .. }
-        );
-        if to <= from && !returns {
-            self.back_jumps[from] = self.back_jumps[from].saturating_add(1);
-        }
+        let ops = self.machine.ops;
+        // A round's way back counts for the call.
+        let looping = match ops[from] {
+            Op::Exit if ops[to].takes_callback() => to,
+            Op::Goto { .. } | Op::If { .. } if to <= from => from,
+            _ => return,
+        };
+        self.back_jumps[looping] = self.back_jumps[looping].saturating_add(1);
     }
 
     /// `path` comes to a join; `true` where all that follows is known to be safe.
     fn arrive(&mut self, path: &mut Path) -> Result<bool, Fault> {
         let idx = path.idx;
         path.state.forget_dead(idx, self.live);
-        let same = |n: &usize| {
-            self.nodes[*n].state.as_ref().is_some_and(|state| state.equals(&path.state))
+        let call = path.state.rounds().map(|r| r.root);
+        // To come back to where another round was is no loop.
+        let loops = |state: &State| {
+            let family = state.rounds().map(|r| r.root);
+            let same_round = || state.all_rounds().eq(path.state.all_rounds());
+            (call.is_none() || call != family)
+                && (family.is_some() || same_round())
+                && state.equals(&path.state)
         };
+        let same = |n: &usize| self.nodes[*n].state.as_ref().is_some_and(loops);
         if self.remembered[idx].open.iter().rev().take(MAX_ANCESTORS).any(same) {
             return Err(Fault::new(format!("infinite loop detected at insn {idx}"))
                 .hint("nothing that the loop's end depends on changes in it"));
         }
         if self.prune(path) {
-            if let Some(trace) = &mut self.trace {
-                let insn_idx = |step: usize| self.precision.steps[step].insn_idx;
-                trace.pruned(path.last_step.map(|step| (step, insn_idx(step))), idx);
-            }
             return Ok(true);
+        }
+        if self.machine.ops[idx].takes_callback() {
+            return Ok(self.arrive_at_rounds(path));
         }
         let far = path.insns_since >= MIN_INSNS_BETWEEN && path.jumps_since >= MIN_JUMPS_BETWEEN;
         let Remembered { open, closed } = &self.remembered[idx];
@@ -334,20 +394,93 @@ impl<'a> Explorer<'a> {
         Ok(false)
     }
 
-    /// Whether what follows was explored from a state that includes this one.
+    /// Whether `path` ends here: what follows was explored from a state that includes this one.
     fn prune(&mut self, path: &Path) -> bool {
+        let Some(needed) = self.known_by_family(path).or_else(|| self.known(path)) else {
+            return false;
+        };
+        // What was needed there is needed here.
+        self.precision.need(path.place(), needed);
+        if let Some(trace) = &mut self.trace {
+            let insn_idx = |step: usize| self.precision.steps[step].insn_idx;
+            trace.pruned(path.last_step.map(|step| (step, insn_idx(step))), path.idx);
+        }
+        true
+    }
+
+    /// An arrival after a round, and one of its family includes it. Nobody knows yet what that one
+    /// will need, so all of it is compared, and needed.
+    fn known_by_family(&self, path: &Path) -> Option<Needs> {
+        let call = path.state.rounds()?.root;
+        let Remembered { open, closed } = &self.remembered[path.idx];
+        let includes = |n: &usize| {
+            self.nodes[*n].state.as_ref().is_some_and(|state| {
+                state.rounds().is_some_and(|r| r.root == call)
+                    && state.includes(&path.state, &Needs::ALL)
+            })
+        };
+        open.iter().rev().chain(closed.iter().rev()).any(includes).then_some(Needs::ALL)
+    }
+
+    /// What a state needs that was explored to its end and includes this one.
+    fn known(&mut self, path: &Path) -> Option<Needs> {
         let closed = &self.remembered[path.idx].closed;
         let includes = |n: &usize| {
             let Node { state, mark, .. } = &self.nodes[*n];
             let needed = self.precision.needed_at(*mark);
-            state.as_ref().is_some_and(|state| state.includes(&path.state, needed))
+            state.as_ref().is_some_and(|state| {
+                self.may_prune(state, path) && state.includes(&path.state, needed)
+            })
         };
-        let Some(at) = closed.iter().rposition(includes) else { return false };
+        let at = closed.iter().rposition(includes)?;
         let n = self.remembered[path.idx].closed.remove(at);
         self.remembered[path.idx].closed.push(n);
-        // What was needed there is needed here.
-        let needed = *self.precision.needed_at(self.nodes[n].mark);
-        self.precision.need(path.place(), needed);
+        Some(*self.precision.needed_at(self.nodes[n].mark))
+    }
+
+    /// What `known` stands for is explored to its end: every call in a round of which it is has
+    /// been, or `path` is in a round of that very call.
+    fn may_prune(&self, known: &State, path: &Path) -> bool {
+        known.all_rounds().zip(path.state.all_rounds()).all(|(at_known, on_path)| {
+            at_known.is_none_or(|r| {
+                self.nodes[r.root].open == 0 || on_path.is_some_and(|p| p.root == r.root)
+            })
+        })
+    }
+
+    /// `path` comes to the call of a helper that calls a function in rounds, for the first time
+    /// or after a round; `true` where all that follows is known to be safe.
+    fn arrive_at_rounds(&mut self, path: &mut Path) -> bool {
+        if self.widen(path) && self.prune(path) {
+            return true;
+        }
+        if let Some(rounds) = path.state.rounds() {
+            self.nodes[rounds.root].n_rounds += 1;
+        }
+        let first = Rounds { root: self.nodes.len(), n_done: 0, n_seen: 0 };
+        path.state.set_rounds(Some(path.state.rounds().unwrap_or(first)));
+        self.remember(path);
+        false
+    }
+
+    /// After some rounds, forgets the numbers that the last one has changed. A walk back goes on
+    /// as if they were the same, so what is needed of the wider number is needed of the other.
+    fn widen(&mut self, path: &mut Path) -> bool {
+        let Some(rounds) = path.state.rounds() else { return false };
+        let within = path.state.innermost_callback() > 0;
+        let exact = if within { EXACT_ROUNDS_WITHIN } else { EXACT_ROUNDS };
+        let n_rounds = self.nodes[rounds.root].n_rounds;
+        if n_rounds < exact || self.patience == Patience::Endless {
+            return false;
+        }
+        let open = self.remembered[path.idx].open.iter().rev();
+        let mut states = open.filter_map(|n| self.nodes[*n].state.as_ref());
+        let before = states.find(|state| state.rounds().is_some_and(|r| r.root == rounds.root));
+        let Some(before) = before else { return false };
+        let bounds = n_rounds < exact + ROUNDS_OF_BOUNDS;
+        let how = if bounds { Widening::Bounds } else { Widening::Whole };
+        path.state.widen(before, how);
+        self.has_widened = true;
         true
     }
 
@@ -358,7 +491,8 @@ impl<'a> Explorer<'a> {
         path.mark = place.mark;
         // The path now counts for the new node, and the new node for the old one.
         let (parent, state) = (Some(path.node), Some(path.state.clone()));
-        self.nodes.push(Node { parent, open: 1, state, insn_idx: path.idx, mark: path.mark });
+        let (insn_idx, mark) = (path.idx, path.mark);
+        self.nodes.push(Node { parent, open: 1, state, insn_idx, mark, n_rounds: 0 });
         path.node = n;
         path.insns_since = 0;
         path.jumps_since = 0;
@@ -391,6 +525,17 @@ impl<'a> Explorer<'a> {
     }
 
     fn too_large(&self, n_processed: usize) -> Fault {
+        let hottest = self.back_jumps.iter().enumerate().max_by_key(|(_, n)| **n);
+        if let Some((idx, n)) = hottest
+            && *n > 0
+            && self.machine.ops[idx].takes_callback()
+        {
+            let eater = format!(
+                "the function that is called back at insn {idx} was verified for {n} rounds, and \
+                 each left something else behind: bound what it changes"
+            );
+            return budget::too_large(n_processed, Some(eater));
+        }
         let eater = Loop::hottest(self.machine.ops, &self.back_jumps).map(|eater| {
             // Two rounds of the current path: the newest, and the one before it.
             let mut rounds = self.remembered[eater.head()].open.iter().rev();

@@ -1,10 +1,14 @@
 //! What the verifier proved of an accepted program, for the compiler.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
 use flea_object::{helper::Helper, insn::Insn, spec::MapIdx};
 
 use crate::targets::Targets;
+
+/// Functions that are called through a register at an instruction.
+pub(crate) type Callees = BTreeMap<u32, BTreeSet<u32>>;
 
 /// An accepted program. Only [`crate::verify`] makes one.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -13,6 +17,7 @@ pub struct Verified {
     pub(crate) facts: Vec<Fact>,
     pub(crate) operands: Vec<Operands>,
     pub(crate) functions: Vec<Function>,
+    pub(crate) callees: Callees,
     pub(crate) returns: RangeInclusive<i64>,
     pub(crate) targets: Targets,
 }
@@ -27,8 +32,18 @@ impl Verified {
         facts: Vec<Fact>,
         functions: Vec<Function>,
     ) -> Self {
+        let callees = Callees::new();
         let (returns, targets) = (i64::MIN..=i64::MAX, Targets::default());
-        Self { insns, facts, operands: Vec::new(), functions, returns, targets }
+        Self { insns, facts, operands: Vec::new(), functions, callees, returns, targets }
+    }
+
+    /// The same, where `function` may be called through a register at `insn_idx`: for programs
+    /// of [`Self::from_parts_unverified`].
+    #[doc(hidden)]
+    #[must_use]
+    pub fn with_callee_unverified(mut self, insn_idx: u32, function: u32) -> Self {
+        self.callees.entry(insn_idx).or_default().insert(function);
+        self
     }
 
     /// The same program where only instructions run for which `runs(insn_idx)`: proved by the
@@ -63,6 +78,30 @@ impl Verified {
     #[must_use]
     pub fn functions(&self) -> &[Function] {
         &self.functions
+    }
+
+    /// The functions that the call at `insn_idx` may lead to through a register, by index into
+    /// [`Self::functions`]: those of a [`Fact::CallPointer`], and the callbacks of a helper. In
+    /// the register is [`Self::function_value`] of one of them.
+    pub fn callees(&self, insn_idx: u32) -> impl Iterator<Item = u32> + '_ {
+        self.callees.get(&insn_idx).into_iter().flatten().copied()
+    }
+
+    /// The functions that are called at `insn_idx`, directly or through a register.
+    pub fn called_at(&self, insn_idx: u32) -> impl Iterator<Item = u32> + '_ {
+        let direct = match self.facts.get(insn_idx as usize) {
+            Some(Fact::CallLocal { function }) => Some(*function),
+            _ => None,
+        };
+        direct.into_iter().chain(self.callees(insn_idx))
+    }
+
+    /// What a program finds in a register that holds the address of the function that starts at
+    /// `start_insn_idx`. It has no other use than to tell functions apart: nothing lets it
+    /// become a number.
+    #[must_use]
+    pub fn function_value(start_insn_idx: u32) -> u64 {
+        u64::from(start_insn_idx)
     }
 
     /// What the program returns at most, as a signed number. Exact ranges are looked for where
@@ -140,6 +179,9 @@ pub enum Fact {
         /// The callee.
         function: u32,
     },
+    /// A call through a register that holds a function of the program: one of
+    /// [`Verified::callees`].
+    CallPointer,
 }
 
 /// The memory an access goes to. Everything but `Target` is proved to be inside its object.
@@ -157,6 +199,8 @@ pub enum Region {
         /// Which.
         map: MapIdx,
     },
+    /// A map's key in the callback of `bpf_for_each_map_elem`; only read.
+    MapKey,
     /// A reserved ring buffer record.
     RingbufRecord,
     /// The u64 of `bpf_session_cookie`.

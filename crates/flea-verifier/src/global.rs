@@ -112,7 +112,9 @@ impl Machine<'_> {
             Param::Number if value.as_scalar().is_some() => Ok(()),
             Param::Number => Err(Fault::new(format!("R{} is not a scalar", reg.index()))),
             Param::Context => match value {
-                Value::Pointer(p) if value.is_ctx() && p.off.as_const() == Some(0) => Ok(()),
+                Value::Pointer(p) if p.kind == PointerKind::Ctx && p.off.as_const() == Some(0) => {
+                    Ok(())
+                }
                 _ => {
                     let name = value.type_name();
                     let text = format!("arg#{n} expected pointer to ctx, but got {name}");
@@ -172,8 +174,9 @@ impl Machine<'_> {
             let span = stack_window(request(Access::Write), p)?;
             self.touch(state, frame, span);
             let stack = &mut state.frame_at_mut(frame).stack;
-            if stack.holds_ctx(span) {
-                return Err(Fault::new(format!("R{} leaks addr of ctx", reg.index())));
+            if let Some(spilled) = stack.abstract_pointer(span) {
+                let name = spilled.type_name();
+                return Err(Fault::new(format!("R{} leaks addr of {name}", reg.index())));
             }
             stack.check_written(span)?;
             return match p.off.as_const() {

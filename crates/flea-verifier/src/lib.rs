@@ -19,6 +19,7 @@ mod advice;
 mod alu;
 mod budget;
 mod call;
+mod callback;
 mod cfg;
 mod collect;
 mod explore;
@@ -47,11 +48,13 @@ mod typed;
 mod upper;
 mod value;
 
+use std::collections::BTreeSet;
+
 use flea_object::spec::{MapSpec, Program};
 use flea_object::types::{TypeId, Types};
 
-use cfg::Cfg;
-use explore::{BUDGET, Explorer, Refusal};
+use cfg::{Cfg, MAX_CALL_DEPTH};
+use explore::{BUDGET, Explorer, Patience, Refusal};
 use facts::Function;
 use liveness::{Liveness, ProgramResult};
 use machine::Machine;
@@ -168,42 +171,82 @@ impl<'a> Verifier<'a> {
     }
 
     fn prove(&self, sink: Option<Sink<'_>>) -> Result<Verified, Rejection> {
-        let Self { program, maps, context, target, permissions } = *self;
+        let Self { program, maps, .. } = *self;
         let structural = |(idx, fault)| rejection(program, idx, fault);
         check_size(program).map_err(structural)?;
         let ops = op::decode(&program.insns).map_err(structural)?;
         let cfg = Cfg::new(&ops).map_err(structural)?.with_globals(program);
         let live = Liveness::new(&ops, &cfg, ProgramResult::of(program.kind));
-        let machine =
-            || Machine::new(maps, context, &ops, &cfg).typed_by(target).permit(permissions);
-        let explorer = || Explorer::new(machine(), program, &cfg, &live);
-
-        let mut walk = match sink {
-            Some(sink) => explorer().logged(sink),
-            None => explorer(),
+        let walk = Walk { asked: *self, ops: &ops, cfg: &cfg, live: &live };
+        let mut sink = sink;
+        let mut attempt = |patience| {
+            let mut walk = match &mut sink {
+                Some(sink) => walk.explorer(patience).logged(&mut **sink),
+                None => walk.explorer(patience),
+            };
+            let outcome = walk.run();
+            walk.summary(outcome.as_ref().err());
+            match outcome {
+                Ok(()) => Ok(accepted(program, &cfg, walk.machine)),
+                Err(refusal) => Err((refusal, walk.has_widened)),
+            }
         };
-        let outcome = walk.run();
-        walk.summary(outcome.as_ref().err());
-        if let Err(Refusal { insn_idx, fault, steps }) = outcome {
-            // Keeping every state on the way would cost more than the proof: the same walk
-            // again, now that it is known which steps are worth it.
-            let mut again = explorer().traced(steps);
-            let refused_again = again.run().is_err();
-            let (log, visits) = if refused_again { again.into_path() } else { Default::default() };
-            let path = Path { visits: &visits, ops: &ops, program, maps };
-            return Err(told(path, insn_idx, fault, log));
+        let outcome = match attempt(Patience::Short) {
+            Err((refusal, true)) => attempt(Patience::Endless).map_err(|_| refusal),
+            outcome => outcome.map_err(|(refusal, _)| refusal),
+        };
+        match outcome {
+            Ok(verified) => verified.map_err(structural),
+            Err(Refusal { insn_idx, fault, steps }) => {
+                // Keeping every state on the way would cost more than the proof: the same walk
+                // again, now that it is known which steps are worth it.
+                let mut again = walk.explorer(Patience::Short).traced(steps);
+                let refused_again = again.run().is_err();
+                let (log, visits) =
+                    if refused_again { again.into_path() } else { Default::default() };
+                let path = Path { visits: &visits, ops: &ops, program, maps };
+                Err(told(path, insn_idx, fault, log))
+            }
         }
-        let machine = walk.machine;
-        check_stack(&cfg, &ops, &machine.stack_bytes).map_err(structural)?;
-        Ok(Verified {
-            insns: program.insns.clone(),
-            functions: functions(&cfg, &machine.stack_bytes),
-            returns: machine.return_range(),
-            operands: machine.facts.operands(),
-            facts: machine.facts.into_facts(),
-            targets: Targets::default(),
-        })
     }
+}
+
+/// What a walk through a program needs.
+#[derive(Clone, Copy)]
+struct Walk<'a> {
+    asked: Verifier<'a>,
+    ops: &'a [Op],
+    cfg: &'a Cfg,
+    live: &'a Liveness,
+}
+
+impl<'a> Walk<'a> {
+    fn explorer(self, patience: Patience) -> Explorer<'a> {
+        let Verifier { program, maps, context, target, permissions } = self.asked;
+        let machine = Machine::new(maps, context, self.ops, self.cfg);
+        let machine = machine.typed_by(target).permit(permissions);
+        Explorer::new(machine, program, self.cfg, self.live, patience)
+    }
+}
+
+/// What was proved on all paths.
+fn accepted(
+    program: &Program,
+    cfg: &Cfg,
+    machine: Machine<'_>,
+) -> Result<Verified, (usize, Fault)> {
+    check_stack(cfg, machine.ops, &machine.calls, &machine.stack_bytes)?;
+    let (returns, operands) = (machine.return_range(), machine.facts.operands());
+    let (facts, callees) = machine.facts.into_parts();
+    Ok(Verified {
+        insns: program.insns.clone(),
+        functions: functions(cfg, &machine.stack_bytes),
+        facts,
+        operands,
+        callees,
+        returns,
+        targets: Targets::default(),
+    })
 }
 
 fn check_size(program: &Program) -> Result<(), (usize, Fault)> {
@@ -217,29 +260,38 @@ fn check_size(program: &Program) -> Result<(), (usize, Fault)> {
     Ok(())
 }
 
-/// The stack of the deepest chain of calls (each frame rounded up as in Linux) must fit.
-fn check_stack(cfg: &Cfg, ops: &[Op], stack_bytes: &[u32]) -> Result<(), (usize, Fault)> {
-    let frame_bytes = |function: usize| stack_bytes[function].max(1).next_multiple_of(32);
-    let mut chains = vec![(0, 0); cfg.functions.len()];
-    for &function in &cfg.callees_first {
-        let span = cfg.functions[function];
-        let deepest = ops[span.start..span.end]
-            .iter()
-            .filter_map(|op| match op {
-                Op::CallLocal { target } => Some(chains[cfg.function_at(*target)]),
-                _ => None,
-            })
-            .max()
-            .unwrap_or((0, 0));
-        chains[function] = (deepest.0 + frame_bytes(function), deepest.1 + 1);
+/// The stack of the deepest chain of `calls` (each frame rounded up as in Linux) must fit.
+fn check_stack(
+    cfg: &Cfg,
+    ops: &[Op],
+    calls: &BTreeSet<(usize, usize)>,
+    stack_bytes: &[u32],
+) -> Result<(), (usize, Fault)> {
+    let own = |function: usize| stack_bytes[function].max(1).next_multiple_of(32);
+    // Bytes and frames of the deepest chains from each function. Calls through a register may
+    // lead in circles: one frame more than there can be says enough.
+    let one_frame: Vec<(u32, usize)> = (0..stack_bytes.len()).map(|f| (own(f), 1)).collect();
+    let mut chains = one_frame.clone();
+    for _ in 0..MAX_CALL_DEPTH {
+        let mut longer = one_frame.clone();
+        for &(caller, callee) in calls {
+            let (bytes, frames) = chains[callee];
+            let (most_bytes, most_frames) = longer[caller];
+            longer[caller] = (most_bytes.max(bytes + own(caller)), most_frames.max(frames + 1));
+        }
+        chains = longer;
     }
     let (bytes, frames) = chains[0];
+    if frames > MAX_CALL_DEPTH {
+        let fault = Fault::new(format!("the call stack of {frames} frames is too deep !"));
+        return Err((0, fault.hint("recursion is not possible; nest fewer calls")));
+    }
     // A program without calls has been held to its own 512 bytes already.
     if frames > 1 && bytes > STACK_BYTES.unsigned_abs() {
         let text = format!("combined stack size of {frames} calls is {bytes}. Too large");
         return Err((0, Fault::new(text).hint("keep large variables in a per-CPU array")));
     }
-    tail::check_callers(cfg, ops, frame_bytes)
+    tail::check_callers(cfg, ops, own)
 }
 
 fn functions(cfg: &Cfg, stack_bytes: &[u32]) -> Vec<Function> {

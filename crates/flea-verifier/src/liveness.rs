@@ -8,6 +8,8 @@
 //! Stack slots are followed where an address is r10 plus a constant; where it may be some
 //! other stack address, all slots are taken to be read.
 
+use std::collections::BTreeSet;
+
 use flea_object::helper::Helper;
 use flea_object::spec::{Param, ProgramKind, Prototype};
 
@@ -30,6 +32,9 @@ pub(crate) struct Live {
 #[derive(Debug)]
 pub(crate) struct Liveness {
     before: Vec<Live>,
+    /// Instructions that are executed again when what they called returns: helpers with
+    /// callbacks.
+    repeated: BTreeSet<usize>,
 }
 
 /// Whether a register holds an address in its own function's frame.
@@ -49,7 +54,8 @@ const _: () = assert!(STACK_SLOTS == 64, "a slot per bit");
 impl Liveness {
     /// `result` says whether somebody wants to know what the program returns.
     pub(crate) fn new(ops: &[Op], cfg: &Cfg, result: ProgramResult) -> Self {
-        let mut this = Self { before: vec![Live::default(); ops.len()] };
+        let repeated = (0..ops.len()).filter(|idx| ops[*idx].takes_callback()).collect();
+        let mut this = Self { before: vec![Live::default(); ops.len()], repeated };
         for &function in &cfg.callees_first {
             let span = cfg.functions[function];
             let addresses = frame_addresses(ops, span);
@@ -67,10 +73,12 @@ impl Liveness {
     /// What the caller still reads, or has given away, while its call at `call_idx` runs.
     pub(crate) fn across_call(&self, call_idx: usize) -> Live {
         let (call, after) = (self.before(call_idx), self.before(call_idx + 1));
+        // r0 to r5 are set by the call; a helper that calls back needs its arguments again.
+        let (args, exact_args) =
+            if self.repeated.contains(&call_idx) { (call.regs, call.exact_regs) } else { (0, 0) };
         Live {
-            // r0 to r5 are set by the call.
-            regs: after.regs & !0x3f,
-            exact_regs: after.exact_regs & !0x3f,
+            regs: args | after.regs & !0x3f,
+            exact_regs: exact_args | after.exact_regs & !0x3f,
             slots: call.slots | after.slots,
             exact_slots: call.exact_slots | after.exact_slots,
         }
@@ -134,7 +142,8 @@ impl Liveness {
             }
             Op::Const { dst, .. }
             | Op::MapAddress { dst, .. }
-            | Op::MapValueAddress { dst, .. } => {
+            | Op::MapValueAddress { dst, .. }
+            | Op::FunctionAddress { dst, .. } => {
                 l.kill(dst);
             }
             Op::SecondHalf | Op::Goto { .. } => {}
@@ -167,6 +176,14 @@ impl Liveness {
                 l.read_operand(src, true);
             }
             Op::CallHelper { id } => call_helper(&mut l, id, at),
+            Op::CallPointer { callee } => {
+                l.kill_caller_saved();
+                l.read(callee, true);
+                for reg in (0..5).map(Reg::arg) {
+                    l.read(reg, true);
+                    read_by_callee(&mut l, at, reg);
+                }
+            }
             Op::CallLocal { target } => self.call_local(&mut l, target, at),
             Op::Exit => l.read(Reg::R0, role != Role::Main(ProgramResult::Ignored)),
         }
@@ -179,9 +196,7 @@ impl Liveness {
         for reg in (0..5).map(Reg::arg) {
             if callee.regs >> reg.index() & 1 != 0 {
                 l.read(reg, callee.is_exact(reg));
-                if at[reg.index()] != FrameAddress::No {
-                    l.read_slots(Reach::Slots(ALL_SLOTS), true);
-                }
+                read_by_callee(l, at, reg);
             }
         }
     }
@@ -258,24 +273,34 @@ fn store(l: &mut Live, after: Live, reach: Reach, place: Place, src: Operand) {
     l.read_operand(src, after.exact_slots & mask != 0);
 }
 
+/// A function of the program is given what is in `reg`: a frame's address reaches all of it.
+fn read_by_callee(l: &mut Live, at: &Addresses, reg: Reg) {
+    if at[reg.index()] != FrameAddress::No {
+        l.read_slots(Reach::Slots(ALL_SLOTS), true);
+    }
+}
+
 /// A global function's parameters are all checked, whether it reads them or not.
 fn call_global(after: Live, prototype: Option<&Prototype>, at: &Addresses) -> Live {
     let mut l = after;
     l.kill_caller_saved();
     for (reg, param) in (0..5).map(Reg::arg).zip(prototype.iter().flat_map(|p| &p.params)) {
         l.read(reg, *param != Param::Number);
-        if at[reg.index()] != FrameAddress::No {
-            l.read_slots(Reach::Slots(ALL_SLOTS), true);
-        }
+        read_by_callee(&mut l, at, reg);
     }
     l
 }
 
 fn call_helper(l: &mut Live, id: i32, at: &Addresses) {
     l.kill_caller_saved();
-    let n_args = Helper::from_id(id).map_or(5, |h| proto(h).args.len());
+    let helper = Helper::from_id(id);
+    let n_args = helper.map_or(5, |h| proto(h).args.len());
+    let calls_back = helper.is_some_and(Helper::takes_callback);
     for reg in (0..n_args).map(Reg::arg) {
         l.read(reg, true);
+        if calls_back {
+            read_by_callee(l, at, reg);
+        }
         match at[reg.index()] {
             FrameAddress::No => {}
             // A helper reads upwards from where it is pointed to.
@@ -373,9 +398,13 @@ fn stores_address(op: &Op, at: &Addresses) -> bool {
         Op::Store { src: Operand::Reg(src), .. } | Op::Atomic { src, .. } => {
             at[src.index()] != FrameAddress::No
         }
-        Op::CallLocal { .. } => at[1..=5].iter().any(|a| *a != FrameAddress::No),
-        _ => false,
+        Op::CallLocal { .. } | Op::CallPointer { .. } => gives_address(at),
+        _ => op.takes_callback() && gives_address(at),
     }
+}
+
+fn gives_address(at: &Addresses) -> bool {
+    at[1..=5].iter().any(|a| *a != FrameAddress::No)
 }
 
 fn follow(op: &Op, at: &mut Addresses, loaded: FrameAddress) {
@@ -401,14 +430,18 @@ fn follow(op: &Op, at: &mut Addresses, loaded: FrameAddress) {
         Op::Mov { dst, .. } | Op::MovSx { dst, .. } | Op::Const { dst, .. } => {
             at[dst.index()] = FrameAddress::No;
         }
-        Op::MapAddress { dst, .. } | Op::MapValueAddress { dst, .. } => {
+        Op::MapAddress { dst, .. }
+        | Op::MapValueAddress { dst, .. }
+        | Op::FunctionAddress { dst, .. } => {
             at[dst.index()] = FrameAddress::No;
         }
         Op::Load { dst, .. } => at[dst.index()] = loaded,
         Op::Atomic { fetch: true, op, src, .. } => {
             at[if op == Atomic::Cmpxchg { Reg::R0 } else { src }.index()] = loaded;
         }
-        Op::CallHelper { .. } | Op::CallLocal { .. } => at[0..=5].fill(FrameAddress::No),
+        Op::CallHelper { .. } | Op::CallLocal { .. } | Op::CallPointer { .. } => {
+            at[0..=5].fill(FrameAddress::No)
+        }
         _ => {}
     }
 }

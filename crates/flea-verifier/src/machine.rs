@@ -7,6 +7,7 @@ use flea_object::spec::{MapIdx, MapKind, MapSpec};
 use flea_object::types::Types;
 
 use crate::access::{self, Access, Request, Target, followable};
+use crate::callback;
 use crate::cfg::Cfg;
 use crate::collect::Collector;
 use crate::facts::Region;
@@ -15,7 +16,7 @@ use crate::number::compare::Cond;
 use crate::number::scalar::{Scalar, Width};
 use crate::op::{Atomic, Op, Operand, Place, Reg, Size};
 use crate::pointer::{self, Outcome};
-use crate::precision::{Returned, Touched, Trail};
+use crate::precision::{Touched, Trail};
 use crate::report::Fault;
 use crate::stack::Span;
 use crate::state::State;
@@ -36,6 +37,8 @@ pub(crate) struct Machine<'a> {
     pub(crate) upper: UpperHalves,
     /// Bytes of stack touched, by function.
     pub(crate) stack_bytes: Vec<u32>,
+    /// Who calls whom, on the paths seen so far: caller and callee.
+    pub(crate) calls: BTreeSet<(usize, usize)>,
     /// Smallest and largest result of the main function, on the paths seen so far.
     returns: Option<(i64, i64)>,
     /// Global functions that some path calls.
@@ -70,6 +73,7 @@ impl<'a> Machine<'a> {
             facts: Collector::new(ops.len()),
             upper: UpperHalves::new(ops, cfg),
             stack_bytes: vec![0; cfg.functions.len()],
+            calls: BTreeSet::new(),
             returns: None,
             called: BTreeSet::new(),
             last_id: 0,
@@ -187,17 +191,28 @@ impl<'a> Machine<'a> {
             Op::If { cond, width, dst, src, target } => {
                 return self.branch(state, Test { cond, width, dst, src }, idx + 1, target);
             }
+            Op::FunctionAddress { dst, target } => {
+                let function = self.cfg.function_at(target);
+                state.set_reg(dst, Value::pointer(PointerKind::Function(function)));
+                return Ok(Flow::To(idx + 2));
+            }
             Op::CallHelper { id: TAIL_CALL } => return self.tail_call(idx, state),
-            Op::CallHelper { id } => self.call_helper(idx, id, state)?,
+            Op::CallHelper { id } => return self.call_helper(idx, id, state),
             Op::CallLocal { target } => {
                 let function = self.cfg.function_at(target);
                 self.facts.call_local(idx, function);
+                self.deeper(state, function)?;
                 if let Some(prototype) = self.cfg.prototype(function) {
                     self.call_global(function, prototype, state)?;
                     return Ok(Flow::To(idx + 1));
                 }
                 state.enter(function, idx);
                 return Ok(Flow::To(target));
+            }
+            Op::CallPointer { callee } => return self.call_pointer(idx, callee, state),
+            Op::Exit if state.is_callback() => {
+                self.trail.need(Reg::R0);
+                return callback::exit(state);
             }
             Op::Exit => return self.exit(state),
         }
@@ -220,9 +235,6 @@ impl<'a> Machine<'a> {
             let r0 = any_of(state.reg(Reg::R0));
             let (min, max) = self.returns.unwrap_or((i64::MAX, i64::MIN));
             self.returns = Some((min.min(r0.wide.smin), max.max(r0.wide.smax)));
-        }
-        if state.depth() > 0 {
-            self.trail.returned = Returned::Result;
         }
         exit(state)
     }
@@ -304,9 +316,9 @@ impl<'a> Machine<'a> {
     ) -> Result<(), Fault> {
         let value = operand(state, src)?;
         match self.target(idx, state, place, Access::Write)? {
-            Target::Other(_) if value.is_ctx() => {
+            Target::Other(_) if value.is_abstract() => {
                 let r = if let Operand::Reg(r) = src { r.index() } else { 0 };
-                Err(Fault::new(format!("R{r} leaks addr of ctx into mem")))
+                Err(Fault::new(format!("R{r} leaks addr of {} into mem", value.type_name())))
             }
             Target::Other(_) | Target::Typed(_) => Ok(()),
             Target::StackWindow { frame, window } => {

@@ -3,6 +3,7 @@
 //!
 //! Knows nothing of control flow or values.
 
+use flea_object::helper::Helper;
 use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_FUNC, PSEUDO_MAP, PSEUDO_MAP_VALUE};
 use flea_object::opcode as code;
 
@@ -127,6 +128,11 @@ pub(crate) enum Op {
         map: u32,
         off: u32,
     },
+    /// The address of the function that starts at `target`.
+    FunctionAddress {
+        dst: Reg,
+        target: usize,
+    },
     /// A `lddw`'s second half.
     SecondHalf,
     Load {
@@ -160,10 +166,28 @@ pub(crate) enum Op {
     CallLocal {
         target: usize,
     },
+    /// `callx`: the function whose address is in `callee`.
+    CallPointer {
+        callee: Reg,
+    },
     Exit,
 }
 
 impl Op {
+    /// The function that is called here, or whose address is taken.
+    pub(crate) fn function(&self) -> Option<usize> {
+        match self {
+            Op::CallLocal { target } | Op::FunctionAddress { target, .. } => Some(*target),
+            _ => None,
+        }
+    }
+
+    /// Whether this calls a helper that calls functions of the program.
+    pub(crate) fn takes_callback(&self) -> bool {
+        matches!(self, Op::CallHelper { id }
+            if Helper::from_id(*id).is_some_and(Helper::takes_callback))
+    }
+
     /// The registers that an instruction reads or writes, for the log.
     pub(crate) fn registers(&self) -> Vec<Reg> {
         let with = |a: Reg, b: Operand| match b {
@@ -180,12 +204,13 @@ impl Op {
             | Op::Trunc { dst, .. }
             | Op::Const { dst, .. }
             | Op::MapAddress { dst, .. }
-            | Op::MapValueAddress { dst, .. } => vec![dst],
+            | Op::MapValueAddress { dst, .. }
+            | Op::FunctionAddress { dst, .. } => vec![dst],
             Op::Load { dst, place, .. } => with(dst, Operand::Reg(place.base)),
             Op::Store { place, src } => with(place.base, src),
             Op::Atomic { place, src, .. } => with(place.base, Operand::Reg(src)),
             Op::CallHelper { .. } | Op::Exit => vec![Reg::R0],
-            Op::CallLocal { .. } => (0..5).map(Reg::arg).collect(),
+            Op::CallLocal { .. } | Op::CallPointer { .. } => (0..5).map(Reg::arg).collect(),
             Op::SecondHalf | Op::Goto { .. } => vec![],
         }
     }
@@ -251,8 +276,10 @@ fn decode_ld(insns: &[Insn], idx: usize, insn: Insn) -> Result<Op, Fault> {
         0 => Ok(Op::Const { dst, value: u64::from(high) << 32 | u64::from(low) }),
         PSEUDO_MAP if high == 0 => Ok(Op::MapAddress { dst, map: low }),
         PSEUDO_MAP_VALUE => Ok(Op::MapValueAddress { dst, map: low, off: high }),
-        PSEUDO_FUNC => Err(Fault::new("invalid bpf_ld_imm64 insn: callbacks are not supported")
-            .hint("no helper that takes a callback exists here: write the loop out")),
+        PSEUDO_FUNC if high == 0 => {
+            let target = jump_target(insns.len(), idx, i64::from(insn.imm))?;
+            Ok(Op::FunctionAddress { dst, target })
+        }
         _ => Err(reserved("BPF_LD_IMM64")),
     }
 }
@@ -415,6 +442,7 @@ fn decode_jump(n_insns: usize, idx: usize, insn: Insn) -> Result<Op, Fault> {
     let cond = match operation {
         code::JA if !by_reg => return decode_goto(n_insns, idx, insn, wide),
         code::CALL if wide && !by_reg => return decode_call(n_insns, idx, insn),
+        code::CALL if wide => return decode_callx(insn),
         code::EXIT if wide && !by_reg => {
             if insn.dst != 0 || insn.src != 0 || insn.off != 0 || insn.imm != 0 {
                 return Err(reserved("BPF_EXIT"));
@@ -460,6 +488,11 @@ fn decode_call(n_insns: usize, idx: usize, insn: Insn) -> Result<Op, Fault> {
         }
         _ => Err(reserved("BPF_CALL")),
     }
+}
+
+fn decode_callx(insn: Insn) -> Result<Op, Fault> {
+    let callee = insn.callx().filter(|r| *r < 10 && insn.src == 0 && insn.off == 0);
+    Ok(Op::CallPointer { callee: Reg(callee.ok_or_else(|| unknown(insn))?) })
 }
 
 fn jump_target(n_insns: usize, idx: usize, off: i64) -> Result<usize, Fault> {
@@ -509,5 +542,10 @@ fn reserved(class: &str) -> Fault {
 }
 
 fn unknown(insn: Insn) -> Fault {
-    Fault::new(format!("unknown opcode {:02x}", insn.opcode))
+    unknown_opcode(insn.opcode)
+}
+
+/// Linux's words for what is no instruction.
+pub(crate) fn unknown_opcode(opcode: u8) -> Fault {
+    Fault::new(format!("unknown opcode {opcode:02x}"))
 }

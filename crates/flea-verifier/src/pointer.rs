@@ -41,7 +41,7 @@ pub(crate) fn arithmetic(
         }
         // The distance of two pointers is just a number.
         (Value::Pointer(p), Value::Pointer(q))
-            if op == AluOp::Sub && p.kind != PointerKind::Ctx && q.kind != PointerKind::Ctx =>
+            if op == AluOp::Sub && !p.kind.is_abstract() && !q.kind.is_abstract() =>
         {
             Ok(Value::UNKNOWN)
         }
@@ -56,7 +56,7 @@ fn moved(dst: Reg, p: &Pointer, op: AluOp, by: &Scalar) -> Result<Value, Fault> 
             "R{d} pointer arithmetic on {name} prohibited, null-check it first"
         )));
     }
-    if matches!(p.kind, PointerKind::Map(_)) {
+    if matches!(p.kind, PointerKind::Map(_) | PointerKind::Function(_)) {
         return Err(Fault::new(format!("R{d} pointer arithmetic on {name} prohibited")));
     }
     let sane = -MAX_OFFSET..=MAX_OFFSET;
@@ -107,9 +107,10 @@ pub(crate) fn compare(
     (dst, a): (Reg, &Value),
     b: &Value,
 ) -> Result<Outcome, Fault> {
-    if a.is_ctx() || b.is_ctx() {
+    if a.is_abstract() || b.is_abstract() {
         let text = format!("R{} pointer comparison prohibited", dst.index());
-        return Err(Fault::new(text).hint("the context is never NULL and has no address"));
+        let hint = "neither the context nor a function is ever NULL, and they have no address";
+        return Err(Fault::new(text).hint(hint));
     }
     let (pointer, number) = match (a, b) {
         (Value::Pointer(p), number) | (number, Value::Pointer(p)) => (p, number),

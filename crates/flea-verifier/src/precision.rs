@@ -17,12 +17,14 @@
 //!    comparison narrows both sides and every number linked to them: who needs one needs all.
 //! 3. What is not understood (control coming from where no rule says) needs everything.
 //! 4. A path that is pruned needs what the state needs that pruned it: its followers have been
-//!    explored there.
+//!    explored there. Where they have not all been, at the end of a callback's round that its own
+//!    call's states include ([`crate::explore`]), it needs everything.
 //! 5. Whether a register is set, what kind of pointer it holds and where that may point, and which
 //!    bytes of the stack are written is compared always.
 
 use crate::op::{Atomic, Op, Operand, Reg};
 use crate::stack::Span;
+use crate::tail::TAIL_CALL;
 
 /// Frames that may be on top of each other.
 const MAX_FRAMES: usize = crate::cfg::MAX_CALL_DEPTH + 1;
@@ -167,19 +169,6 @@ pub(crate) struct Trail {
     pub(crate) touched: Option<Touched>,
     /// What a comparison narrowed beside its two sides, and its sides.
     pub(crate) linked: Option<Needs>,
-    pub(crate) returned: Returned,
-}
-
-/// What a step that left a function gave back to its caller, which is one of the program's.
-/// Whoever else leaves or enters a frame says nothing here, and walks back need everything.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum Returned {
-    #[default]
-    Not,
-    /// The callee's r0.
-    Result,
-    /// Any number: a tail call's.
-    Anything,
 }
 
 impl Trail {
@@ -211,7 +200,6 @@ pub(crate) struct Step {
     touched: Option<Touched>,
     /// Index into [`Precision::linked`].
     linked: Option<u32>,
-    returned: Returned,
 }
 
 /// What is known to be needed after some step.
@@ -272,8 +260,7 @@ impl<'a> Precision<'a> {
             self.mark(place);
         }
         let (prev, insn_idx, depth) = (place.last_step, place.insn_idx, place.depth);
-        let (touched, linked, returned) = (None, None, Returned::Not);
-        self.steps.push(Step { prev, insn_idx, depth, touched, linked, returned });
+        self.steps.push(Step { prev, insn_idx, depth, touched: None, linked: None });
         #[cfg(any(test, feature = "beliefs"))]
         if let Some(before) = &mut self.before_steps {
             before.push(Needs::default());
@@ -303,7 +290,6 @@ impl<'a> Precision<'a> {
         if let Some(step) = self.steps.last_mut() {
             step.touched = trail.touched;
             step.linked = linked;
-            step.returned = trail.returned;
         }
     }
 
@@ -321,7 +307,7 @@ impl<'a> Precision<'a> {
 
     /// `needs` are needed at `place`.
     pub(crate) fn need(&mut self, place: Place, mut needs: Needs) {
-        let Place { mut last_step, mut mark, mut depth, .. } = place;
+        let Place { mut last_step, mut mark, mut insn_idx, mut depth } = place;
         loop {
             while self.marks[mark].step == last_step {
                 let Mark { prev, needs: known, .. } = &mut self.marks[mark];
@@ -337,22 +323,28 @@ impl<'a> Precision<'a> {
                 return;
             }
             let step = self.steps[number];
-            undo(self.ops, &step, depth, &self.linked, &mut needs);
+            undo(self.ops, &step, (insn_idx, depth), &self.linked, &mut needs);
             #[cfg(any(test, feature = "beliefs"))]
             if let Some(before) = &mut self.before_steps {
                 before[number].add(&needs);
             }
-            (last_step, depth) = (step.prev, step.depth);
+            (last_step, insn_idx, depth) = (step.prev, step.insn_idx, step.depth);
         }
     }
 }
 
-/// Makes what is needed behind `step`, after which frame `next_depth` is the current one, what is
-/// needed before it.
+/// Makes what is needed behind `step`, after which instruction `next_idx` runs in frame
+/// `next_depth`, what is needed before it.
 ///
 /// What is needed of the union of two sets is the union of what is needed of each: a walk back may
 /// leave out what an earlier one has followed.
-fn undo(ops: &[Op], step: &Step, next_depth: usize, linked: &[Needs], needs: &mut Needs) {
+fn undo(
+    ops: &[Op],
+    step: &Step,
+    (next_idx, next_depth): (usize, usize),
+    linked: &[Needs],
+    needs: &mut Needs,
+) {
     if needs.is_empty() {
         return;
     }
@@ -363,9 +355,22 @@ fn undo(ops: &[Op], step: &Step, next_depth: usize, linked: &[Needs], needs: &mu
         return;
     };
     match ops[step.insn_idx] {
-        Op::CallLocal { .. } if next_depth == depth + 1 => enter(needs, depth),
-        _ if next_depth + 1 == depth && step.returned != Returned::Not => {
-            leave(needs, depth, step.returned);
+        Op::CallLocal { .. } | Op::CallPointer { .. } if next_depth == depth + 1 => {
+            enter(needs, depth);
+        }
+        ref op if op.takes_callback() && next_depth == depth + 1 => enter_round(needs, depth),
+        // Whether a round's result stops the helper was needed; the caller's registers stay.
+        Op::Exit if next_depth + 1 == depth && ops[next_idx].takes_callback() => {
+            needs.frames[depth] = FrameNeeds::default();
+        }
+        Op::Exit if next_depth + 1 == depth && returns_from_call(ops, next_idx) => {
+            leave(needs, depth);
+        }
+        // The result is the target's: any number.
+        Op::CallHelper { id: TAIL_CALL }
+            if next_depth + 1 == depth && returns_from_call(ops, next_idx) =>
+        {
+            needs.frames[next_depth].take(Reg::R0);
         }
         _ if !same_frame => *needs = Needs::ALL,
         Op::Alu { dst, src, .. } if frame.has(dst) => frame.add_operand(src),
@@ -380,7 +385,10 @@ fn undo(ops: &[Op], step: &Step, next_depth: usize, linked: &[Needs], needs: &mu
                 frame.add(src);
             }
         }
-        Op::Const { dst, .. } | Op::MapAddress { dst, .. } | Op::MapValueAddress { dst, .. } => {
+        Op::Const { dst, .. }
+        | Op::MapAddress { dst, .. }
+        | Op::MapValueAddress { dst, .. }
+        | Op::FunctionAddress { dst, .. } => {
             frame.take(dst);
         }
         Op::Load { dst, .. } => {
@@ -427,11 +435,27 @@ fn enter(needs: &mut Needs, depth: usize) {
     caller.regs = (caller.regs & !0x3f) | (callee.regs & 0x3e);
 }
 
-/// The callee's frame was there before, its caller's r0 was not.
-fn leave(needs: &mut Needs, depth: usize, returned: Returned) {
-    if needs.frames[depth - 1].take(Reg::R0) && returned == Returned::Result {
+/// A round's number is below the helper's first argument; all other arguments are pointers, or
+/// NULL for the context, which is the third one.
+fn enter_round(needs: &mut Needs, depth: usize) {
+    let callee = std::mem::take(&mut needs.frames[depth + 1]);
+    let caller = &mut needs.frames[depth];
+    if callee.regs & 0x3e != 0 {
+        caller.add(Reg::arg(0));
+        caller.add(Reg::arg(2));
+    }
+}
+
+/// The result is what the callee left in r0.
+fn leave(needs: &mut Needs, depth: usize) {
+    if needs.frames[depth - 1].take(Reg::R0) {
         needs.frames[depth].add(Reg::R0);
     }
+}
+
+fn returns_from_call(ops: &[Op], next_idx: usize) -> bool {
+    let call = next_idx.checked_sub(1).and_then(|idx| ops.get(idx));
+    matches!(call, Some(Op::CallLocal { .. } | Op::CallPointer { .. }))
 }
 
 fn undo_store(needs: &mut Needs, depth: usize, touched: Option<Touched>, src: Operand) {

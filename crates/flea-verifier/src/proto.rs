@@ -48,6 +48,14 @@ pub(crate) enum Arg {
     Lock,
     /// The context.
     Ctx,
+    /// A function of the program, which the helper calls in rounds.
+    Callback,
+    /// What that function is given besides: an address in a stack frame, or NULL.
+    CallbackCtx,
+    /// How many rounds there are.
+    Rounds,
+    /// A map whose elements the rounds go over.
+    IteratedMap,
     /// A number, or a pointer into the target's data: none into ours.
     Castable,
     /// The number of one of the target's structures.
@@ -84,8 +92,9 @@ const SIZE_OR_ZERO: Arg = Arg::Size(ZeroSize::Allowed);
 /// `helper`'s prototype.
 pub(crate) const fn proto(helper: Helper) -> Proto {
     use Arg::{
-        Anything, Castable, Ctx, Fill, FillU64, Index, Key, KnownSize, Lock, LookupMap, MapValue,
-        Optional, ProgArray, Read, Record, RingBuf, TypeId, WrittenMap,
+        Anything, Callback, CallbackCtx, Castable, Ctx, Fill, FillU64, Index, IteratedMap, Key,
+        KnownSize, Lock, LookupMap, MapValue, Optional, ProgArray, Read, Record, RingBuf, Rounds,
+        TypeId, WrittenMap,
     };
     let (args, ret): (&'static [Arg], Ret) = match helper {
         Helper::MapLookupElem => (&[LookupMap, Key], Ret::ValueOrNull),
@@ -113,6 +122,8 @@ pub(crate) const fn proto(helper: Helper) -> Proto {
         Helper::RingbufSubmit | Helper::RingbufDiscard => (&[Record, Anything], Ret::Void),
         Helper::SpinLock | Helper::SpinUnlock => (&[Lock], Ret::Void),
         Helper::RingbufQuery => (&[RingBuf, Anything], Ret::Number),
+        Helper::Loop => (&[Rounds, Callback, CallbackCtx, Anything], Ret::Number),
+        Helper::ForEachMapElem => (&[IteratedMap, Callback, CallbackCtx, Anything], Ret::Number),
         Helper::GetFuncIp
         | Helper::GetAttachCookie
         | Helper::GetFuncArgCnt
@@ -131,7 +142,7 @@ impl Arg {
     pub(crate) const fn takes_map(self, kind: MapKind) -> bool {
         match self {
             Self::LookupMap => !matches!(kind, MapKind::RingBuf | MapKind::ProgArray),
-            Self::WrittenMap => {
+            Self::WrittenMap | Self::IteratedMap => {
                 !matches!(kind, MapKind::RingBuf | MapKind::ProgArray) && !kind.holds_maps()
             }
             Self::RingBuf => matches!(kind, MapKind::RingBuf),
@@ -143,19 +154,26 @@ impl Arg {
     /// Linux's list of the types that fit, as its messages print it.
     pub(crate) const fn expected(self) -> &'static str {
         match self {
-            Self::LookupMap | Self::WrittenMap | Self::RingBuf | Self::ProgArray => "map_ptr",
+            Self::LookupMap
+            | Self::WrittenMap
+            | Self::RingBuf
+            | Self::ProgArray
+            | Self::IteratedMap => "map_ptr",
             Self::Key | Self::MapValue | Self::Read | Self::Fill | Self::FillU64 => {
                 "fp, map_value, mem, ringbuf_mem"
             }
             Self::Record => "ringbuf_mem",
             Self::Lock => "map_value",
             Self::Ctx => "ctx",
+            Self::Callback => "func",
+            Self::CallbackCtx => "fp",
             Self::Anything
             | Self::Optional
             | Self::Index
             | Self::Size(_)
             | Self::KnownSize
-            | Self::TypeId => "scalar",
+            | Self::TypeId
+            | Self::Rounds => "scalar",
             Self::Castable => "scalar, ptr_",
         }
     }

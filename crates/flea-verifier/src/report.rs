@@ -148,7 +148,10 @@ fn show_pointer(p: &Pointer, maps: &[MapSpec]) -> String {
             parts.extend(element.filter(|e| Some(*e) != p.or_null).map(|e| format!("id={e}")));
             parts.extend(map_facts(map.0));
         }
-        PointerKind::Map(map) | PointerKind::MapValue(map) => parts.extend(map_facts(map.0)),
+        PointerKind::Map(map) | PointerKind::MapValue(map) | PointerKind::MapKey(map) => {
+            parts.extend(map_facts(map.0));
+        }
+        PointerKind::Function(function) => parts.push(format!("subprog={function}")),
         PointerKind::Record { size_bytes, reference } => {
             parts.push(format!("ref_obj_id={reference}"));
             parts.push(format!("sz={size_bytes}"));

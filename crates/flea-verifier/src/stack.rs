@@ -335,6 +335,30 @@ impl Stack {
         }
     }
 
+    /// Widens every number that differs from what was there `before`; see
+    /// [`crate::state::State::widen`].
+    pub(crate) fn widen(&mut self, before: &Self, widen: impl Fn(&mut Value, &Value)) {
+        for (i, slot) in self.slots.iter_mut().enumerate() {
+            match (&mut *slot, before.slot(i)) {
+                (Slot::Spill(now @ Value::Scalar(_)), Slot::Spill(then)) => widen(now, then),
+                (Slot::Spill(now @ Value::Scalar(_)), _) => *now = Value::UNKNOWN,
+                (Slot::Bytes(now), then) => {
+                    for (now, then) in now.iter_mut().zip(then.bytes()) {
+                        if *now == Byte::Zero && then != Byte::Zero {
+                            *now = Byte::Anything;
+                        }
+                    }
+                }
+                (Slot::Halves(now), Slot::Halves(then)) if now == then => {}
+                (Slot::Halves(_), _) => {
+                    let forget = |b| if b == Byte::Unwritten { b } else { Byte::Anything };
+                    *slot = Slot::Bytes(slot.bytes().map(forget));
+                }
+                _ => {}
+            }
+        }
+    }
+
     /// A store of `value`.
     pub(crate) fn store(&mut self, span: Span, value: Value) -> Result<(), Fault> {
         if let Some(slot) = span.whole_slot() {
@@ -439,9 +463,10 @@ impl Stack {
     /// A load of `size_bytes` bytes somewhere in `window`, zero-extended.
     pub(crate) fn load_somewhere(&self, window: Span, size_bytes: u32) -> Result<Value, Fault> {
         self.check_written(window)?;
-        if self.holds_ctx(window) {
-            return Err(Fault::new("invalid size of register fill")
-                .hint("the context was spilled among these bytes, and has no address"));
+        if self.abstract_pointer(window).is_some() {
+            return Err(Fault::new("invalid size of register fill").hint(
+                "the context or a function was spilled among these bytes, and has no address",
+            ));
         }
         let zero = window.bytes().all(|(s, i)| self.slot(s).bytes()[i] == Byte::Zero);
         let unknown = Scalar::UNKNOWN.zero_extend(8 * size_bytes);
@@ -466,9 +491,12 @@ impl Stack {
         Ok(())
     }
 
-    /// A register that must not become a number is spilled in `span`.
-    pub(crate) fn holds_ctx(&self, span: Span) -> bool {
-        span.slots().any(|(s, _)| matches!(self.slot(s), Slot::Spill(v) if v.is_ctx()))
+    /// What is spilled in `span` and must not become a number.
+    pub(crate) fn abstract_pointer(&self, span: Span) -> Option<Value> {
+        span.slots().find_map(|(s, _)| match self.slot(s) {
+            Slot::Spill(v) if v.is_abstract() => Some(*v),
+            _ => None,
+        })
     }
 
     fn slot_mut(&mut self, idx: usize) -> &mut Slot {

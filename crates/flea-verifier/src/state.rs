@@ -32,6 +32,19 @@ pub(crate) struct Frame {
     pub(crate) function: usize,
     /// The call that made this frame; `None` for the main function's.
     pub(crate) call_idx: Option<usize>,
+    /// Rounds of the helper that is being called here, where it calls functions of the program.
+    pub(crate) rounds: Option<Rounds>,
+}
+
+/// How far the call of a helper has come that calls a function in rounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rounds {
+    /// The remembered state in which the helper was called: says which call this is.
+    pub(crate) root: usize,
+    /// Rounds so far; 0 always where their number is not counted.
+    pub(crate) n_done: u64,
+    /// Rounds that were looked at, counted or not.
+    pub(crate) n_seen: u32,
 }
 
 /// Something acquired that must be released: a ring buffer record.
@@ -40,13 +53,15 @@ pub(crate) struct Reference {
     pub(crate) id: Id,
     /// The call that acquired it.
     pub(crate) insn_idx: usize,
+    /// The innermost callback's frame at that time, 0 where there was none.
+    pub(crate) callback: usize,
 }
 
 impl Frame {
     fn new(depth: usize, function: usize, call_idx: Option<usize>) -> Self {
         let mut regs = [Value::NotInit; 11];
         regs[Reg::R10.index()] = Value::pointer(PointerKind::Stack { frame: depth });
-        Self { regs, stack: Stack::default(), function, call_idx }
+        Self { regs, stack: Stack::default(), function, call_idx, rounds: None }
     }
 
     pub(crate) fn reg(&self, reg: Reg) -> &Value {
@@ -159,13 +174,64 @@ impl State {
         self.frame_at_mut(caller).regs[0..=5].fill(Value::NotInit);
     }
 
+    /// A helper calls `function` with r1 to r5: the caller goes on with the same registers once
+    /// it returns, as the helper does.
+    pub(crate) fn enter_callback(&mut self, function: usize, call_idx: usize, args: [Value; 5]) {
+        let mut frame = Frame::new(self.frames.len(), function, Some(call_idx));
+        frame.regs[1..=5].copy_from_slice(&args);
+        self.frames.push(Rc::new(frame));
+    }
+
     /// A return from a called function; the call's index.
     pub(crate) fn leave(&mut self) -> Option<usize> {
         let call_idx = self.frame().call_idx?;
         let r0 = *self.reg(Reg::R0);
+        let to_helper = self.is_callback();
         self.frames.pop();
-        self.set_reg(Reg::R0, r0);
+        if !to_helper {
+            self.set_reg(Reg::R0, r0);
+        }
         Some(call_idx)
+    }
+
+    /// The current function was called by a helper.
+    pub(crate) fn is_callback(&self) -> bool {
+        self.frames.len() >= 2 && self.frames[self.frames.len() - 2].rounds.is_some()
+    }
+
+    /// The frame of the innermost function that a helper has called; 0 where there is none.
+    pub(crate) fn innermost_callback(&self) -> usize {
+        (1..self.frames.len()).rev().find(|d| self.frames[d - 1].rounds.is_some()).unwrap_or(0)
+    }
+
+    /// The rounds of every frame, the main function's first.
+    pub(crate) fn all_rounds(&self) -> impl Iterator<Item = Option<Rounds>> + '_ {
+        self.frames.iter().map(|f| f.rounds)
+    }
+
+    /// The rounds of the current frame.
+    pub(crate) fn rounds(&self) -> Option<Rounds> {
+        self.frame().rounds
+    }
+
+    pub(crate) fn set_rounds(&mut self, rounds: Option<Rounds>) {
+        let depth = self.depth();
+        self.frame_at_mut(depth).rounds = rounds;
+    }
+
+    /// Makes this state include `before` as well as itself, if only numbers differ: what was
+    /// different is forgotten, bound by bound or as a whole.
+    pub(crate) fn widen(&mut self, before: &Self, how: Widening) {
+        for (frame, before) in self.frames.iter_mut().zip(&before.frames) {
+            if Rc::ptr_eq(frame, before) {
+                continue;
+            }
+            let frame = Rc::make_mut(frame);
+            for (value, before) in frame.regs.iter_mut().zip(&before.regs) {
+                widen_value(value, before, how);
+            }
+            frame.stack.widen(&before.stack, |value, before| widen_value(value, before, how));
+        }
     }
 
     /// Changes every register and spilled register of every frame that `wanted` picks.
@@ -302,7 +368,9 @@ impl State {
         };
         let references = self.references.iter().zip(other.references.iter());
         same_lock
-            && references.clone().all(|(a, b)| a.insn_idx == b.insn_idx && ids.pair(a.id, b.id))
+            && references.clone().all(|(a, b)| {
+                a.insn_idx == b.insn_idx && a.callback == b.callback && ids.pair(a.id, b.id)
+            })
             && self
                 .frames
                 .iter()
@@ -310,6 +378,15 @@ impl State {
                 .enumerate()
                 .all(|(depth, (a, b))| a.matches(b, how, needed.frame(depth), &mut ids))
     }
+}
+
+/// How a number that changes from round to round is widened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Widening {
+    /// Bounds that moved are given up.
+    Bounds,
+    /// Everything.
+    Whole,
 }
 
 /// What two states are compared for.
@@ -368,6 +445,15 @@ impl Frame {
         if self.call_idx != other.call_idx || self.function != other.function {
             return false;
         }
+        // With fewer rounds behind it, a helper has more of them still to come.
+        let done = |frame: &Self| frame.rounds.map_or(0, |r| r.n_done);
+        let rounds = match how {
+            Match::Includes => done(self) <= done(other),
+            Match::Equal => done(self) == done(other),
+        };
+        if !rounds {
+            return false;
+        }
         let n_slots = self.stack.n_slots().max(other.stack.n_slots());
         let regs = self.regs.iter().zip(&other.regs).enumerate();
         regs.into_iter().all(|(i, (a, b))| match (a, b) {
@@ -382,6 +468,17 @@ impl Frame {
             }
         })
     }
+}
+
+fn widen_value(value: &mut Value, before: &Value, how: Widening) {
+    let (Value::Scalar(now), Value::Scalar(then)) = (*value, before) else { return };
+    if now == *then {
+        return;
+    }
+    *value = match how {
+        Widening::Bounds => Value::scalar(then.set.widened(&now.set)),
+        Widening::Whole => Value::UNKNOWN,
+    };
 }
 
 fn value_matches(a: &Value, b: &Value, how: Match, ids: &mut IdPairs) -> bool {

@@ -11,7 +11,6 @@ use crate::cfg::Cfg;
 use crate::lock;
 use crate::machine::{Flow, Machine};
 use crate::op::{Op, Reg};
-use crate::precision::Returned;
 use crate::report::Fault;
 use crate::state::State;
 use crate::value::Value;
@@ -26,6 +25,10 @@ pub(crate) const TAIL_CALL: i32 = Helper::TailCall as i32;
 impl Machine<'_> {
     /// The tail call at `idx`; `state` becomes that of a call that misses.
     pub(crate) fn tail_call(&mut self, idx: usize, state: &mut State) -> Result<Flow, Fault> {
+        if state.innermost_callback() > 0 {
+            return Err(Fault::new("tail_call is not allowed in a callback")
+                .hint("return 1 from the callback, and make the tail call behind the loop"));
+        }
         let mut hit = state.clone();
         self.call_helper(idx, TAIL_CALL, state)?;
         if hit.depth() == 0 {
@@ -42,7 +45,6 @@ impl Machine<'_> {
         // The target may take a lock.
         lock::check_records(&hit, Helper::TailCall)?;
         hit.set_reg(Reg::R0, Value::UNKNOWN);
-        self.trail.returned = Returned::Anything;
         Ok(match hit.leave() {
             Some(call_idx) => {
                 Flow::Both { next: idx + 1, jump: call_idx + 1, jump_state: Box::new(hit) }
@@ -65,7 +67,8 @@ pub(crate) fn check_callers(
         let of_callers = callers_bytes[function];
         for op in &ops[span.start..span.end] {
             match op {
-                Op::CallLocal { target } => {
+                // Who takes a function's address is taken to call it.
+                Op::CallLocal { target } | Op::FunctionAddress { target, .. } => {
                     let callee = &mut callers_bytes[cfg.function_at(*target)];
                     *callee = (*callee).max(of_callers + frame_bytes(function));
                 }

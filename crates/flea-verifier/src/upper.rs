@@ -89,10 +89,11 @@ fn step(op: &Op, regs: u16) -> u16 {
         Op::Neg { dst, .. }
         | Op::MovSx { dst, .. }
         | Op::MapAddress { dst, .. }
-        | Op::MapValueAddress { dst, .. } => set(dst, false),
+        | Op::MapValueAddress { dst, .. }
+        | Op::FunctionAddress { dst, .. } => set(dst, false),
         Op::Atomic { op: Atomic::Cmpxchg, place, .. } => set(Reg::R0, place.size != Size::B8),
         Op::Atomic { fetch: true, place, src, .. } => set(src, place.size != Size::B8),
-        Op::CallHelper { .. } | Op::CallLocal { .. } => regs & !0x3f,
+        Op::CallHelper { .. } | Op::CallLocal { .. } | Op::CallPointer { .. } => regs & !0x3f,
         Op::SecondHalf
         | Op::Store { .. }
         | Op::Atomic { .. }

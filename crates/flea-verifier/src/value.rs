@@ -81,6 +81,10 @@ pub(crate) enum PointerKind {
     LockValue { map: MapIdx, element: Option<Id> },
     /// A ring buffer record that must be submitted or discarded.
     Record { size_bytes: u32, reference: Id },
+    /// A key of a map, as `bpf_for_each_map_elem` passes it: to be read alone.
+    MapKey(MapIdx),
+    /// A function of the program, by index.
+    Function(usize),
     /// The u64 of `bpf_session_cookie`.
     Cookie,
     /// The bytes of `Context::Memory`.
@@ -125,13 +129,14 @@ impl Value {
         }
     }
 
+    /// The pointer's [`PointerKind::is_abstract`].
+    pub(crate) const fn is_abstract(&self) -> bool {
+        matches!(self, Self::Pointer(p) if p.kind.is_abstract())
+    }
+
     /// A pointer into the target's data.
     pub(crate) const fn is_target(&self) -> bool {
         matches!(self, Self::Pointer(Pointer { kind: PointerKind::Target { .. }, .. }))
-    }
-
-    pub(crate) const fn is_ctx(&self) -> bool {
-        matches!(self, Self::Pointer(Pointer { kind: PointerKind::Ctx, .. }))
     }
 }
 
@@ -148,6 +153,12 @@ impl Pointer {
 }
 
 impl PointerKind {
+    /// Whether compiled code has no address for it, so that it must not become a number. The
+    /// context's words are in registers, and functions are inlined where they are called.
+    pub(crate) const fn is_abstract(self) -> bool {
+        matches!(self, Self::Ctx | Self::Function(_))
+    }
+
     /// Linux's name, without `_or_null`.
     pub(crate) const fn name(&self) -> &'static str {
         match self {
@@ -155,6 +166,8 @@ impl PointerKind {
             Self::Ctx => "ctx",
             Self::Map(_) => "map_ptr",
             Self::MapValue(_) | Self::LockValue { .. } => "map_value",
+            Self::MapKey(_) => "map_key",
+            Self::Function(_) => "func",
             Self::Record { .. } => "ringbuf_mem",
             Self::Cookie | Self::Memory { .. } | Self::Argument { .. } => "mem",
             Self::Target { .. } => "ptr_",

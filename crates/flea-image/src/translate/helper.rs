@@ -19,7 +19,7 @@ use crate::clif::{runtime_index, select, symbol};
 use crate::code::RelocTarget;
 use crate::request::CompileError;
 
-const EINVAL: i64 = -22;
+pub(super) const EINVAL: i64 = -22;
 const EOPNOTSUPP: i64 = -95;
 const CLOCK_MONOTONIC: i64 = 1;
 const CLOCK_BOOTTIME: i64 = 7;
@@ -60,6 +60,9 @@ impl Translator<'_, '_> {
             | Helper::RingbufOutput
             | Helper::RingbufReserve
             | Helper::RingbufQuery => self.map_helper(scope, idx, helper, map),
+            Helper::Loop | Helper::ForEachMapElem => {
+                self.rounds(scope, idx, helper, map, constants)
+            }
             Helper::KtimeGetNs => Ok(self.clock(CLOCK_MONOTONIC)),
             Helper::KtimeGetBootNs => Ok(self.clock(CLOCK_BOOTTIME)),
             Helper::TracePrintk | Helper::TraceVprintk => self.printk(scope, helper),
@@ -177,7 +180,7 @@ impl Translator<'_, '_> {
         Ok(self.iconst(0))
     }
 
-    fn arena_and_header(&mut self, placed: MapPlacement) -> (Value, Value) {
+    pub(super) fn arena_and_header(&mut self, placed: MapPlacement) -> (Value, Value) {
         (self.arena(0, 0), self.arena(placed.header_offset, 0))
     }
 

@@ -198,6 +198,7 @@ impl Translator<'_, '_> {
             Region::SessionCookie => true,
             Region::Stack
             | Region::Ctx { .. }
+            | Region::MapKey
             | Region::RingbufRecord
             | Region::Memory
             | Region::Target => false,

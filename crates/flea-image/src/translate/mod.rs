@@ -12,6 +12,7 @@ mod mem;
 pub(crate) mod op;
 mod records;
 mod registers;
+mod rounds;
 mod saves;
 mod tail;
 mod target;
@@ -315,7 +316,9 @@ impl<'a, 'b> Translator<'a, 'b> {
                 self.b.ins().jump(scope.end, &[]);
                 Ok(true)
             }
-            op::JMP if insn.opcode == op::CALL => self.call(scope, idx, insn, fact).map(|()| false),
+            op::JMP if matches!(insn.opcode, op::CALL | op::CALLX) => {
+                self.call(scope, idx, insn, fact).map(|()| false)
+            }
             op::JMP | op::JMP32 => self.jump(scope, idx, insn).map(|()| true),
             _ => Err(CompileError::Unsupported { insn_idx: idx, opcode: insn.opcode }),
         }
@@ -339,17 +342,24 @@ impl<'a, 'b> Translator<'a, 'b> {
     ) -> Result<(), CompileError> {
         let result = match fact {
             Fact::CallLocal { function } if insn.src == PSEUDO_CALL => {
-                if scope.depth + 1 >= MAX_CALL_DEPTH {
-                    return Err(CompileError::TooDeep { insn_idx: idx, max: MAX_CALL_DEPTH });
-                }
                 let args = std::array::from_fn(|i| self.b.use_var(scope.regs[i + 1]));
-                self.function(function, args, scope.depth + 1)?
+                self.deeper(scope, idx, function, args)?
             }
-            Fact::Call { helper: Helper::TailCall, .. } if insn.src == 0 => {
+            Fact::CallPointer => {
+                let register = insn
+                    .callx()
+                    .ok_or(CompileError::Unsupported { insn_idx: idx, opcode: insn.opcode })?;
+                let callee = self.reg(scope, register);
+                let args = std::array::from_fn(|i| self.b.use_var(scope.regs[i + 1]));
+                self.call_through(scope, idx, callee, args)?
+            }
+            Fact::Call { helper: Helper::TailCall, .. }
+                if insn.opcode == op::CALL && insn.src == 0 =>
+            {
                 self.tail_call(scope, idx, fact)?;
                 self.iconst(0)
             }
-            Fact::Call { helper, map, constants } if insn.src == 0 => {
+            Fact::Call { helper, map, constants } if insn.opcode == op::CALL && insn.src == 0 => {
                 self.helper(scope, idx, helper, map, constants)?
             }
             _ => {
@@ -361,6 +371,20 @@ impl<'a, 'b> Translator<'a, 'b> {
         };
         self.b.def_var(scope.regs[0], result);
         Ok(())
+    }
+
+    /// A call of `function` from `scope`.
+    fn deeper(
+        &mut self,
+        scope: &Scope,
+        idx: u32,
+        function: u32,
+        args: [Value; 5],
+    ) -> Result<Value, CompileError> {
+        if scope.depth + 1 >= MAX_CALL_DEPTH {
+            return Err(CompileError::TooDeep { insn_idx: idx, max: MAX_CALL_DEPTH });
+        }
+        self.function(function, args, scope.depth + 1)
     }
 
     fn lddw(&mut self, scope: &Scope, idx: u32, insn: Insn) -> Result<(), CompileError> {
@@ -379,7 +403,10 @@ impl<'a, 'b> Translator<'a, 'b> {
                 let placed = self.map(MapIdx(insn.imm.cast_unsigned()))?;
                 self.element(idx, placed, i64::from(second.imm))?
             }
-            PSEUDO_FUNC => return Err(CompileError::Callback { insn_idx: idx }),
+            PSEUDO_FUNC => {
+                let start = (idx + 1).wrapping_add_signed(insn.imm);
+                self.iconst(Verified::function_value(start).cast_signed())
+            }
             _ => return Err(CompileError::Unsupported { insn_idx: idx, opcode: insn.opcode }),
         };
         self.b.def_var(scope.regs[usize::from(insn.dst)], value);

@@ -39,6 +39,7 @@ pub(crate) const LDDW: u8 = 0x18;
 pub(crate) const JA: u8 = 0x05;
 pub(crate) const JA32: u8 = 0x06;
 pub(crate) const CALL: u8 = 0x85;
+pub(crate) const CALLX: u8 = 0x8d;
 pub(crate) const EXIT: u8 = 0x95;
 
 /// `imm` of atomics.
@@ -75,7 +76,7 @@ pub(crate) const fn size_bytes(opcode: u8) -> u8 {
 pub(crate) fn jump_target(insn: Insn, insn_idx: u32) -> Option<u32> {
     let delta = match (class(insn.opcode), insn.opcode) {
         (_, JA32) => i64::from(insn.imm),
-        (_, CALL | EXIT) => return None,
+        (_, CALL | CALLX | EXIT) => return None,
         (JMP | JMP32, _) => i64::from(insn.off),
         _ => return None,
     };

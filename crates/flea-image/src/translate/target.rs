@@ -93,7 +93,10 @@ impl Translator<'_, '_> {
         while is_kept && at < last && !scope.blocks.contains_key(&at) {
             let insn = self.used.verified.insns()[at as usize];
             match self.used.verified.facts()[at as usize] {
-                Fact::Unreachable | Fact::Call { .. } | Fact::CallLocal { .. } => break,
+                Fact::Unreachable
+                | Fact::Call { .. }
+                | Fact::CallLocal { .. }
+                | Fact::CallPointer => break,
                 Fact::Access(Region::Target) if insn.src == run.base => run.add(field(at, insn)),
                 Fact::Access(_) | Fact::Plain => {}
             }

@@ -29,5 +29,4 @@ static long (*trace_printk)(const char *fmt, u32 size, ...) = (void *)6;
 static long (*spin_lock)(struct bpf_spin_lock *lock) = (void *)93;
 static long (*spin_unlock)(struct bpf_spin_lock *lock) = (void *)94;
 static long (*ringbuf_output)(void *map, void *data, u64 size, u64 flags) = (void *)130;
-/* Not a helper that Flea has: callbacks are linked all the same. */
 static long (*loop)(u32 n, void *callback, void *ctx, u64 flags) = (void *)181;

@@ -95,8 +95,7 @@ u64 on_free(u64 *ctx)
 SEC("fentry/free")
 u64 on_free_too(u64 *ctx)
 {
-	loop(10, each, 0, 0);
-	return 0;
+	return loop(10, each, 0, 0);
 }
 
 SEC("fentry")

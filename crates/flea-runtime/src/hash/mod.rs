@@ -209,6 +209,18 @@ impl<'a> Table<'a> {
         Some(false)
     }
 
+    /// The first element whose number is `from` or more, its key copied to `key`. Elements that
+    /// come and go meanwhile are found or not; each number is looked at once, so whoever goes on
+    /// behind what was found comes to an end. Takes no lock.
+    #[must_use]
+    pub fn next(&self, from: u32, key: &mut [u8]) -> Option<NodeIdx> {
+        // Nodes from here on were never an element.
+        let used = self.word(state::USED)?.load(Acquire).min(u64::from(self.geometry.max_entries));
+        (from..crate::mem::low_half(used))
+            .map(NodeIdx)
+            .find(|node| self.snapshot(*node, key, &mut []) == Some(true))
+    }
+
     fn wanted<'k>(&self, key: Bytes<'k>) -> Option<Wanted<'k>> {
         let hash = key::hash(self.word(state::SEED)?.load(Relaxed), key);
         let mask = crate::mem::low_half(self.buckets.size_bytes() / HASH_BUCKET_BYTES - 1);

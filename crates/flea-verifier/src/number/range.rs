@@ -80,6 +80,18 @@ impl<const BITS: u32> Range<BITS> {
             && self.smax >= other.smax
     }
 
+    /// A set with every member of `self` and `other`: bounds that `other` moves are given up, and
+    /// so is every bit that it changes.
+    pub(crate) fn widened(&self, other: &Self) -> Self {
+        Self {
+            bits: self.bits.union(other.bits),
+            umin: if other.umin < self.umin { 0 } else { self.umin },
+            umax: if other.umax > self.umax { Self::UMAX } else { self.umax },
+            smin: if other.smin < self.smin { Self::SMIN } else { self.smin },
+            smax: if other.smax > self.smax { Self::SMAX } else { self.smax },
+        }
+    }
+
     /// At least the members of both; `None` where there certainly is none.
     pub(crate) fn intersect(&self, other: &Self) -> Option<Self> {
         Self {

@@ -85,6 +85,13 @@ impl Scalar {
         self.wide.includes(&other.wide) && self.low.includes(&other.low)
     }
 
+    /// A set with every member of `self` and `other`, such that a chain of them, each widened by
+    /// the next, ends soon: a bound that `other` moves is given up.
+    pub(crate) fn widened(&self, other: &Self) -> Self {
+        let (wide, low) = (self.wide.widened(&other.wide), self.low.widened(&other.low));
+        Self { wide, low }
+    }
+
     /// At least the members of both; `None` where there certainly is none.
     pub(crate) fn intersect(&self, other: &Self) -> Option<Self> {
         let (wide, low) = (self.wide.intersect(&other.wide)?, self.low.intersect(&other.low)?);

@@ -60,6 +60,11 @@ impl Tnum {
         Some(Self::new(self.value | other.value, self.mask & other.mask))
     }
 
+    /// The smallest tristate number with the members of both.
+    pub(crate) const fn union(self, other: Self) -> Self {
+        Self::new(self.value, self.mask | other.mask | (self.value ^ other.value))
+    }
+
     /// Keeps the lowest `bits` bits; the others become 0.
     pub(crate) const fn truncate(self, bits: u32) -> Self {
         let keep = low_bits(bits);

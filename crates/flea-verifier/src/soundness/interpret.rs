@@ -28,6 +28,7 @@ enum Kind {
     Frame(usize),
     Ctx,
     MapValue(u32),
+    MapKey(u32),
     Record,
     Cookie,
     Memory,
@@ -42,10 +43,24 @@ struct Frame {
     regs: [u64; 11],
     return_to: Option<usize>,
     stack: u64,
+    /// The helper that calls this frame's function in rounds.
+    helper: Option<Rounds>,
+}
+
+/// A helper's call of a function, in rounds.
+#[derive(Clone, Copy)]
+struct Rounds {
+    function: u64,
+    context: u64,
+    map: Option<u32>,
+    n_done: u64,
+    n_rounds: u64,
 }
 
 pub(crate) struct Interpreter<'a> {
     ops: &'a [Op],
+    /// Where functions begin, by index.
+    starts: Vec<usize>,
     maps: &'a [MapSpec],
     numbers: Numbers<'a>,
     objects: BTreeMap<u64, Object>,
@@ -64,8 +79,12 @@ impl<'a> Interpreter<'a> {
         context: Context,
         numbers: Numbers<'a>,
     ) -> Self {
+        let mut starts: Vec<usize> = ops.iter().filter_map(Op::function).chain([0]).collect();
+        starts.sort_unstable();
+        starts.dedup();
         let mut this = Self {
             ops,
+            starts,
             maps,
             numbers,
             objects: BTreeMap::new(),
@@ -126,7 +145,7 @@ impl<'a> Interpreter<'a> {
             regs[reg] = (self.numbers)();
         }
         regs[10] = stack + 512;
-        self.frames.push(Frame { regs, return_to, stack });
+        self.frames.push(Frame { regs, return_to, stack, helper: None });
     }
 
     fn object(&mut self, address: u64, size: usize) -> Result<(u64, &mut Object), String> {
@@ -185,7 +204,7 @@ impl<'a> Interpreter<'a> {
             let operands = verified.operands(idx as u32);
             let next = self
                 .check_number(idx, operands)
-                .and_then(|()| self.step(idx, verified.facts()[idx]))
+                .and_then(|()| self.step(idx, verified))
                 .map_err(|e| format!("insn {idx}: {e}"))?;
             let Some(next) = next else { return Ok(self.result) };
             self.check_branch(idx, next, operands)?;
@@ -223,7 +242,8 @@ impl<'a> Interpreter<'a> {
         (next == expected).then_some(()).ok_or_else(|| format!("insn {idx}: goes to {next}"))
     }
 
-    fn step(&mut self, idx: usize, fact: Fact) -> Result<Option<usize>, String> {
+    fn step(&mut self, idx: usize, verified: &Verified) -> Result<Option<usize>, String> {
+        let fact = verified.facts()[idx];
         if fact == Fact::Unreachable {
             return Err("said to be unreachable".into());
         }
@@ -265,6 +285,10 @@ impl<'a> Interpreter<'a> {
                 self.set(dst, base + u64::from(off));
                 return Ok(Some(idx + 2));
             }
+            Op::FunctionAddress { dst, target } => {
+                self.set(dst, function_handle(target));
+                return Ok(Some(idx + 2));
+            }
             Op::SecondHalf => return Err("half an instruction".into()),
             Op::Load { dst, place, sign_extend } => {
                 let x = match fact {
@@ -293,20 +317,30 @@ impl<'a> Interpreter<'a> {
                 let jumps = holds(cond, bits(width), a, b);
                 return Ok(Some(if jumps { target } else { idx + 1 }));
             }
+            op @ Op::CallHelper { id } if op.takes_callback() => {
+                return self.start_rounds(id, idx, verified).map(Some);
+            }
             Op::CallHelper { id: TAIL_CALL } => {
                 if self.tail_call(fact)? {
                     // The target's stack is another one, and its result any.
                     self.regs()[0] = (self.numbers)();
-                    return Ok(self.leave());
+                    return self.leave();
                 }
             }
             Op::CallHelper { id } => self.helper(id, fact)?,
+            Op::CallPointer { callee } => {
+                let to = self.get(Operand::Reg(callee));
+                let to = callee_at(to, idx, verified)?;
+                let regs = *self.regs();
+                self.enter(regs, Some(idx + 1));
+                return Ok(Some(to));
+            }
             Op::CallLocal { target } => {
                 let regs = *self.regs();
                 self.enter(regs, Some(idx + 1));
                 return Ok(Some(target));
             }
-            Op::Exit => return Ok(self.leave()),
+            Op::Exit => return self.leave(),
         }
         Ok(Some(idx + 1))
     }
@@ -317,15 +351,82 @@ impl<'a> Interpreter<'a> {
         x & (u64::MAX >> (64 - 8 * place.size.bytes()))
     }
 
-    fn leave(&mut self) -> Option<usize> {
-        let frame = self.frames.pop()?;
+    fn leave(&mut self) -> Result<Option<usize>, String> {
+        let Some(frame) = self.frames.pop() else { return Ok(None) };
         self.objects.remove(&frame.stack);
         self.result = frame.regs[0];
-        let to = frame.return_to?;
+        let Some(to) = frame.return_to else { return Ok(None) };
+        if let Some(mut rounds) = frame.helper {
+            if frame.regs[0] > 1 {
+                return Err(format!("a callback returns {:#x}", frame.regs[0]));
+            }
+            rounds.n_done += 1;
+            if frame.regs[0] == 1 {
+                rounds.n_rounds = rounds.n_done;
+            }
+            return self.next_round(rounds, to).map(Some);
+        }
         let scramble = (self.numbers)();
         self.regs()[0] = frame.regs[0];
         self.regs()[1..=5].fill(scramble);
-        Some(to)
+        Ok(Some(to))
+    }
+
+    fn start_rounds(&mut self, id: i32, idx: usize, verified: &Verified) -> Result<usize, String> {
+        let Fact::Call { map, .. } = verified.facts()[idx] else {
+            return Err("no call fact".into());
+        };
+        let [_, first, function, context, flags, ..] = *self.regs();
+        let is_loop = id == Helper::Loop as i32;
+        if flags != 0 || (is_loop && first > 1 << 23) {
+            let errno: i64 = if flags != 0 { -22 } else { -7 };
+            return Ok(self.finish_rounds(errno as u64, idx + 1));
+        }
+        let n_rounds = match map {
+            None => first,
+            Some(MapIdx(map)) if map_handle(map) != first => return Err("another map".into()),
+            Some(MapIdx(map)) => {
+                let most = self.values[map as usize].len() as u64;
+                let is_array = self.maps[map as usize].key_size_bytes == 4;
+                if is_array { most } else { self.below(most + 1) }
+            }
+        };
+        let map = map.map(|map| map.0);
+        let rounds = Rounds { function, context, map, n_done: 0, n_rounds };
+        if n_rounds > 0 {
+            callee_at(function, idx, verified)?;
+        }
+        self.next_round(rounds, idx + 1)
+    }
+
+    fn next_round(&mut self, rounds: Rounds, return_to: usize) -> Result<usize, String> {
+        if rounds.n_done == rounds.n_rounds {
+            return Ok(self.finish_rounds(rounds.n_done, return_to));
+        }
+        let scramble = (self.numbers)();
+        let args = match rounds.map {
+            None => [rounds.n_done, rounds.context, scramble, scramble, scramble],
+            Some(map) => {
+                let key_bytes = self.maps[map as usize].key_size_bytes as usize;
+                let key = self.allocate(Kind::MapKey(map), key_bytes);
+                let value = self.values[map as usize].get(rounds.n_done as usize);
+                let value = *value.ok_or("no such value")?;
+                [map_handle(map), key, value, rounds.context, scramble]
+            }
+        };
+        // The caller's registers stay as they are until the helper is done.
+        let mut regs = *self.regs();
+        regs[1..=5].copy_from_slice(&args);
+        self.enter(regs, Some(return_to));
+        self.frames.last_mut().expect("just entered").helper = Some(rounds);
+        Ok(rounds.function.wrapping_sub(function_handle(0)) as usize)
+    }
+
+    fn finish_rounds(&mut self, result: u64, to: usize) -> usize {
+        let scramble = (self.numbers)();
+        self.regs()[1..=5].fill(scramble);
+        self.regs()[0] = result;
+        to
     }
 
     fn address(&self, place: Place) -> u64 {
@@ -471,7 +572,7 @@ impl<'a> Interpreter<'a> {
 
     fn writable(&self, kind: Kind) -> Result<(), String> {
         let refused = match kind {
-            Kind::Ctx => true,
+            Kind::Ctx | Kind::MapKey(_) => true,
             Kind::MapValue(map) => self.maps[map as usize].read_only,
             Kind::Frame(_) | Kind::Record | Kind::Cookie | Kind::Memory => false,
         };
@@ -563,6 +664,12 @@ impl<'a> Interpreter<'a> {
                     | PointerKind::LockValue { map: MapIdx(map), .. } => {
                         self.values_of(map).any(at)
                     }
+                    PointerKind::MapKey(MapIdx(map)) => {
+                        self.bases(|k| k == Kind::MapKey(map)).any(at)
+                    }
+                    PointerKind::Function(function) => {
+                        self.starts.get(function).is_some_and(|start| x == function_handle(*start))
+                    }
                     PointerKind::Ctx => self.bases(|k| k == Kind::Ctx).any(at),
                     PointerKind::Record { .. } => self.bases(|k| k == Kind::Record).any(at),
                     PointerKind::Cookie => self.bases(|k| k == Kind::Cookie).any(at),
@@ -601,6 +708,7 @@ fn agree(kind: Kind, fact: Fact) -> Result<(), String> {
         Fact::Access(Region::Stack) => matches!(kind, Kind::Frame(_)),
         Fact::Access(Region::Ctx { .. }) => kind == Kind::Ctx,
         Fact::Access(Region::MapValue { map }) => kind == Kind::MapValue(map.0),
+        Fact::Access(Region::MapKey) => matches!(kind, Kind::MapKey(_)),
         Fact::Access(Region::RingbufRecord) => kind == Kind::Record,
         Fact::Access(Region::SessionCookie) => kind == Kind::Cookie,
         Fact::Access(Region::Memory) => kind == Kind::Memory,
@@ -615,6 +723,19 @@ fn spec_of(map: Option<MapIdx>) -> Result<usize, String> {
 
 fn map_handle(map: u32) -> u64 {
     0x1111_0000_0000 + u64::from(map)
+}
+
+/// Far from all memory, and from maps.
+fn function_handle(start: usize) -> u64 {
+    0x2222_0000_0000 + start as u64
+}
+
+/// The function that `value` stands for, which must be one that was said to be called.
+fn callee_at(value: u64, idx: usize, verified: &Verified) -> Result<usize, String> {
+    let said = verified.callees(idx as u32);
+    let mut starts = said.map(|f| verified.functions()[f as usize].start_insn_idx as usize);
+    let found = starts.find(|start| function_handle(*start) == value);
+    found.ok_or_else(|| format!("{value:#x} was not said to be called"))
 }
 
 fn bits(width: Width) -> u32 {

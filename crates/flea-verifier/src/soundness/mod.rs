@@ -17,7 +17,7 @@ mod tests;
 use flea_object::spec::{MapSpec, Program};
 
 use crate::cfg::Cfg;
-use crate::explore::Explorer;
+use crate::explore::{Explorer, Patience};
 use crate::liveness::{Liveness, ProgramResult};
 use crate::machine::Machine;
 use crate::op::{Op, decode};
@@ -91,8 +91,12 @@ fn states(
 ) -> Result<Vec<Vec<(State, Needs)>>, NoBeliefs> {
     let cfg = Cfg::new(ops).map_err(|_| NoBeliefs::TwoVerdicts)?;
     let live = Liveness::new(ops, &cfg, ProgramResult::of(program.kind));
-    let machine = Machine::new(maps, context, ops, &cfg);
-    let mut explorer = Explorer::new(machine, program, &cfg, &live).remembering();
-    explorer.run().map_err(|_| NoBeliefs::TwoVerdicts)?;
-    explorer.into_beliefs().ok_or(NoBeliefs::TooMany)
+    for patience in [Patience::Short, Patience::Endless] {
+        let machine = Machine::new(maps, context, ops, &cfg);
+        let mut explorer = Explorer::new(machine, program, &cfg, &live, patience).remembering();
+        if explorer.run().is_ok() {
+            return explorer.into_beliefs().ok_or(NoBeliefs::TooMany);
+        }
+    }
+    Err(NoBeliefs::TwoVerdicts)
 }

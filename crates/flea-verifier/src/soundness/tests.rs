@@ -1,7 +1,7 @@
 //! A moment of each fuzzer, with fixed seeds.
 
 use flea_generate::{Random, Style, maps};
-use flea_object::insn::Insn;
+use flea_object::insn::{Insn, PSEUDO_FUNC};
 use flea_object::spec::{Program, ProgramKind};
 use proptest::prelude::*;
 
@@ -22,7 +22,10 @@ fn program(insns: Vec<Insn>) -> Program {
 
 /// Runs the program of `seed` if it is accepted; whether it was.
 fn check(seed: u64, style: Style) -> bool {
-    let insns = flea_generate::program(&mut Random::new(seed), style).insns;
+    check_one(seed, flea_generate::program(&mut Random::new(seed), style).insns)
+}
+
+fn check_one(seed: u64, insns: Vec<Insn>) -> bool {
     // The result of every other program is looked at.
     let kind = if seed.is_multiple_of(2) { ProgramKind::FmodRet } else { ProgramKind::Fsession };
     let program = Program { kind, ..program(insns) };
@@ -50,6 +53,21 @@ fn accepted_programs_do_what_was_believed() {
     }
     println!("{accepted} of 1500 careful programs were accepted");
     assert!(accepted > 500, "only {accepted} of 1500 were accepted: nothing is tested");
+}
+
+#[test]
+fn accepted_programs_with_callbacks_do_what_was_believed() {
+    let (mut accepted, mut with_rounds) = (0, 0);
+    for seed in 0..600 {
+        let style = if seed % 3 == 0 { Style::Careless } else { Style::Careful };
+        let insns = flea_generate::program_with_callbacks(&mut Random::new(seed), style).insns;
+        let has_rounds = insns.iter().any(|insn| insn.is_lddw() && insn.src == PSEUDO_FUNC);
+        let ran = check_one(seed, insns);
+        accepted += u32::from(ran);
+        with_rounds += u32::from(ran && has_rounds);
+    }
+    println!("{accepted} of 600 programs were accepted, {with_rounds} of them with callbacks");
+    assert!(with_rounds > 100, "only {with_rounds} of 600 were accepted: nothing is tested");
 }
 
 #[test]

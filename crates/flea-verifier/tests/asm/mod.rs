@@ -6,13 +6,14 @@
 //! r1 = *(u64 *)(r10 - 8) | r1 = *(s8 *)(r2 + 0) | *(u32 *)(r10 - 4) = r1
 //! lock *(u64 *)(r1 + 0) += r2 | fetch *(u64 *)(r1 + 0) += r2 | xchg .. r2 | cmpxchg .. r2
 //! if r1 == 0 goto out | if w1 s> w2 goto out | goto out | gotol out | out:
+//! r1 = func label | callx r1
 //! call bpf_ktime_get_ns | call #99 | call function | exit | .raw 0x07 1 0 0 5
 //! ```
 
 use std::collections::HashMap;
 
 use flea_object::helper::Helper;
-use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_MAP, PSEUDO_MAP_VALUE};
+use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_FUNC, PSEUDO_MAP, PSEUDO_MAP_VALUE};
 
 /// Assembles `lines`; panics with the line on a mistake.
 pub fn assemble(lines: &[&str]) -> Vec<Insn> {
@@ -36,7 +37,7 @@ pub fn assemble(lines: &[&str]) -> Vec<Insn> {
 }
 
 fn is_wide(line: &str) -> bool {
-    line.contains(" = value ") || line.ends_with(" ll")
+    line.contains(" = value ") || line.contains(" = func ") || line.ends_with(" ll")
 }
 
 fn one(line: &str, at: i32, labels: &HashMap<String, i32>) -> Option<Vec<Insn>> {
@@ -67,6 +68,11 @@ fn one(line: &str, at: i32, labels: &HashMap<String, i32>) -> Option<Vec<Insn>> 
         }
         ["lock" | "fetch" | "xchg" | "cmpxchg", ..] => atomic(line),
         _ if line.starts_with('*') => store(line),
+        ["callx", r] => single(0x8d, reg(r)?.1, 0, 0, 0),
+        [dst, "=", "func", l] => Some(vec![
+            Insn { opcode: 0x18, dst: reg(dst)?.1, src: PSEUDO_FUNC, off: 0, imm: to(l)? },
+            Insn::default(),
+        ]),
         [dst, "=", rest @ ..] => assign(dst, rest, line),
         [dst, op, src] => {
             let ops = [

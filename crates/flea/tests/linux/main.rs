@@ -88,6 +88,7 @@ macro_rules! call {
     }};
 }
 
+mod callbacks;
 mod hundred;
 
 /// What all tests share. They change the code of one process, so they take turns.
