@@ -44,8 +44,8 @@ const ALL: [Knowledge; 5] = [
         words: &[],
     },
     Knowledge {
-        is_had: |insns| insns.iter().any(is_copy) && insns.iter().any(is_narrow_sum),
-        why: "a copied number to which a constant is added in 32 bits: Linux links them as in 64",
+        is_had: |insns| insns.iter().any(is_copy) && insns.iter().any(is_sum),
+        why: "a copied number plus a constant: Linux takes that for a pointer's offset, too",
         words: &["pointer offset"],
     },
 ];
@@ -91,11 +91,12 @@ fn is_stored(insn: &Insn) -> bool {
 }
 
 fn is_copy(insn: &Insn) -> bool {
-    insn.opcode == op::ALU64 | op::MOV | op::X
+    [op::ALU | op::MOV | op::X, op::ALU64 | op::MOV | op::X].contains(&insn.opcode)
 }
 
-fn is_narrow_sum(insn: &Insn) -> bool {
-    insn.opcode == op::ALU | op::ADD || insn.opcode == op::ALU | op::SUB
+fn is_sum(insn: &Insn) -> bool {
+    [op::ALU | op::ADD, op::ALU | op::SUB, op::ALU64 | op::ADD, op::ALU64 | op::SUB]
+        .contains(&insn.opcode)
 }
 
 fn is_narrow_load(insn: &Insn) -> bool {

@@ -343,7 +343,8 @@ impl State {
     }
 
     /// Every machine that `other` describes is described by `self`, where only the numbers in
-    /// `needed` are looked at.
+    /// `needed` are looked at. While something behind `self` is not explored yet, nobody knows what
+    /// that is: then it is [`Needs::ALL`], and `other`'s path needs all of them too.
     pub(crate) fn includes(&self, other: &Self, needed: &Needs) -> bool {
         self.matches(other, Match::Includes, needed)
     }
