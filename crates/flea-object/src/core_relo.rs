@@ -3,9 +3,9 @@
 //! be complete; a relocation names a place in that picture, and gets what the target's type of
 //! the same name has there. Rules as in Linux (tools/lib/bpf/relo_core.c, 6.18).
 //!
-//! Start at [`relocate`]. A relocation's place is found in [`spec`]; which types count as the
-//! same is in [`compat`], which number results in [`value`], how an instruction takes it in
-//! [`patch`].
+//! Start at [`relocate`]. A relocation's place is found in `spec`; which types count as the
+//! same is in `compat`, which number results in `value`, how an instruction takes it in
+//! `patch`.
 //!
 //! What the target does not have *poisons* its instruction: it becomes a call of a helper that
 //! does not exist. Dead code may keep it (`if (bpf_core_field_exists(...))`); for live code the

@@ -2,7 +2,7 @@
 //! `vmlinux.h`. Start at [`header`].
 //!
 //! Every type has the size and the offsets that it has in the target, in clang's code for BPF
-//! and in gcc's: what C would not lay out by itself gets padding, or is packed ([`plan`]). Names
+//! and in gcc's: what C would not lay out by itself gets padding, or is packed (`plan`). Names
 //! that C cannot spell are spelled by [`crate::types::c_name`], by which relocations find them
 //! again; several types of one name are flavours (`name`, `name___2`).
 
