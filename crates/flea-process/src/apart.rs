@@ -22,12 +22,11 @@
 
 use std::ffi::{c_int, c_void};
 use std::io;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 
-use crate::thread::on_own_thread;
+use crate::thread::{Job, on_own_thread};
 
 /// As a thread of the main program has; only what is touched becomes memory.
 const STACK_BYTES: usize = 8 << 20;
@@ -50,15 +49,9 @@ pub(crate) fn in_own_process<R: Send>(work: impl FnOnce() -> R + Send) -> io::Re
     })?
 }
 
-/// What the child finds and leaves.
-struct Job<F, R> {
-    work: Option<F>,
-    outcome: Option<std::thread::Result<R>>,
-}
-
 fn suspended<R>(work: impl FnOnce() -> R) -> io::Result<R> {
     let stack = Stack::new()?;
-    let mut job = Job { work: Some(work), outcome: None };
+    let mut job = Job::new(work);
     let start = entry_of(&job);
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_FILES | libc::CLONE_FS;
     // SAFETY: the stack is this child's alone and is unmapped when it has ended; `start` is for a
@@ -69,11 +62,8 @@ fn suspended<R>(work: impl FnOnce() -> R) -> io::Result<R> {
         return Err(io::Error::last_os_error());
     }
     reap(child);
-    match job.outcome {
-        Some(Ok(result)) => Ok(result),
-        Some(Err(panic)) => resume_unwind(panic),
-        None => Err(io::Error::other("the process that does the work was killed")),
-    }
+    let killed = || io::Error::other("the process that does the work was killed");
+    job.into_result().ok_or_else(killed)
 }
 
 /// Collects the child, which has ended: no signal says so, and only who asks for children of its
@@ -100,7 +90,7 @@ extern "C" fn run<F: FnOnce() -> R, R>(job: *mut c_void) -> c_int {
     // process leads no group, so this does not fail.
     let apart = nix::unistd::setsid();
     debug_assert!(apart.is_ok(), "a new process leads no group");
-    job.outcome = job.work.take().map(|work| catch_unwind(AssertUnwindSafe(work)));
+    job.run();
     0
 }
 
@@ -142,6 +132,8 @@ impl Drop for Stack {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::catch_unwind;
+
     use super::*;
 
     #[test]

@@ -5,16 +5,34 @@
 //! held at that moment is held in the copy for ever. Of its own locks glibc takes care at a
 //! fork, so a thread that it starts is safe there.
 
-use std::any::Any;
 use std::ffi::{c_int, c_void};
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr;
 
-/// What the thread finds and leaves.
-struct Job<F, R> {
+/// What whoever does the work finds and leaves.
+pub(crate) struct Job<F, R> {
     work: Option<F>,
-    outcome: Option<Result<R, Box<dyn Any + Send>>>,
+    outcome: Option<std::thread::Result<R>>,
+}
+
+impl<F: FnOnce() -> R, R> Job<F, R> {
+    pub(crate) fn new(work: F) -> Self {
+        Self { work: Some(work), outcome: None }
+    }
+
+    /// Does the work, once.
+    pub(crate) fn run(&mut self) {
+        self.outcome = self.work.take().map(|work| catch_unwind(AssertUnwindSafe(work)));
+    }
+
+    /// What came of it; `None` where it was not run to its end.
+    ///
+    /// # Panics
+    /// Where the work did.
+    pub(crate) fn into_result(self) -> Option<R> {
+        self.outcome.map(|outcome| outcome.unwrap_or_else(|panic| resume_unwind(panic)))
+    }
 }
 
 /// Runs `work` on a thread of its own and waits for it.
@@ -22,7 +40,7 @@ struct Job<F, R> {
 /// # Panics
 /// Where `work` does.
 pub(crate) fn on_own_thread<R: Send>(work: impl FnOnce() -> R + Send) -> io::Result<R> {
-    let mut job = Job { work: Some(work), outcome: None };
+    let mut job = Job::new(work);
     let start = entry_of(&job);
     let mut thread = 0;
     // SAFETY: `start` is for a job of this very type, which lives until the thread has been
@@ -33,10 +51,7 @@ pub(crate) fn on_own_thread<R: Send>(work: impl FnOnce() -> R + Send) -> io::Res
     // SAFETY: the thread was started above, is not detached, and nobody else joins it.
     let error = unsafe { libc::pthread_join(thread, ptr::null_mut()) };
     assert_eq!(error, 0, "a thread of ours can be joined once");
-    match job.outcome.expect("the thread has run to its end") {
-        Ok(result) => Ok(result),
-        Err(panic) => resume_unwind(panic),
-    }
+    Ok(job.into_result().expect("the thread has run to its end"))
 }
 
 fn check(error: c_int) -> io::Result<()> {
@@ -51,7 +66,7 @@ fn entry_of<F: FnOnce() -> R, R>(_: &Job<F, R>) -> extern "C" fn(*mut c_void) ->
 extern "C" fn run<F: FnOnce() -> R, R>(job: *mut c_void) -> *mut c_void {
     // SAFETY: it is the job that `on_own_thread` lends to this thread alone.
     let job = unsafe { &mut *job.cast::<Job<F, R>>() };
-    job.outcome = job.work.take().map(|work| catch_unwind(AssertUnwindSafe(work)));
+    job.run();
     ptr::null_mut()
 }
 
