@@ -3,6 +3,7 @@
 
 use std::collections::BTreeSet;
 
+use flea_object::disasm;
 use flea_object::helper::Helper;
 use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_MAP, PSEUDO_MAP_VALUE};
 use flea_object::opcode as op;
@@ -141,21 +142,8 @@ fn arithmetic(insn: Insn) -> Option<String> {
         (op::MOV, 8 | 16 | 32) if insn.is_source_register() && imm == 0 => {
             return Some(format!("{r}{dst} = (s{off}){r}{src}"));
         }
-        (op::DIV, 1) => "s/=",
-        (op::MOD, 1) => "s%=",
-        (_, off) if off != 0 => return None,
-        (op::ADD, _) => "+=",
-        (op::SUB, _) => "-=",
-        (op::MUL, _) => "*=",
-        (op::DIV, _) => "/=",
-        (op::OR, _) => "|=",
-        (op::AND, _) => "&=",
-        (op::LSH, _) => "<<=",
-        (op::RSH, _) => ">>=",
-        (op::MOD, _) => "%=",
-        (op::XOR, _) => "^=",
-        (op::MOV, _) => "=",
-        (op::ARSH, _) => "s>>=",
+        (op::DIV | op::MOD, 1) => disasm::assignment(insn.code(), true)?,
+        (code, 0) => disasm::assignment(code, false)?,
         _ => return None,
     };
     Some(format!("{r}{dst} {operator} {}", operand(insn, r)?))
@@ -163,19 +151,8 @@ fn arithmetic(insn: Insn) -> Option<String> {
 
 fn jump(insn: Insn, label: Option<usize>) -> Option<String> {
     let r = if insn.class() == op::JMP { 'r' } else { 'w' };
-    let condition = match insn.code() {
-        op::JEQ => "==",
-        op::JGT => ">",
-        op::JGE => ">=",
-        op::JSET => "&",
-        op::JNE => "!=",
-        op::JSGT => "s>",
-        op::JSGE => "s>=",
-        op::JLT => "<",
-        op::JLE => "<=",
-        op::JSLT => "s<",
-        op::JSLE => "s<=",
-        _ => return unconditional(insn, label),
+    let Some(condition) = disasm::condition(insn.code()) else {
+        return unconditional(insn, label);
     };
     let second = operand(insn, r)?;
     Some(format!("if {r}{} {condition} {second} goto l{}", insn.dst, label?))

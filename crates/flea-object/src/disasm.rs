@@ -73,6 +73,35 @@ fn fmt_alu(insn: &Insn, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     let (dst, src, imm) = (insn.dst, insn.src, insn.imm);
     let signed = insn.off == 1;
     let operator = match insn.code() {
+        op::MOV if insn.is_source_register() && insn.off != 0 => {
+            return write!(f, "{r}{dst} = (s{}){r}{src}", insn.off);
+        }
+        op::NEG => return write!(f, "{r}{dst} = -{r}{dst}"),
+        op::END => {
+            let name = match (wide, insn.is_source_register()) {
+                (true, _) => "bswap",
+                (false, false) => "le",
+                (false, true) => "be",
+            };
+            return write!(f, "r{dst} = {name}{imm} r{dst}");
+        }
+        code => match assignment(code, signed) {
+            Some(operator) => operator,
+            None => return fmt_unknown(insn, f),
+        },
+    };
+    if insn.is_source_register() {
+        write!(f, "{r}{dst} {operator} {r}{src}")
+    } else {
+        write!(f, "{r}{dst} {operator} {imm}")
+    }
+}
+
+/// The operator of an arithmetic instruction with two operands, by [`Insn::code`]; `signed` ones
+/// divide so.
+#[must_use]
+pub fn assignment(code: u8, signed: bool) -> Option<&'static str> {
+    Some(match code {
         op::ADD => "+=",
         op::SUB => "-=",
         op::MUL => "*=",
@@ -85,32 +114,16 @@ fn fmt_alu(insn: &Insn, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         op::MOD if signed => "s%=",
         op::MOD => "%=",
         op::XOR => "^=",
-        op::MOV if insn.is_source_register() && insn.off != 0 => {
-            return write!(f, "{r}{dst} = (s{}){r}{src}", insn.off);
-        }
         op::MOV => "=",
         op::ARSH => "s>>=",
-        op::NEG => return write!(f, "{r}{dst} = -{r}{dst}"),
-        op::END => {
-            let name = match (wide, insn.is_source_register()) {
-                (true, _) => "bswap",
-                (false, false) => "le",
-                (false, true) => "be",
-            };
-            return write!(f, "r{dst} = {name}{imm} r{dst}");
-        }
-        _ => return fmt_unknown(insn, f),
-    };
-    if insn.is_source_register() {
-        write!(f, "{r}{dst} {operator} {r}{src}")
-    } else {
-        write!(f, "{r}{dst} {operator} {imm}")
-    }
+        _ => return None,
+    })
 }
 
-fn fmt_jump(insn: &Insn, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-    let r = if insn.class() == op::JMP { 'r' } else { 'w' };
-    let operator = match insn.code() {
+/// The comparison of a conditional jump, by [`Insn::code`].
+#[must_use]
+pub fn condition(code: u8) -> Option<&'static str> {
+    Some(match code {
         op::JEQ => "==",
         op::JGT => ">",
         op::JGE => ">=",
@@ -122,8 +135,13 @@ fn fmt_jump(insn: &Insn, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         op::JLE => "<=",
         op::JSLT => "s<",
         op::JSLE => "s<=",
-        _ => return fmt_unconditional(insn, f),
-    };
+        _ => return None,
+    })
+}
+
+fn fmt_jump(insn: &Insn, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    let r = if insn.class() == op::JMP { 'r' } else { 'w' };
+    let Some(operator) = condition(insn.code()) else { return fmt_unconditional(insn, f) };
     let (dst, src, off) = (insn.dst, insn.src, insn.off);
     if insn.is_source_register() {
         write!(f, "if {r}{dst} {operator} {r}{src} goto pc{off:+}")
