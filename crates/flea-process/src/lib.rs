@@ -12,8 +12,10 @@
 compile_error!("flea-process knows Linux on x86-64 only");
 
 mod apart;
+mod batch;
 mod frozen;
 mod gap;
+mod hurry;
 mod maps;
 mod memory;
 mod proc;
@@ -23,6 +25,7 @@ mod seize;
 mod sigtrap;
 mod spawn;
 mod survey;
+mod text_log;
 mod thread;
 mod tracer;
 mod traps;

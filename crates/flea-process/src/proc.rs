@@ -274,6 +274,14 @@ pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
     }
 }
 
+/// How often a thread has been given a CPU, where the kernel counts that. One that has the same
+/// number later has not run in between.
+pub fn n_runs(pid: Pid, tid: Tid) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+    // Time on a CPU, time waited for one, and the number. All are 0 where nothing is counted.
+    text.split_whitespace().nth(2)?.parse().ok().filter(|&n| n > 0)
+}
+
 /// Reads the auxiliary vector.
 pub fn auxv(pid: Pid) -> Result<AuxVector, ProcError> {
     let path = format!("/proc/{pid}/auxv");

@@ -14,11 +14,12 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 
 use crate::apart::in_own_process;
+use crate::hurry::hurry;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, Tid};
 use crate::ptrace;
 use crate::thread::on_own_thread;
-use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer, hurry};
+use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer};
 
 /// Name of the tracer thread: by it, another flea knows to wait instead of giving up.
 pub const TRACER_THREAD_NAME: &str = "flea-tracer";
@@ -182,6 +183,7 @@ fn seize_from<R: Send>(
         debug_assert!(blocked.is_ok(), "the arguments are valid");
         hurry();
         let seized = attach(pid).map(|mut tracer| {
+            tracer.hears_stops = matches!(place, Place::Apart);
             let work = work.take().expect("a target is seized once");
             let result = work(&mut tracer);
             tracer.leave();
@@ -390,7 +392,7 @@ impl Tracer {
         // Where closing the window fails, the process has ended.
         drop(self.disarm());
         let until = Instant::now() + LEAVE_PATIENCE;
-        let mut pace = Pace::default();
+        let mut pace = self.pace();
         loop {
             let pumped: Result<(), TraceError> = self.pump();
             let outstanding = self.tasks.values().any(|task| task.interrupted);
