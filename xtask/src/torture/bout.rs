@@ -1,6 +1,7 @@
 //! One bout: one target, traced and disturbed at random for some seconds. What all that takes
 //! part in it shares: the end, the first failure, the numbers.
 
+use std::collections::VecDeque;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -13,6 +14,9 @@ use super::machine::{Excuses, Machine};
 pub const HANG: Duration = Duration::from_secs(1);
 /// What its answers may take more, for what the control does not see.
 const MARGIN: Duration = Duration::from_millis(100);
+
+/// What is kept of what was done.
+const MAX_EVENTS: usize = 200;
 
 /// What a bout did.
 #[derive(Default, Debug)]
@@ -95,6 +99,8 @@ pub struct Bout<'a> {
     machine: &'a Machine,
     stops: Excuses,
     deadline: Instant,
+    /// What was done last, and when.
+    events: Mutex<VecDeque<(Instant, Instant, String)>>,
     stop: AtomicBool,
     failure: Mutex<Option<String>>,
 }
@@ -118,6 +124,7 @@ impl<'a> Bout<'a> {
             machine,
             stops: Excuses::default(),
             deadline: Instant::now() + length,
+            events: Mutex::default(),
             stop: AtomicBool::new(false),
             failure: Mutex::default(),
         }
@@ -174,6 +181,24 @@ impl<'a> Bout<'a> {
         }
     }
 
+    /// Does something that a failure's description may have to name.
+    pub fn event<R>(&self, what: impl FnOnce() -> String, work: impl FnOnce() -> R) -> R {
+        let from = Instant::now();
+        let result = work();
+        let mut events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        if events.len() == MAX_EVENTS {
+            events.pop_front();
+        }
+        events.push_back((from, Instant::now(), what()));
+        result
+    }
+
+    fn events_within(&self, from: Instant, to: Instant) -> Vec<String> {
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let inside = events.iter().filter(|event| event.0 < to && event.1 > from);
+        inside.map(|(a, b, what)| format!("{what} ({:.0?})", *b - *a)).collect()
+    }
+
     /// The target was stopped by us, and is excused.
     pub fn was_stopped(&self, from: Instant, to: Instant) {
         self.stops.add(from, to);
@@ -188,14 +213,20 @@ impl<'a> Bout<'a> {
     /// The target did nothing from `from` to `to`: fails where that is a hang.
     pub fn waited(&self, what: &str, from: Instant, to: Instant) {
         let took = to - from;
+        if took < HANG / 4 {
+            let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+            self.numbers.longest_us.fetch_max(took_us, Ordering::Relaxed);
+            return;
+        }
         let (machine, stopped) = (self.machine.stalled(from, to), self.stops.within(from, to));
         let own = took.saturating_sub(machine).saturating_sub(stopped);
         let own_us = u64::try_from(own.as_micros()).unwrap_or(u64::MAX);
         self.numbers.longest_us.fetch_max(own_us, Ordering::Relaxed);
         if own > HANG + MARGIN {
             self.fail(format!(
-                "{what} took {took:.1?}, of which the machine stalled {machine:.1?} and the target \
-                 was stopped {stopped:.1?}: over a second is a hang"
+                "{what} took {took:.1?}, of which the machine was not there for {machine:.1?} and the \
+                 target was stopped for {stopped:.1?}: over a second is a hang. Meanwhile: {}",
+                self.events_within(from, to).join("; ")
             ));
         }
     }

@@ -83,9 +83,11 @@ impl<'a> Commands<'a> {
         let mut words = self.words();
         words.extend(["-p".into(), pid.to_string()]);
         words.extend(["--json".into(), "--output".into(), "/dev/null".into()]);
+        let bout = self.bout;
+        let name = words.join(" ");
         match self.random.below(10) {
-            0..4 => self.kill(&words),
-            4..8 => self.interrupt(&words, pid),
+            0..4 => bout.event(|| format!("killed {name}"), || self.kill(&words)),
+            4..8 => bout.event(|| name, || self.interrupt(&words, pid)),
             _ => {
                 let span = self.random.time(LONGEST).as_secs_f64();
                 words.extend(["--duration".into(), format!("{span:.3}")]);

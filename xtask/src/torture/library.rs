@@ -100,13 +100,17 @@ impl<'a> Library<'a> {
         }
         let names: Vec<_> = functions.iter().take(5).map(Function::name).collect();
         let what = || format!("{} functions of {pid}: {names:?}", functions.len());
-        let mut attached = match self.random.below(10) {
-            0..5 => Attached::Count(Count::start(&session, &functions).with_context(what)?),
-            5..8 => Attached::Histograms(
-                Histograms::of_duration(&session, &functions).with_context(what)?,
-            ),
-            _ => Attached::Trace(Trace::start(&session, &functions).with_context(what)?),
+        let kind = self.random.below(10);
+        let start = || -> Result<Attached> {
+            Ok(match kind {
+                0..5 => Attached::Count(Count::start(&session, &functions).with_context(what)?),
+                5..8 => Attached::Histograms(
+                    Histograms::of_duration(&session, &functions).with_context(what)?,
+                ),
+                _ => Attached::Trace(Trace::start(&session, &functions).with_context(what)?),
+            })
         };
+        let mut attached = self.bout.event(|| format!("attach {}", what()), start)?;
         let pause = self.random.time(LONGEST);
         let begun = Instant::now();
         while self.bout.goes_on() && begun.elapsed() < pause {
@@ -115,7 +119,8 @@ impl<'a> Library<'a> {
             }
             self.bout.sleep(pause / 8);
         }
-        let n = attached.detach().with_context(what)?;
+        let n = self.bout.event(|| format!("detach {}", what()), || attached.detach());
+        let n = n.with_context(what)?;
         Numbers::add(&self.bout.numbers.n_swaps, 2 * n as u64);
         Ok(())
     }

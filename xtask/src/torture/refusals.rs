@@ -10,6 +10,7 @@ const KNOWN: &[(&str, &str)] = &[
     ("nothing like that is attached", "another took it off before"),
     ("nothing was changed", "no function of the pattern can be attached to"),
     ("matches", "a library that is not loaded at the moment has no functions"),
+    ("another flea (thread", "it waited ten seconds for its turn, on a busy machine"),
     ("not attached:", "some functions cannot be attached to"),
     ("program runs were skipped", "a signal handler ran inside a program"),
     ("calls were entered and have not returned", "exceptions, and calls that go on"),
