@@ -20,7 +20,7 @@ usage: cargo xtask ci                         format, lints, tests, documentatio
        cargo xtask fuzz [--minutes N] [--only kernel|interpreter|prevail|bytes|elf] [--seed S]
                                               random input, with the kernel and others as judges
        cargo xtask torture [--minutes N] [--seed S] [--only redis|cpp|postgres|rust] [--flea PATH]
-                           [--seconds N] [--bout SECONDS] [--without PART]
+                           [--seconds N] [--bout SECONDS] [--hang SECONDS] [--without PART]
                                               real programs, traced and disturbed at random
        cargo xtask cycles [--count N]         on and off, with both sides' memory flat
        cargo xtask vectors [--seconds N] FILE.jsonl

@@ -10,9 +10,7 @@ use std::time::{Duration, Instant};
 
 use super::machine::{Excuses, Machine};
 
-/// A target that does not answer for so long hangs.
-pub const HANG: Duration = Duration::from_secs(1);
-/// What its answers may take more, for what the control does not see.
+/// What a target's answers may take more, for what the control does not see.
 const MARGIN: Duration = Duration::from_millis(100);
 
 /// What is kept of what was done.
@@ -97,6 +95,8 @@ pub struct Bout<'a> {
     /// Ctrl-C was pressed.
     interrupted: &'a Arc<AtomicBool>,
     machine: &'a Machine,
+    /// A target that does not answer for so long hangs.
+    hang: Duration,
     stops: Excuses,
     deadline: Instant,
     /// What was done last, and when.
@@ -106,11 +106,11 @@ pub struct Bout<'a> {
 }
 
 impl<'a> Bout<'a> {
-    /// One that ends after `length`.
+    /// One that ends after `length`, and in which nobody may wait for longer than `hang`.
     pub fn new(
         seed: u64,
         flea: PathBuf,
-        length: Duration,
+        (length, hang): (Duration, Duration),
         machine: &'a Machine,
         interrupted: &'a Arc<AtomicBool>,
     ) -> Self {
@@ -122,6 +122,7 @@ impl<'a> Bout<'a> {
             n_done: AtomicU64::new(0),
             interrupted,
             machine,
+            hang,
             stops: Excuses::default(),
             deadline: Instant::now() + length,
             events: Mutex::default(),
@@ -213,7 +214,7 @@ impl<'a> Bout<'a> {
     /// The target did nothing from `from` to `to`: fails where that is a hang.
     pub fn waited(&self, what: &str, from: Instant, to: Instant) {
         let took = to - from;
-        if took < HANG / 4 {
+        if took < self.hang / 4 {
             let took_us = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
             self.numbers.longest_us.fetch_max(took_us, Ordering::Relaxed);
             return;
@@ -222,10 +223,11 @@ impl<'a> Bout<'a> {
         let own = took.saturating_sub(machine).saturating_sub(stopped);
         let own_us = u64::try_from(own.as_micros()).unwrap_or(u64::MAX);
         self.numbers.longest_us.fetch_max(own_us, Ordering::Relaxed);
-        if own > HANG + MARGIN {
+        if own > self.hang + MARGIN {
             self.fail(format!(
                 "{what} took {took:.1?}, of which the machine was not there for {machine:.1?} and the \
-                 target was stopped for {stopped:.1?}: over a second is a hang. Meanwhile: {}",
+                 target was stopped for {stopped:.1?}: more than {:.0?} is a hang. Meanwhile: {}",
+                self.hang,
                 self.events_within(from, to).join("; ")
             ));
         }

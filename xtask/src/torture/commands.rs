@@ -106,7 +106,7 @@ impl<'a> Commands<'a> {
         let mut attached = 0;
         if self.random.percent(30) {
             // While it takes its programs off.
-            attached = self.wait_attached(&mut running)?.unwrap_or_default();
+            attached = self.wait_attached(&mut running, &mut Vec::new())?.unwrap_or_default();
             let pause = self.random.time(LONGEST);
             self.bout.sleep(pause);
             // One that was refused has ended.
@@ -133,7 +133,8 @@ impl<'a> Commands<'a> {
     fn interrupt(&mut self, words: &[String], pid: Pid) -> Result<()> {
         let begun = Instant::now();
         let mut running = self.start(words)?;
-        let attached = self.wait_attached(&mut running)?;
+        let mut said = Vec::new();
+        let attached = self.wait_attached(&mut running, &mut said)?;
         if attached.is_some() {
             self.lifetime = begun.elapsed().min(Duration::from_secs(20));
             let pause = self.random.time(LONGEST);
@@ -142,20 +143,18 @@ impl<'a> Commands<'a> {
             let _ = running.signal(Signal::SIGINT);
         }
         let status = running.wait_within(PATIENCE).with_context(|| words.join(" "))?;
-        self.judge(words, pid, status, &running.rest_of_stderr())?;
+        said.extend(running.rest_of_stderr());
+        self.judge(words, pid, status, &said)?;
         Numbers::add(&self.bout.numbers.n_swaps, 2 * attached.unwrap_or_default());
         Ok(())
     }
 
     /// How many functions it has attached to; nothing where it ended without.
-    fn wait_attached(&self, running: &mut Running) -> Result<Option<u64>> {
+    fn wait_attached(&self, running: &mut Running, said: &mut Vec<String>) -> Result<Option<u64>> {
         let begun = Instant::now();
-        let mut said = Vec::new();
         while begun.elapsed() < PATIENCE {
             let Ok(line) = running.stderr_line_within(Duration::from_millis(200)) else {
                 if running.wait_within(Duration::ZERO).is_ok() {
-                    // What it said counts as refused; the caller judges the exit code.
-                    self.refusals.note(&said);
                     return Ok(None);
                 }
                 continue;
@@ -201,7 +200,7 @@ impl<'a> Commands<'a> {
         if status.code() == Some(0) || !is_alive(pid) {
             return Ok(());
         }
-        let refused = status.code() == Some(1) && self.refusals.all_known(said);
+        let refused = status.code() == Some(1) && !said.is_empty() && self.refusals.all_known(said);
         ensure!(refused, "`flea {}` ended with {status}: {said:?}", words.join(" "));
         Ok(())
     }

@@ -69,7 +69,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     ensure!(n_cycles > 0, "at least one cycle");
     let interrupted = interrupted()?;
     let program = try_build(Fixture::Spin)?.context("no C compiler")?;
-    let mut target = Running::start(Command::new(program).arg("2"))?;
+    let mut target = Running::start_group(Command::new(program).arg("2"))?;
     target.expect_line("ready")?;
     let pid = target.pid().cast_signed();
     let session = Session::attach(pid)?;

@@ -68,7 +68,8 @@ struct Share {
 impl Machine {
     /// Starts the control.
     pub fn watch() -> Result<Self> {
-        let echo = Running::start(&mut Command::new("cat")).context("starting the control")?;
+        let echo =
+            Running::start_group(&mut Command::new("cat")).context("starting the control")?;
         let mut machine = Self {
             stalls: Arc::default(),
             lost: Arc::default(),

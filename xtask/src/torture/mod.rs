@@ -49,6 +49,8 @@ use self::target::Target;
 
 /// How long a bout lasts, unless the whole run is shorter.
 const BOUT: Duration = Duration::from_secs(30);
+/// A target that does not answer for so long hangs, unless it is said otherwise.
+const HANG: Duration = Duration::from_secs(1);
 /// Controllers that are commands.
 const N_COMMANDS: u64 = 3;
 /// All targets, in their order.
@@ -57,6 +59,7 @@ const TARGETS: &[&str] = &["redis", "cpp", "postgres", "rust"];
 struct Options {
     length: Duration,
     bout: Duration,
+    hang: Duration,
     seed: u64,
     only: Option<String>,
     without: Vec<String>,
@@ -68,6 +71,7 @@ fn parse(args: &[&str]) -> Result<Options> {
     let mut options = Options {
         length: BOUT * 4,
         bout: BOUT,
+        hang: HANG,
         seed: now.as_secs(),
         only: None,
         without: Vec::new(),
@@ -77,11 +81,10 @@ fn parse(args: &[&str]) -> Result<Options> {
     while let Some(arg) = args.next() {
         let mut value = || args.next().with_context(|| format!("{arg} takes a value"));
         match *arg {
-            "--minutes" => {
-                options.length = Duration::try_from_secs_f64(value()?.parse::<f64>()? * 60.0)?
-            }
-            "--seconds" => options.length = Duration::try_from_secs_f64(value()?.parse()?)?,
-            "--bout" => options.bout = Duration::try_from_secs_f64(value()?.parse()?)?,
+            "--minutes" => options.length = seconds(value()?)? * 60,
+            "--seconds" => options.length = seconds(value()?)?,
+            "--bout" => options.bout = seconds(value()?)?,
+            "--hang" => options.hang = seconds(value()?)?,
             "--seed" => options.seed = value()?.parse()?,
             "--only" => options.only = Some((*value()?).to_owned()),
             "--without" => options.without.push((*value()?).to_owned()),
@@ -99,6 +102,11 @@ fn parse(args: &[&str]) -> Result<Options> {
     }
     options.flea = options.flea.canonicalize()?;
     Ok(options)
+}
+
+fn seconds(text: &str) -> Result<Duration> {
+    let seconds: f64 = text.parse().with_context(|| format!("a number, not {text:?}"))?;
+    Ok(Duration::try_from_secs_f64(seconds)?)
 }
 
 /// The command of the same build.
@@ -146,7 +154,13 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     let mut seed = options.seed;
     while begun.elapsed() < options.length && !failed && !interrupted.load(Ordering::Relaxed) {
         for (name, total) in targets.iter().zip(&totals) {
-            let bout = Bout::new(seed, options.flea.clone(), length, &machine, &interrupted);
+            let bout = Bout::new(
+                seed,
+                options.flea.clone(),
+                (length, options.hang),
+                &machine,
+                &interrupted,
+            );
             let Some(outcome) = one(&bout, name, &options.without, &refusals) else { continue };
             total.join(&bout.numbers);
             if let Err(failure) = outcome {

@@ -310,7 +310,7 @@ impl Target for Postgres {
         let status = running.wait().context("postgres after SIGINT")?;
         let said = running.rest_of_stderr();
         ensure!(status.success(), "postgres ended with {status}: {said:?}");
-        let marks = ["terminated by signal", "PANIC", "exited with exit code"];
+        let marks = ["terminated by signal", "PANIC", "server process (PID"];
         let crash = said.iter().find(|line| marks.iter().any(|mark| line.contains(mark)));
         ensure!(crash.is_none(), "postgres said {crash:?}");
         Ok(())

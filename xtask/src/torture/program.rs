@@ -78,7 +78,7 @@ impl Program {
     pub fn start(fixture: Fixture, without: &[String]) -> Result<Option<Self>> {
         let Some(path) = try_build(fixture)? else { return Ok(None) };
         let without = without.iter().map(|name| format!("without-{name}"));
-        let mut running = Running::start(Command::new(&path).args(without))?;
+        let mut running = Running::start_group(Command::new(&path).args(without))?;
         running.expect_line("ready")?;
         let pid = running.pid().cast_signed();
         let (running, calls, last) = (Mutex::new(running), Calls::default(), Mutex::default());

@@ -22,8 +22,7 @@ const KNOWN: &[(&str, &str)] = &[
 pub struct Refusals(Mutex<BTreeMap<&'static str, u64>>);
 
 impl Refusals {
-    /// Counts what was said.
-    pub fn note(&self, said: &[String]) {
+    fn note(&self, said: &[String]) {
         for line in said {
             if let Some((part, _)) = KNOWN.iter().find(|(part, _)| line.contains(part)) {
                 let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
