@@ -11,6 +11,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -231,6 +232,7 @@ int main(int argc, char **argv) {
     ep = epoll_create1(0);
     struct epoll_event e = {EPOLLIN, {0}};
     epoll_ctl(ep, EPOLL_CTL_ADD, pipe_fds[0], &e);
+    unshare(CLONE_NEWIPC); /* where it may: then nothing outlives a kill */
     sem = semget(IPC_PRIVATE, 1, 0600);
     msgq = msgget(IPC_PRIVATE, 0600);
     full_msgq = msgget(IPC_PRIVATE, 0600);

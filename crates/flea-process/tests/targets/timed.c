@@ -15,6 +15,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -206,6 +207,7 @@ int main(int argc, char **argv)
     wait_time = (struct timespec){ms / 1000, ms % 1000 * 1000000L};
     const_time = mmap(NULL, 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     *const_time = wait_time;
+    unshare(CLONE_NEWIPC); /* where it may: then nothing outlives a kill */
     sem = semget(IPC_PRIVATE, 1, 0600);
     ep = epoll_create1(0);
     if (mprotect(const_time, 4096, PROT_READ) || pipe(pipe_fds) || sem < 0 || ep < 0)
