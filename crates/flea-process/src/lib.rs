@@ -19,6 +19,7 @@ mod memory;
 mod proc;
 mod ptrace;
 mod remote;
+mod restart;
 mod seize;
 mod sigtrap;
 mod spawn;
