@@ -19,6 +19,7 @@ mod memory;
 mod proc;
 mod ptrace;
 mod remote;
+mod seccomp;
 mod seize;
 mod sigtrap;
 mod spawn;
@@ -37,9 +38,11 @@ pub use memory::{Memory, MemoryError};
 pub use nix::errno::Errno;
 pub use proc::{
     AuxVector, Pid, ProcError, SignalSet, Status, Tid, Whereabouts, auxv, check_traceable, comm,
-    exe, maps, may_use_shadow_stack, module_file_path, status, thread_status, threads, whereabouts,
+    exe, maps, may_use_shadow_stack, module_file_path, stand_in, status, thread_status, threads,
+    whereabouts,
 };
 pub use remote::{Borrowed, MapRequest, RemoteError};
+pub use seccomp::{SeccompMode, SystemCall, Verdict};
 pub use seize::{SeizeError, TRACER_THREAD_NAME, seize};
 pub use spawn::{Exit, SpawnError, Spawned, spawn};
 pub use survey::{Holder, StackWord};

@@ -170,6 +170,9 @@ pub enum RemoteError {
     /// A system call made in the target.
     #[error("setting up memory in the target: {0}; nothing was attached")]
     Call(#[from] flea_process::RemoteError),
+    /// What is to be attached would not live with the target's seccomp filters.
+    #[error("{0}; nothing was attached")]
+    Seccomp(#[source] flea_process::RemoteError),
     /// Tracing it.
     #[error(transparent)]
     Trace(#[from] flea_process::TraceError),

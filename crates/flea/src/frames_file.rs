@@ -81,7 +81,8 @@ fn write_draft(path: &Path) -> io::Result<()> {
 pub(crate) fn usable(pid: Pid) -> Option<PathBuf> {
     let path = path();
     let in_root = path.strip_prefix("/").ok()?;
-    let seen = Path::new("/proc").join(pid.to_string()).join("root").join(in_root);
+    let seen =
+        Path::new("/proc").join(flea_process::stand_in(pid).to_string()).join("root").join(in_root);
     (path.file_name()? == NAME && is_frames_file(&seen).unwrap_or(false)).then_some(path)
 }
 

@@ -97,19 +97,17 @@ pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
     for mapping in flea_process::maps(pid)? {
         let path = mapping.path.clone();
         let is_ours = Path::new(&path).file_name().is_some_and(|name| name == frames_file::NAME);
-        if !mapping.perms.execute
-            || !path.starts_with('/')
-            || path.starts_with("/memfd:")
-            || is_ours
-        {
+        let is_main = path == main;
+        // A program may be executed from a memfd; what else is in one is no module with a name.
+        let is_no_file = !path.starts_with('/') || path.starts_with("/memfd:") && !is_main;
+        if !mapping.perms.execute || is_no_file || is_ours {
             continue;
         }
         if modules.iter().any(|m| m.mapping.same_file(&mapping)) {
             continue;
         }
-        let is_main = path == main;
         let open_path = if is_main {
-            PathBuf::from(format!("/proc/{pid}/exe"))
+            PathBuf::from(format!("/proc/{}/exe", flea_process::stand_in(pid)))
         } else {
             flea_process::module_file_path(pid, &mapping)?
         };

@@ -46,7 +46,7 @@ use crate::{
     },
     remote::{self, FileGoesTo, Ground},
     session::Inner,
-    unload,
+    system_calls, unload,
     unwinder::{self, Unwinder},
 };
 
@@ -73,7 +73,7 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
 pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
     loop {
         let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
-        match storage.load(&Memory::open(pid)?) {
+        match storage.load(&Memory::open(flea_process::stand_in(pid))?) {
             // The last controller took it away before it was read: there is none now.
             Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
             loaded => return Ok(loaded?),
@@ -141,7 +141,9 @@ pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>,
     for _ in 0..MAX_ATTEMPTS {
         let offsets = ground.frame_offsets;
         let bodies = compile(object, prepared, &offsets)?;
+        let calls = system_calls::of(&bodies, prepared.iter().any(|p| p.stack.may_be_fewer));
         let outcome = seized(pid, |tracer| {
+            tracer.check_system_calls(&calls).map_err(RemoteError::Seccomp)?;
             let ground = Ground::open(tracer).map_err(AttachError::Remote)?;
             let now = Lay::of(&ground.registry, prepared);
             if now.frame_offsets != offsets {
