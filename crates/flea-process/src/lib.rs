@@ -12,6 +12,7 @@
 compile_error!("flea-process knows Linux on x86-64 only");
 
 mod apart;
+mod cgroup;
 mod frozen;
 mod gap;
 mod maps;
@@ -31,6 +32,7 @@ mod watch;
 mod window;
 mod x86_64;
 
+pub use cgroup::{MemoryLeft, memory_left};
 pub use frozen::FrozenThread;
 pub use gap::{GapError, find_gap};
 pub use maps::{Mapping, Perms, parse_maps};

@@ -12,7 +12,7 @@ use std::{
 use flea_image::frames_file::{FILE_BYTES, HEAD_BYTES};
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_load::{Protection, SharedObject};
-use flea_process::{Borrowed, MapRequest, Memory, Pid, Tracer};
+use flea_process::{Borrowed, MapRequest, Memory, MemoryLeft, Pid, Tracer};
 use flea_symbols::addr::RemoteAddr;
 
 use crate::{
@@ -23,6 +23,8 @@ use crate::{
 
 /// Bytes of the first code arena near a module; later ones are twice as large.
 const CODE_ARENA_BYTES: u64 = 2 << 20;
+/// What the runtime, a small registry and the kernel's own tables for them take, and some more.
+const GROUND_BYTES: u64 = 1 << 20;
 /// `MADV_WIPEONFORK`: a forked child's thread table is empty.
 const MADV_WIPEONFORK: u64 = 18;
 /// `MADV_DONTDUMP`: the registry's and the arenas' sparse gigabytes are not for core files.
@@ -43,6 +45,18 @@ pub(crate) struct Ground<'t> {
     pub(crate) registry: Registry,
     /// What is in `storage`, as far as we know.
     stored: Option<Registry>,
+}
+
+/// Fails where `bytes` more of memory, and what our ground takes, might be more than the target's
+/// control group has left: the kernel would kill the target for it.
+pub(crate) fn check_memory_limit(pid: Pid, bytes: u64) -> Result<(), RemoteError> {
+    let needed = bytes.saturating_add(GROUND_BYTES);
+    match flea_process::memory_left(pid) {
+        Some(MemoryLeft { bytes: left, group }) if left < needed => {
+            Err(RemoteError::MemoryLimit { pid, left, needed, group })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Where the registry of process `pid` is, if it has one.
