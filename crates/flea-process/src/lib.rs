@@ -13,6 +13,7 @@ compile_error!("flea-process knows Linux on x86-64 only");
 
 mod apart;
 mod cgroup;
+mod files;
 mod frozen;
 mod gap;
 mod maps;
@@ -33,6 +34,7 @@ mod window;
 mod x86_64;
 
 pub use cgroup::{MemoryLeft, memory_left};
+pub use files::{open_new_memfd, open_regular};
 pub use frozen::FrozenThread;
 pub use gap::{GapError, find_gap};
 pub use maps::{Mapping, Perms, parse_maps};

@@ -318,7 +318,8 @@ pub fn module_file_path(pid: Pid, mapping: &Mapping) -> Result<PathBuf, ProcErro
     use std::os::unix::fs::MetadataExt;
     let pid = stand_in(pid);
     let exact = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start.0, mapping.end.0);
-    let reason = match fs::File::open(&exact) {
+    // Following the link is what takes the right.
+    let reason = match fs::metadata(&exact) {
         Ok(_) => return Ok(exact.into()),
         Err(reason) => reason,
     };

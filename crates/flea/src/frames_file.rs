@@ -88,7 +88,7 @@ pub(crate) fn usable(pid: Pid) -> Option<PathBuf> {
 
 fn is_frames_file(path: &Path) -> io::Result<bool> {
     const WRITABLE_BY_OTHERS: u32 = 0o022;
-    let file = File::open(path)?;
+    let file = flea_process::open_regular(path)?;
     let metadata = file.metadata()?;
     let fits = metadata.is_file()
         && metadata.len() == FILE_BYTES

@@ -2,7 +2,7 @@
 //! on first use, given back when nothing is left in it.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     os::{
         fd::{IntoRawFd as _, RawFd},
         unix::ffi::OsStrExt as _,
@@ -459,11 +459,7 @@ impl NewFile {
     ) -> Result<Result<File, RemoteError>, flea_process::RemoteError> {
         // Opened by the thread that has it. It is sized by us: the target may have a limit for
         // files (RLIMIT_FSIZE), of which it would be told by a signal that kills.
-        let path = format!("/proc/{}/fd/{fd}", thread.tid());
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(path)
+        let file = flea_process::open_new_memfd(thread.tid(), fd)
             .and_then(|file| file.set_len(self.size_bytes).map(|()| file));
         let file = match file {
             Ok(file) => file,
