@@ -30,8 +30,8 @@ use flea_symbols::addr::RemoteAddr;
 
 use crate::{
     error::RemoteError,
+    host::Host,
     registry::{MAPS_PATH, Retired},
-    remote::Ground,
 };
 
 /// Writable memory that is read for words, at most. A larger target keeps what it has of
@@ -40,11 +40,11 @@ const MAX_SCAN_BYTES: u64 = 8 << 30;
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// Frees what can be freed. The caller stores the registry.
-pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
-    if ground.registry.retired.is_empty() {
+pub(crate) fn run<H: Host>(ground: &mut H) -> Result<(), RemoteError> {
+    if ground.registry().retired.is_empty() {
         return Ok(());
     }
-    let mut retired = std::mem::take(&mut ground.registry.retired);
+    let mut retired = std::mem::take(&mut ground.registry_mut().retired);
     retired.sort_unstable_by_key(|r| r.code.at);
     let ranges: Vec<_> = retired.iter().map(code_range).collect();
     let n = ranges.len();
@@ -60,9 +60,9 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
     keep_called(&retired, &mut in_use);
     for (one, used) in retired.into_iter().zip(in_use) {
         if used {
-            ground.registry.retired.push(one);
+            ground.registry_mut().retired.push(one);
         } else {
-            ground.registry.unplace(one.code);
+            ground.registry_mut().unplace(one.code);
         }
     }
     Ok(())
@@ -102,16 +102,16 @@ fn mark(ranges: &[Range<RemoteAddr>], in_use: &mut [bool], value: RemoteAddr) {
 }
 
 /// Step 1.
-fn search_threads(
-    ground: &mut Ground<'_>,
+fn search_threads<H: Host>(
+    ground: &mut H,
     uses: &mut Uses<'_>,
     retired: &[Retired],
 ) -> Result<(), RemoteError> {
-    let maps = flea_process::maps(ground.tracer.pid())?;
+    let maps = ground.maps()?;
     let vdso = maps.iter().filter(|m| m.path == "[vdso]").map(|m| m.start..m.end);
-    let arenas = ground.registry.code.iter();
+    let arenas = ground.registry().code.iter();
     let arenas = arenas.map(|a| a.base..RemoteAddr(a.base.0.saturating_add(a.size_bytes)));
-    let words = ground.tracer.words_on_stacks(&vdso.chain(arenas).collect::<Vec<_>>())?;
+    let words = ground.words_on_stacks(&vdso.chain(arenas).collect::<Vec<_>>())?;
     let executes = words.iter().filter(|word| !matches!(word.holder, Holder::Stack(_)));
     let inside: HashSet<_> = executes.map(|word| word.tid).collect();
     let returns: HashSet<RemoteAddr> = retired.iter().filter_map(|r| r.returns_to).collect();
@@ -135,8 +135,8 @@ fn keep_called(retired: &[Retired], in_use: &mut [bool]) {
 }
 
 /// Step 2: marks everything that the original returns to, or that a signal interrupted.
-fn scan_memory(
-    ground: &Ground<'_>,
+fn scan_memory<H: Host>(
+    ground: &H,
     uses: &mut Uses<'_>,
     retired: &[Retired],
 ) -> Result<(), RemoteError> {
@@ -145,7 +145,7 @@ fn scan_memory(
         retired.iter().enumerate().filter_map(|(i, r)| Some((r.returns_to?.0, i))).collect();
     let lowest = ranges.iter().map(|r| r.start).min().unwrap_or_default().0;
     let highest = ranges.iter().map(|r| r.end).max().unwrap_or_default().0;
-    let maps = flea_process::maps(ground.tracer.pid())?;
+    let maps = ground.maps()?;
     let mut buffer = vec![0; CHUNK_BYTES];
     let mut n_scanned = 0u64;
     for mapping in maps.iter().filter(|m| may_hold_stacks(m)) {
@@ -155,7 +155,7 @@ fn scan_memory(
         while at < mapping.end {
             let left = mapping.end.0 - at.0;
             let want = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
-            let got = ground.memory().read_prefix(at, &mut buffer[..want]);
+            let got = ground.read_prefix(at, &mut buffer[..want]);
             for chunk in buffer[..got].chunks_exact(8) {
                 let word = u64::from_le_bytes(chunk.try_into().expect("chunks of 8"));
                 if (lowest..=highest).contains(&word)

@@ -12,6 +12,7 @@ use crate::{
     change::{Attached, Change, arenas},
     error::AttachError,
     function::Function,
+    host,
     registry::{Controller, ReplacementState},
     remote::Ground,
     session::Inner,
@@ -60,7 +61,7 @@ pub(crate) fn attach(pid: Pid, request: &Replace<'_>) -> Result<(Handle, Vec<u32
         let outcome = attach_on(&mut ground, request, author);
         if outcome.is_err() {
             // Where nothing else is, nothing stays. What failed first is what is told.
-            let _ = ground.close();
+            let _ = host::close(ground);
         }
         outcome
     })

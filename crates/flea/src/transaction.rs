@@ -37,6 +37,7 @@ use crate::{
     change::{Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all},
     error::{AttachError, LoadError, RemoteError},
     function::Function,
+    host::{self, Host},
     object::{Loaded, Prepared},
     own::{self, HelperError},
     reclaim,
@@ -95,7 +96,7 @@ pub(crate) fn create_arena(
         let added = ground.add_data_arena(size_bytes, goes_to, owner);
         if added.is_err() {
             // Where nothing else is, nothing stays. What failed first is what is told.
-            let _ = ground.close();
+            let _ = host::close(ground);
         }
         Ok(added?)
     })?;
@@ -126,8 +127,8 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
         settle(&mut ground)?;
         tidy(&mut ground)?;
         unload::run(&mut ground)?;
-        ground.unmap_released()?;
-        Ok(ground.close()?)
+        host::unmap_released(&mut ground)?;
+        Ok(host::close(ground)?)
     });
 }
 
@@ -235,8 +236,8 @@ pub(crate) fn take_off(
             let pause = (since.elapsed() / 4).max(Duration::from_millis(1));
             ground.tracer.wait_a_moment(pause).map_err(RemoteError::from)?;
         }
-        ground.unmap_released()?;
-        Ok(ground.close()?)
+        host::unmap_released(&mut ground)?;
+        Ok(host::close(ground)?)
     })
 }
 
@@ -312,7 +313,7 @@ fn attach_on(
     let runtime = ground.registry.own_runtime().ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
-    let outcome = change(&mut ground, unwinders, |change| {
+    change_and_tidy(&mut ground, unwinders, |change| {
         // Taken out by site and put back at the end: ten thousand of them are looked up.
         let mut functions: BTreeMap<RemoteAddr, FunctionState> =
             change.registry.functions.drain(..).map(|f| (f.site, f)).collect();
@@ -327,18 +328,27 @@ fn attach_on(
         }
         change.registry.functions = functions.into_values().collect();
         Ok(ids)
-    });
+    })
+}
+
+/// Steps 2 to 5, and whatever came of it is written down.
+pub(crate) fn change_and_tidy<H: Host, R>(
+    ground: &mut H,
+    unwinders: &[Unwinder],
+    edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
+) -> Result<R, AttachError> {
+    let outcome = change(ground, unwinders, edit);
     // Also after a failure: unwinders may have been told of frames that do not come.
-    let tidied = tidy(&mut ground).and_then(|()| Ok(ground.store()?));
-    let ids = outcome?;
-    tidied.map(|()| ids)
+    let tidied = tidy(ground).and_then(|()| Ok(ground.store()?));
+    let result = outcome?;
+    tidied.map(|()| result)
 }
 
 /// Step 5: frees what no thread can be in, and leaves unwinders alone once no frame is left
 /// that they have to be told of.
-pub(crate) fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
+pub(crate) fn tidy<H: Host>(ground: &mut H) -> Result<(), AttachError> {
     reclaim::run(ground)?;
-    let registry = &ground.registry;
+    let registry = ground.registry();
     if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames.is_some()) {
         return Ok(());
     }
@@ -348,13 +358,13 @@ pub(crate) fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
 
 /// Steps 2 to 5 for one change of the registry; on failure everything is as before, but that
 /// `unwinders` may have been told of frames.
-pub(crate) fn change<R>(
-    ground: &mut Ground<'_>,
+pub(crate) fn change<H: Host, R>(
+    ground: &mut H,
     unwinders: &[Unwinder],
     mut edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
     for _ in 0..MAX_NEW_ARENAS {
-        let outcome = match unwinder::all_told(&ground.registry, unwinders) {
+        let outcome = match unwinder::all_told(ground.registry(), unwinders) {
             true => change_once(ground, &mut edit),
             false => change_once(ground, |change| change.tell_unwinders(unwinders))
                 .and_then(|()| change_once(ground, &mut edit)),
@@ -364,46 +374,46 @@ pub(crate) fn change<R>(
             outcome => return outcome,
         }
     }
-    let near = ground.registry.code.first().map_or(RemoteAddr(0), |arena| arena.base);
+    let near = ground.registry().code.first().map_or(RemoteAddr(0), |arena| arena.base);
     Err(AttachError::NoRoom { near, bytes: 0 })
 }
 
-fn change_once<R>(
-    ground: &mut Ground<'_>,
+fn change_once<H: Host, R>(
+    ground: &mut H,
     edit: impl FnOnce(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
-    let known_code = read_bodies(&ground.registry, ground.memory())?;
-    let mut change = Change::new(ground.registry.clone(), known_code);
+    let known_code = read_bodies(ground)?;
+    let mut change = Change::new(ground.registry().clone(), known_code);
     let result = edit(&mut change)?;
     change.switch_off();
     carry_out(ground, change)?;
     Ok(result)
 }
 
-fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError> {
-    let before = ground.registry.clone();
+fn carry_out<H: Host>(ground: &mut H, change: Change) -> Result<(), AttachError> {
+    let before = ground.registry().clone();
     let plan = announce(ground, change)?;
-    if let Err(error) = flea_patch::commit(ground.tracer, &plan) {
-        ground.registry = before;
+    if let Err(error) = ground.commit(&plan) {
+        *ground.registry_mut() = before;
         // Where this fails the target has ended, and the commit's reason says more; else
         // `settle` finds out from the sites' bytes.
         let _ = ground.store();
         return Err(error.into());
     }
-    ground.registry.committed();
+    ground.registry_mut().committed();
     Ok(ground.store()?)
 }
 
 /// Steps 2 and 3: all but what the target's threads could notice. What is left is step 4.
-fn announce(ground: &mut Ground<'_>, change: Change) -> Result<Plan, AttachError> {
+fn announce<H: Host>(ground: &mut H, change: Change) -> Result<Plan, AttachError> {
     let Change { mut registry, writes, pokes, retired, .. } = change;
     for (at, bytes) in &writes {
-        ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
+        ground.write(*at, bytes).map_err(RemoteError::from)?;
     }
     // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
     // whoever comes after our death finds the sites' previous bytes first (`settle`).
     registry.retired.extend(retired);
-    ground.registry = registry;
+    *ground.registry_mut() = registry;
     ground.store()?;
     Ok(Plan { pokes })
 }
@@ -416,12 +426,12 @@ fn announce(ground: &mut Ground<'_>, change: Change) -> Result<Plan, AttachError
 /// - Of a library that was closed nothing is left to swap; else nothing attached together with
 ///   a function of it could ever be taken off again. (Where another file has been mapped
 ///   meanwhile, its bytes differ, and nothing is changed.)
-pub(crate) fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
-    let mut registry = std::mem::take(&mut ground.registry);
+pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
+    let mut registry = std::mem::take(ground.registry_mut());
     let mut unfinished = Vec::new();
     for mut f in std::mem::take(&mut registry.functions) {
         let mut now = [0; 5];
-        match ground.memory().read(f.site, &mut now) {
+        match ground.read(f.site, &mut now) {
             Err(MemoryError::Unmapped { .. }) => {
                 registry.retired.extend(retire_all(f));
                 continue;
@@ -435,24 +445,24 @@ pub(crate) fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
         }
         registry.functions.push(f);
     }
-    let to_throw = forget_thrown(&mut registry, ground.memory());
-    ground.registry = registry;
+    let to_throw = forget_thrown(&mut registry, ground);
+    *ground.registry_mut() = registry;
     if unfinished.is_empty() && !to_throw {
-        ground.registry.committed();
+        ground.registry_mut().committed();
         return Ok(());
     }
     change(ground, &[], |change| unfinished.iter().try_for_each(|site| change.relink_site(*site)))
 }
 
 /// Drops the switches that were thrown; whether there are others that should have been.
-fn forget_thrown(registry: &mut Registry, memory: &Memory) -> bool {
+fn forget_thrown<H: Host>(registry: &mut Registry, ground: &H) -> bool {
     let attached = registry.body_ids();
     let mut to_throw = false;
     for retired in &mut registry.retired {
         retired.switches.retain(|switch| {
             let mut now = [0; 5];
             let gone = !attached.contains(&switch.body);
-            let thrown = gone && memory.read(switch.at, &mut now).is_ok() && now == switch.new;
+            let thrown = gone && ground.read(switch.at, &mut now).is_ok() && now == switch.new;
             to_throw |= gone && !thrown;
             !thrown
         });
@@ -462,12 +472,12 @@ fn forget_thrown(registry: &mut Registry, memory: &Memory) -> bool {
 
 /// A controller that died between the two writes that open or close a function's door left
 /// bytes behind it that nobody gets to: they are put back. Whether that was so.
-fn close_up(ground: &Ground<'_>, f: &mut FunctionState) -> Result<bool, AttachError> {
+fn close_up<H: Host>(ground: &H, f: &mut FunctionState) -> Result<bool, AttachError> {
     let Some((door, closed, _)) = f.door() else { return Ok(false) };
     let mut now = [0; 2];
-    ground.memory().read(door, &mut now).map_err(RemoteError::from)?;
+    ground.read(door, &mut now).map_err(RemoteError::from)?;
     if now == closed && f.patched[..] != f.original[..5] {
-        ground.memory().write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
+        ground.write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
         f.patched.copy_from_slice(&f.original[..5]);
         return Ok(true);
     }
@@ -475,15 +485,12 @@ fn close_up(ground: &Ground<'_>, f: &mut FunctionState) -> Result<bool, AttachEr
 }
 
 /// The bytes of all bodies: a new skeleton may hold copies of them.
-fn read_bodies(
-    registry: &Registry,
-    memory: &Memory,
-) -> Result<HashMap<RemoteAddr, Vec<u8>>, AttachError> {
+fn read_bodies<H: Host>(ground: &H) -> Result<HashMap<RemoteAddr, Vec<u8>>, AttachError> {
     let mut known = HashMap::new();
-    for body in registry.functions.iter().flat_map(|f| &f.bodies) {
+    for body in ground.registry().functions.iter().flat_map(|f| &f.bodies) {
         for placed in body.placed() {
-            let bytes =
-                memory.read_vec(placed.at, placed.len as usize).map_err(RemoteError::from)?;
+            let mut bytes = vec![0; placed.len as usize];
+            ground.read(placed.at, &mut bytes).map_err(RemoteError::from)?;
             known.insert(placed.at, bytes);
         }
     }
