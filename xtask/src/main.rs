@@ -5,6 +5,7 @@ mod bench;
 mod ci;
 mod fixtures;
 mod fuzz;
+mod simulate;
 mod vectors;
 
 use std::process::ExitCode;
@@ -18,6 +19,8 @@ usage: cargo xtask ci                         format, lints, tests, documentatio
                                               what a hit costs, side by side
        cargo xtask fuzz [--minutes N] [--only kernel|interpreter|prevail|bytes|elf] [--seed S]
                                               random input, with the kernel and others as judges
+       cargo xtask simulate [--seeds N] [--from S] [--fault NAME|all] [--seed S]
+                                              the patch engine in a made-up process
        cargo xtask vectors [--seconds N] FILE.jsonl
                                               a suite of eBPF programs: verdict and result of each";
 
@@ -27,6 +30,7 @@ fn run(args: &[&str]) -> Result<ExitCode> {
         ["fixtures", filter @ ..] if filter.len() <= 1 => fixtures::run(filter.first().copied()),
         ["bench", options @ ..] => bench::run(options),
         ["fuzz", options @ ..] => fuzz::run(options),
+        ["simulate", options @ ..] => simulate::run(options),
         ["vectors", "--worker"] => vectors::work(),
         ["vectors", options @ ..] => vectors::run(options),
         ["--help" | "-h" | "help"] => {

@@ -246,7 +246,7 @@ impl Case {
     fn explains(&self, error: &AttachError, trouble: &Trouble) -> bool {
         let lasts = matches!(trouble.what, What::Fails { for_ever: true, .. });
         match error {
-            AttachError::Commit(CommitError::Busy { .. }) => true,
+            AttachError::Commit(CommitError::Busy { .. } | CommitError::Kept { .. }) => true,
             AttachError::Commit(CommitError::Mismatch { .. }) => self.foreign.is_some(),
             AttachError::Commit(CommitError::Broken { .. } | CommitError::Stranded { .. }) => {
                 trouble.has_struck && lasts

@@ -130,7 +130,7 @@ fn near(insn: &Instruction) -> Option<u64> {
 }
 
 fn number(register: Register) -> Option<usize> {
-    register.is_gpr64().then(|| register.number())
+    (register.is_gpr64() || register.is_gpr32()).then(|| register.full_register().number())
 }
 
 fn address(context: &Context, insn: &Instruction) -> Option<u64> {

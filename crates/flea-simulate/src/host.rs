@@ -256,9 +256,8 @@ impl Host for Hold<'_> {
         let after = self.bytes_of(plan);
         let mut machine = self.machine();
         machine.note(|| format!("controller: the commit's outcome is {outcome:?}"));
-        let is_open =
-            matches!(outcome, Err(CommitError::Broken { .. } | CommitError::Stranded { .. }));
-        if outcome.is_err() && !is_open && !machine.is_gone && before != after {
+        let is_undone = outcome.as_ref().is_err_and(CommitError::is_undone);
+        if is_undone && !machine.is_gone && before != after {
             machine.violate(format!("a commit failed and left {after:02x?}, not {before:02x?}"));
         }
         outcome

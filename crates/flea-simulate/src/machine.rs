@@ -138,6 +138,10 @@ impl Machine {
 
     /// Writes down what happens.
     pub fn note(&mut self, what: impl FnOnce() -> String) {
+        // What comes behind the first violation explains nothing.
+        if self.violation.is_some() {
+            return;
+        }
         let now = self.now;
         if let Some(trace) = &mut self.trace
             && trace.len() < MAX_TRACE

@@ -16,6 +16,7 @@ use crate::trouble::{Op, trace_error};
 pub struct Patcher<'h, 'w> {
     hold: &'h Hold<'w>,
     plan: &'h Plan,
+    sites_at_once: usize,
     n_syncs: u32,
     has_failed: bool,
     /// What [`Fault::ArmLate`] keeps back.
@@ -25,7 +26,8 @@ pub struct Patcher<'h, 'w> {
 impl<'h, 'w> Patcher<'h, 'w> {
     /// For one commit of `plan`.
     pub fn new(hold: &'h Hold<'w>, plan: &'h Plan) -> Self {
-        Self { hold, plan, n_syncs: 0, has_failed: false, late: Vec::new() }
+        let sites_at_once = 1 + hold.machine().dice.index(4);
+        Self { hold, plan, sites_at_once, n_syncs: 0, has_failed: false, late: Vec::new() }
     }
 
     fn op(&mut self, op: Op) -> Result<(), TraceError> {
@@ -95,10 +97,29 @@ impl Target for Patcher<'_, '_> {
         Ok(())
     }
 
+    fn sites_at_once(&self) -> usize {
+        self.sites_at_once
+    }
+
+    fn look(&mut self, places: &[RemoteAddr]) -> Result<Vec<RemoteAddr>, TraceError> {
+        self.op(Op::Look)?;
+        let machine = self.hold.machine();
+        let contexts = machine.threads.iter().map(|thread| &thread.context);
+        let leads = |place: &RemoteAddr| {
+            contexts.clone().any(|context| context.leads_into(&(place.0..place.0 + 1)))
+        };
+        Ok(places.iter().copied().filter(leads).collect())
+    }
+
+    fn release(&mut self) -> Result<(), TraceError> {
+        self.op(Op::Release)
+    }
+
     fn sync_core(&mut self) -> Result<(), TraceError> {
         self.op(Op::Sync)?;
         self.n_syncs += 1;
-        if self.hold.has(Fault::NoSync(self.n_syncs - 1)) {
+        // Three for each batch.
+        if self.hold.has(Fault::NoSync((self.n_syncs - 1) % 3)) {
             return Ok(());
         }
         let mut machine = self.hold.machine();
@@ -159,6 +180,10 @@ impl Target for Patcher<'_, '_> {
             let context = &mut machine.threads[i].context;
             let is_from = |at: u64| moves.iter().find(|(from, _)| from.0 == at);
             if let Some((from, to)) = is_from(context.rip) {
+                if from == to {
+                    inside.push(*from);
+                    continue;
+                }
                 context.rip = to.0;
                 // It was stopped, and goes on by `iret`.
                 machine.text.serialise(cpu);

@@ -23,8 +23,12 @@ pub enum Op {
     Arm,
     /// No more.
     Disarm,
+    /// Looking where threads are.
+    Look,
     /// Moving threads.
     Evacuate,
+    /// Letting those go on that were kept waiting.
+    Release,
     /// Waiting for the last traps.
     Drain,
     /// Letting it run.
@@ -39,14 +43,16 @@ pub enum Op {
     Unmap,
 }
 
-const KINDS: [Op; 13] = [
+const KINDS: [Op; 15] = [
     Op::Read,
     Op::Write,
     Op::WriteText,
     Op::Sync,
     Op::Arm,
     Op::Disarm,
+    Op::Look,
     Op::Evacuate,
+    Op::Release,
     Op::Drain,
     Op::Wait,
     Op::Stacks,

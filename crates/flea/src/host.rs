@@ -149,11 +149,14 @@ pub(crate) fn unmap_released<H: Host>(ground: &mut H) -> Result<(), RemoteError>
     let is_over = |arena: &DataArena| arena.released || !ground.is_alive(&arena.owner);
     let (gone, stay): (Vec<_>, Vec<_>) =
         registry.data.iter().cloned().partition(|arena| is_over(arena) && !in_use(arena));
-    for arena in &gone {
-        ground.unmap(arena.mapping, arena.size_bytes)?;
+    if gone.is_empty() {
+        return Ok(());
     }
+    // Forgotten first: who finds it in the registry may take it that it is there, and unmaps what
+    // is somebody else's by then.
     ground.registry_mut().data = stay;
-    Ok(())
+    ground.store()?;
+    gone.iter().try_for_each(|arena| ground.unmap(arena.mapping, arena.size_bytes))
 }
 
 /// Writes the registry; or, where nothing is left in it, takes all of our ground out of the
@@ -165,9 +168,9 @@ pub(crate) fn close<H: Host>(mut ground: H) -> Result<(), RemoteError> {
     if !empty {
         return ground.store();
     }
-    for arena in std::mem::take(&mut ground.registry_mut().code) {
-        ground.unmap(arena.base, arena.size_bytes)?;
-    }
+    // The registry first, for the same reason.
     let base = ground.storage_base();
-    ground.unmap(base, registry::MAPPING_BYTES)
+    ground.unmap(base, registry::MAPPING_BYTES)?;
+    let arenas = std::mem::take(&mut ground.registry_mut().code);
+    arenas.iter().try_for_each(|arena| ground.unmap(arena.base, arena.size_bytes))
 }

@@ -12,7 +12,8 @@
 //!    memory. So all writable memory is read for that one word, which the code overwrites
 //!    when it was used, and for signal frames inside the code, whose handler may have switched
 //!    stacks. Nobody enters the code any more, so a word that is not there can only come from
-//!    one that is.
+//!    one that is. Then 1 once more: a coroutine may have been switched away at first, and may have
+//!    come back and used its return address before that was looked for.
 //! 3. Bodies that the code calls, and the memory that they work on, are needed for as long as a
 //!    thread runs in the code. Of those that are inside the original, nothing but the exit bodies
 //!    that have not been switched off ([`crate::registry::Switch`]): programs that were taken
@@ -50,8 +51,11 @@ pub(crate) fn run<H: Host>(ground: &mut H) -> Result<(), RemoteError> {
     let n = ranges.len();
     let mut uses = Uses { ranges: &ranges, in_use: vec![false; n], executed: vec![false; n] };
     search_threads(ground, &mut uses, &retired)?;
-    if retired.iter().zip(&uses.in_use).any(|(r, used)| r.calls_original && !used) {
+    if uses.may_free_exit_code(&retired) {
         scan_memory(ground, &mut uses, &retired)?;
+    }
+    if uses.may_free_exit_code(&retired) {
+        search_threads(ground, &mut uses, &retired)?;
     }
     let Uses { mut in_use, executed, .. } = uses;
     for (one, _) in retired.iter_mut().zip(executed).filter(|(_, executed)| !executed) {
@@ -84,6 +88,11 @@ struct Uses<'a> {
 }
 
 impl Uses<'_> {
+    /// Whether some code that calls the original has not been found to be in use.
+    fn may_free_exit_code(&self, retired: &[Retired]) -> bool {
+        retired.iter().zip(&self.in_use).any(|(r, used)| r.calls_original && !used)
+    }
+
     /// Somebody runs at `value`, or returns to it.
     fn executes(&mut self, value: RemoteAddr) {
         mark(self.ranges, &mut self.in_use, value);

@@ -34,7 +34,7 @@ use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    change::{Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all},
+    change::{Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all, take_back},
     error::{AttachError, LoadError, RemoteError},
     function::Function,
     host::{self, Host},
@@ -392,11 +392,21 @@ fn change_once<H: Host, R>(
 
 fn carry_out<H: Host>(ground: &mut H, change: Change) -> Result<(), AttachError> {
     let before = ground.registry().clone();
-    let plan = announce(ground, change)?;
+    let plan = match announce(ground, change) {
+        Ok(plan) => plan,
+        Err(error) => {
+            // Nobody is to take what is still entered for retired.
+            *ground.registry_mut() = before;
+            return Err(error);
+        }
+    };
     if let Err(error) = ground.commit(&plan) {
-        *ground.registry_mut() = before;
+        if error.is_undone() {
+            let announced = std::mem::replace(ground.registry_mut(), before);
+            take_back(ground.registry_mut(), announced);
+        }
         // Where this fails the target has ended, and the commit's reason says more; else
-        // `settle` finds out from the sites' bytes.
+        // `settle` finds out from the sites' bytes. The same where not all of them are as before.
         let _ = ground.store();
         return Err(error.into());
     }
@@ -432,7 +442,7 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
     for mut f in std::mem::take(&mut registry.functions) {
         let mut now = [0; 5];
         match ground.read(f.site, &mut now) {
-            Err(MemoryError::Unmapped { .. }) => {
+            Err(MemoryError::Unmapped { .. }) if !is_mapped(ground, f.site)? => {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
@@ -452,6 +462,11 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
         return Ok(());
     }
     change(ground, &[], |change| unfinished.iter().try_for_each(|site| change.relink_site(*site)))
+}
+
+/// A page that cannot be read just now is still there.
+fn is_mapped<H: Host>(ground: &H, site: RemoteAddr) -> Result<bool, AttachError> {
+    Ok(ground.maps()?.iter().any(|mapping| mapping.contains(site)))
 }
 
 /// Drops the switches that were thrown; whether there are others that should have been.
