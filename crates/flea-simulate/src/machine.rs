@@ -213,7 +213,7 @@ impl Machine {
     fn go_on(&mut self, i: usize) {
         let context = &mut self.threads[i].context;
         if !self.is_quiet && context.handlers.len() < MAX_HANDLERS && self.dice.one_in(20) {
-            let longest = if self.dice.one_in(6) { 400 } else { 6 };
+            let longest = if self.dice.one_in(6) { 100 } else { 6 };
             let left = self.dice.below(longest);
             context.interrupt(left);
             let at = context.handlers.last().map_or(0, |handler| handler.rip);
@@ -236,7 +236,7 @@ impl Machine {
             context.return_from_handler();
         } else {
             handler.left -= 1;
-            if !self.is_quiet && context.calls.len() < MAX_CALLS && self.dice.one_in(4) {
+            if !self.is_quiet && context.calls.len() < MAX_CALLS && self.dice.one_in(10) {
                 self.call(i);
             }
         }

@@ -16,7 +16,7 @@ use crate::{
     registry::{Controller, ReplacementState},
     remote::Ground,
     session::Inner,
-    transaction::{Author, change, new_function, seized, settle, take_off, tidy},
+    transaction::{Author, change, is_known, new_function, seized, settle, take_off, tidy},
     unload,
 };
 
@@ -75,9 +75,12 @@ fn attach_on(
     settle(ground)?;
     let Replace { object, addresses, near, pinned, .. } = *request;
     let base = ground.add_object(near, object, addresses, pinned)?;
-    let outcome = change(ground, &[], |change| {
+    let outcome: Result<Vec<u32>, _> = change(ground, &[], |change| {
         request.named.iter().map(|named| add(change, named, base, author)).collect()
     });
+    if !is_known(&outcome) {
+        return outcome.map(|ids| (Handle::of(base), ids));
+    }
     // Also after a failure: then the object that nobody has entered goes at once.
     let tidied = tidy(ground).and_then(|()| {
         if outcome.is_err() {
@@ -85,7 +88,7 @@ fn attach_on(
         }
         Ok(ground.store()?)
     });
-    let ids: Vec<u32> = outcome?;
+    let ids = outcome?;
     tidied.map(|()| (Handle::of(base), ids))
 }
 

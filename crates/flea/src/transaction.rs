@@ -338,10 +338,19 @@ pub(crate) fn change_and_tidy<H: Host, R>(
     edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
     let outcome = change(ground, unwinders, edit);
+    if !is_known(&outcome) {
+        return outcome;
+    }
     // Also after a failure: unwinders may have been told of frames that do not come.
     let tidied = tidy(ground).and_then(|()| Ok(ground.store()?));
     let result = outcome?;
     tidied.map(|()| result)
+}
+
+/// Whether what a change came to says which code is still entered. Where a commit could neither be
+/// made nor be taken back, `settle` has to find out: what was to be retired may be entered.
+pub(crate) fn is_known<R>(outcome: &Result<R, AttachError>) -> bool {
+    !matches!(outcome, Err(AttachError::Commit(error)) if !error.is_undone())
 }
 
 /// Step 5: frees what no thread can be in, and leaves unwinders alone once no frame is left
@@ -446,10 +455,7 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
-            Ok(()) if now == f.previous && now != f.patched => {
-                f.patched = now;
-                unfinished.push(f.site);
-            }
+            Ok(()) if now == f.previous && now != f.patched => unfinished.push(f.site),
             _ if close_up(ground, &mut f)? => unfinished.push(f.site),
             _ => {}
         }
@@ -461,7 +467,16 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
         ground.registry_mut().committed();
         return Ok(());
     }
-    change(ground, &[], |change| unfinished.iter().try_for_each(|site| change.relink_site(*site)))
+    let is_unfinished: HashSet<RemoteAddr> = unfinished.iter().copied().collect();
+    change(ground, &[], |change| {
+        // Only now: where this fails, whoever comes next has to find it as it was announced.
+        for f in &mut change.registry.functions {
+            if is_unfinished.contains(&f.site) {
+                f.patched = f.previous;
+            }
+        }
+        unfinished.iter().try_for_each(|site| change.relink_site(*site))
+    })
 }
 
 /// A page that cannot be read just now is still there.
@@ -493,7 +508,7 @@ fn close_up<H: Host>(ground: &H, f: &mut FunctionState) -> Result<bool, AttachEr
     ground.read(door, &mut now).map_err(RemoteError::from)?;
     if now == closed && f.patched[..] != f.original[..5] {
         ground.write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
-        f.patched.copy_from_slice(&f.original[..5]);
+        f.previous.copy_from_slice(&f.original[..5]);
         return Ok(true);
     }
     Ok(false)
