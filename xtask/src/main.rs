@@ -6,6 +6,7 @@ mod ci;
 mod fixtures;
 mod fuzz;
 mod simulate;
+mod torture;
 mod vectors;
 
 use std::process::ExitCode;
@@ -21,6 +22,10 @@ usage: cargo xtask ci                         format, lints, tests, documentatio
                                               random input, with the kernel and others as judges
        cargo xtask simulate [--seeds N] [--from S] [--fault NAME|all] [--seed S]
                                               the patch engine in a made-up process
+       cargo xtask torture [--minutes N] [--seed S] [--only redis|cpp|postgres|rust] [--flea PATH]
+                           [--seconds N] [--bout SECONDS] [--hang SECONDS] [--without PART]
+                                              real programs, traced and disturbed at random
+       cargo xtask cycles [--count N]         on and off, with both sides' memory flat
        cargo xtask vectors [--seconds N] FILE.jsonl
                                               a suite of eBPF programs: verdict and result of each";
 
@@ -31,6 +36,8 @@ fn run(args: &[&str]) -> Result<ExitCode> {
         ["bench", options @ ..] => bench::run(options),
         ["fuzz", options @ ..] => fuzz::run(options),
         ["simulate", options @ ..] => simulate::run(options),
+        ["torture", options @ ..] => torture::run(options),
+        ["cycles", options @ ..] => torture::cycles(options),
         ["vectors", "--worker"] => vectors::work(),
         ["vectors", options @ ..] => vectors::run(options),
         ["--help" | "-h" | "help"] => {

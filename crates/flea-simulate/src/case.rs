@@ -40,7 +40,7 @@ pub struct Outcome {
 #[must_use]
 pub fn run(seed: u64, fault: Option<Fault>, size: Size, traced: bool) -> Outcome {
     let machine = Machine::new(seed, size, traced);
-    let world = World { machine, registry: RegistryMemory::default(), dead: Vec::new() };
+    let world = World { machine, registry: RegistryMemory::new(false), dead: Vec::new() };
     let mut case = Case { world, fault, foreign: None, n_sessions: 0 };
     let n_sessions = (2 + case.world.machine.dice.index(7)).min(size.sessions);
     let mut goes_on = true;

@@ -151,6 +151,7 @@ impl Function {
             module: "/simulated".to_owned(),
             name: self.layout.name.to_owned(),
             address: RemoteAddr(self.entry()),
+            file: None,
             site: RemoteAddr(self.site),
             door: self.layout.door.map(|door| RemoteAddr(self.site + door)),
             kind: self.layout.kind,

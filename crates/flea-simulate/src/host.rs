@@ -20,17 +20,27 @@ use crate::trouble::{Denied, Op, Trouble, memory_error, trace_error};
 /// Where the registry is.
 pub const REGISTRY: u64 = 0x7000_0000;
 const HEADER_BYTES: usize = 4096;
+/// As much of it as is used.
+const HEADER_WORDS_BYTES: usize = 40;
 /// Where Flea's code goes, and how far arenas are apart.
 const CODE: u64 = 0x50_0000;
 const CODE_STRIDE: u64 = 0x2_0000;
 
 /// The memory in which the registry is, as far as it was written.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct RegistryMemory {
-    header: Vec<u8>,
+    /// The words at the start of the header: as many as are used.
+    header: [u8; HEADER_WORDS_BYTES],
     halves: [Vec<u8>; 2],
     /// It has been mapped.
     pub is_mapped: bool,
+}
+
+impl RegistryMemory {
+    /// Zeros, mapped or not.
+    pub fn new(is_mapped: bool) -> Self {
+        Self { header: [0; HEADER_WORDS_BYTES], halves: [Vec::new(), Vec::new()], is_mapped }
+    }
 }
 
 /// The process, and what Flea has in it.
@@ -51,6 +61,7 @@ pub struct Hold<'w> {
     trouble: RefCell<&'w mut Trouble>,
     registry: Registry,
     stored: Option<Registry>,
+    is_made: bool,
     fault: Option<Fault>,
     /// What [`Fault::HeaderFirst`] keeps back.
     late: RefCell<Option<(usize, Vec<u8>)>>,
@@ -61,13 +72,14 @@ impl<'w> Hold<'w> {
     pub fn new(world: &'w mut World, trouble: &'w mut Trouble, fault: Option<Fault>) -> Self {
         let (world, trouble) = (RefCell::new(world), RefCell::new(trouble));
         let (registry, stored, late) = (Registry::default(), None, RefCell::new(None));
-        Self { world, trouble, registry, stored, fault, late }
+        Self { world, trouble, registry, stored, is_made: true, fault, late }
     }
 
     /// Reads the registry, or makes one.
     pub fn open(&mut self, arena_bytes: u64) -> Result<(), RemoteError> {
         if self.world.borrow().registry.is_mapped {
             let registry = flea::simulate::load(self, RemoteAddr(REGISTRY))?;
+            self.is_made = flea::simulate::is_made(self, RemoteAddr(REGISTRY))?;
             self.stored = Some(registry.clone());
             self.registry = registry;
             return Ok(());
@@ -75,7 +87,7 @@ impl<'w> Hold<'w> {
         let base = self.map_code(arena_bytes)?;
         self.registry = flea::simulate::founded(RemoteAddr(base), arena_bytes);
         let mut world = self.world.borrow_mut();
-        world.registry = RegistryMemory { is_mapped: true, ..RegistryMemory::default() };
+        world.registry = RegistryMemory::new(true);
         drop(world);
         self.store()
     }
@@ -129,32 +141,34 @@ impl<'w> Hold<'w> {
     }
 
     fn registry_write(&self, into: usize, bytes: &[u8]) {
-        let mut world = self.world.borrow_mut();
-        let half = usize::try_from((REGISTRY_BYTES - HEADER_BYTES as u64) / 2).unwrap_or(0);
-        let registry = &mut world.registry;
-        let place = match into.checked_sub(HEADER_BYTES) {
-            None => &mut registry.header,
-            Some(0) => &mut registry.halves[0],
-            Some(into) if into == half => &mut registry.halves[1],
-            Some(_) => unreachable!("a registry is written half by half"),
-        };
-        place.clear();
-        place.extend_from_slice(bytes);
+        let registry = &mut self.world.borrow_mut().registry;
+        match half_at(into) {
+            Some(half) => {
+                registry.halves[half].clear();
+                registry.halves[half].extend_from_slice(bytes);
+            }
+            None => registry.header[into..into + bytes.len()].copy_from_slice(bytes),
+        }
     }
 
     fn registry_read(&self, into: usize, bytes: &mut [u8]) {
-        let world = self.world.borrow();
-        let half = usize::try_from((REGISTRY_BYTES - HEADER_BYTES as u64) / 2).unwrap_or(0);
-        let place = match into.checked_sub(HEADER_BYTES) {
-            None => &world.registry.header,
-            Some(0) => &world.registry.halves[0],
-            Some(into) if into == half => &world.registry.halves[1],
-            Some(_) => unreachable!("a registry is read half by half"),
+        let registry = &self.world.borrow().registry;
+        let place = match half_at(into) {
+            Some(half) => &registry.halves[half][..],
+            None => &registry.header[into..],
         };
         bytes.fill(0);
         let n_bytes = bytes.len().min(place.len());
         bytes[..n_bytes].copy_from_slice(&place[..n_bytes]);
     }
+}
+
+/// The half that starts at `into` of the registry's mapping; none for the header.
+fn half_at(into: usize) -> Option<usize> {
+    let half = usize::try_from((REGISTRY_BYTES - HEADER_BYTES as u64) / 2).unwrap_or(usize::MAX);
+    let into = into.checked_sub(HEADER_BYTES)?;
+    assert!(into.is_multiple_of(half), "a registry is read and written half by half");
+    Some(into / half)
 }
 
 fn in_registry(at: RemoteAddr) -> Option<usize> {
@@ -181,7 +195,9 @@ impl Bytes for Hold<'_> {
     fn write(&self, at: RemoteAddr, bytes: &[u8]) -> Result<(), MemoryError> {
         let failed = |d| memory_error(d, "writing", at, bytes.len());
         let place = in_registry(at);
-        if let Some(place) = place.filter(|place| *place > 0 && self.has(Fault::HeaderFirst)) {
+        if let Some(place) =
+            place.filter(|place| half_at(*place).is_some() && self.has(Fault::HeaderFirst))
+        {
             *self.late.borrow_mut() = Some((place, bytes.to_vec()));
             return Ok(());
         }
@@ -229,7 +245,23 @@ impl Host for Hold<'_> {
         flea::simulate::store(self, RemoteAddr(REGISTRY), &self.registry)?;
         self.machine().stored(&self.registry);
         self.stored = Some(self.registry.clone());
+        if self.is_made {
+            flea::simulate::note_made(self, RemoteAddr(REGISTRY))?;
+        }
         Ok(())
+    }
+
+    fn is_made(&self) -> bool {
+        self.is_made
+    }
+
+    fn set_made(&mut self, is_made: bool) {
+        self.is_made = is_made;
+    }
+
+    fn note_made(&mut self) -> Result<(), RemoteError> {
+        self.is_made = true;
+        Ok(flea::simulate::note_made(self, RemoteAddr(REGISTRY))?)
     }
 
     fn commit(&mut self, plan: &Plan) -> Result<(), CommitError<TraceError>> {

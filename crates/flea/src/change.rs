@@ -139,7 +139,8 @@ impl Change {
                 switches: std::mem::take(&mut f.switches),
             });
         }
-        let old_entry = f.skeleton.map(|s| s.at);
+        // By the bytes: who announced that there is to be none may have died before it was done.
+        let old_entry = jump_target(f.site, before);
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
         let mut moves = Vec::new();
 
@@ -280,6 +281,13 @@ impl Change {
         let arenas = self.registry.code.iter().filter(|arena| arena.reaches(site));
         arenas.map(|arena| arena.next).min_by_key(|next| next.0.abs_diff(site.0))
     }
+}
+
+/// Where a jump leads that stands at `site`.
+fn jump_target(site: RemoteAddr, bytes: [u8; 5]) -> Option<RemoteAddr> {
+    const JMP_REL32: u8 = 0xe9;
+    let [JMP_REL32, distance @ ..] = bytes else { return None };
+    Some(site.offset(5 + i64::from(i32::from_le_bytes(distance))))
 }
 
 /// What opens or closes the door of `f`, where it has one and that is to change.

@@ -37,6 +37,15 @@ pub trait Host: Bytes {
     /// Writes the registry into the process.
     fn store(&mut self) -> Result<(), RemoteError>;
 
+    /// Whether what the registry says has been done to the target's code.
+    fn is_made(&self) -> bool;
+
+    /// It has, or has not, as far as is known here.
+    fn set_made(&mut self, is_made: bool);
+
+    /// It has: written into the process as well.
+    fn note_made(&mut self) -> Result<(), RemoteError>;
+
     /// Swaps the sites: [`flea_patch::commit`].
     fn commit(&mut self, plan: &Plan) -> Result<(), CommitError<TraceError>>;
 
@@ -96,6 +105,18 @@ impl Host for Ground<'_> {
 
     fn store(&mut self) -> Result<(), RemoteError> {
         Self::store(self)
+    }
+
+    fn is_made(&self) -> bool {
+        self.is_made
+    }
+
+    fn set_made(&mut self, is_made: bool) {
+        self.is_made = is_made;
+    }
+
+    fn note_made(&mut self) -> Result<(), RemoteError> {
+        Self::note_made(self)
     }
 
     fn commit(&mut self, plan: &Plan) -> Result<(), CommitError<TraceError>> {

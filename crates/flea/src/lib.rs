@@ -57,6 +57,7 @@ mod session;
 #[doc(hidden)]
 pub mod simulate;
 mod slots;
+mod system_calls;
 mod transaction;
 pub mod types;
 mod unload;

@@ -39,6 +39,22 @@ pub fn load(memory: &impl Bytes, base: RemoteAddr) -> Result<Registry, RegistryE
     Storage::at(base).load(memory)
 }
 
+/// Whether what it says has been done to the target's code.
+///
+/// # Errors
+/// It cannot be read.
+pub fn is_made(memory: &impl Bytes, base: RemoteAddr) -> Result<bool, RegistryError> {
+    Storage::at(base).is_made(memory)
+}
+
+/// Notes that it has.
+///
+/// # Errors
+/// It cannot be written.
+pub fn note_made(memory: &impl Bytes, base: RemoteAddr) -> Result<(), RegistryError> {
+    Storage::at(base).note_made(memory)
+}
+
 /// Writes the registry whose mapping starts at `base`.
 ///
 /// # Errors
