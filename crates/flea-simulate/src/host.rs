@@ -282,7 +282,7 @@ impl Host for Hold<'_> {
         machine.note(|| format!("controller: commits {plan:x?}"));
         drop(machine);
         let before = self.bytes_of(plan);
-        self.trouble.borrow_mut().in_commit = true;
+        self.trouble.borrow_mut().begin_commit();
         let outcome = flea_patch::commit(&mut Patcher::new(self, plan), plan).map(drop);
         self.trouble.borrow_mut().in_commit = false;
         let after = self.bytes_of(plan);

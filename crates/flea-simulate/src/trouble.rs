@@ -124,6 +124,11 @@ impl Trouble {
         Self { what, left: dice.below(most), has_struck: false, in_commit: false }
     }
 
+    /// A commit begins, unless nobody is left to make one.
+    pub fn begin_commit(&mut self) {
+        self.in_commit = !self.has_struck;
+    }
+
     /// Whether operation `op` is made.
     pub fn meets(&mut self, op: Op) -> Result<(), Denied> {
         let concerns = match self.what {

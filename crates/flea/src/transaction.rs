@@ -460,7 +460,8 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
     let maps = ground.maps()?;
     // A page that cannot be read just now is still there.
     let is_mapped = |site| maps.iter().any(|mapping| mapping.contains(site));
-    let mut registry = std::mem::take(ground.registry_mut());
+    // A copy: where this fails, nobody is to think that nothing is attached.
+    let mut registry = ground.registry().clone();
     let mut unfinished = Vec::new();
     for mut f in std::mem::take(&mut registry.functions) {
         let mut now = [0; 5];
@@ -469,14 +470,14 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
-            Ok(()) if now == f.patched => {}
-            Ok(()) if is_mapped_anew(ground, &f, now, &maps) => {
+            Err(error) => return Err(RemoteError::from(error).into()),
+            Ok(()) if now != f.patched && is_mapped_anew(ground, &f, now, &maps) => {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
-            Ok(()) if now == f.previous => unfinished.push(f.site),
-            _ if close_up(ground, &mut f)? => unfinished.push(f.site),
-            _ => {}
+            Ok(()) if now != f.patched && now == f.previous => unfinished.push(f.site),
+            Ok(()) if close_up(ground, &mut f)? => unfinished.push(f.site),
+            Ok(()) => {}
         }
         registry.functions.push(f);
     }
