@@ -1,6 +1,11 @@
 //! The program `confined`, and a `flea` that counts its calls or refuses to.
 
-use std::{fs, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use flea_fixtures::{Fixture, Running, build};
@@ -84,7 +89,9 @@ impl Confined {
         ensure!(status.contains("TracerPid:\t0\n"), "{status}");
         let exe = fs::read_link(format!("/proc/{tid}/exe"))?;
         let exe = exe.to_string_lossy();
-        if exe.ends_with(" (deleted)") {
+        let root = fs::read_link(format!("/proc/{tid}/root"))?;
+        if exe.ends_with(" (deleted)") || root != Path::new("/") {
+            // The paths of its mappings lead to no file to compare with.
             return Ok(());
         }
         support::assert_original_code(tid, "")

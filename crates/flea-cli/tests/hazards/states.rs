@@ -164,6 +164,6 @@ fn python_with_its_fault_handler() -> Result<()> {
         .output()?;
     assert_eq!((&traced.stdout, traced.status.code()), (&alone.stdout, Some(6)), "{traced:?}");
     let histograms = out.records()?;
-    assert!(histograms[0]["count"].as_u64() > Some(1000), "{histograms:?}");
+    assert!(histograms[0]["count"].as_u64() > Some(50), "{histograms:?}");
     Ok(())
 }
