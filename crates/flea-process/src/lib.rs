@@ -21,6 +21,7 @@ mod memory;
 mod proc;
 mod ptrace;
 mod remote;
+mod restart;
 mod seccomp;
 mod seize;
 mod sigtrap;

@@ -197,6 +197,17 @@ pub enum Whereabouts {
     Gone,
 }
 
+/// When a thread was last on a CPU, from `/proc/PID/task/TID/sched`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LastRun {
+    /// By the clock of its CPU.
+    pub(crate) at_ns: u64,
+    /// How often it has left a CPU.
+    pub(crate) n_switches: u64,
+    /// How often it has gone to another one.
+    pub(crate) n_migrations: u64,
+}
+
 /// What the kernel told the program when it started it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AuxVector {
@@ -299,6 +310,11 @@ pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
         Ok(text) => parse_whereabouts(&text).unwrap_or(Whereabouts::Running),
         Err(_) => Whereabouts::Gone,
     }
+}
+
+/// When a thread that is off its CPU was last on it. Kernels before 6.15 may not tell.
+pub(crate) fn last_run(pid: Pid, tid: Tid) -> Option<LastRun> {
+    parse_last_run(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/sched")).ok()?)
 }
 
 /// Reads the auxiliary vector.
@@ -443,6 +459,20 @@ fn parse_status(text: &str) -> Option<Status> {
     })
 }
 
+fn parse_last_run(text: &str) -> Option<LastRun> {
+    let field = |name: &str| {
+        let line = text.lines().find(|line| line.split_whitespace().next() == Some(name))?;
+        line.rsplit_once(':').map(|(_, value)| value.trim())
+    };
+    let (millis, nanos) = field("se.exec_start")?.split_once('.')?;
+    let at_ns = millis.parse::<u64>().ok()?.checked_mul(1_000_000)?;
+    Some(LastRun {
+        at_ns: at_ns.checked_add(nanos.parse().ok().filter(|_| nanos.len() == 6)?)?,
+        n_switches: field("nr_switches")?.parse().ok()?,
+        n_migrations: field("se.nr_migrations")?.parse().ok()?,
+    })
+}
+
 fn parse_whereabouts(text: &str) -> Option<Whereabouts> {
     let words: Vec<&str> = text.split_whitespace().collect();
     let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
@@ -513,6 +543,19 @@ mod tests {
             let refused = check_traceable(2).expect_err("a kernel thread");
             assert!(matches!(refused, ProcError::KernelThread { .. }), "{refused}");
         }
+    }
+
+    #[test]
+    fn last_runs() {
+        let text = "sleep (8818, #threads: 1)\n\
+            ---------------------------------------\n\
+            se.exec_start                                :      35074951.410553\n\
+            se.nr_migrations                             :                    1\n\
+            nr_switches                                  :                    3\n\
+            nr_voluntary_switches                        :                    2\n";
+        let expected = LastRun { at_ns: 35_074_951_410_553, n_switches: 3, n_migrations: 1 };
+        assert_eq!(parse_last_run(text), Some(expected));
+        assert_eq!(parse_last_run("se.exec_start : 1.5"), None);
     }
 
     #[test]

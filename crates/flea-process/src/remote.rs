@@ -317,6 +317,10 @@ impl Tracer {
             if filtered {
                 return Err(RemoteError::Seccomp { pid: self.pid });
             }
+            if matches!(lender, Lender::This(tid) if !self.tasks.contains_key(&tid)) {
+                // It has ended.
+                break;
+            }
             pace.rest();
         }
         Err(RemoteError::NoThread { pid: self.pid })
@@ -365,6 +369,7 @@ impl Tracer {
         let (Some(registers), Some(mask)) = (registers, mask) else {
             return Ok(Taken::Unsuitable);
         };
+        self.measure_sleep(tid);
         let Ok(status) = proc::thread_status(self.process_of(tid), tid) else {
             self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);

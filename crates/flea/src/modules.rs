@@ -19,7 +19,7 @@ use flea_symbols::{
 use memmap2::Mmap;
 use self_cell::self_cell;
 
-use crate::frames_file;
+use crate::{frames_file, registry::SiteFile};
 
 pub(crate) type Symbols<'data> = flea_symbols::Module<'data>;
 
@@ -150,6 +150,11 @@ impl Module {
     pub(crate) fn is_file(&self, file: &Metadata) -> bool {
         let same = |own: Metadata| (own.dev(), own.ino()) == (file.dev(), file.ino());
         std::fs::metadata(&self.open_path).is_ok_and(same)
+    }
+
+    /// What of its file is mapped at `site`, where that is in its first executable mapping.
+    pub(crate) fn file_at(&self, site: RemoteAddr) -> Option<SiteFile> {
+        self.mapping.contains(site).then(|| SiteFile::at(site, &self.mapping))
     }
 
     /// Last component of its path.

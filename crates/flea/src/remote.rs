@@ -45,6 +45,8 @@ pub(crate) struct Ground<'t> {
     pub(crate) registry: Registry,
     /// What is in `storage`, as far as we know.
     stored: Option<Registry>,
+    /// The sites are what the stored registry says, unless their modules are other ones by now.
+    pub(crate) is_made: bool,
 }
 
 /// Fails where `bytes` more of memory, and what our ground takes, might be more than the target's
@@ -85,7 +87,8 @@ impl<'t> Ground<'t> {
         let storage = Storage::at(base);
         let registry = storage.load(tracer.memory())?;
         let stored = Some(registry.clone());
-        let mut ground = Self { tracer, storage, registry, stored };
+        let is_made = storage.is_made(tracer.memory())?;
+        let mut ground = Self { tracer, storage, registry, stored, is_made };
         ground.bring_runtime()?;
         Ok(Some(ground))
     }
@@ -122,7 +125,9 @@ impl<'t> Ground<'t> {
         let arena = map_code(tracer, near, CODE_ARENA_BYTES)?;
         let (at, size_bytes) = (arena.base, arena.size_bytes);
         match Self::furnish(tracer, arena) {
-            Ok((storage, registry)) => Ok(Self { tracer, storage, registry, stored: None }),
+            Ok((storage, registry)) => {
+                Ok(Self { tracer, storage, registry, stored: None, is_made: true })
+            }
             Err(error) => {
                 // What failed first is what is told.
                 let _ = unmap(tracer, at, size_bytes);
@@ -336,8 +341,17 @@ impl<'t> Ground<'t> {
             self.stored = None;
             self.storage.store(self.tracer.memory(), &self.registry)?;
             self.stored = Some(self.registry.clone());
+            if self.is_made {
+                self.storage.note_made(self.tracer.memory())?;
+            }
         }
         Ok(())
+    }
+
+    /// The sites are now what the stored registry says.
+    pub(crate) fn note_made(&mut self) -> Result<(), RemoteError> {
+        self.is_made = true;
+        Ok(self.storage.note_made(self.tracer.memory())?)
     }
 
     pub(crate) fn memory(&self) -> &Memory {
