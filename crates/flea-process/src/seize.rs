@@ -330,16 +330,13 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
 }
 
 fn explain_refusal(pid: Pid, status: &proc::Status, errno: Errno) -> SeizeError {
-    use std::os::unix::fs::MetadataExt;
     let us = nix::unistd::geteuid().as_raw();
     let [real, effective, saved, _] = status.uids;
     if us != 0 && [real, effective, saved] != [us; 3] {
         let owner = if real == us { effective } else { real };
         return SeizeError::OtherUser { pid, owner, us };
     }
-    // The files of an undumpable process belong to root.
-    let files_owner = std::fs::metadata(format!("/proc/{pid}")).map(|m| m.uid());
-    if us != 0 && files_owner.is_ok_and(|owner| owner != us) {
+    if us != 0 && proc::is_undumpable(pid) {
         return SeizeError::NotDumpable { pid };
     }
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
