@@ -90,6 +90,9 @@ pub struct Span {
     /// Stop after this many seconds (default: until Ctrl-C or the target's end)
     #[arg(short, long, value_name = "SECONDS", value_parser = seconds)]
     pub duration: Option<std::time::Duration>,
+    /// Also trace the processes that the target starts, and the programs they execute
+    #[arg(short, long)]
+    pub follow: bool,
 }
 
 /// Commands over functions.

@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use flea::{Exit, Function, Session};
+use flea::{Exit, Followed, Following, Function, Session};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{args, interrupt::Interrupt};
@@ -20,6 +20,8 @@ const PROGRESS_AFTER: Duration = Duration::from_millis(500);
 pub struct Target {
     /// The process.
     pub session: Session,
+    /// With `--follow`.
+    following: Option<Following>,
     interrupt: Interrupt,
     duration: Option<Duration>,
     exit: Option<Exit>,
@@ -46,8 +48,10 @@ impl Target {
                 Session::spawn(command)?
             }
         };
+        let following = if span.follow { Some(session.follow()?) } else { None };
         Ok(Self {
             session,
+            following,
             interrupt,
             duration: span.duration,
             exit: None,
@@ -98,29 +102,62 @@ impl Target {
     /// Lets the target run and waits for Ctrl-C, the duration or its end; calls `tick` all the
     /// while.
     pub fn run(&mut self, mut tick: impl FnMut() -> Result<()>) -> Result<()> {
+        self.run_meeting(|met| if met.is_some() { Ok(()) } else { tick() })
+    }
+
+    /// As [`Target::run`], and where the target is followed, `tick` is called with what becomes of
+    /// it and its children; the end is that of all of them.
+    pub fn run_meeting(
+        &mut self,
+        mut tick: impl FnMut(Option<(&Following, Followed)>) -> Result<()>,
+    ) -> Result<()> {
         self.session.resume()?;
         let started = Instant::now();
         loop {
-            let ended = match self.session.try_wait()? {
-                Some(exit) => {
-                    self.exit = Some(exit);
-                    true
-                }
-                // A command is waited for whatever it becomes: its exit code is ours.
-                None if self.is_command => {
-                    self.is_another();
-                    false
-                }
-                None => self.has_ended() || self.is_another(),
-            };
-            tick()?;
+            let ended = self.is_at_its_end()?;
+            tick(None)?;
             let over = self.duration.is_some_and(|d| started.elapsed() >= d);
             if ended || over || self.interrupt.asked() {
+                // What is known of those that have ended.
+                while let Some(following) = &self.following
+                    && let Some(event) = following.next_within(Duration::ZERO)
+                {
+                    tick(Some((following, event)))?;
+                }
                 return Ok(());
             }
             let left = self.duration.map_or(POLL, |d| d.saturating_sub(started.elapsed()));
-            std::thread::sleep(left.min(POLL));
+            match &self.following {
+                None => std::thread::sleep(left.min(POLL)),
+                Some(following) => {
+                    if let Some(event) = following.next_within(left.min(POLL)) {
+                        tick(Some((following, event)))?;
+                    }
+                }
+            }
         }
+    }
+
+    /// Whether there is nobody left to wait for.
+    fn is_at_its_end(&mut self) -> Result<bool> {
+        if self.exit.is_none() {
+            self.exit = self.session.try_wait()?;
+        }
+        Ok(match &self.following {
+            Some(following) => following.is_over(),
+            None if self.exit.is_some() => true,
+            // A command is waited for whatever it becomes: its exit code is ours.
+            None if self.is_command => {
+                self.is_another();
+                false
+            }
+            None => self.has_ended() || self.is_another(),
+        })
+    }
+
+    /// Who follows the target.
+    pub fn following(&self) -> Option<&Following> {
+        self.following.as_ref()
     }
 
     /// Whether a process that was not started here is no more; says so once.
@@ -163,6 +200,8 @@ impl Target {
     /// that still runs (after `--duration` or Ctrl-C) is waited for, as strace does. For a
     /// process that was running before, 0; 1 where a signal killed it while it was traced.
     pub fn finish(mut self) -> Result<u8> {
+        // Whoever is waited for runs on as if nobody had looked.
+        self.following = None;
         if self.exit.is_none() {
             self.exit = self.session.wait()?;
         }

@@ -12,8 +12,10 @@
 compile_error!("flea-process knows Linux on x86-64 only");
 
 mod apart;
+mod follow;
 mod frozen;
 mod gap;
+mod hub;
 mod maps;
 mod memory;
 mod proc;
@@ -30,6 +32,7 @@ mod watch;
 mod window;
 mod x86_64;
 
+pub use follow::{Followed, Follower};
 pub use frozen::FrozenThread;
 pub use gap::{GapError, find_gap};
 pub use maps::{Mapping, Perms, parse_maps};

@@ -47,6 +47,7 @@ use std::time::{Duration, Instant};
 
 use flea_symbols::addr::RemoteAddr;
 
+use crate::hub::How;
 use crate::memory::Memory;
 use crate::proc::{self, Pid, Tid, Whereabouts};
 use crate::ptrace::{self, Stop};
@@ -79,6 +80,8 @@ pub(crate) struct Parked {
     pub(crate) has_left_its_stop: bool,
     /// Held for a SIGTRAP of its own, until the window has closed: see `sigtrap`.
     pub(crate) has_own: bool,
+    /// Kept where it stands until it is let go of, whatever becomes of windows: see `follow`.
+    pub(crate) is_kept: bool,
 }
 
 /// How CPUs are made to refetch instructions.
@@ -351,8 +354,13 @@ impl Tracer {
             self.still_there(tid, "setting the mask", ptrace::set_signal_mask(tid, mask))?;
         }
         let since = Instant::now();
-        let parked =
-            Parked { since, requeue: swallowed_another, has_left_its_stop, has_own: false };
+        let parked = Parked {
+            since,
+            requeue: swallowed_another,
+            has_left_its_stop,
+            has_own: false,
+            is_kept: false,
+        };
         if let Some(task) = self.tasks.get_mut(&tid) {
             task.parked = Some(parked);
         }
@@ -406,7 +414,8 @@ impl Tracer {
     }
 
     fn unpark_where(&mut self, due: impl Fn(Parked) -> bool) -> Result<(), TraceError> {
-        let parked = self.tasks.iter().filter(|(_, task)| task.parked.is_some_and(&due));
+        let due = |parked: Parked| !parked.is_kept && due(parked);
+        let parked = self.tasks.iter().filter(|(_, task)| task.parked.is_some_and(due));
         let due: Vec<Tid> = parked.map(|(&tid, _)| tid).collect();
         due.into_iter().try_for_each(|tid| self.unpark(tid))
     }
@@ -435,8 +444,7 @@ impl Tracer {
     fn release_held(&mut self) -> Result<(), TraceError> {
         for child in std::mem::take(&mut self.held) {
             self.mirror_text(child);
-            let detached = ptrace::detach(child, 0);
-            self.still_there(child, "letting go of a child", detached)?;
+            self.part_with(child, How::Forked)?;
         }
         Ok(())
     }

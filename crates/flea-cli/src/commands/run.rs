@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::{
     args::Run,
     commands::tracing::{say_attached, summary},
+    family::Totals,
     output::Output,
     record::Record,
     report,
@@ -44,7 +45,8 @@ pub fn run(args: &Run) -> Result<u8> {
     for map in object.maps() {
         print_map(&object, map, &mut output)?;
     }
-    summary(&mut output, n_functions, n_left_out, object.missed(), object.lost())?;
+    let (missed, lost) = (object.missed(), object.lost());
+    summary(&mut output, Totals { attached: n_functions, refused: n_left_out, missed, lost })?;
     drop(object);
     target.finish()
 }
