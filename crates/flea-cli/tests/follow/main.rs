@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod families;
+mod following;
 mod libraries;
 #[path = "../support/mod.rs"]
 mod support;
