@@ -6,6 +6,7 @@ mod commands;
 mod family;
 mod interrupt;
 mod output;
+mod plain;
 mod record;
 mod report;
 mod target;
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
         // Whoever read our output has seen enough (`flea trace ... | head`).
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("flea: {}", chain(&error));
+            eprintln!("flea: {}", plain::text(&chain(&error)));
             ExitCode::from(REFUSED)
         }
     }

@@ -46,13 +46,16 @@ use crate::{
     },
     remote::{self, FileGoesTo, Ground},
     session::Inner,
-    unload,
+    system_calls, unload,
     unwinder::{self, Unwinder},
 };
 
 #[cfg(test)]
 mod tests;
 
+/// What a function takes that is attached to, in memory of its own: the page of text that is
+/// written to, its images, its part of the registry. More than it is.
+const BYTES_PER_FUNCTION: u64 = 16 << 10;
 /// Code arenas that one transaction may add.
 const MAX_NEW_ARENAS: usize = 64;
 /// How often another controller may be faster.
@@ -73,7 +76,7 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
 pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
     loop {
         let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
-        match storage.load(&Memory::open(pid)?) {
+        match storage.load(&Memory::open(flea_process::stand_in(pid))?) {
             // The last controller took it away before it was read: there is none now.
             Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
             loaded => return Ok(loaded?),
@@ -91,6 +94,7 @@ pub(crate) fn create_arena(
     let goes_to = if is_own(session.pid()) { FileGoesTo::Target } else { FileGoesTo::Controller };
     let owner = Controller::this();
     let (fd, base) = seized(session.pid(), |tracer| -> Result<_, LoadError> {
+        remote::check_memory_limit(tracer.pid(), size_bytes)?;
         let mut ground = Ground::open(tracer)?;
         let added = ground.add_data_arena(size_bytes, goes_to, owner);
         if added.is_err() {
@@ -160,7 +164,10 @@ pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>,
     for _ in 0..MAX_ATTEMPTS {
         let offsets = ground.frame_offsets;
         let bodies = compile(object, prepared, &offsets)?;
+        let calls = system_calls::of(&bodies, prepared.iter().any(|p| p.stack.may_be_fewer));
         let outcome = seized(pid, |tracer| {
+            tracer.check_system_calls(&calls).map_err(RemoteError::Seccomp)?;
+            remote::check_memory_limit(pid, BYTES_PER_FUNCTION * prepared.len() as u64)?;
             let ground = Ground::open(tracer).map_err(AttachError::Remote)?;
             let now = Lay::of(&ground.registry, prepared);
             if now.frame_offsets != offsets {

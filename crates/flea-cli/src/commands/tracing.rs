@@ -13,6 +13,7 @@ use crate::{
     args::{Functions, Hist},
     family::{Family, Probe, Totals},
     output::{Output, basename, nanoseconds},
+    plain,
     record::Record,
     target::Target,
 };
@@ -251,7 +252,7 @@ fn report_start(probe: &impl Probe) -> Result<()> {
         bail!("{}{more}; nothing was changed", first.reason);
     }
     for one in refused.iter().take(MAX_REASONS) {
-        eprintln!("flea: not attached: {}", one.reason);
+        eprintln!("flea: not attached: {}", plain::text(&one.reason.to_string()));
     }
     if let Some(more @ 1..) = refused.len().checked_sub(MAX_REASONS) {
         eprintln!("flea: not attached: {more} more; `flea list` says why");
