@@ -95,6 +95,15 @@ pub struct Span {
     pub follow: bool,
 }
 
+/// Whether to wait for libraries.
+#[derive(Debug, Args)]
+pub struct Wait {
+    /// What no loaded module has is waited for: it is attached to when the target has loaded a
+    /// library that has it (looked for 50 times a second: the first calls may be missed)
+    #[arg(long)]
+    pub pending: bool,
+}
+
 /// Commands over functions.
 #[derive(Debug, Args)]
 pub struct Functions {
@@ -110,6 +119,9 @@ pub struct Functions {
     #[command(flatten)]
     /// Duration.
     pub span: Span,
+    #[command(flatten)]
+    /// What is not there yet.
+    pub wait: Wait,
 }
 
 /// `flea hist`.
@@ -130,6 +142,9 @@ pub struct Hist {
     #[command(flatten)]
     /// Duration.
     pub span: Span,
+    #[command(flatten)]
+    /// What is not there yet.
+    pub wait: Wait,
 }
 
 /// `flea run`.

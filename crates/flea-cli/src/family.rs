@@ -6,17 +6,19 @@ use std::collections::BTreeSet;
 use anyhow::Result;
 use flea::{
     AttachError, Followed, Following, Function, Pid, Session,
-    builtin::{Count, Histograms, Refused, Trace},
+    builtin::{Count, Histograms, Trace},
 };
 
-use crate::target::Target;
+use crate::target::{Target, find_all};
 
 /// What a command attaches to one program.
 pub trait Probe {
     /// Functions attached to.
-    fn functions(&self) -> &[Function];
+    fn n_attached(&self) -> usize;
     /// Functions that could not be.
-    fn refused(&self) -> &[Refused];
+    fn n_refused(&self) -> usize;
+    /// Why the first of those could not.
+    fn why_not(&self) -> Option<String>;
     /// Program runs that were skipped.
     fn missed(&self) -> u64;
     /// Records for which there was no room.
@@ -28,11 +30,14 @@ pub trait Probe {
 macro_rules! probe {
     ($name:ident) => {
         impl Probe for $name {
-            fn functions(&self) -> &[Function] {
-                self.functions()
+            fn n_attached(&self) -> usize {
+                self.functions().len()
             }
-            fn refused(&self) -> &[Refused] {
-                self.refused()
+            fn n_refused(&self) -> usize {
+                self.refused().len()
+            }
+            fn why_not(&self) -> Option<String> {
+                self.refused().first().map(|refused| refused.reason.to_string())
             }
             fn missed(&self) -> u64 {
                 self.missed()
@@ -67,35 +72,114 @@ pub struct Totals {
     pub lost: u64,
 }
 
+/// How a command attaches to a program.
+enum Way<'a, P> {
+    /// What an object names; `None` where a program has nothing of it.
+    Object(Box<dyn Fn(&Session) -> Result<Option<P>> + 'a>),
+    /// To the functions of these patterns.
+    Functions { patterns: &'a [String], start: Start<'a, P>, may_wait: bool },
+}
+
+type Start<'a, P> = Box<dyn Fn(&Session, &[Function]) -> Result<P> + 'a>;
+
+/// Patterns of which a program has nothing yet.
+struct Waiting {
+    session: Session,
+    patterns: Vec<String>,
+}
+
 /// All of them. Those that have ended have been handed to `finish`.
 pub struct Family<'a, P> {
-    patterns: &'a [String],
-    start: Box<dyn Fn(&Session, &[Function]) -> Result<P> + 'a>,
+    way: Way<'a, P>,
     images: Vec<Image<P>>,
+    waiting: Vec<Waiting>,
     totals: Totals,
 }
 
 impl<'a, P: Probe> Family<'a, P> {
-    /// Attaches to the target's program.
-    pub fn start(
+    /// `probe` is attached to the target's own program, `again` attaches to others.
+    pub fn of_object(
         target: &Target,
-        patterns: &'a [String],
-        start: impl Fn(&Session, &[Function]) -> Result<P> + 'a,
-    ) -> Result<Self> {
-        let probe = start(&target.session, &target.find(patterns)?)?;
-        let members = BTreeSet::from([target.session.pid()]);
-        let image = Image { probe, session: target.session.clone(), members };
-        Ok(Self {
-            patterns,
-            start: Box::new(start),
-            images: vec![image],
-            totals: Totals::default(),
-        })
+        probe: P,
+        again: impl Fn(&Session) -> Result<Option<P>> + 'a,
+    ) -> Self {
+        let image = Image::new(probe, &target.session);
+        let way = Way::Object(Box::new(again));
+        Self { way, images: vec![image], waiting: vec![], totals: Totals::default() }
     }
 
-    /// What is attached to the target's own program.
-    pub fn first(&self) -> &P {
-        &self.images[0].probe
+    /// Attaches to the target's own program what `start` attaches to the functions of others. With
+    /// `may_wait`, what is not there need not be: a library may be loaded that has it.
+    pub fn of_functions(
+        target: &Target,
+        patterns: &'a [String],
+        may_wait: bool,
+        start: impl Fn(&Session, &[Function]) -> Result<P> + 'a,
+    ) -> Result<Self> {
+        let (functions, missing) = target.find(patterns, may_wait)?;
+        let mut images = Vec::new();
+        if !functions.is_empty() {
+            images.push(Image::new(start(&target.session, &functions)?, &target.session));
+        }
+        let mut family = Self {
+            way: Way::Functions { patterns, start: Box::new(start), may_wait },
+            images,
+            waiting: vec![],
+            totals: Totals::default(),
+        };
+        family.wait_for(&target.session, missing);
+        Ok(family)
+    }
+
+    /// Looks whether libraries have been loaded that programs wait for, and attaches to them.
+    ///
+    /// This is asked now and then: calls that the library has made before are not seen.
+    pub fn look(&mut self) -> Result<()> {
+        for mut waiting in std::mem::take(&mut self.waiting) {
+            // One that has ended or become another program has nothing to wait for.
+            let Ok(has_changed) = waiting.session.refresh_changed() else { continue };
+            if has_changed {
+                self.attach_waiting(&mut waiting)?;
+            }
+            if !waiting.patterns.is_empty() {
+                self.waiting.push(waiting);
+            }
+        }
+        Ok(())
+    }
+
+    fn attach_waiting(&mut self, waiting: &mut Waiting) -> Result<()> {
+        let Way::Functions { start, .. } = &self.way else { return Ok(()) };
+        let session = &waiting.session;
+        let (functions, missing) = find_all(session, &waiting.patterns);
+        if functions.is_empty() {
+            return Ok(());
+        }
+        waiting.patterns = missing.into_iter().map(|(pattern, _)| pattern).collect();
+        let (probe, pid) = (start(session, &functions)?, session.pid());
+        let n = probe.n_attached();
+        let more = probe.why_not().map(|reason| format!("; not attached: {reason}"));
+        let plural = if n == 1 { "" } else { "s" };
+        eprintln!(
+            "flea: process {pid} has loaded a library: attached to {n} function{plural}{}",
+            more.unwrap_or_default()
+        );
+        self.images.push(Image::new(probe, session));
+        Ok(())
+    }
+
+    fn wait_for(&mut self, session: &Session, patterns: Vec<String>) {
+        if !patterns.is_empty() {
+            for pattern in &patterns {
+                eprintln!("flea: `{pattern}` waits for a library that has it");
+            }
+            self.waiting.push(Waiting { session: session.clone(), patterns });
+        }
+    }
+
+    /// What is attached to the target's own program; `None` while it only waits.
+    pub fn first(&self) -> Option<&P> {
+        self.images.first().map(|image| &image.probe)
     }
 
     /// What is attached to each of them.
@@ -112,7 +196,7 @@ impl<'a, P: Probe> Family<'a, P> {
     ) -> Result<()> {
         match event {
             Followed::Born { pid, parent } => {
-                if let Some(image) = self.images.iter_mut().find(|i| i.members.contains(&parent)) {
+                for image in self.images.iter_mut().filter(|i| i.members.contains(&parent)) {
                     image.members.insert(pid);
                 }
             }
@@ -133,38 +217,41 @@ impl<'a, P: Probe> Family<'a, P> {
     /// Attaches to a program that waits before it begins; what to say of it.
     fn attach(&mut self, following: &Following, pid: Pid) -> Result<String> {
         let session = following.session(pid)?;
-        let path = session.program().to_owned();
-        let mut functions: Vec<Function> = Vec::new();
-        for pattern in self.patterns {
-            // What is not there, is not; that is for the first program to complain about.
-            for function in session.find(pattern).unwrap_or_default() {
-                if !functions.iter().any(|known| known.address() == function.address()) {
-                    functions.push(function);
+        let path = session.program();
+        let mut missing = Vec::new();
+        let probe = match &self.way {
+            Way::Object(again) => again(&session)?,
+            Way::Functions { patterns, start, may_wait } => {
+                let (functions, not_found) = find_all(&session, patterns);
+                if *may_wait {
+                    missing = not_found.into_iter().map(|(pattern, _)| pattern).collect();
                 }
+                if functions.is_empty() { None } else { Some(start(&session, &functions)?) }
             }
-        }
-        if functions.is_empty() {
+        };
+        self.wait_for(&session, missing);
+        let Some(probe) = probe else {
             return Ok(format!("{path}, which has none of the functions"));
+        };
+        let n = probe.n_attached();
+        if let (0, Some(reason)) = (n, probe.why_not()) {
+            return Ok(format!("{path}: not attached: {reason}"));
         }
-        let probe = (self.start)(&session, &functions)?;
-        let n = probe.functions().len();
-        if let (0, Some(refused)) = (n, probe.refused().first()) {
-            return Ok(format!("{path}: not attached: {}", refused.reason));
-        }
-        self.images.push(Image { probe, session, members: BTreeSet::from([pid]) });
+        self.images.push(Image::new(probe, &session));
         let plural = if n == 1 { "" } else { "s" };
         Ok(format!("{path}: attached to {n} function{plural}"))
     }
 
     /// A process has no part in any of them any more.
     fn part(&mut self, pid: Pid, finish: &mut impl FnMut(&mut P) -> Result<()>) -> Result<()> {
-        let Some(at) = self.images.iter().position(|image| image.members.contains(&pid)) else {
-            return Ok(());
-        };
-        self.images[at].members.remove(&pid);
-        // The first one is what everything is asked of at the end.
-        if at > 0 && self.images[at].members.is_empty() {
-            let mut image = self.images.remove(at);
+        for image in &mut self.images {
+            image.members.remove(&pid);
+        }
+        let (gone, stay) = std::mem::take(&mut self.images)
+            .into_iter()
+            .partition::<Vec<_>, _>(|image| image.members.is_empty());
+        self.images = stay;
+        for mut image in gone {
             image.probe.detach()?;
             finish(&mut image.probe)?;
             self.totals.add(&image.probe);
@@ -172,7 +259,7 @@ impl<'a, P: Probe> Family<'a, P> {
         Ok(())
     }
 
-    /// Takes everything off and hands what is left to `finish`, the first program's last.
+    /// Takes everything off and hands what is left to `finish`.
     pub fn close(
         mut self,
         following: Option<&Following>,
@@ -186,7 +273,7 @@ impl<'a, P: Probe> Family<'a, P> {
                 following.leave(pid)?;
             }
         }
-        while let Some(mut image) = self.images.pop() {
+        for mut image in std::mem::take(&mut self.images) {
             finish(&mut image.probe)?;
             self.totals.add(&image.probe);
         }
@@ -194,10 +281,16 @@ impl<'a, P: Probe> Family<'a, P> {
     }
 }
 
+impl<P> Image<P> {
+    fn new(probe: P, session: &Session) -> Self {
+        Self { probe, session: session.clone(), members: BTreeSet::from([session.pid()]) }
+    }
+}
+
 impl Totals {
     fn add(&mut self, probe: &impl Probe) {
-        self.attached += probe.functions().len();
-        self.refused += probe.refused().len();
+        self.attached += probe.n_attached();
+        self.refused += probe.n_refused();
         self.missed += probe.missed();
         self.lost += probe.lost();
     }

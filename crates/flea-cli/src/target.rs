@@ -1,12 +1,13 @@
 //! The target of a command, from its flags: a running process or one that is started.
 
 use std::{
+    collections::HashSet,
     process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
-use flea::{Exit, Followed, Following, Function, Session};
+use flea::{Exit, FindError, Followed, Following, Function, Session};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{args, interrupt::Interrupt};
@@ -61,8 +62,13 @@ impl Target {
         })
     }
 
-    /// The functions that `patterns` name, each once.
-    pub fn find(&self, patterns: &[String]) -> Result<Vec<Function>> {
+    /// The functions that `patterns` name, each once, and the patterns of which nothing is there:
+    /// an error, unless they may wait.
+    pub fn find(
+        &self,
+        patterns: &[String],
+        may_wait: bool,
+    ) -> Result<(Vec<Function>, Vec<String>)> {
         let bar = ProgressBar::hidden();
         bar.set_style(ProgressStyle::with_template("{spinner} {msg} {elapsed}")?);
         bar.set_message("reading symbols");
@@ -79,24 +85,23 @@ impl Target {
                     std::thread::park_timeout(Duration::from_millis(50));
                 }
             });
-            let found = self.find_quietly(patterns);
+            let found = find_all(&self.session, patterns);
             done.store(true, std::sync::atomic::Ordering::Relaxed);
             bar.finish_and_clear();
-            found
-        })
-    }
-
-    fn find_quietly(&self, patterns: &[String]) -> Result<Vec<Function>> {
-        let mut functions: Vec<Function> = Vec::new();
-        let mut seen = std::collections::HashSet::new();
-        for pattern in patterns {
-            for function in self.session.find(pattern)? {
-                if seen.insert(function.address()) {
-                    functions.push(function);
+            let (functions, missing) = found;
+            let mut waiting = Vec::new();
+            for (pattern, error) in missing {
+                let may_come = matches!(
+                    error,
+                    FindError::NoSuchModule { .. } | FindError::NoSuchFunction { .. }
+                );
+                if !(may_wait && may_come) {
+                    return Err(error.into());
                 }
+                waiting.push(pattern);
             }
-        }
-        Ok(functions)
+            Ok((functions, waiting))
+        })
     }
 
     /// Lets the target run and waits for Ctrl-C, the duration or its end; calls `tick` all the
@@ -215,4 +220,22 @@ impl Target {
             Some(Exit::Signal(signal)) => u8::try_from(128 + signal).unwrap_or(1),
         })
     }
+}
+
+/// The functions of a process that `patterns` name, each once, and the patterns of which nothing is
+/// there.
+pub fn find_all(
+    session: &Session,
+    patterns: &[String],
+) -> (Vec<Function>, Vec<(String, FindError)>) {
+    let mut functions: Vec<Function> = Vec::new();
+    let mut missing = Vec::new();
+    let mut seen = HashSet::new();
+    for pattern in patterns {
+        match session.find(pattern) {
+            Ok(found) => functions.extend(found.into_iter().filter(|f| seen.insert(f.address()))),
+            Err(error) => missing.push((pattern.clone(), error)),
+        }
+    }
+    (functions, missing)
 }

@@ -184,6 +184,10 @@ impl Session {
         Ok(session)
     }
 
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
+    }
+
     pub(crate) fn modules(&self) -> Vec<Arc<Module>> {
         lock(&self.inner.modules).clone()
     }
@@ -199,6 +203,24 @@ impl Session {
         }
         *lock(&self.inner.modules) = modules;
         Ok(())
+    }
+
+    /// Reads again which modules are loaded, if those are others than before; whether they are.
+    ///
+    /// # Errors
+    /// The process has ended, or executed another program.
+    pub fn refresh_changed(&self) -> Result<bool, SessionError> {
+        if self.inner.has_lost_its_memory() {
+            return Err(flea_process::TraceError::Execed { pid: self.pid() }.into());
+        }
+        let known = self.modules();
+        let now = modules::list_again(self.pid(), &known)?;
+        let is_same = |(a, b): (&Arc<Module>, &Arc<Module>)| Arc::ptr_eq(a, b);
+        if now.len() == known.len() && now.iter().zip(&known).all(is_same) {
+            return Ok(false);
+        }
+        *lock(&self.inner.modules) = now;
+        Ok(true)
     }
 
     /// The functions that `pattern` (`[MODULE:]FUNCTION`, with `*` and `?`) names. Without a

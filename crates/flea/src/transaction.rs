@@ -114,6 +114,23 @@ pub(crate) fn create_arena(
     }
 }
 
+/// Maps the memory of an object into one more process; where it is there.
+pub(crate) fn share_arena(
+    session: &Inner,
+    arena: &flea_maps::Arena,
+) -> Result<RemoteAddr, LoadError> {
+    let owner = Controller::this();
+    seized(session.pid(), |tracer| -> Result<_, LoadError> {
+        let mut ground = Ground::open(tracer)?;
+        let shared = ground.share_data_arena(arena.plan().size_bytes, arena.fd(), owner);
+        if shared.is_err() {
+            // Where nothing else is, nothing stays. What failed first is what is told.
+            let _ = ground.close();
+        }
+        Ok(shared?)
+    })
+}
+
 /// Gives the memory of an object back. What cannot be done now (a thread is still inside a
 /// traced function, the target cannot be seized) is done by the next controller that comes.
 pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {

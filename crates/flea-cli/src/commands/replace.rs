@@ -87,7 +87,7 @@ fn print(
 /// The one function that `text` names, and its replacement's name.
 fn pair(target: &Target, text: &str) -> Result<(Function, String)> {
     let (pattern, symbol) = split(text);
-    let mut functions = target.find(&[pattern.to_owned()])?;
+    let (mut functions, _) = target.find(&[pattern.to_owned()], false)?;
     if functions.len() > 1 {
         let names: Vec<_> = functions
             .iter()

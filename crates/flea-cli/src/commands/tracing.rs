@@ -5,13 +5,13 @@ use std::collections::HashMap;
 use anyhow::{Result, bail};
 use flea::{
     Function,
-    builtin::{Call, Count, Expr, Histogram, Histograms, Trace, Word},
+    builtin::{Call, Count, Expr, Histogram, Histograms, Refused, Trace, Word},
 };
 use serde_json::{Value, json};
 
 use crate::{
     args::{Functions, Hist},
-    family::{Family, Probe, Totals},
+    family::{Family, Totals},
     output::{Output, basename, nanoseconds},
     plain,
     record::Record,
@@ -25,10 +25,14 @@ const MAX_REASONS: usize = 5;
 pub fn count(args: &Functions) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
-    let mut family = Family::start(&target, &args.patterns, |session, functions| {
-        Ok(Count::start(session, functions)?)
-    })?;
-    report_start(family.first())?;
+    let mut family =
+        Family::of_functions(&target, &args.patterns, args.wait.pending, |session, functions| {
+            Ok(Count::start(session, functions)?)
+        })?;
+    match family.first() {
+        Some(first) => report_start(first.functions(), first.refused())?,
+        None => say_attached(0),
+    }
     let mut rows: Rows<u64> = Rows::default();
     let mut add = |count: &mut Count| {
         let read = count.read();
@@ -37,7 +41,7 @@ pub fn count(args: &Functions) -> Result<u8> {
     };
     target.run_meeting(|met| match met {
         Some((following, event)) => family.meet(following, event, &mut add),
-        None => Ok(()),
+        None => family.look(),
     })?;
     let totals = family.close(target.following(), add)?;
     let mut rows = rows.0;
@@ -57,9 +61,10 @@ pub fn count(args: &Functions) -> Result<u8> {
 pub fn latency(args: &Functions) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
-    let family = Family::start(&target, &args.patterns, |session, functions| {
-        Ok(Histograms::of_duration(session, functions)?)
-    })?;
+    let family =
+        Family::of_functions(&target, &args.patterns, args.wait.pending, |session, functions| {
+            Ok(Histograms::of_duration(session, functions)?)
+        })?;
     print_histograms(family, &mut target, &mut output)?;
     target.finish()
 }
@@ -70,18 +75,20 @@ pub fn hist(args: &Hist) -> Result<u8> {
     let mut target = Target::open(&args.target, &args.span)?;
     let expr = Expr::parse(&args.expr);
     let patterns = std::slice::from_ref(&args.function);
-    let family = Family::start(&target, patterns, |session, functions| {
-        let [function] = functions else {
-            let names: Vec<_> = functions.iter().take(MAX_REASONS).map(Function::name).collect();
-            bail!(
-                "`{}` means {} functions ({}, ...); name one",
-                args.function,
-                functions.len(),
-                names.join(", ")
-            );
-        };
-        Ok(Histograms::of(session, function, &expr)?)
-    })?;
+    let family =
+        Family::of_functions(&target, patterns, args.wait.pending, |session, functions| {
+            let [function] = functions else {
+                let names: Vec<_> =
+                    functions.iter().take(MAX_REASONS).map(Function::name).collect();
+                bail!(
+                    "`{}` means {} functions ({}, ...); name one",
+                    args.function,
+                    functions.len(),
+                    names.join(", ")
+                );
+            };
+            Ok(Histograms::of(session, function, &expr)?)
+        })?;
     print_histograms(family, &mut target, &mut output)?;
     target.finish()
 }
@@ -91,7 +98,10 @@ fn print_histograms(
     target: &mut Target,
     output: &mut Output,
 ) -> Result<()> {
-    report_start(family.first())?;
+    match family.first() {
+        Some(first) => report_start(first.functions(), first.refused())?,
+        None => say_attached(0),
+    }
     let mut rows: Rows<(String, Histogram)> = Rows::default();
     let mut add = |histograms: &mut Histograms| {
         let value = histograms.value();
@@ -104,7 +114,7 @@ fn print_histograms(
     };
     target.run_meeting(|met| match met {
         Some((following, event)) => family.meet(following, event, &mut add),
-        None => Ok(()),
+        None => family.look(),
     })?;
     let totals = family.close(target.following(), add)?;
     let many = rows.0.len() > 10;
@@ -120,10 +130,14 @@ fn print_histograms(
 pub fn trace(args: &Functions) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
-    let mut family = Family::start(&target, &args.patterns, |session, functions| {
-        Ok(Trace::start(session, functions)?)
-    })?;
-    report_start(family.first())?;
+    let mut family =
+        Family::of_functions(&target, &args.patterns, args.wait.pending, |session, functions| {
+            Ok(Trace::start(session, functions)?)
+        })?;
+    match family.first() {
+        Some(first) => report_start(first.functions(), first.refused())?,
+        None => say_attached(0),
+    }
     let mut n_open = 0;
     let mut finish = |trace: &mut Trace, output: &mut Output| -> Result<()> {
         trace.drain(|call| print_call(output, &call))?;
@@ -134,6 +148,7 @@ pub fn trace(args: &Functions) -> Result<u8> {
         if let Some((following, event)) = met {
             return family.meet(following, event, |trace| finish(trace, &mut output));
         }
+        family.look()?;
         for trace in family.probes() {
             trace.poll(|call| print_call(&mut output, &call))?;
         }
@@ -242,8 +257,7 @@ fn json_value(value: &Word) -> Value {
 }
 
 /// Says what was attached to; fails where that is nothing.
-fn report_start(probe: &impl Probe) -> Result<()> {
-    let (attached, refused) = (probe.functions(), probe.refused());
+fn report_start(attached: &[Function], refused: &[Refused]) -> Result<()> {
     if let ([], [first, rest @ ..]) = (attached, refused) {
         let more = match rest.len() {
             0 => String::new(),

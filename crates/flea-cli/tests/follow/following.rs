@@ -9,7 +9,7 @@ use flea_fixtures::Running;
 use nix::sys::signal::Signal;
 
 use crate::families::{Orphan, n_attached};
-use crate::support::{PATIENCE, TempFile, Tracing, assert_clean, flea, number};
+use crate::support::{PATIENCE, TempFile, Tracing, assert_clean, compile_bpf, flea, number};
 use crate::{Dir, counted};
 
 /// Everything that makes processes: calls of the program and its children, and of those that are
@@ -203,6 +203,42 @@ fn a_storm_is_counted_exactly() -> Result<()> {
     let total = family.number("total")?;
     assert_eq!(total, 40 * 25 * (8 + 1 + 1));
     assert_eq!(counted(&tracing.stop()?, "work")?, total + 40 * 25);
+    assert_clean(family.pid())?;
+    family.finish()
+}
+
+/// An object's maps are the same in all processes, whatever they execute.
+#[test]
+fn an_object_in_the_whole_family() -> Result<()> {
+    let Some(object) = compile_bpf("family.bpf.c", "v3")? else { return Ok(()) };
+    let Some(dir) = Dir::new()? else { return Ok(()) };
+    let mut family = dir.start()?;
+    let path = object.0.to_string_lossy();
+    let tracing = Tracing::attach(&["run", &path, "--follow"], family.pid())?;
+    for command in FAMILY {
+        family.act(command)?;
+    }
+    let child = Orphan::of(&mut family)?;
+    assert_eq!(family.number("part")?, 0);
+    let records = tracing.stop()?;
+    records.assert_complete()?;
+    let in_map = |map: &str| -> Vec<(u64, u64)> {
+        let of_map = records.of("map").filter(|r| r["map"] == map);
+        of_map.filter_map(|r| Some((r["key"].as_u64()?, r["value"].as_u64()?))).collect()
+    };
+    let by_process = in_map("by_process");
+    let of_child: u64 =
+        by_process.iter().filter(|(p, _)| *p == u64::from(child.0)).map(|p| p.1).sum();
+    let sums = in_map("sums");
+    assert_eq!(sums[0], (0, OWN + EXECUTED + of_child));
+    assert_eq!(by_process.iter().map(|(_, n)| n).sum::<u64>(), sums[0].1);
+    // Each calls work(0), work(1), and so on, and it returns one more; the child work(0) alone.
+    let sum = |k: u64, n: u64| k * n * (n + 1) / 2;
+    let own = sum(1, 7) + sum(5, 10) + sum(4, 20) + sum(2, 50);
+    assert_eq!(sums[1], (1, own + sum(3, 30) + sum(2, 40) + of_child));
+    let n_processes = 1 + 5 + 4 + 3 + 2 + 2 + usize::from(of_child > 0);
+    assert_eq!(by_process.len(), n_processes);
+    assert_eq!(records.of("printk").count(), n_processes);
     assert_clean(family.pid())?;
     family.finish()
 }
