@@ -37,6 +37,7 @@ pub mod builtin;
 mod change;
 mod error;
 mod fit;
+mod follow;
 pub mod frames_file;
 mod function;
 mod host;
@@ -89,6 +90,7 @@ pub mod rejection {
 
 pub use self::{
     error::{AttachError, FindError, LoadError, ProgramArrayError, RemoteError, SessionError},
+    follow::{Followed, Following},
     function::Function,
     link::Link,
     modules::{Module, OpenError},

@@ -115,25 +115,61 @@ pub(crate) fn create_arena(
     }
 }
 
+/// Maps the memory of an object into one more process; where it is there.
+pub(crate) fn share_arena(
+    session: &Inner,
+    arena: &flea_maps::Arena,
+) -> Result<RemoteAddr, LoadError> {
+    let owner = Controller::this();
+    seized(session.pid(), |tracer| -> Result<_, LoadError> {
+        let mut ground = Ground::open(tracer)?;
+        let shared = ground.share_data_arena(arena.plan().size_bytes, arena.fd(), owner);
+        if shared.is_err() {
+            // Where nothing else is, nothing stays. What failed first is what is told.
+            let _ = host::close(ground);
+        }
+        Ok(shared?)
+    })
+}
+
 /// Gives the memory of an object back. What cannot be done now (a thread is still inside a
 /// traced function, the target cannot be seized) is done by the next controller that comes.
 pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
+    if session.has_ended() {
+        return;
+    }
     let owner = Controller::this();
+    let table = flea_layout::shared::THREAD_TABLE_BYTES as u64;
+    let is_it = |d: &DataArena| d.mapping.0 + table == base.0 && d.owner == owner;
     // Nobody to tell: this runs when the object is dropped.
-    let _ = seized(session.pid(), |tracer| -> Result<(), AttachError> {
+    let _ = release_arenas(session.pid(), is_it);
+}
+
+/// Takes off whatever this controller has attached in process `pid`, and gives the memory back.
+pub(crate) fn leave(pid: Pid) -> Result<(), AttachError> {
+    let owner = Controller::this();
+    take_off(pid, |attached| match attached {
+        Attached::Body(body) => body.owner == owner,
+        Attached::Replacement(one) => one.owner == owner,
+    })?;
+    release_arenas(pid, |arena| arena.owner == owner)
+}
+
+fn release_arenas(
+    pid: Pid,
+    is_released: impl Fn(&DataArena) -> bool + Sync,
+) -> Result<(), AttachError> {
+    seized(pid, |tracer| -> Result<(), AttachError> {
         let Some(mut ground) = Ground::find(tracer)? else { return Ok(()) };
-        let table = flea_layout::shared::THREAD_TABLE_BYTES as u64;
-        let is_own = |d: &&mut DataArena| d.mapping.0 + table == base.0 && d.owner == owner;
-        let own = ground.registry.data.iter_mut().find(is_own);
-        if let Some(own) = own {
-            own.released = true;
+        for arena in ground.registry.data.iter_mut().filter(|arena| is_released(arena)) {
+            arena.released = true;
         }
         settle(&mut ground)?;
         tidy(&mut ground)?;
         unload::run(&mut ground)?;
         host::unmap_released(&mut ground)?;
         Ok(host::close(ground)?)
-    });
+    })
 }
 
 /// Attaches all of `prepared` or none; the numbers of the new bodies.
