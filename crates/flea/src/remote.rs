@@ -4,9 +4,10 @@
 use std::{
     fs::{File, OpenOptions},
     os::{
-        fd::{IntoRawFd as _, RawFd},
-        unix::ffi::OsStrExt as _,
+        fd::{AsRawFd as _, IntoRawFd as _, RawFd},
+        unix::{ffi::OsStrExt as _, fs::OpenOptionsExt as _},
     },
+    path::Path,
 };
 
 use flea_image::frames_file::{FILE_BYTES, HEAD_BYTES};
@@ -21,6 +22,8 @@ use crate::{
     registry::{self, CodeArena, Controller, DataArena, LoadedObject, Registry, Runtime, Storage},
 };
 
+/// The memfd of an object's maps.
+const DATA_NAME: &str = "flea-maps";
 /// Bytes of the first code arena near a module; later ones are twice as large.
 const CODE_ARENA_BYTES: u64 = 2 << 20;
 /// `MADV_WIPEONFORK`: a forked child's thread table is empty.
@@ -165,7 +168,7 @@ impl<'t> Ground<'t> {
         goes_to: FileGoesTo,
         owner: Controller,
     ) -> Result<(RawFd, RemoteAddr), RemoteError> {
-        let target_fd = memfd(self.tracer, &mut self.registry, "flea-maps")?;
+        let target_fd = memfd(self.tracer, &mut self.registry, DATA_NAME)?;
         let mapped = self.map_data_arena(target_fd, size_bytes);
         if goes_to == FileGoesTo::Controller || mapped.is_err() {
             close(self.tracer, target_fd)?;
@@ -191,8 +194,7 @@ impl<'t> Ground<'t> {
         fd: i32,
         size_bytes: u64,
     ) -> Result<(File, RemoteAddr), RemoteError> {
-        let path = format!("/proc/{}/fd/{fd}", self.tracer.pid());
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(|source| {
+        let file = open_memfd(self.tracer.pid(), fd, DATA_NAME).map_err(|source| {
             RemoteError::Local { what: "opening the target's shared memory", source }
         })?;
         file.set_len(size_bytes).map_err(|source| RemoteError::Local {
@@ -414,7 +416,35 @@ fn memfd(tracer: &mut Tracer, registry: &mut Registry, name: &str) -> Result<i32
     let flags = u64::from(libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
     let fd = tracer.remote_syscall(libc::SYS_memfd_create, [place.at.0, flags, 0, 0, 0, 0]);
     registry.unplace(place);
-    Ok(i32::try_from(fd?).expect("a file descriptor is an int"))
+    // What a supervisor of the target's answers (SECCOMP_RET_USER_NOTIF) may be anything.
+    i32::try_from(fd?).map_err(|_| local("a memfd's number"))
+}
+
+/// Opens a memfd of the target that was just made for us, to read and write.
+///
+/// The target's threads run on meanwhile, and one of them may have put any other file in its place,
+/// `/etc/passwd` for one: opening it here asks *our* permissions, not the target's. So nothing is
+/// opened that has not the name of a memfd of ours, and what is not new is left alone: a file on a
+/// disk cannot be sealed.
+fn open_memfd(pid: Pid, fd: i32, name: &str) -> std::io::Result<File> {
+    let refused = |what: String| std::io::Error::new(std::io::ErrorKind::InvalidData, what);
+    let anything = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH | libc::O_CLOEXEC)
+        .open(format!("/proc/{pid}/fd/{fd}"))?;
+    let same_file = format!("/proc/self/fd/{}", anything.as_raw_fd());
+    let found = std::fs::read_link(&same_file)?;
+    if found != Path::new(&format!("/memfd:{name} (deleted)")) {
+        return Err(refused(format!("the target has put {} in its place", found.display())));
+    }
+    let file = OpenOptions::new().read(true).write(true).open(&same_file)?;
+    let size_bytes = file.metadata()?.len();
+    // SAFETY: takes nothing, changes nothing.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    if seals != 0 || size_bytes != 0 {
+        return Err(refused(format!("it has {size_bytes} bytes and seals {seals} already")));
+    }
+    Ok(file)
 }
 
 fn close(tracer: &mut Tracer, fd: i32) -> Result<(), RemoteError> {
@@ -429,4 +459,52 @@ fn unmap(tracer: &mut Tracer, at: RemoteAddr, size_bytes: u64) -> Result<(), Rem
 
 fn local(what: &'static str) -> RemoteError {
     RemoteError::Local { what, source: std::io::ErrorKind::NotFound.into() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
+
+    use super::*;
+
+    fn memfd(name: &std::ffi::CStr, flags: u32) -> OwnedFd {
+        // SAFETY: the name is a C string.
+        let fd = unsafe { libc::memfd_create(name.as_ptr(), flags) };
+        assert!(fd >= 0);
+        // SAFETY: just made.
+        unsafe { OwnedFd::from_raw_fd(fd) }
+    }
+
+    fn opened(fd: &impl std::os::fd::AsFd) -> std::io::Result<File> {
+        let pid = std::process::id().cast_signed();
+        open_memfd(pid, fd.as_fd().as_raw_fd(), DATA_NAME)
+    }
+
+    #[test]
+    fn a_new_memfd_is_opened() {
+        let fd = memfd(c"flea-maps", libc::MFD_ALLOW_SEALING);
+        opened(&fd).unwrap().set_len(4096).unwrap();
+        assert_eq!(File::from(fd).metadata().unwrap().len(), 4096);
+    }
+
+    /// Whatever the target has put in the place of its memfd stays as it is.
+    #[test]
+    fn nothing_else_is_changed() {
+        let path = std::env::temp_dir().join(format!("flea-maps-{}", std::process::id()));
+        std::fs::write(&path, b"root:x:0:0").unwrap();
+        let file = File::open(&path).unwrap();
+        let error = opened(&file).unwrap_err();
+        assert!(error.to_string().contains("the target has put"), "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"root:x:0:0");
+        std::fs::remove_file(&path).unwrap();
+        // Deleted, it has a name that ends as a memfd's.
+        assert!(opened(&file).is_err());
+        let (pipe, _writer) = std::io::pipe().unwrap();
+        assert!(opened(&pipe).is_err());
+        assert!(opened(&memfd(c"other", libc::MFD_ALLOW_SEALING)).is_err());
+        assert!(opened(&memfd(c"flea-maps", 0)).is_err(), "it cannot be sealed");
+        let used = File::from(memfd(c"flea-maps", libc::MFD_ALLOW_SEALING));
+        used.set_len(1).unwrap();
+        assert!(opened(&used.as_fd()).is_err(), "it is in use");
+    }
 }
