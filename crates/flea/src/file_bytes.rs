@@ -6,11 +6,10 @@
 //! debug information may take gigabytes, are root's.
 
 use std::{
-    fs::{File, Metadata, OpenOptions},
+    fs::{File, Metadata},
     io::{self, Read as _},
     ops::Deref,
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
-    path::Path,
+    os::unix::fs::MetadataExt as _,
 };
 
 use memmap2::Mmap;
@@ -38,18 +37,7 @@ impl Deref for FileBytes {
     }
 }
 
-/// Opens a regular file to read it. Anything else is refused, and not waited for: there may be a
-/// pipe where a file was.
-pub(crate) fn open(path: &Path) -> io::Result<File> {
-    let flags = libc::O_NONBLOCK | libc::O_NOCTTY | libc::O_CLOEXEC;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
-    }
-    Ok(file)
-}
-
-/// All of `file`, which [`open`] has opened.
+/// All of a regular file.
 pub(crate) fn read(file: &File) -> io::Result<FileBytes> {
     let metadata = file.metadata()?;
     if stays_as_it_is(&metadata) {
@@ -108,7 +96,7 @@ mod tests {
         let path = Scratch::new("cut");
         std::fs::write(&path.0, vec![7; 10_000]).unwrap();
         std::fs::set_permissions(&path.0, std::fs::Permissions::from_mode(0o666)).unwrap();
-        let bytes = read(&open(&path.0).unwrap()).unwrap();
+        let bytes = read(&File::open(&path.0).unwrap()).unwrap();
         File::options().write(true).open(&path.0).unwrap().set_len(0).unwrap();
         assert!(matches!(bytes, FileBytes::Copied(_)));
         assert!(bytes.len() == 10_000 && bytes.iter().all(|&byte| byte == 7));
@@ -119,7 +107,7 @@ mod tests {
         let path = Scratch::new("own");
         std::fs::write(&path.0, b"own").unwrap();
         std::fs::set_permissions(&path.0, std::fs::Permissions::from_mode(0o644)).unwrap();
-        let bytes = read(&open(&path.0).unwrap()).unwrap();
+        let bytes = read(&File::open(&path.0).unwrap()).unwrap();
         assert!(matches!(bytes, FileBytes::Mapped(_)));
         assert_eq!(&*bytes, b"own");
     }
@@ -130,16 +118,8 @@ mod tests {
         let file = File::create_new(&path.0).unwrap();
         file.set_len(1 << 40).unwrap();
         std::fs::set_permissions(&path.0, std::fs::Permissions::from_mode(0o666)).unwrap();
-        let refused = read(&open(&path.0).unwrap()).unwrap_err();
+        let refused = read(&File::open(&path.0).unwrap()).unwrap_err();
         assert_eq!(refused.kind(), io::ErrorKind::FileTooLarge);
-        assert!(copy(&open(&path.0).unwrap(), 10, 100).is_err(), "it has grown since");
-    }
-
-    /// Nobody writes to it: opening it in the ordinary way would wait for ever.
-    #[test]
-    fn a_pipe_is_not_waited_for() {
-        let path = Scratch::new("pipe");
-        nix::unistd::mkfifo(&path.0, nix::sys::stat::Mode::S_IRUSR).unwrap();
-        assert_eq!(open(&path.0).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert!(copy(&File::open(&path.0).unwrap(), 10, 100).is_err(), "it has grown since");
     }
 }
