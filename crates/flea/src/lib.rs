@@ -36,6 +36,7 @@ pub mod attached;
 pub mod builtin;
 mod change;
 mod error;
+mod file_bytes;
 mod fit;
 mod follow;
 pub mod frames_file;
