@@ -39,6 +39,7 @@ mod error;
 mod fit;
 pub mod frames_file;
 mod function;
+mod given;
 mod link;
 mod modules;
 mod object;

@@ -223,6 +223,7 @@ pub fn with_image(case: &Case, look: impl FnOnce(&Linked<'_>, &Skeleton)) {
                 exit: refer(3),
                 reads: &body.reads,
                 saves: &body.saves,
+                changes: body.changes,
                 frame_words: body.frame_words,
                 frame_offset: *frame_offset,
             }
