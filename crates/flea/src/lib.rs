@@ -54,6 +54,7 @@ mod remote;
 mod replace;
 mod session;
 mod slots;
+mod system_calls;
 mod transaction;
 pub mod types;
 mod unload;

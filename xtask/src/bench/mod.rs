@@ -10,7 +10,7 @@ mod attach;
 mod controller;
 mod goals;
 mod harness;
-mod programs;
+pub mod programs;
 mod rows;
 mod site;
 mod steps;
