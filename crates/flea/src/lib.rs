@@ -41,6 +41,7 @@ mod fit;
 mod follow;
 pub mod frames_file;
 mod function;
+mod given;
 mod host;
 mod link;
 mod modules;

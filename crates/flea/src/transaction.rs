@@ -34,7 +34,10 @@ use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    change::{Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all, take_back},
+    change::{
+        Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_changes, pack_reads, retire_all,
+        take_back,
+    },
     error::{AttachError, LoadError, RemoteError},
     function::Function,
     host::{self, Host},
@@ -672,6 +675,7 @@ pub(crate) fn place_body(
         frame_offset: new.offset,
         frame_words: body.frame_words,
         reads: pack_reads(&body.reads),
+        changes: pack_changes(body.changes),
         saves: body.saves.clone(),
     })
 }
