@@ -27,7 +27,7 @@ fn other_namespaces() -> Result<()> {
     }
     for words in NAMESPACES {
         let mut command = Command::new("unshare");
-        command.args(*words).arg(&program).arg("hot");
+        command.args(*words).arg(&program);
         let mut target = match words.contains(&"--fork") {
             true => Confined::start_below(&mut command)?,
             false => Confined::start_as(&mut command)?,
