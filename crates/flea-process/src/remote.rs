@@ -74,6 +74,15 @@ pub enum RemoteError {
         /// The process.
         pid: Pid,
     },
+    /// Its own handler is asked about system calls.
+    #[error(
+        "process {pid} has its system calls sent to itself (PR_SET_SYSCALL_USER_DISPATCH, as Wine \
+         does), and would be asked about ours; such programs cannot be traced"
+    )]
+    Dispatches {
+        /// The process.
+        pid: Pid,
+    },
     /// A filter would judge the system calls of what is to be attached, and not let them pass.
     #[error(
         "seccomp {verdict} system calls that what is to be attached makes: {} (thread {tid} of \
@@ -194,6 +203,7 @@ enum Taken {
     Loan(Box<Loan>),
     Unsuitable,
     Filtered,
+    Dispatches,
 }
 
 impl Tracer {
@@ -317,6 +327,7 @@ impl Tracer {
                     Taken::Loan(loan) => return Ok(*loan),
                     Taken::Unsuitable => {}
                     Taken::Filtered => filtered = true,
+                    Taken::Dispatches => return Err(RemoteError::Dispatches { pid: self.pid }),
                 }
             }
             if filtered {
@@ -382,6 +393,10 @@ impl Tracer {
         if status.deliverable() != SignalSet::default() || self.in_rseq_section(tid, &registers) {
             self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);
+        }
+        if ptrace::dispatches_syscalls(tid) {
+            self.unhalt(tid, stop)?;
+            return Ok(Taken::Dispatches);
         }
         let seccomp_suspended = status.seccomp != SeccompMode::Off;
         if seccomp_suspended && ptrace::set_options(tid, WITHOUT_SECCOMP).is_err() {

@@ -80,6 +80,19 @@ fn another_root() -> Result<()> {
     target.end()
 }
 
+/// Addresses that are the same in every run, from the bottom up, and all memory executable.
+#[test]
+fn other_layouts_of_memory() -> Result<()> {
+    let Some(program) = program() else { return Ok(()) };
+    for flag in ["--addr-no-randomize", "--addr-compat-layout", "--read-implies-exec"] {
+        let mut command = Command::new("setarch");
+        let mut target = Confined::start_as(command.arg(flag).arg(&program))?;
+        target.counts().with_context(|| flag)?;
+        target.end()?;
+    }
+    Ok(())
+}
+
 /// Its file is deleted, or another one has its name: what is mapped counts.
 #[test]
 fn deleted_and_replaced_programs() -> Result<()> {
