@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 
 use crate::{
     args::Run,
-    commands::tracing::{say_attached, summary},
+    commands::tracing::{check_taken_off, say_attached, summary},
     output::Output,
     plain,
     record::Record,
@@ -40,13 +40,14 @@ pub fn run(args: &Run) -> Result<u8> {
         print_lines(&object, &mut output)?;
         output.flush()
     })?;
-    link.detach()?;
+    let taken_off = link.detach();
     print_lines(&object, &mut output)?;
     for map in object.maps() {
         print_map(&object, map, &mut output)?;
     }
     summary(&mut output, n_functions, n_left_out, object.missed(), object.lost())?;
     drop(object);
+    check_taken_off(taken_off, &target)?;
     target.finish()
 }
 

@@ -1,8 +1,8 @@
 //! `flea count`, `latency`, `hist`, `trace`: attach, let the target run, take off, print.
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 use flea::{
-    Function,
+    AttachError, Function,
     builtin::{Call, Count, Expr, Histograms, Refused, Trace, Word},
 };
 use serde_json::{Value, json};
@@ -26,7 +26,7 @@ pub fn count(args: &Functions) -> Result<u8> {
     let mut count = Count::start(&target.session, &functions)?;
     report_start(count.functions(), count.refused())?;
     target.run(|| Ok(()))?;
-    count.detach()?;
+    let taken_off = count.detach();
     let mut rows: Vec<_> = count.functions().iter().zip(count.read()).collect();
     rows.sort_by_key(|row| std::cmp::Reverse(row.1));
     for (function, n) in rows {
@@ -39,6 +39,7 @@ pub fn count(args: &Functions) -> Result<u8> {
     let (missed, lost) = (count.missed(), count.lost());
     summary(&mut output, count.functions().len(), count.refused().len(), missed, lost)?;
     drop(count);
+    check_taken_off(taken_off, &target)?;
     target.finish()
 }
 
@@ -78,7 +79,7 @@ fn print_histograms(
 ) -> Result<()> {
     report_start(histograms.functions(), histograms.refused())?;
     target.run(|| Ok(()))?;
-    histograms.detach()?;
+    let taken_off = histograms.detach();
     let read = histograms.read();
     let many = read.len() > 10;
     for (function, histogram) in histograms.functions().iter().zip(&read) {
@@ -88,7 +89,9 @@ fn print_histograms(
         }
     }
     let (missed, lost) = (histograms.missed(), histograms.lost());
-    summary(output, histograms.functions().len(), histograms.refused().len(), missed, lost)
+    summary(output, histograms.functions().len(), histograms.refused().len(), missed, lost)?;
+    drop(histograms);
+    check_taken_off(taken_off, target)
 }
 
 /// `flea trace`
@@ -102,7 +105,7 @@ pub fn trace(args: &Functions) -> Result<u8> {
         trace.poll(|call| print_call(&mut output, &call))?;
         output.flush()
     })?;
-    trace.detach()?;
+    let taken_off = trace.detach();
     trace.drain(|call| print_call(&mut output, &call))?;
     if trace.n_open() > 0 {
         eprintln!("flea: {} calls were entered and have not returned", trace.n_open());
@@ -110,7 +113,17 @@ pub fn trace(args: &Functions) -> Result<u8> {
     let (missed, lost) = (trace.missed(), trace.lost());
     summary(&mut output, trace.functions().len(), trace.refused().len(), missed, lost)?;
     drop(trace);
+    check_taken_off(taken_off, &target)?;
     target.finish()
+}
+
+/// What was found out is printed also where the target cannot be worked on any more: a debugger
+/// may have come meanwhile.
+pub fn check_taken_off(outcome: Result<(), AttachError>, target: &Target) -> Result<()> {
+    let pid = target.session.pid();
+    outcome.with_context(|| {
+        format!("what was attached is still there, and `flea detach {pid}` takes it off")
+    })
 }
 
 fn print_call(output: &mut Output, call: &Call<'_>) -> Result<()> {
