@@ -305,6 +305,14 @@ pub fn comm(tid: Tid) -> Result<String, ProcError> {
     Ok(read_text(tid, "comm")?.trim_end().to_owned())
 }
 
+/// The process that started this one, or who has taken it over since.
+pub(crate) fn parent(pid: Pid) -> Option<Pid> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may itself hold any of ") (".
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(1)?.parse().ok()
+}
+
 /// Where thread `tid` of process `pid` is right now.
 #[must_use]
 pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
@@ -312,6 +320,14 @@ pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
         Ok(text) => parse_whereabouts(&text).unwrap_or(Whereabouts::Running),
         Err(_) => Whereabouts::Gone,
     }
+}
+
+/// How often a thread has been given a CPU, where the kernel counts that. One that has the same
+/// number later has not run in between.
+pub fn n_runs(pid: Pid, tid: Tid) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+    // Time on a CPU, time waited for one, and the number. All are 0 where nothing is counted.
+    text.split_whitespace().nth(2)?.parse().ok().filter(|&n| n > 0)
 }
 
 /// When a thread that is off its CPU was last on it. Kernels before 6.15 may not tell.
