@@ -3,13 +3,16 @@
 
 use std::collections::BTreeSet;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use flea::{
     AttachError, Followed, Following, Function, Pid, Session,
     builtin::{Count, Histograms, Trace},
 };
 
-use crate::target::{Target, find_all};
+use crate::{
+    plain,
+    target::{Target, find_all},
+};
 
 /// What a command attaches to one program.
 pub trait Probe {
@@ -205,10 +208,11 @@ impl<'a, P: Probe> Family<'a, P> {
                 self.part(pid, &mut finish)?;
                 let outcome = self.attach(following, pid);
                 following.release(pid);
-                match outcome {
-                    Ok(what) => eprintln!("flea: process {pid} has executed {what}"),
-                    Err(error) => eprintln!("flea: process {pid} is not traced: {error:#}"),
-                }
+                let told = match outcome {
+                    Ok(what) => format!("has executed {what}"),
+                    Err(error) => format!("is not traced: {error:#}"),
+                };
+                eprintln!("flea: process {pid} {}", plain::text(&told));
             }
         }
         Ok(())
@@ -259,31 +263,47 @@ impl<'a, P: Probe> Family<'a, P> {
         Ok(())
     }
 
-    /// Takes everything off and hands what is left to `finish`.
+    /// Takes everything off and hands what is left to `finish`. The second result is whether all
+    /// could be taken off: what was found out is printed also where not, since a debugger may
+    /// have come meanwhile.
     pub fn close(
         mut self,
         following: Option<&Following>,
         mut finish: impl FnMut(&mut P) -> Result<()>,
-    ) -> Result<Totals> {
+    ) -> Result<(Totals, Result<()>)> {
+        let mut all_off = Ok(());
         for image in &mut self.images {
-            image.probe.detach()?;
-            let Some(following) = following else { continue };
-            // A child of which we have not heard yet has the same attached.
-            for &pid in image.members.iter().filter(|&&pid| pid != image.session.pid()) {
-                following.leave(pid)?;
-            }
+            all_off = all_off.and(image.take_off(following));
         }
         for mut image in std::mem::take(&mut self.images) {
             finish(&mut image.probe)?;
             self.totals.add(&image.probe);
         }
-        Ok(self.totals)
+        Ok((self.totals, all_off))
     }
 }
 
 impl<P> Image<P> {
     fn new(probe: P, session: &Session) -> Self {
         Self { probe, session: session.clone(), members: BTreeSet::from([session.pid()]) }
+    }
+}
+
+impl<P: Probe> Image<P> {
+    fn take_off(&mut self, following: Option<&Following>) -> Result<()> {
+        let own = self.session.pid();
+        let still_there = |pid| {
+            move || {
+                format!("what was attached is still there, and `flea detach {pid}` takes it off")
+            }
+        };
+        self.probe.detach().with_context(still_there(own))?;
+        let Some(following) = following else { return Ok(()) };
+        // A child of which we have not heard yet has the same attached.
+        for &pid in self.members.iter().filter(|&&pid| pid != own) {
+            following.leave(pid).with_context(still_there(pid))?;
+        }
+        Ok(())
     }
 }
 
