@@ -1,7 +1,7 @@
 //! The programs that a command has attached to: the target's, and with `--follow` those that it
 //! and its children execute, each with results of its own until they are added up.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::Result;
 use flea::{
@@ -59,7 +59,6 @@ probe!(Trace);
 /// those forked from it share its maps.
 struct Image<P> {
     probe: P,
-    session: Session,
     members: BTreeSet<Pid>,
 }
 
@@ -267,11 +266,9 @@ impl<'a, P: Probe> Family<'a, P> {
     ) -> Result<Totals> {
         for image in &mut self.images {
             image.probe.detach()?;
-            let Some(following) = following else { continue };
-            // A child of which we have not heard yet has the same attached.
-            for &pid in image.members.iter().filter(|&&pid| pid != image.session.pid()) {
-                following.leave(pid)?;
-            }
+        }
+        if let Some(following) = following {
+            leave_all(following)?;
         }
         for mut image in std::mem::take(&mut self.images) {
             finish(&mut image.probe)?;
@@ -281,9 +278,31 @@ impl<'a, P: Probe> Family<'a, P> {
     }
 }
 
+/// Takes off what forked children have from their parents.
+fn leave_all(following: &Following) -> Result<()> {
+    let mut left = BTreeSet::new();
+    loop {
+        // The work on one is done after all that are known by then have been told of, so a round
+        // that finds nobody new is the last: who is born behind it has nothing of ours.
+        while let Some(event) = following.next_within(Duration::ZERO) {
+            if let Followed::Executed { pid, .. } = event {
+                following.release(pid);
+            }
+        }
+        let new: Vec<Pid> =
+            following.processes().into_iter().filter(|pid| left.insert(*pid)).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        for pid in new {
+            following.leave(pid)?;
+        }
+    }
+}
+
 impl<P> Image<P> {
     fn new(probe: P, session: &Session) -> Self {
-        Self { probe, session: session.clone(), members: BTreeSet::from([session.pid()]) }
+        Self { probe, members: BTreeSet::from([session.pid()]) }
     }
 }
 
