@@ -74,11 +74,12 @@ pub struct Totals {
 /// How a command attaches to a program.
 enum Way<'a, P> {
     /// What an object names; `None` where a program has nothing of it.
-    Object(Box<dyn Fn(&Session) -> Result<Option<P>> + 'a>),
+    Object(Again<'a, P>),
     /// To the functions of these patterns.
     Functions { patterns: &'a [String], start: Start<'a, P>, may_wait: bool },
 }
 
+type Again<'a, P> = Box<dyn Fn(&Session) -> Result<Option<P>> + 'a>;
 type Start<'a, P> = Box<dyn Fn(&Session, &[Function]) -> Result<P> + 'a>;
 
 /// Patterns of which a program has nothing yet.

@@ -149,6 +149,8 @@ impl Hub {
 
     pub(crate) fn put(&self, mut tracer: Tracer) {
         tracer.hub = Some(self.clone());
+        // The follower's process has seen to that.
+        tracer.hears_stops = true;
         self.0.borrow_mut().tracers.insert(tracer.pid, tracer);
     }
 

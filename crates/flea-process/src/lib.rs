@@ -12,6 +12,7 @@
 compile_error!("flea-process knows Linux on x86-64 only");
 
 mod apart;
+mod batch;
 mod cgroup;
 mod files;
 mod follow;
@@ -19,6 +20,7 @@ mod frozen;
 mod gap;
 mod handover;
 mod hub;
+mod hurry;
 mod maps;
 mod memory;
 mod proc;
@@ -30,6 +32,7 @@ mod seize;
 mod sigtrap;
 mod spawn;
 mod survey;
+mod text_log;
 mod thread;
 mod tracer;
 mod traps;

@@ -40,6 +40,7 @@ mod fit;
 mod follow;
 pub mod frames_file;
 mod function;
+mod host;
 mod link;
 mod modules;
 mod object;
@@ -53,6 +54,9 @@ pub mod registry;
 mod remote;
 mod replace;
 mod session;
+#[cfg(feature = "simulate")]
+#[doc(hidden)]
+pub mod simulate;
 mod slots;
 mod system_calls;
 mod transaction;

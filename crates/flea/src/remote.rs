@@ -353,46 +353,6 @@ impl<'t> Ground<'t> {
         unmap(self.tracer, object.base, object.size_bytes)
     }
 
-    /// Takes data arenas out of the target that were released and that no retired code works
-    /// on any more.
-    pub(crate) fn unmap_released(&mut self) -> Result<(), RemoteError> {
-        let table = THREAD_TABLE_BYTES as u64;
-        let in_use = |arena: &DataArena| {
-            let base = RemoteAddr(arena.mapping.0 + table);
-            let bodies = self.registry.functions.iter().flat_map(|f| &f.bodies);
-            let mut retired = self.registry.retired.iter().flat_map(|r| &r.arenas);
-            bodies.into_iter().any(|b| b.arena == base) || retired.any(|a| *a == base)
-        };
-        let (gone, stay): (Vec<_>, Vec<_>) = self
-            .registry
-            .data
-            .iter()
-            .cloned()
-            .partition(|arena| (arena.released || !arena.owner.is_alive()) && !in_use(arena));
-        for arena in &gone {
-            unmap(self.tracer, arena.mapping, arena.size_bytes)?;
-        }
-        self.registry.data = stay;
-        Ok(())
-    }
-
-    /// Writes the registry; or, where nothing is left in it, takes all of our ground out of
-    /// the target.
-    pub(crate) fn close(mut self) -> Result<(), RemoteError> {
-        let r = &self.registry;
-        let empty = r.functions.is_empty()
-            && r.data.is_empty()
-            && r.objects.is_empty()
-            && r.retired.is_empty();
-        if !empty {
-            return self.store();
-        }
-        for arena in std::mem::take(&mut self.registry.code) {
-            unmap(self.tracer, arena.base, arena.size_bytes)?;
-        }
-        unmap(self.tracer, self.storage.base(), registry::MAPPING_BYTES)
-    }
-
     /// Writes the registry, if it has changed since.
     pub(crate) fn store(&mut self) -> Result<(), RemoteError> {
         if self.stored.as_ref() != Some(&self.registry) {
