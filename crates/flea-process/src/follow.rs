@@ -433,6 +433,8 @@ impl Tracer {
             }
             self.resume(tid, 0)?;
         }
+        // What came for it meanwhile.
+        self.send_postponed();
         Ok(())
     }
 
