@@ -156,8 +156,9 @@ pub struct Run {
     /// Print the verifier's whole log: every instruction it visits, and what is known there
     #[arg(short, long)]
     pub verbose: bool,
-    /// Let programs write to the target's memory (bpf_probe_write_user). Nothing checks what
-    /// they write: it can crash the target, corrupt its data, or make it do anything that it may
+    /// Let programs write to the target's memory (bpf_probe_write_user), and change what functions
+    /// are called with and return (stores to the context). Nothing checks what they write: it can
+    /// crash the target, corrupt its data, or make it do anything that it may
     #[arg(long)]
     pub allow_write: bool,
     #[command(flatten)]

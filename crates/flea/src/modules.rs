@@ -16,18 +16,21 @@ use flea_symbols::{
     ModuleError, TypeNames,
     addr::{RemoteAddr, Svma},
 };
-use memmap2::Mmap;
 use self_cell::self_cell;
 
-use crate::{frames_file, registry::SiteFile};
+use crate::{
+    file_bytes::{self, FileBytes},
+    frames_file,
+    registry::SiteFile,
+};
 
 pub(crate) type Symbols<'data> = flea_symbols::Module<'data>;
 
 /// The bytes of a module and of its debug files.
 struct Files {
-    image: Mmap,
-    debug: Option<Mmap>,
-    alt_debug: Option<Mmap>,
+    image: FileBytes,
+    debug: Option<FileBytes>,
+    alt_debug: Option<FileBytes>,
 }
 
 self_cell! {
@@ -256,7 +259,7 @@ impl ParsedFiles {
     /// `path` is what the file is called.
     fn read(file: &File, path: &str) -> Result<Self, OpenError> {
         let io = |source| OpenError::Io { path: path.to_owned(), source };
-        let image = map(file).map_err(io)?;
+        let image = file_bytes::read(file).map_err(io)?;
         let parse = |source| OpenError::Parse { path: path.to_owned(), source };
         let (debug, alt_debug) = debug_files(&image, path).map_err(parse)?;
         Self::try_new(Files { image, debug, alt_debug }, |files| {
@@ -282,7 +285,10 @@ pub(crate) fn with_file<R>(path: &Path, f: impl FnOnce(&Symbols<'_>) -> R) -> Re
 }
 
 /// The separate debug files of `image`, where the system has them installed.
-fn debug_files(image: &[u8], path: &str) -> Result<(Option<Mmap>, Option<Mmap>), ModuleError> {
+fn debug_files(
+    image: &[u8],
+    path: &str,
+) -> Result<(Option<FileBytes>, Option<FileBytes>), ModuleError> {
     let module = flea_symbols::Module::parse(image, None)?;
     let debug = module.build_id().and_then(by_build_id).or_else(|| {
         let (name, _crc) = module.debuglink()?;
@@ -293,7 +299,7 @@ fn debug_files(image: &[u8], path: &str) -> Result<(Option<Mmap>, Option<Mmap>),
             .chain([&Path::new("/usr/lib/debug")
                 .join(directory.strip_prefix("/").ok()?)
                 .join(name)])
-            .find_map(|candidate| map(&flea_process::open_regular(candidate).ok()?).ok())
+            .find_map(|candidate| read(candidate))
     });
     let alt = match &debug {
         Some(debug) => flea_symbols::Module::parse(image, Some(debug)).ok().and_then(|m| alt(&m)),
@@ -302,22 +308,18 @@ fn debug_files(image: &[u8], path: &str) -> Result<(Option<Mmap>, Option<Mmap>),
     Ok((debug, alt))
 }
 
-fn alt(module: &Symbols<'_>) -> Option<Mmap> {
+fn read(path: &Path) -> Option<FileBytes> {
+    file_bytes::read(&flea_process::open_regular(path).ok()?).ok()
+}
+
+fn alt(module: &Symbols<'_>) -> Option<FileBytes> {
     let (_path, build_id) = module.debugaltlink()?;
     by_build_id(build_id)
 }
 
-fn by_build_id(id: &[u8]) -> Option<Mmap> {
+fn by_build_id(id: &[u8]) -> Option<FileBytes> {
     let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
     let (head, tail) = hex.split_at_checked(2)?;
     let path = format!("/usr/lib/debug/.build-id/{head}/{tail}.debug");
-    map(&flea_process::open_regular(Path::new(&path)).ok()?).ok()
-}
-
-fn map(file: &File) -> io::Result<Mmap> {
-    // SAFETY: `Mmap` wants that nobody truncates or changes the file meanwhile. Installed
-    // binaries and debug files are replaced by rename, not written in place (the kernel
-    // refuses that for running executables: ETXTBSY); every other reader of debug
-    // information takes the same risk.
-    unsafe { Mmap::map(file) }
+    read(Path::new(&path))
 }

@@ -246,8 +246,9 @@ impl Session {
         types::of_modules(&modules, names)
     }
 
-    /// Allows the programs of objects that are loaded from now on what no program may by itself;
-    /// what was allowed before is replaced. The verifier does not see what such a program does
+    /// Allows the programs of objects that are loaded from now on what no program may by itself:
+    /// to write to the target's memory, and to change what functions are called with and return.
+    /// What was allowed before is replaced. The verifier does not see what such a program does
     /// to the target: that is on whoever allows it.
     ///
     /// ```

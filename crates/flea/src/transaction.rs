@@ -34,7 +34,10 @@ use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    change::{Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all, take_back},
+    change::{
+        Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_changes, pack_reads, retire_all,
+        take_back,
+    },
     error::{AttachError, LoadError, RemoteError},
     function::Function,
     host::{self, Host},
@@ -75,12 +78,18 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
 /// The registry of process `pid` as it is now, without seizing it; an empty one where there
 /// is none.
 pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
+    let mut attempt = 0;
     loop {
         let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
-        match storage.load(&Memory::open(flea_process::stand_in(pid))?) {
-            // The last controller took it away before it was read: there is none now.
-            Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
-            loaded => return Ok(loaded?),
+        let loaded = storage.load(&Memory::open(flea_process::stand_in(pid))?);
+        attempt += 1;
+        // The last controller took it away before it was read: there is none now. A target that
+        // moves it about by itself is not followed for ever.
+        let has_moved = loaded.is_err()
+            && attempt < MAX_ATTEMPTS
+            && find_registry(pid)?.is_none_or(|now| now.base() != storage.base());
+        if !has_moved {
+            return Ok(loaded?);
         }
     }
 }
@@ -666,6 +675,7 @@ pub(crate) fn place_body(
         frame_offset: new.offset,
         frame_words: body.frame_words,
         reads: pack_reads(&body.reads),
+        changes: pack_changes(body.changes),
         saves: body.saves.clone(),
     })
 }
