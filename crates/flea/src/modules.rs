@@ -50,8 +50,11 @@ pub struct Module {
     is_main: bool,
     /// The process forbids returns to addresses that were pushed.
     has_shadow_stack: bool,
-    parsed: OnceLock<Result<ParsedFiles, Arc<OpenError>>>,
+    /// Shared by all processes that have mapped the file.
+    parsed: Arc<Parsed>,
 }
+
+type Parsed = OnceLock<Result<ParsedFiles, Arc<OpenError>>>;
 
 /// A module whose functions cannot be known.
 #[derive(Debug, thiserror::Error)]
@@ -114,7 +117,7 @@ pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
         } else {
             flea_process::module_file_path(pid, &mapping)?
         };
-        let parsed = OnceLock::new();
+        let parsed = Arc::default();
         modules.push(Module { path, open_path, mapping, is_main, has_shadow_stack, parsed });
     }
     modules.sort_by_key(|m| !m.is_main);
@@ -127,6 +130,19 @@ pub(crate) fn list_again(pid: Pid, known: &[Arc<Module>]) -> Result<Vec<Arc<Modu
     for module in &mut modules {
         if let Some(same) = known.iter().find(|k| k.mapping == module.mapping) {
             *module = Arc::clone(same);
+        }
+    }
+    Ok(modules)
+}
+
+/// As [`list`], for another process than that of `known`: files that are among those are not read
+/// once more.
+pub(crate) fn list_knowing(pid: Pid, known: &[Arc<Module>]) -> Result<Vec<Arc<Module>>, ProcError> {
+    let mut modules = list(pid)?;
+    for module in &mut modules {
+        let same = |k: &&Arc<Module>| k.is_same_file(module);
+        if let (Some(same), Some(module)) = (known.iter().find(same), Arc::get_mut(module)) {
+            module.parsed = Arc::clone(&same.parsed);
         }
     }
     Ok(modules)
@@ -147,6 +163,11 @@ impl Module {
     #[must_use]
     pub fn path(&self) -> &str {
         &self.path
+    }
+
+    /// Whether both are one file.
+    pub(crate) fn is_same_file(&self, other: &Self) -> bool {
+        self.mapping.same_file(&other.mapping) && self.path == other.path
     }
 
     /// Whether it is the very file with this metadata.
@@ -220,7 +241,7 @@ impl Module {
             mapping,
             is_main: false,
             has_shadow_stack: false,
-            parsed: OnceLock::new(),
+            parsed: Arc::default(),
         }
     }
 
