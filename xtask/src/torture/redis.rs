@@ -200,7 +200,7 @@ impl Target for Redis {
         vec![self.pid]
     }
 
-    fn patterns(&self) -> &'static [&'static str] {
+    fn patterns(&self) -> &[&'static str] {
         PATTERNS
     }
 

@@ -23,7 +23,7 @@ pub trait Target: Sync {
     fn pids(&self) -> Vec<Pid>;
 
     /// What controllers are asked to trace.
-    fn patterns(&self) -> &'static [&'static str];
+    fn patterns(&self) -> &[&'static str];
 
     /// Signals that it takes without harm, SIGSTOP and SIGCONT apart.
     fn signals(&self) -> &'static [Signal];
