@@ -24,6 +24,7 @@ mod redis;
 mod refusals;
 mod resp;
 mod target;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -204,7 +205,9 @@ fn one(
     let kept = finish(bout, &mut *target);
     let seed = bout.seed;
     if let Some(failure) = bout.failure() {
-        return Some(Err(failure));
+        let last = bout.last_events().join("\n    ");
+        let words = target.last_words();
+        return Some(Err(format!("{failure}\n  done last:\n    {last}\n  the target: {words}")));
     }
     let kept = kept.unwrap_or_default();
     println!("{name} (seed {seed}, {:.0?}): {}, {kept} keep memory", begun.elapsed(), bout.numbers);
@@ -227,6 +230,7 @@ fn all_at_once<'scope, 'env>(
         });
     }
     scope.spawn(move || bout.guard("the library", || Library::new(bout, target).run()));
+    scope.spawn(move || bout.guard("looking", || watch::run(bout, target)));
     scope.spawn(move || bout.guard("signals", || disturbance::run(bout, target)));
 }
 

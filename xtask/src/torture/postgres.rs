@@ -22,7 +22,7 @@ use super::calls::Calls;
 use super::pgwire::{Answer, Connection};
 use super::random::Random;
 use super::redis::remove;
-use super::target::{Known, Target};
+use super::target::{Known, Target, last_words_of};
 
 const PATTERNS: &[&str] = &[
     "pg_parse_query",
@@ -301,6 +301,10 @@ impl Target for Postgres {
     fn quiet(&self, _: &Bout<'_>) -> Result<()> {
         // Its clients have gone; its own processes wait for work.
         Ok(())
+    }
+
+    fn last_words(&mut self) -> String {
+        last_words_of(self.running.get_mut().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn end(&mut self, _: &Bout<'_>) -> Result<()> {

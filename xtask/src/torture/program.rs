@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 
 use super::bout::{Bout, Numbers};
 use super::calls::Calls;
-use super::target::{Known, Target};
+use super::target::{Known, Target, last_words_of};
 
 const CPP_PATTERNS: &[&str] = &[
     "step",
@@ -170,6 +170,10 @@ impl Target for Program {
         self.running().send("quiet")?;
         while self.read(bout, Duration::from_secs(30))? {}
         Ok(())
+    }
+
+    fn last_words(&mut self) -> String {
+        last_words_of(self.running.get_mut().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn end(&mut self, _: &Bout<'_>) -> Result<()> {
