@@ -4,13 +4,16 @@
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::ptr;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
 use crate::proc::{SignalSet, Tid};
+use crate::seccomp::FilterInsn;
 use crate::x86_64::Registers;
 
 const EVENT_STOP: i32 = 128;
+const SECCOMP_GET_FILTER: u32 = 0x420c;
 const GET_RSEQ_CONFIGURATION: u32 = 0x420f;
 /// `NT_X86_XSTATE` (<elf.h>).
 const NT_X86_XSTATE: usize = 0x202;
@@ -163,6 +166,23 @@ pub(crate) fn rseq_area(tid: Tid) -> Option<u64> {
     (area != 0).then_some(area)
 }
 
+/// The seccomp filter with this number of a stopped thread, the newest first; ENOENT behind the
+/// last one.
+pub(crate) fn seccomp_filter(tid: Tid, index: usize) -> Result<Vec<FilterInsn>, Errno> {
+    let len = request(SECCOMP_GET_FILTER, tid, index, ptr::null_mut())?;
+    let len = usize::try_from(len).map_err(|_| Errno::EINVAL)?;
+    let mut raw = vec![libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 }; len];
+    // The kernel writes the filter, which never changes: `len` instructions.
+    request(SECCOMP_GET_FILTER, tid, index, raw.as_mut_ptr().cast())?;
+    let insn = |raw: libc::sock_filter| FilterInsn {
+        code: raw.code,
+        if_true: raw.jt,
+        if_false: raw.jf,
+        k: raw.k,
+    };
+    Ok(raw.into_iter().map(insn).collect())
+}
+
 /// The next stop that nobody has asked about yet; `None` where there is none at the moment.
 pub(crate) fn poll_stop(whose: Whose) -> Result<Option<(Tid, Stop)>, Errno> {
     let Some(info) = wait(whose, libc::WSTOPPED)? else {
@@ -195,6 +215,23 @@ pub(crate) fn has_ended(tid: Tid) -> bool {
 pub(crate) fn reap(tid: Tid) {
     // Nothing to collect: the kernel has done so.
     let _collected = wait(Whose::Thread(tid), libc::WEXITED);
+}
+
+/// Waits until a stop of a tracee has been told of by SIGCHLD, which must be blocked and not
+/// ignored, or for `most`. Whether there was one is not said.
+pub(crate) fn wait_for_any_stop(most: Duration) {
+    let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
+    // SAFETY: a live local, which sigemptyset fills.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: as above; the signal's number is valid.
+    unsafe { libc::sigaddset(set.as_mut_ptr(), libc::SIGCHLD) };
+    let timeout = libc::timespec {
+        tv_sec: most.as_secs().cast_signed(),
+        tv_nsec: most.subsec_nanos().into(),
+    };
+    // SAFETY: both are live locals, and no information about the signal is asked for. It fails
+    // when the time is over, which is as good.
+    let _told = unsafe { libc::sigtimedwait(set.as_ptr(), ptr::null_mut(), &raw const timeout) };
 }
 
 fn wait(whose: Whose, what: i32) -> Result<Option<libc::siginfo_t>, Errno> {

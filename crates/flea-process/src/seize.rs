@@ -14,11 +14,12 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 
 use crate::apart::in_own_process;
+use crate::hurry::hurry;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, Tid};
 use crate::ptrace;
 use crate::thread::on_own_thread;
-use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer, hurry};
+use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer};
 
 /// Name of the tracer thread: by it, another flea knows to wait instead of giving up.
 pub const TRACER_THREAD_NAME: &str = "flea-tracer";
@@ -182,6 +183,7 @@ fn seize_from<R: Send>(
         debug_assert!(blocked.is_ok(), "the arguments are valid");
         hurry();
         let seized = attach(pid).map(|mut tracer| {
+            tracer.hears_stops = matches!(place, Place::Apart);
             let work = work.take().expect("a target is seized once");
             let result = work(&mut tracer);
             tracer.leave();
@@ -328,16 +330,13 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
 }
 
 fn explain_refusal(pid: Pid, status: &proc::Status, errno: Errno) -> SeizeError {
-    use std::os::unix::fs::MetadataExt;
     let us = nix::unistd::geteuid().as_raw();
     let [real, effective, saved, _] = status.uids;
     if us != 0 && [real, effective, saved] != [us; 3] {
         let owner = if real == us { effective } else { real };
         return SeizeError::OtherUser { pid, owner, us };
     }
-    // The files of an undumpable process belong to root.
-    let files_owner = std::fs::metadata(format!("/proc/{pid}")).map(|m| m.uid());
-    if us != 0 && files_owner.is_ok_and(|owner| owner != us) {
+    if us != 0 && proc::is_undumpable(pid) {
         return SeizeError::NotDumpable { pid };
     }
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
@@ -390,7 +389,7 @@ impl Tracer {
         // Where closing the window fails, the process has ended.
         drop(self.disarm());
         let until = Instant::now() + LEAVE_PATIENCE;
-        let mut pace = Pace::default();
+        let mut pace = self.pace();
         loop {
             let pumped: Result<(), TraceError> = self.pump();
             let outstanding = self.tasks.values().any(|task| task.interrupted);

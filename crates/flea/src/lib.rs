@@ -39,6 +39,7 @@ mod error;
 mod fit;
 pub mod frames_file;
 mod function;
+mod host;
 mod link;
 mod modules;
 mod object;
@@ -52,7 +53,11 @@ pub mod registry;
 mod remote;
 mod replace;
 mod session;
+#[cfg(feature = "simulate")]
+#[doc(hidden)]
+pub mod simulate;
 mod slots;
+mod system_calls;
 mod transaction;
 pub mod types;
 mod unload;

@@ -19,6 +19,7 @@ use crate::{
     own,
     registry::{BodyState, Controller, FunctionState, Registry, Retired},
     remote::Ground,
+    system_calls,
     transaction::{self, Author, MAX_ATTEMPTS, NewBody, seized},
     unwinder::{self, Unwinder},
 };
@@ -70,12 +71,15 @@ fn rebuild_living(object: &Loaded, what: &Rebuild) -> Result<(), AttachError> {
         let offset = |id| lay.free_offsets.get(id).copied().unwrap_or(FIRST_FRAME_OFFSET);
         let offsets: Vec<u32> = what.ids.iter().map(offset).collect();
         let bodies = transaction::compile(object, &what.prepared, &offsets)?;
+        let may_be_fewer = what.prepared.iter().any(|p| p.stack.may_be_fewer);
+        let calls = system_calls::of(&bodies, may_be_fewer);
         let news = what.ids.iter().zip(&what.prepared).zip(bodies.iter().zip(&offsets));
         let news: BTreeMap<u32, New<'_>> = news
             .filter(|((id, _), _)| lay.free_offsets.contains_key(id))
             .map(|((id, prepared), (body, offset))| (*id, New { prepared, body, offset: *offset }))
             .collect();
         let outcome = seized(pid, |tracer| {
+            tracer.check_system_calls(&calls).map_err(RemoteError::Seccomp)?;
             let ground = Ground::open(tracer).map_err(AttachError::Remote)?;
             let now = Lay::of(&ground.registry, ours);
             if now != lay {
@@ -122,18 +126,14 @@ fn rebuild_on(
     let runtime = ground.registry.own_runtime().ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
-    let outcome = transaction::change(&mut ground, unwinders, |change| {
+    transaction::change_and_tidy(&mut ground, unwinders, |change| {
         let mut functions = std::mem::take(&mut change.registry.functions);
         for function in &mut functions {
             replace_bodies(change, object, function, (runtime, news))?;
         }
         change.registry.functions = functions;
         Ok(())
-    });
-    // Also after a failure: unwinders may have been told of frames that do not come.
-    let tidied = transaction::tidy(&mut ground).and_then(|()| Ok(ground.store()?));
-    outcome?;
-    tidied
+    })
 }
 
 /// Puts the new bodies of one function in the places of the old ones.

@@ -23,11 +23,12 @@ mod saves;
 use std::{collections::HashSet, sync::OnceLock};
 
 use flea_image::Save;
-use flea_process::{Memory, MemoryError};
+use flea_process::{Mapping, MemoryError};
 use flea_symbols::addr::RemoteAddr;
 use serde::{Deserialize, Serialize};
 
 pub use self::replaced::{LoadedObject, ReplacementState};
+use crate::host::Bytes;
 
 /// The memfd's name: `/proc/PID/maps` shows `/memfd:flea (deleted)`.
 pub(crate) const NAME: &str = "flea";
@@ -38,6 +39,8 @@ const HALF_BYTES: u64 = 64 << 20;
 /// Bytes of the whole mapping: a page of header and two halves.
 pub(crate) const MAPPING_BYTES: u64 = HEADER_BYTES + 2 * HALF_BYTES;
 const HEADER_BYTES: u64 = 4096;
+/// Behind the header's words: the sum of the state that has been carried out.
+const MADE_OFFSET: i64 = 32;
 /// Stores that may overtake one load. Each takes a seize, which takes longer.
 const MAX_LOADS: u32 = 64;
 const JMP_REL8: u8 = 0xeb;
@@ -119,6 +122,9 @@ pub struct FunctionState {
     pub name: String,
     /// The function's address.
     pub address: RemoteAddr,
+    /// What is mapped at the site. Builds that know nothing of it leave it out.
+    #[serde(default)]
+    pub file: Option<SiteFile>,
     /// The first patched byte (behind an `endbr64`).
     pub site: RemoteAddr,
     /// Where a short jump back to `site` stands while that is patched: the site is nops before
@@ -171,6 +177,25 @@ impl FunctionState {
         let closed = *self.original.get(at..)?.first_chunk()?;
         let back = i8::try_from(-(i64::try_from(at).ok()? + 2)).ok()?;
         Some((door, closed, [JMP_REL8, back.cast_unsigned()]))
+    }
+}
+
+/// The file that a site's bytes come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SiteFile {
+    /// Device: major, minor.
+    pub dev: (u32, u32),
+    /// The file's number there.
+    pub inode: u64,
+    /// Where in it the site is.
+    pub offset: u64,
+}
+
+impl SiteFile {
+    /// What is mapped at `site`, which is in `mapping`.
+    pub(crate) fn at(site: RemoteAddr, mapping: &Mapping) -> Self {
+        let offset = mapping.offset.0 + (site.0 - mapping.start.0);
+        Self { dev: mapping.dev, inode: mapping.inode, offset }
     }
 }
 
@@ -438,7 +463,7 @@ impl Storage {
     /// Who has not seized the target may read while another writes. Two stores later the half
     /// being read is written again, which the sum shows, and the header, being another by
     /// then, that it is no damage.
-    pub(crate) fn load(self, memory: &Memory) -> Result<Registry, RegistryError> {
+    pub(crate) fn load(self, memory: &impl Bytes) -> Result<Registry, RegistryError> {
         for _ in 0..MAX_LOADS {
             let header = self.header(memory)?;
             let loaded = self.load_as(header, memory);
@@ -449,7 +474,7 @@ impl Storage {
         Err(self.damaged("it changes all the time".to_owned()))
     }
 
-    fn load_as(self, header: [u64; 4], memory: &Memory) -> Result<Registry, RegistryError> {
+    fn load_as(self, header: [u64; 4], memory: &impl Bytes) -> Result<Registry, RegistryError> {
         if header == [0; 4] {
             return Ok(Registry::default());
         }
@@ -474,7 +499,11 @@ impl Storage {
     }
 
     /// Makes `registry` the current state.
-    pub(crate) fn store(self, memory: &Memory, registry: &Registry) -> Result<(), RegistryError> {
+    pub(crate) fn store(
+        self,
+        memory: &impl Bytes,
+        registry: &Registry,
+    ) -> Result<(), RegistryError> {
         let text = serde_json::to_vec(registry).expect("plain data serializes");
         if text.len() as u64 > HALF_BYTES {
             return Err(RegistryError::Full { bytes: text.len() });
@@ -493,7 +522,23 @@ impl Storage {
         write(self.base, &header)
     }
 
-    fn header(self, memory: &Memory) -> Result<[u64; 4], RegistryError> {
+    /// Notes that what the current state says has been done to the target's code.
+    pub(crate) fn note_made(self, memory: &impl Bytes) -> Result<(), RegistryError> {
+        let [_, _, _, sum] = self.header(memory)?;
+        let at = self.base.offset(MADE_OFFSET);
+        memory.write(at, &sum.to_le_bytes()).map_err(|source| RegistryError::Memory { at, source })
+    }
+
+    /// Whether that has been noted. Where it has not, its author died or could not say so.
+    pub(crate) fn is_made(self, memory: &impl Bytes) -> Result<bool, RegistryError> {
+        let [_, _, _, sum] = self.header(memory)?;
+        let at = self.base.offset(MADE_OFFSET);
+        let mut made = [0; 8];
+        memory.read(at, &mut made).map_err(|source| RegistryError::Memory { at, source })?;
+        Ok(u64::from_le_bytes(made) == sum)
+    }
+
+    fn header(self, memory: &impl Bytes) -> Result<[u64; 4], RegistryError> {
         let mut bytes = [0; 32];
         memory
             .read(self.base, &mut bytes)

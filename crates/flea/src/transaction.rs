@@ -29,30 +29,34 @@ use flea_image::Body;
 use flea_layout::plan::ArenaPlan;
 use flea_object::spec::MapSpec;
 use flea_patch::Plan;
-use flea_process::{Memory, MemoryError, Pid, SeizeError, Tracer};
+use flea_process::{Mapping, Memory, MemoryError, Pid, SeizeError, Tracer};
 use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    change::{Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all},
+    change::{Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all, take_back},
     error::{AttachError, LoadError, RemoteError},
     function::Function,
+    host::{self, Host},
     object::{Loaded, Prepared},
     own::{self, HelperError},
     reclaim,
     registry::{
-        BodyState, Controller, DataArena, FunctionState, Placed, Registry, SiteKind, Skip,
-        StackArgs, Storage,
+        BodyState, Controller, DataArena, FunctionState, Placed, Registry, SiteFile, SiteKind,
+        Skip, StackArgs, Storage,
     },
     remote::{self, FileGoesTo, Ground},
     session::Inner,
-    unload,
+    system_calls, unload,
     unwinder::{self, Unwinder},
 };
 
 #[cfg(test)]
 mod tests;
 
+/// What a function takes that is attached to, in memory of its own: the page of text that is
+/// written to, its images, its part of the registry. More than it is.
+const BYTES_PER_FUNCTION: u64 = 16 << 10;
 /// Code arenas that one transaction may add.
 const MAX_NEW_ARENAS: usize = 64;
 /// How often another controller may be faster.
@@ -73,7 +77,7 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
 pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
     loop {
         let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
-        match storage.load(&Memory::open(pid)?) {
+        match storage.load(&Memory::open(flea_process::stand_in(pid))?) {
             // The last controller took it away before it was read: there is none now.
             Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
             loaded => return Ok(loaded?),
@@ -91,11 +95,12 @@ pub(crate) fn create_arena(
     let goes_to = if is_own(session.pid()) { FileGoesTo::Target } else { FileGoesTo::Controller };
     let owner = Controller::this();
     let (fd, base) = seized(session.pid(), |tracer| -> Result<_, LoadError> {
+        remote::check_memory_limit(tracer.pid(), size_bytes)?;
         let mut ground = Ground::open(tracer)?;
         let added = ground.add_data_arena(size_bytes, goes_to, owner);
         if added.is_err() {
             // Where nothing else is, nothing stays. What failed first is what is told.
-            let _ = ground.close();
+            let _ = host::close(ground);
         }
         Ok(added?)
     })?;
@@ -126,8 +131,8 @@ pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
         settle(&mut ground)?;
         tidy(&mut ground)?;
         unload::run(&mut ground)?;
-        ground.unmap_released()?;
-        Ok(ground.close()?)
+        host::unmap_released(&mut ground)?;
+        Ok(host::close(ground)?)
     });
 }
 
@@ -141,7 +146,10 @@ pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>,
     for _ in 0..MAX_ATTEMPTS {
         let offsets = ground.frame_offsets;
         let bodies = compile(object, prepared, &offsets)?;
+        let calls = system_calls::of(&bodies, prepared.iter().any(|p| p.stack.may_be_fewer));
         let outcome = seized(pid, |tracer| {
+            tracer.check_system_calls(&calls).map_err(RemoteError::Seccomp)?;
+            remote::check_memory_limit(pid, BYTES_PER_FUNCTION * prepared.len() as u64)?;
             let ground = Ground::open(tracer).map_err(AttachError::Remote)?;
             let now = Lay::of(&ground.registry, prepared);
             if now.frame_offsets != offsets {
@@ -235,8 +243,8 @@ pub(crate) fn take_off(
             let pause = (since.elapsed() / 4).max(Duration::from_millis(1));
             ground.tracer.wait_a_moment(pause).map_err(RemoteError::from)?;
         }
-        ground.unmap_released()?;
-        Ok(ground.close()?)
+        host::unmap_released(&mut ground)?;
+        Ok(host::close(ground)?)
     })
 }
 
@@ -312,7 +320,7 @@ fn attach_on(
     let runtime = ground.registry.own_runtime().ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
-    let outcome = change(&mut ground, unwinders, |change| {
+    change_and_tidy(&mut ground, unwinders, |change| {
         // Taken out by site and put back at the end: ten thousand of them are looked up.
         let mut functions: BTreeMap<RemoteAddr, FunctionState> =
             change.registry.functions.drain(..).map(|f| (f.site, f)).collect();
@@ -327,18 +335,36 @@ fn attach_on(
         }
         change.registry.functions = functions.into_values().collect();
         Ok(ids)
-    });
+    })
+}
+
+/// Steps 2 to 5, and whatever came of it is written down.
+pub(crate) fn change_and_tidy<H: Host, R>(
+    ground: &mut H,
+    unwinders: &[Unwinder],
+    edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
+) -> Result<R, AttachError> {
+    let outcome = change(ground, unwinders, edit);
+    if !is_known(&outcome) {
+        return outcome;
+    }
     // Also after a failure: unwinders may have been told of frames that do not come.
-    let tidied = tidy(&mut ground).and_then(|()| Ok(ground.store()?));
-    let ids = outcome?;
-    tidied.map(|()| ids)
+    let tidied = tidy(ground).and_then(|()| Ok(ground.store()?));
+    let result = outcome?;
+    tidied.map(|()| result)
+}
+
+/// Whether what a change came to says which code is still entered. Where a commit could neither be
+/// made nor be taken back, `settle` has to find out: what was to be retired may be entered.
+pub(crate) fn is_known<R>(outcome: &Result<R, AttachError>) -> bool {
+    !matches!(outcome, Err(AttachError::Commit(error)) if !error.is_undone())
 }
 
 /// Step 5: frees what no thread can be in, and leaves unwinders alone once no frame is left
 /// that they have to be told of.
-pub(crate) fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
+pub(crate) fn tidy<H: Host>(ground: &mut H) -> Result<(), AttachError> {
     reclaim::run(ground)?;
-    let registry = &ground.registry;
+    let registry = ground.registry();
     if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames.is_some()) {
         return Ok(());
     }
@@ -348,13 +374,13 @@ pub(crate) fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
 
 /// Steps 2 to 5 for one change of the registry; on failure everything is as before, but that
 /// `unwinders` may have been told of frames.
-pub(crate) fn change<R>(
-    ground: &mut Ground<'_>,
+pub(crate) fn change<H: Host, R>(
+    ground: &mut H,
     unwinders: &[Unwinder],
     mut edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
     for _ in 0..MAX_NEW_ARENAS {
-        let outcome = match unwinder::all_told(&ground.registry, unwinders) {
+        let outcome = match unwinder::all_told(ground.registry(), unwinders) {
             true => change_once(ground, &mut edit),
             false => change_once(ground, |change| change.tell_unwinders(unwinders))
                 .and_then(|()| change_once(ground, &mut edit)),
@@ -364,46 +390,60 @@ pub(crate) fn change<R>(
             outcome => return outcome,
         }
     }
-    let near = ground.registry.code.first().map_or(RemoteAddr(0), |arena| arena.base);
+    let near = ground.registry().code.first().map_or(RemoteAddr(0), |arena| arena.base);
     Err(AttachError::NoRoom { near, bytes: 0 })
 }
 
-fn change_once<R>(
-    ground: &mut Ground<'_>,
+fn change_once<H: Host, R>(
+    ground: &mut H,
     edit: impl FnOnce(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
-    let known_code = read_bodies(&ground.registry, ground.memory())?;
-    let mut change = Change::new(ground.registry.clone(), known_code);
+    let known_code = read_bodies(ground)?;
+    let mut change = Change::new(ground.registry().clone(), known_code);
     let result = edit(&mut change)?;
     change.switch_off();
     carry_out(ground, change)?;
     Ok(result)
 }
 
-fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError> {
-    let before = ground.registry.clone();
-    let plan = announce(ground, change)?;
-    if let Err(error) = flea_patch::commit(ground.tracer, &plan) {
-        ground.registry = before;
+fn carry_out<H: Host>(ground: &mut H, change: Change) -> Result<(), AttachError> {
+    let (before, was_made) = (ground.registry().clone(), ground.is_made());
+    let plan = match announce(ground, change) {
+        Ok(plan) => plan,
+        Err(error) => {
+            // Nobody is to take what is still entered for retired.
+            *ground.registry_mut() = before;
+            ground.set_made(was_made);
+            return Err(error);
+        }
+    };
+    if let Err(error) = ground.commit(&plan) {
+        if error.is_undone() {
+            let announced = std::mem::replace(ground.registry_mut(), before);
+            take_back(ground.registry_mut(), announced);
+            ground.set_made(was_made);
+        }
         // Where this fails the target has ended, and the commit's reason says more; else
-        // `settle` finds out from the sites' bytes.
+        // `settle` finds out from the sites' bytes. The same where not all of them are as before.
         let _ = ground.store();
         return Err(error.into());
     }
-    ground.registry.committed();
+    ground.note_made()?;
+    ground.registry_mut().committed();
     Ok(ground.store()?)
 }
 
 /// Steps 2 and 3: all but what the target's threads could notice. What is left is step 4.
-fn announce(ground: &mut Ground<'_>, change: Change) -> Result<Plan, AttachError> {
+fn announce<H: Host>(ground: &mut H, change: Change) -> Result<Plan, AttachError> {
     let Change { mut registry, writes, pokes, retired, .. } = change;
     for (at, bytes) in &writes {
-        ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
+        ground.write(*at, bytes).map_err(RemoteError::from)?;
     }
     // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
     // whoever comes after our death finds the sites' previous bytes first (`settle`).
     registry.retired.extend(retired);
-    ground.registry = registry;
+    *ground.registry_mut() = registry;
+    ground.set_made(false);
     ground.store()?;
     Ok(Plan { pokes })
 }
@@ -413,46 +453,72 @@ fn announce(ground: &mut Ground<'_>, change: Change) -> Result<Plan, AttachError
 /// - A controller that died between storing the registry and swapping the sites left functions
 ///   whose bytes are the previous ones, and switches that were not thrown: its code that is said
 ///   to be retired is still entered. What it wanted is done now.
-/// - Of a library that was closed nothing is left to swap; else nothing attached together with
-///   a function of it could ever be taken off again. (Where another file has been mapped
-///   meanwhile, its bytes differ, and nothing is changed.)
-pub(crate) fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
-    let mut registry = std::mem::take(&mut ground.registry);
+/// - Of a library that was closed nothing is left to swap, whatever is mapped in its place, be it
+///   the same library once more; else nothing attached together with a function of it could ever
+///   be taken off again.
+pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
+    let maps = ground.maps()?;
+    // A page that cannot be read just now is still there.
+    let is_mapped = |site| maps.iter().any(|mapping| mapping.contains(site));
+    // A copy: where this fails, nobody is to think that nothing is attached.
+    let mut registry = ground.registry().clone();
     let mut unfinished = Vec::new();
     for mut f in std::mem::take(&mut registry.functions) {
         let mut now = [0; 5];
-        match ground.memory().read(f.site, &mut now) {
-            Err(MemoryError::Unmapped { .. }) => {
+        match ground.read(f.site, &mut now) {
+            Err(MemoryError::Unmapped { .. }) if !is_mapped(f.site) => {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
-            Ok(()) if now == f.previous && now != f.patched => {
-                f.patched = now;
-                unfinished.push(f.site);
+            Err(error) => return Err(RemoteError::from(error).into()),
+            Ok(()) if now != f.patched && is_mapped_anew(ground, &f, now, &maps) => {
+                registry.retired.extend(retire_all(f));
+                continue;
             }
-            _ if close_up(ground, &mut f)? => unfinished.push(f.site),
-            _ => {}
+            Ok(()) if now != f.patched && now == f.previous => unfinished.push(f.site),
+            Ok(()) if close_up(ground, &mut f)? => unfinished.push(f.site),
+            Ok(()) => {}
         }
         registry.functions.push(f);
     }
-    let to_throw = forget_thrown(&mut registry, ground.memory());
-    ground.registry = registry;
+    let to_throw = forget_thrown(&mut registry, ground);
+    *ground.registry_mut() = registry;
     if unfinished.is_empty() && !to_throw {
-        ground.registry.committed();
+        ground.set_made(true);
+        ground.registry_mut().committed();
         return Ok(());
     }
-    change(ground, &[], |change| unfinished.iter().try_for_each(|site| change.relink_site(*site)))
+    let is_unfinished: HashSet<RemoteAddr> = unfinished.iter().copied().collect();
+    change(ground, &[], |change| {
+        // Only now: where this fails, whoever comes next has to find it as it was announced.
+        for f in &mut change.registry.functions {
+            if is_unfinished.contains(&f.site) {
+                f.patched = f.previous;
+            }
+        }
+        unfinished.iter().try_for_each(|site| change.relink_site(*site))
+    })
+}
+
+/// Whether the module of `f`, where `now` stands instead of our jump, is not the one that was
+/// patched: something else is mapped there, or the same file for the second time. The latter has
+/// the bytes of a site whose author died before he swapped it; but had he, that was noted.
+fn is_mapped_anew<H: Host>(ground: &H, f: &FunctionState, now: [u8; 5], maps: &[Mapping]) -> bool {
+    let there = maps.iter().find(|mapping| mapping.contains(f.site));
+    let there = there.map(|mapping| SiteFile::at(f.site, mapping));
+    let is_another = f.file.is_some() && f.file != there;
+    is_another || ground.is_made() && now[..] == f.original[..5]
 }
 
 /// Drops the switches that were thrown; whether there are others that should have been.
-fn forget_thrown(registry: &mut Registry, memory: &Memory) -> bool {
+fn forget_thrown<H: Host>(registry: &mut Registry, ground: &H) -> bool {
     let attached = registry.body_ids();
     let mut to_throw = false;
     for retired in &mut registry.retired {
         retired.switches.retain(|switch| {
             let mut now = [0; 5];
             let gone = !attached.contains(&switch.body);
-            let thrown = gone && memory.read(switch.at, &mut now).is_ok() && now == switch.new;
+            let thrown = gone && ground.read(switch.at, &mut now).is_ok() && now == switch.new;
             to_throw |= gone && !thrown;
             !thrown
         });
@@ -462,28 +528,25 @@ fn forget_thrown(registry: &mut Registry, memory: &Memory) -> bool {
 
 /// A controller that died between the two writes that open or close a function's door left
 /// bytes behind it that nobody gets to: they are put back. Whether that was so.
-fn close_up(ground: &Ground<'_>, f: &mut FunctionState) -> Result<bool, AttachError> {
+fn close_up<H: Host>(ground: &H, f: &mut FunctionState) -> Result<bool, AttachError> {
     let Some((door, closed, _)) = f.door() else { return Ok(false) };
     let mut now = [0; 2];
-    ground.memory().read(door, &mut now).map_err(RemoteError::from)?;
+    ground.read(door, &mut now).map_err(RemoteError::from)?;
     if now == closed && f.patched[..] != f.original[..5] {
-        ground.memory().write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
-        f.patched.copy_from_slice(&f.original[..5]);
+        ground.write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
+        f.previous.copy_from_slice(&f.original[..5]);
         return Ok(true);
     }
     Ok(false)
 }
 
 /// The bytes of all bodies: a new skeleton may hold copies of them.
-fn read_bodies(
-    registry: &Registry,
-    memory: &Memory,
-) -> Result<HashMap<RemoteAddr, Vec<u8>>, AttachError> {
+fn read_bodies<H: Host>(ground: &H) -> Result<HashMap<RemoteAddr, Vec<u8>>, AttachError> {
     let mut known = HashMap::new();
-    for body in registry.functions.iter().flat_map(|f| &f.bodies) {
+    for body in ground.registry().functions.iter().flat_map(|f| &f.bodies) {
         for placed in body.placed() {
-            let bytes =
-                memory.read_vec(placed.at, placed.len as usize).map_err(RemoteError::from)?;
+            let mut bytes = vec![0; placed.len as usize];
+            ground.read(placed.at, &mut bytes).map_err(RemoteError::from)?;
             known.insert(placed.at, bytes);
         }
     }
@@ -590,6 +653,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         module: function.module().to_owned(),
         name: function.name(),
         address: function.address(),
+        file: function.owner().file_at(function.site_address(site)),
         site: function.site_address(site),
         door: site.door.map(|door| function.remote(door)),
         kind: match site.kind {

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use proptest::prelude::*;
 
+use flea_process::Memory;
+
 use super::*;
 use flea_image::{Saved, When};
 
@@ -102,6 +104,7 @@ fn sample() -> Registry {
             module: "/bin/true".into(),
             name: "f\u{fc}r \"<T>\"".into(),
             address: RemoteAddr(0x20_0000),
+            file: None,
             site: RemoteAddr(0x20_0004),
             door: None,
             kind: SiteKind::Relocated,
