@@ -229,7 +229,7 @@ fn all_at_once<'scope, 'env>(
             bout.guard("a controller", || Commands::new(bout, target, refusals, number).run());
         });
     }
-    scope.spawn(move || bout.guard("the library", || Library::new(bout, target).run()));
+    scope.spawn(move || bout.guard("the library", || Library::new(bout, target, refusals).run()));
     scope.spawn(move || bout.guard("looking", || watch::run(bout, target)));
     scope.spawn(move || bout.guard("signals", || disturbance::run(bout, target)));
 }

@@ -11,6 +11,7 @@ const KNOWN: &[(&str, &str)] = &[
     ("nothing was changed", "no function of the pattern can be attached to"),
     ("`libtorture_plugin.so:", "it is not loaded at the moment"),
     ("another flea (thread", "it waited ten seconds for its turn, on a busy machine"),
+    ("no thread of process", "all of them were stopped or had signals at that moment"),
     ("not attached:", "some functions cannot be attached to"),
     ("program runs were skipped", "a signal handler ran inside a program"),
     ("calls were entered and have not returned", "exceptions, and calls that go on"),
