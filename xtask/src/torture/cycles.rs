@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -72,30 +73,47 @@ fn compare(who: &str, first: Size, now: Size) -> Result<()> {
     Ok(())
 }
 
-/// Runs it; 1 where something grew.
-pub fn run(args: &[&str]) -> Result<ExitCode> {
-    let (mut n_cycles, mut n_threads): (u64, _) = (10_000, "2".to_owned());
+struct Options {
+    n_cycles: u64,
+    /// Of the target.
+    n_threads: String,
+}
+
+fn parse(args: &[&str]) -> Result<Options> {
+    let mut options = Options { n_cycles: 10_000, n_threads: "2".to_owned() };
     let mut args = args.iter();
     while let Some(arg) = args.next() {
         let value = args.next().with_context(|| format!("{arg} takes a value"))?;
         match *arg {
-            "--count" => n_cycles = value.parse().context("--count N")?,
-            "--threads" => n_threads = (*value).to_owned(),
+            "--count" => options.n_cycles = value.parse().context("--count N")?,
+            "--threads" => options.n_threads = (*value).to_owned(),
             other => bail!("cycles does not know {other}"),
         }
     }
-    ensure!(n_cycles > 0, "at least one cycle");
+    ensure!(options.n_cycles > 0, "at least one cycle");
+    Ok(options)
+}
+
+/// Runs it; fails where something grew.
+pub fn run(args: &[&str]) -> Result<ExitCode> {
+    let options = parse(args)?;
     let interrupted = interrupted()?;
     let program = try_build(Fixture::Spin)?.context("no C compiler")?;
-    let mut target = Running::start_group(Command::new(program).arg(&n_threads))?;
+    let mut target = Running::start_group(Command::new(program).arg(&options.n_threads))?;
     target.expect_line("ready")?;
     let pid = target.pid().cast_signed();
     let session = Session::attach(pid)?;
     let functions = session.find("spin_step")?;
     let kept = Kept::new(&session, &functions)?;
-    for i in 0..WARM_UP {
-        kept.cycle(i)?;
-    }
+    (0..WARM_UP).try_for_each(|i| kept.cycle(i))?;
+    measure(&kept, pid, options.n_cycles, &interrupted)?;
+    drop(kept);
+    finish(target, pid)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The cycles, with a look at both sides at 1, 10, 50 and 100 percent.
+fn measure(kept: &Kept<'_>, pid: Pid, n_cycles: u64, interrupted: &AtomicBool) -> Result<()> {
     let sizes = || -> Result<[Size; 2]> { Ok([size_of(pid)?, size_of(own_pid())?]) };
     let first = sizes()?;
     println!("target {:?}\ncontroller {:?}", first[0], first[1]);
@@ -103,25 +121,23 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     let marks = [1, 10, 50, 100].map(|percent| (n_cycles * percent / 100).max(1));
     for i in 1..=n_cycles {
         kept.cycle(i)?;
-        if interrupted.load(std::sync::atomic::Ordering::Relaxed) {
-            println!("interrupted after {i} cycles");
+        let ends = interrupted.load(Ordering::Relaxed);
+        if !ends && !marks.contains(&i) {
+            continue;
+        }
+        let now = sizes()?;
+        let ms = begun.elapsed().as_secs_f64() * 1e3 / i as f64;
+        let cpu = (cpu_ms()? - cpu_before) / i as f64;
+        println!("{i} cycles, {ms:.2} ms each ({cpu:.2} ms of CPU)");
+        println!("  target {:?}\n  controller {:?}", now[0], now[1]);
+        compare("the target", first[0], now[0])?;
+        compare("the controller", first[1], now[1])?;
+        if ends {
+            println!("interrupted");
             break;
         }
-        if marks.contains(&i) {
-            let now = sizes()?;
-            let ms = begun.elapsed().as_secs_f64() * 1e3 / i as f64;
-            let cpu = (cpu_ms()? - cpu_before) / i as f64;
-            println!(
-                "{i} cycles, {ms:.2} ms each ({cpu:.2} ms of CPU)\n  target {:?}\n  controller {:?}",
-                now[0], now[1]
-            );
-            compare("the target", first[0], now[0])?;
-            compare("the controller", first[1], now[1])?;
-        }
     }
-    drop(kept);
-    finish(target, pid)?;
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// What the cycles are made of.
