@@ -18,7 +18,7 @@ usage: cargo xtask ci                         format, lints, tests, documentatio
        cargo xtask fixtures [NAME]            builds the programs that tests trace
        cargo xtask bench [--rounds N] [--flea PATH] [--json]
                                               what a hit costs, side by side
-       cargo xtask fuzz [--minutes N] [--only kernel|interpreter|prevail|bytes|elf] [--seed S]
+       cargo xtask fuzz [--minutes N] [--only kernel|interpreter|prevail|bytes|elf|shared|registry] [--seed S]
                                               random input, with the kernel and others as judges
        cargo xtask simulate [--seeds N] [--from S] [--fault NAME|all] [--seed S]
                                               the patch engine in a made-up process

@@ -303,6 +303,14 @@ pub fn comm(tid: Tid) -> Result<String, ProcError> {
     Ok(read_text(tid, "comm")?.trim_end().to_owned())
 }
 
+/// The process that started this one, or who has taken it over since.
+pub(crate) fn parent(pid: Pid) -> Option<Pid> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may itself hold any of ") (".
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(1)?.parse().ok()
+}
+
 /// Where thread `tid` of process `pid` is right now.
 #[must_use]
 pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {

@@ -195,6 +195,30 @@ pub(crate) fn poll_stop(whose: Whose) -> Result<Option<(Tid, Stop)>, Errno> {
     Ok(Some((tid, decode(status))))
 }
 
+/// What has become of a traced thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum News {
+    /// It stands still.
+    Stop(Tid, Stop),
+    /// It has ended, and was collected: its parent, if that is another process, is told by the
+    /// kernel now.
+    End(Tid),
+}
+
+/// The next stop or end that nobody has asked about yet. Not for a tracer in the process of the
+/// tracees' parent: that would lose their exit status.
+pub(crate) fn poll_news() -> Result<Option<News>, Errno> {
+    let Some(info) = wait(Whose::Any, libc::WSTOPPED | libc::WEXITED)? else {
+        return Ok(None);
+    };
+    // SAFETY: waitid has filled the child fields: it returned a child.
+    let (tid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    Ok(Some(match info.si_code {
+        libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED => News::End(tid),
+        _ => News::Stop(tid, decode(status)),
+    }))
+}
+
 /// Whether thread `tid` has ended. The exit status is left for the parent to collect.
 ///
 /// The kernel reports a tracee's *stops* to its tracer whatever the options say ("we see

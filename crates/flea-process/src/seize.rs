@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 
 use crate::apart::in_own_process;
+use crate::follow;
 use crate::hurry::hurry;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, Tid};
@@ -59,6 +60,16 @@ pub enum SeizeError {
         tracer_tid: Tid,
         /// The tracer's name.
         comm: String,
+    },
+    /// Another flea follows it.
+    #[error(
+        "process {pid} is followed by flea (process {controller}, with --follow), which no other tracer can join; end that one first"
+    )]
+    Followed {
+        /// The process.
+        pid: Pid,
+        /// Who follows it.
+        controller: Pid,
     },
     /// Another flea has held it for longer than we wait.
     #[error(
@@ -150,6 +161,16 @@ pub fn seize<R: Send>(
     }
     proc::check_traceable(pid)?;
     let mut work = Some(work);
+    if let Some(follower) = follow::port_of(pid) {
+        let done = follower.work(pid, |tracer| work.take().map(|work| work(tracer)));
+        if let Some(result) = done.flatten() {
+            return Ok(result);
+        }
+        // It is not followed any more.
+        if work.is_none() {
+            return Err(SeizeError::Gone { pid });
+        }
+    }
     let outcome = seize_from(Place::Apart, pid, &mut work)?;
     // Nothing has been done yet: a process apart has not started the target, we may have.
     if let (Err(SeizeError::Yama { scope: YAMA_DESCENDANTS, .. }), Some(_)) = (&outcome, &work) {
@@ -212,7 +233,7 @@ fn wait_until_released(pid: Pid, tracer_tid: Tid) {
 }
 
 /// Seizes thread after thread, the first one first (it is the lock), until there is none left.
-fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
+pub(crate) fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
     let mut tracer: Option<Tracer> = None;
     // Seized while they end: they have let go of the process's memory already.
     let mut ending: Vec<Tid> = Vec::new();
@@ -306,6 +327,10 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
         }
         let tracer_tid = status.tracer_tid;
         let comm = proc::comm(tracer_tid).unwrap_or_default();
+        if comm == follow::FOLLOWER_NAME {
+            let controller = proc::parent(tracer_tid).unwrap_or(tracer_tid);
+            return Err(SeizeError::Followed { pid, controller });
+        }
         let is_flea = comm == TRACER_THREAD_NAME || comm == "flea" || comm.is_empty();
         if tracer_tid == 0 || !is_flea {
             // For an instant, who has just let go shows as nobody, and who has just seized as
@@ -385,7 +410,7 @@ fn adopt_vfork_children(tracer: &mut Tracer) {
 impl Tracer {
     /// Before the thread ends and the kernel lets go of everything: no interrupt of ours may
     /// be on its way, for a thread woken by it and not stopped any more would see `EINTR`.
-    fn leave(&mut self) {
+    pub(crate) fn leave(&mut self) {
         // Where closing the window fails, the process has ended.
         drop(self.disarm());
         let until = Instant::now() + LEAVE_PATIENCE;

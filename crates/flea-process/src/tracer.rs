@@ -25,6 +25,7 @@ use flea_symbols::addr::RemoteAddr;
 use nix::errno::Errno;
 
 use crate::batch::Batch;
+use crate::hub::{How, Hub, Newcomer};
 use crate::hurry::Urgency;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, LastRun, Pid, ProcError, SignalSet, Tid};
@@ -183,6 +184,8 @@ pub struct Tracer {
     pub(crate) hears_stops: bool,
     pub(crate) batch: Batch,
     pub(crate) counts: TracerCounts,
+    /// Shared with the tracers of other processes, where one thread follows several.
+    pub(crate) hub: Option<Hub>,
     /// ptrace belongs to a thread: a tracer must not move to another.
     _not_send: PhantomData<*const ()>,
 }
@@ -209,6 +212,7 @@ impl Tracer {
             hears_stops: false,
             batch: Batch::default(),
             counts: TracerCounts::default(),
+            hub: None,
             _not_send: PhantomData,
         }
     }
@@ -299,7 +303,11 @@ impl Tracer {
     }
 
     pub(crate) fn poll(&self, whose: Whose) -> Result<Option<(Tid, Stop)>, TraceError> {
-        match ptrace::poll_stop(whose) {
+        let polled = match (&self.hub, whose) {
+            (Some(hub), Whose::Any) => hub.next_for(self),
+            _ => ptrace::poll_stop(whose),
+        };
+        match polled {
             Ok(stop) => Ok(stop),
             Err(Errno::ECHILD) => Ok(None),
             Err(errno) => {
@@ -390,8 +398,7 @@ impl Tracer {
         // Memory of its own, copied at an instant we do not know: see `window`.
         if self.traps.is_empty() {
             self.mirror_text(tid);
-            let detached = ptrace::detach(tid, 0);
-            self.still_there(tid, "letting go of a child", detached)?;
+            self.part_with(tid, How::Forked)?;
         } else {
             self.held.insert(tid);
         }
@@ -413,13 +420,17 @@ impl Tracer {
             }
             libc::PTRACE_EVENT_EXEC if self.tasks.get(&tid).is_some_and(|task| task.foreign) => {
                 self.tasks.remove(&tid);
-                let detached = ptrace::detach(tid, 0);
-                return self.still_there(tid, "letting go of a child", detached).map(drop);
+                return self.part_with(tid, How::Executed);
             }
             libc::PTRACE_EVENT_EXEC => {
                 // All other threads are gone, and this one bears the process's number.
                 self.execed = true;
                 self.tasks.retain(|&other, task| other == tid || task.foreign);
+                if let Some(hub) = &self.hub {
+                    let (pid, parent, how) = (self.pid, self.pid, How::Executed);
+                    hub.announce(Newcomer { pid, parent, how });
+                    return Ok(());
+                }
             }
             _ => {}
         }

@@ -49,6 +49,7 @@ use std::time::{Duration, Instant};
 
 use flea_symbols::addr::RemoteAddr;
 
+use crate::hub::How;
 use crate::memory::Memory;
 use crate::proc::{self, Pid, Tid, Whereabouts};
 use crate::ptrace::{self, Stop, Whose};
@@ -83,6 +84,8 @@ pub(crate) struct Parked {
     pub(crate) has_left_its_stop: bool,
     /// Held for a SIGTRAP of its own, until the window has closed: see `sigtrap`.
     pub(crate) has_own: bool,
+    /// Kept where it stands until it is let go of, whatever becomes of windows: see `follow`.
+    pub(crate) is_kept: bool,
 }
 
 /// How CPUs are made to refetch instructions.
@@ -435,8 +438,13 @@ impl Tracer {
             self.still_there(tid, "setting the mask", ptrace::set_signal_mask(tid, mask))?;
         }
         let since = Instant::now();
-        let parked =
-            Parked { since, requeue: swallowed_another, has_left_its_stop, has_own: false };
+        let parked = Parked {
+            since,
+            requeue: swallowed_another,
+            has_left_its_stop,
+            has_own: false,
+            is_kept: false,
+        };
         if let Some(task) = self.tasks.get_mut(&tid) {
             task.parked = Some(parked);
         }
@@ -490,7 +498,8 @@ impl Tracer {
     }
 
     fn unpark_where(&mut self, due: impl Fn(Parked) -> bool) -> Result<(), TraceError> {
-        let parked = self.tasks.iter().filter(|(_, task)| task.parked.is_some_and(&due));
+        let due = |parked: Parked| !parked.is_kept && due(parked);
+        let parked = self.tasks.iter().filter(|(_, task)| task.parked.is_some_and(due));
         // One that is in a system call for us is stopped for that as well.
         let due = parked.map(|(&tid, _)| tid).filter(|tid| !self.lent.contains(tid));
         let due: Vec<Tid> = due.collect();
@@ -507,8 +516,7 @@ impl Tracer {
     fn release_held(&mut self) -> Result<(), TraceError> {
         for child in std::mem::take(&mut self.held) {
             self.mirror_text(child);
-            let detached = ptrace::detach(child, 0);
-            self.still_there(child, "letting go of a child", detached)?;
+            self.part_with(child, How::Forked)?;
         }
         Ok(())
     }

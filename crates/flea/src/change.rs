@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 
 use flea_image::{
-    BodyRef, FrameArena, Reads, Skeleton, SkeletonBody, SkeletonRequest, SkipResult, StackCopy,
+    BodyRef, Changes, FrameArena, Reads, Skeleton, SkeletonBody, SkeletonRequest, SkipResult,
+    StackCopy,
 };
 use flea_layout::shared::RuntimeFn;
 use flea_patch::Poke;
@@ -333,6 +334,7 @@ fn skeleton_body<'a>(
         exit: refer(b.exit),
         reads,
         saves: &b.saves,
+        changes: unpack_changes(b.changes),
         frame_offset: b.frame_offset,
         frame_words: b.frame_words,
     }
@@ -393,6 +395,16 @@ pub(crate) fn pack_reads(reads: &Reads) -> u32 {
         RetWord::XmmWord { .. } | RetWord::X87 { .. } => 0,
     });
     args.chain(results).fold(0, |bits, bit| bits | bit)
+}
+
+/// [`Changes`] as the bits of [`BodyState::changes`].
+pub(crate) fn pack_changes(changes: Changes) -> u32 {
+    u32::from(changes.args) | u32::from(changes.result) << 16
+}
+
+pub(crate) fn unpack_changes(bits: u32) -> Changes {
+    let [args, _, result, _] = bits.to_le_bytes();
+    Changes { args, result: result & 1 != 0 }
 }
 
 fn unpack_reads(bits: u32) -> Reads {

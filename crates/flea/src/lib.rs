@@ -36,9 +36,12 @@ pub mod attached;
 pub mod builtin;
 mod change;
 mod error;
+mod file_bytes;
 mod fit;
+mod follow;
 pub mod frames_file;
 mod function;
+mod given;
 mod host;
 mod link;
 mod modules;
@@ -89,6 +92,7 @@ pub mod rejection {
 
 pub use self::{
     error::{AttachError, FindError, LoadError, ProgramArrayError, RemoteError, SessionError},
+    follow::{Followed, Following},
     function::Function,
     link::Link,
     modules::{Module, OpenError},

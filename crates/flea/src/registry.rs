@@ -280,6 +280,10 @@ pub struct BodyState {
     /// leave it out.
     #[serde(default)]
     pub writes_target: bool,
+    /// Bit i: the session side changes integer argument i; bit 16: the exit side changes the
+    /// result rax.
+    #[serde(default)]
+    pub changes: u32,
     /// Fentry programs.
     pub entry: Option<Placed>,
     /// Fsession programs, entry side.

@@ -126,6 +126,7 @@ fn state(id: u32, body: &Body, entry: Option<Placed>, exit: Option<Placed>) -> B
         arena: RemoteAddr(body.mapping.0 + THREAD_TABLE_BYTES as u64),
         programs: Vec::new(),
         writes_target: false,
+        changes: 0,
         entry,
         session: None,
         modify: None,

@@ -34,7 +34,10 @@ use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    change::{Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all, take_back},
+    change::{
+        Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_changes, pack_reads, retire_all,
+        take_back,
+    },
     error::{AttachError, LoadError, RemoteError},
     function::Function,
     host::{self, Host},
@@ -75,12 +78,18 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
 /// The registry of process `pid` as it is now, without seizing it; an empty one where there
 /// is none.
 pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
+    let mut attempt = 0;
     loop {
         let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
-        match storage.load(&Memory::open(flea_process::stand_in(pid))?) {
-            // The last controller took it away before it was read: there is none now.
-            Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
-            loaded => return Ok(loaded?),
+        let loaded = storage.load(&Memory::open(flea_process::stand_in(pid))?);
+        attempt += 1;
+        // The last controller took it away before it was read: there is none now. A target that
+        // moves it about by itself is not followed for ever.
+        let has_moved = loaded.is_err()
+            && attempt < MAX_ATTEMPTS
+            && find_registry(pid)?.is_none_or(|now| now.base() != storage.base());
+        if !has_moved {
+            return Ok(loaded?);
         }
     }
 }
@@ -115,25 +124,61 @@ pub(crate) fn create_arena(
     }
 }
 
+/// Maps the memory of an object into one more process; where it is there.
+pub(crate) fn share_arena(
+    session: &Inner,
+    arena: &flea_maps::Arena,
+) -> Result<RemoteAddr, LoadError> {
+    let owner = Controller::this();
+    seized(session.pid(), |tracer| -> Result<_, LoadError> {
+        let mut ground = Ground::open(tracer)?;
+        let shared = ground.share_data_arena(arena.plan().size_bytes, arena.fd(), owner);
+        if shared.is_err() {
+            // Where nothing else is, nothing stays. What failed first is what is told.
+            let _ = host::close(ground);
+        }
+        Ok(shared?)
+    })
+}
+
 /// Gives the memory of an object back. What cannot be done now (a thread is still inside a
 /// traced function, the target cannot be seized) is done by the next controller that comes.
 pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
+    if session.has_ended() {
+        return;
+    }
     let owner = Controller::this();
+    let table = flea_layout::shared::THREAD_TABLE_BYTES as u64;
+    let is_it = |d: &DataArena| d.mapping.0 + table == base.0 && d.owner == owner;
     // Nobody to tell: this runs when the object is dropped.
-    let _ = seized(session.pid(), |tracer| -> Result<(), AttachError> {
+    let _ = release_arenas(session.pid(), is_it);
+}
+
+/// Takes off whatever this controller has attached in process `pid`, and gives the memory back.
+pub(crate) fn leave(pid: Pid) -> Result<(), AttachError> {
+    let owner = Controller::this();
+    take_off(pid, |attached| match attached {
+        Attached::Body(body) => body.owner == owner,
+        Attached::Replacement(one) => one.owner == owner,
+    })?;
+    release_arenas(pid, |arena| arena.owner == owner)
+}
+
+fn release_arenas(
+    pid: Pid,
+    is_released: impl Fn(&DataArena) -> bool + Sync,
+) -> Result<(), AttachError> {
+    seized(pid, |tracer| -> Result<(), AttachError> {
         let Some(mut ground) = Ground::find(tracer)? else { return Ok(()) };
-        let table = flea_layout::shared::THREAD_TABLE_BYTES as u64;
-        let is_own = |d: &&mut DataArena| d.mapping.0 + table == base.0 && d.owner == owner;
-        let own = ground.registry.data.iter_mut().find(is_own);
-        if let Some(own) = own {
-            own.released = true;
+        for arena in ground.registry.data.iter_mut().filter(|arena| is_released(arena)) {
+            arena.released = true;
         }
         settle(&mut ground)?;
         tidy(&mut ground)?;
         unload::run(&mut ground)?;
         host::unmap_released(&mut ground)?;
         Ok(host::close(ground)?)
-    });
+    })
 }
 
 /// Attaches all of `prepared` or none; the numbers of the new bodies.
@@ -630,6 +675,7 @@ pub(crate) fn place_body(
         frame_offset: new.offset,
         frame_words: body.frame_words,
         reads: pack_reads(&body.reads),
+        changes: pack_changes(body.changes),
         saves: body.saves.clone(),
     })
 }

@@ -68,6 +68,7 @@ fn sample() -> Registry {
         arena: RemoteAddr(0x50_0000),
         programs: vec![("fexit".into(), "p".into())],
         writes_target: true,
+        changes: 0x1_0021,
         entry: None,
         session: None,
         modify: None,
