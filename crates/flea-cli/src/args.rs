@@ -90,6 +90,18 @@ pub struct Span {
     /// Stop after this many seconds (default: until Ctrl-C or the target's end)
     #[arg(short, long, value_name = "SECONDS", value_parser = seconds)]
     pub duration: Option<std::time::Duration>,
+    /// Also trace the processes that the target starts, and the programs they execute
+    #[arg(short, long)]
+    pub follow: bool,
+}
+
+/// Whether to wait for libraries.
+#[derive(Debug, Args)]
+pub struct Wait {
+    /// What no loaded module has is waited for: it is attached to when the target has loaded a
+    /// library that has it (looked for 50 times a second: the first calls may be missed)
+    #[arg(long)]
+    pub pending: bool,
 }
 
 /// Commands over functions.
@@ -107,6 +119,9 @@ pub struct Functions {
     #[command(flatten)]
     /// Duration.
     pub span: Span,
+    #[command(flatten)]
+    /// What is not there yet.
+    pub wait: Wait,
 }
 
 /// `flea hist`.
@@ -127,6 +142,9 @@ pub struct Hist {
     #[command(flatten)]
     /// Duration.
     pub span: Span,
+    #[command(flatten)]
+    /// What is not there yet.
+    pub wait: Wait,
 }
 
 /// `flea run`.

@@ -17,8 +17,8 @@ use flea_symbols::{
 use crate::{
     error::AttachError,
     registry::{
-        BodyState, FunctionState, Placed, Question, Registry, ReplacementState, Retired, SiteKind,
-        Skip, StackArgs, Switch,
+        BodyState, CodeArena, FunctionState, Placed, Question, Registry, ReplacementState, Retired,
+        SiteKind, Skip, StackArgs, Switch,
     },
 };
 
@@ -140,7 +140,8 @@ impl Change {
                 switches: std::mem::take(&mut f.switches),
             });
         }
-        let old_entry = f.skeleton.map(|s| s.at);
+        // By the bytes: who announced that there is to be none may have died before it was done.
+        let old_entry = jump_target(f.site, before);
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
         let mut moves = Vec::new();
 
@@ -281,6 +282,13 @@ impl Change {
         let arenas = self.registry.code.iter().filter(|arena| arena.reaches(site));
         arenas.map(|arena| arena.next).min_by_key(|next| next.0.abs_diff(site.0))
     }
+}
+
+/// Where a jump leads that stands at `site`.
+fn jump_target(site: RemoteAddr, bytes: [u8; 5]) -> Option<RemoteAddr> {
+    const JMP_REL32: u8 = 0xe9;
+    let [JMP_REL32, distance @ ..] = bytes else { return None };
+    Some(site.offset(5 + i64::from(i32::from_le_bytes(distance))))
 }
 
 /// What opens or closes the door of `f`, where it has one and that is to change.
@@ -426,6 +434,28 @@ pub(crate) fn retire_all(f: FunctionState) -> Vec<Retired> {
         .into_iter()
         .flat_map(|b| b.placed().map(move |code| Retired::plain(code, vec![b.arena])));
     skeleton.into_iter().chain(bodies).collect()
+}
+
+/// What was announced has been taken back, and `registry` is what was before. Threads that came to
+/// a site meanwhile went on in the new code, and may be in it for as long as the function takes: it
+/// is retired.
+pub(crate) fn take_back(registry: &mut Registry, announced: Registry) {
+    let known = |code: Placed| move |other: Placed| other.at == code.at;
+    let is_old = |registry: &Registry, code: Placed| {
+        let functions = registry.functions.iter();
+        let mut old =
+            functions.flat_map(|f| f.bodies.iter().flat_map(BodyState::placed).chain(f.skeleton));
+        old.any(known(code))
+    };
+    let codes = announced.functions.into_iter().flat_map(retire_all);
+    let retired: Vec<_> = codes.filter(|retired| !is_old(registry, retired.code)).collect();
+    registry.retired.extend(retired);
+    registry.next_id = announced.next_id;
+    for (arena, announced) in registry.code.iter_mut().zip(announced.code) {
+        let rows = announced.rows.filter(|_| arena.rows.is_none());
+        registry.retired.extend(rows.map(|rows| Retired::plain(rows, Vec::new())));
+        *arena = CodeArena { rows: arena.rows, ..announced };
+    }
 }
 
 /// The memory that a function's skeleton works on or leads to: data arenas, and objects with

@@ -36,10 +36,13 @@ pub mod attached;
 pub mod builtin;
 mod change;
 mod error;
+mod file_bytes;
 mod fit;
+mod follow;
 pub mod frames_file;
 mod function;
 mod given;
+mod host;
 mod link;
 mod modules;
 mod object;
@@ -53,6 +56,9 @@ pub mod registry;
 mod remote;
 mod replace;
 mod session;
+#[cfg(feature = "simulate")]
+#[doc(hidden)]
+pub mod simulate;
 mod slots;
 mod system_calls;
 mod transaction;
@@ -86,6 +92,7 @@ pub mod rejection {
 
 pub use self::{
     error::{AttachError, FindError, LoadError, ProgramArrayError, RemoteError, SessionError},
+    follow::{Followed, Following},
     function::Function,
     link::Link,
     modules::{Module, OpenError},

@@ -28,7 +28,7 @@ use crate::{
     link::Link,
     program_array::{Attached, ProgramArray},
     registry::StackArgs,
-    session::{Inner, lock},
+    session::{Inner, Session, lock},
     slots::Slots,
     transaction,
 };
@@ -80,7 +80,7 @@ pub(crate) struct Loaded {
     /// The arena's base in the target.
     pub(crate) base: RemoteAddr,
     printk: Option<MapIdx>,
-    printk_reader: Mutex<Option<flea_maps::RingBuf>>,
+    printk_reader: Arc<Mutex<Option<flea_maps::RingBuf>>>,
     permissions: Permissions,
     fits: Fits,
     verified: Mutex<HashMap<ProofKey, Arc<Verified>>>,
@@ -165,7 +165,8 @@ impl Object {
         let n_programs = u32::try_from(spec.programs.len()).expect("an object is far smaller");
         let plan = ArenaPlan::new(&spec.maps, n_programs);
         let (arena, base) = transaction::create_arena(session, &plan, &spec.maps)?;
-        let printk_reader = Mutex::new(printk.and_then(|index| arena.ringbuf(index).ok()));
+        let printk_reader = printk.and_then(|index| arena.ringbuf(index).ok());
+        let printk_reader = Arc::new(Mutex::new(printk_reader));
         Ok(Self {
             inner: Arc::new(Loaded {
                 session: Arc::clone(session),
@@ -180,6 +181,35 @@ impl Object {
                 verified: Mutex::default(),
                 attached: Mutex::default(),
                 slots,
+                links: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The same object in another process, as [`crate::Following`] finds them: its programs can be
+    /// attached there as well, and work on the same maps. What this one's programs print and miss
+    /// is told by either.
+    ///
+    /// # Errors
+    /// Memory in that process cannot be set up.
+    pub fn share_with(&self, session: &Session) -> Result<Self, LoadError> {
+        let loaded = &self.inner;
+        let session = session.inner();
+        let base = transaction::share_arena(session, &loaded.arena)?;
+        Ok(Self {
+            inner: Arc::new(Loaded {
+                session: Arc::clone(session),
+                spec: loaded.spec.clone(),
+                plan: loaded.plan.clone(),
+                arena: loaded.arena.clone(),
+                base,
+                printk: loaded.printk,
+                printk_reader: Arc::clone(&loaded.printk_reader),
+                permissions: loaded.permissions,
+                fits: Fits::default(),
+                verified: Mutex::default(),
+                attached: Mutex::default(),
+                slots: RwLock::new(self.slots().clone()),
                 links: Mutex::default(),
             }),
         })

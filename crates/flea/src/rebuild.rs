@@ -126,18 +126,14 @@ fn rebuild_on(
     let runtime = ground.registry.own_runtime().ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
-    let outcome = transaction::change(&mut ground, unwinders, |change| {
+    transaction::change_and_tidy(&mut ground, unwinders, |change| {
         let mut functions = std::mem::take(&mut change.registry.functions);
         for function in &mut functions {
             replace_bodies(change, object, function, (runtime, news))?;
         }
         change.registry.functions = functions;
         Ok(())
-    });
-    // Also after a failure: unwinders may have been told of frames that do not come.
-    let tidied = transaction::tidy(&mut ground).and_then(|()| Ok(ground.store()?));
-    outcome?;
-    tidied
+    })
 }
 
 /// Puts the new bodies of one function in the places of the old ones.

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use proptest::prelude::*;
 
+use flea_process::Memory;
+
 use super::*;
 use flea_image::{Saved, When};
 
