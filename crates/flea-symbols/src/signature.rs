@@ -4,7 +4,7 @@
 use flea_object::BtfError;
 
 /// How a function is called on x86-64 System V, one entry per `ctx` slot.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Signature {
     /// Parameters in source order.
     pub params: Vec<Param>,
@@ -24,7 +24,7 @@ pub struct Signature {
 }
 
 /// Where a signature was learnt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SignatureSource {
     /// The module's DWARF.
     Dwarf,
@@ -36,7 +36,7 @@ pub enum SignatureSource {
 
 /// How many words of stack arguments a call carries. An exit program's image calls the
 /// original from a frame of its own and must pass these on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StackWords {
     /// Exactly this many, from the debug information.
     Known(u32),
@@ -47,7 +47,7 @@ pub enum StackWords {
 }
 
 /// One parameter.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Param {
     /// Its name in the source, if it has one.
     pub name: Option<String>,
@@ -61,7 +61,7 @@ pub struct Param {
 }
 
 /// Why a parameter, or a result, of a known type has no words.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Absent {
     /// The compiler changed the function's parameters, and this one is in no place at entry.
     #[error("optimized out")]
@@ -132,7 +132,7 @@ pub enum Choice {
 }
 
 /// Why debug information does not say how a function is called.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Doubt {
     /// None describes the function.
     #[error("no debug information")]
@@ -204,7 +204,7 @@ pub enum ArgWord {
 }
 
 /// What a function leaves for its caller.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Return {
     /// The type.
     pub ty: Type,
@@ -245,7 +245,7 @@ pub enum RetWord {
 }
 
 /// A C type, as far as programs and printing need it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Type {
     /// `void`, or a type of size zero.
     Void,
@@ -313,8 +313,36 @@ impl Signature {
         self.source != SignatureSource::Guessed
     }
 
+    /// The same without what only people look at: names, and where it was learnt. Functions are
+    /// called alike where these are equal.
+    #[must_use]
+    pub fn without_names(&self) -> Self {
+        let param = |param: &Param| Param { name: None, ty: param.ty.unnamed(), ..param.clone() };
+        Self {
+            params: self.params.iter().map(param).collect(),
+            ret: Return { ty: self.ret.ty.unnamed(), ..self.ret.clone() },
+            source: SignatureSource::Guessed,
+            doubt: None,
+            ..*self
+        }
+    }
+
     /// The `ctx` slots in order: every word of every parameter.
     pub fn arg_words(&self) -> impl Iterator<Item = ArgWord> + '_ {
         self.params.iter().flat_map(|p| p.words.iter().copied())
+    }
+}
+
+impl Type {
+    fn unnamed(&self) -> Self {
+        let name = String::new();
+        match *self {
+            Self::Void => Self::Void,
+            Self::Unknown => Self::Unknown,
+            Self::Int { size_bytes, signed, .. } => Self::Int { name, size_bytes, signed },
+            Self::Float { size_bytes, .. } => Self::Float { name, size_bytes },
+            Self::Pointer { to_char, .. } => Self::Pointer { name, to_char },
+            Self::Aggregate { size_bytes, .. } => Self::Aggregate { name, size_bytes },
+        }
     }
 }

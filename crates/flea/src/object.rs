@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, RwLock},
 };
 
-use flea_image::{Body, BodyRequest, Cpu, ProgramUse, RelocTarget, SkipResult};
+use flea_image::{Body, BodyRequest, CompileError, Cpu, ProgramUse, RelocTarget, SkipResult};
 use flea_layout::plan::ArenaPlan;
 use flea_object::{
     helper::Helper,
@@ -658,8 +658,40 @@ impl Prepared {
         flea_image::skip_result(&self.signature).ok()
     }
 
+    /// What is compiled the same for every function for which this is equal, but for addresses
+    /// and cookies. It names proofs by their addresses: for as long as those are kept.
+    pub(crate) fn shape(&self, frame_offset: u32) -> Shape {
+        let proofs = self.uses.iter().zip(&self.verified);
+        Shape {
+            signature: self.signature.without_names(),
+            programs: proofs
+                .map(|((index, _), proof)| (*index, Arc::as_ptr(proof).addr()))
+                .collect(),
+            frame_offset,
+        }
+    }
+
     /// Compiles the programs on this function, for a frame that starts at `frame_offset`.
     pub(crate) fn compile(&self, object: &Loaded, frame_offset: u32) -> Result<Body, AttachError> {
+        self.compile_by(flea_image::compile_body, object, (&self.signature, frame_offset))
+    }
+
+    /// The same for all functions of this shape, of which this is one.
+    pub(crate) fn compile_shared(
+        &self,
+        object: &Loaded,
+        shape: &Shape,
+    ) -> Result<Body, AttachError> {
+        let what = (&shape.signature, shape.frame_offset);
+        self.compile_by(flea_image::compile_shared_body, object, what)
+    }
+
+    fn compile_by(
+        &self,
+        compile: fn(&BodyRequest<'_>) -> Result<Body, CompileError>,
+        object: &Loaded,
+        (signature, frame_offset): (&Signature, u32),
+    ) -> Result<Body, AttachError> {
         let programs: Vec<ProgramUse<'_>> = self
             .uses
             .iter()
@@ -671,8 +703,8 @@ impl Prepared {
                 state_index: u32::try_from(index).expect("an object is far smaller"),
             })
             .collect();
-        flea_image::compile_body(&BodyRequest {
-            signature: &self.signature,
+        compile(&BodyRequest {
+            signature,
             programs: &programs,
             maps: &object.spec.maps,
             plan: &object.plan,
@@ -683,6 +715,15 @@ impl Prepared {
         })
         .map_err(|source| AttachError::Compile { function: self.function.name(), source })
     }
+}
+
+/// What of a function decides what is compiled for it: see [`Prepared::shape`].
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Shape {
+    signature: Signature,
+    /// Index of each program, and where its proof is.
+    programs: Vec<(usize, usize)>,
+    frame_offset: u32,
 }
 
 /// What this machine can do, which is the target's as well.
@@ -707,8 +748,14 @@ impl Loaded {
         Arc::clone(lock(&self.verified).entry(key).or_insert(Arc::new(verified)))
     }
 
-    /// The address behind a relocation, with the runtime at `runtime`.
-    pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
+    /// The address or number behind a relocation in a body for `prepared`, with the runtime at
+    /// `runtime`.
+    pub(crate) fn resolve(
+        &self,
+        runtime: RemoteAddr,
+        prepared: &Prepared,
+        target: RelocTarget,
+    ) -> u64 {
         match target {
             RelocTarget::Arena { addend } => self.base.offset(addend).0,
             RelocTarget::Runtime(function) => {
@@ -718,6 +765,11 @@ impl Loaded {
                 self.session.vdso_clock_gettime().map_or(0, |address| address.0)
             }
             RelocTarget::Constant(value) => value,
+            RelocTarget::FunctionAddress => prepared.function.address().0,
+            RelocTarget::Cookie { program } => {
+                let found = prepared.uses.get(program as usize);
+                found.map_or(0, |&(_, cookie)| cookie)
+            }
             RelocTarget::ThreadPointer | RelocTarget::SkeletonFrame => 0,
         }
     }

@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     change::{Change, FIRST_FRAME_OFFSET, arenas},
+    compile,
     error::{AttachError, RemoteError},
     object::{Loaded, Prepared},
     own,
@@ -69,7 +70,7 @@ fn rebuild_living(object: &Loaded, what: &Rebuild) -> Result<(), AttachError> {
         let unwinders = if has_frames { unwinder::find(&object.session)? } else { Vec::new() };
         let offset = |id| lay.free_offsets.get(id).copied().unwrap_or(FIRST_FRAME_OFFSET);
         let offsets: Vec<u32> = what.ids.iter().map(offset).collect();
-        let bodies = transaction::compile(object, &what.prepared, &offsets)?;
+        let bodies = compile::all(object, &what.prepared, &offsets)?;
         let news = what.ids.iter().zip(&what.prepared).zip(bodies.iter().zip(&offsets));
         let news: BTreeMap<u32, New<'_>> = news
             .filter(|((id, _), _)| lay.free_offsets.contains_key(id))
@@ -124,7 +125,8 @@ fn rebuild_on(
     })?;
     let outcome = transaction::change(&mut ground, unwinders, |change| {
         let mut functions = std::mem::take(&mut change.registry.functions);
-        for function in &mut functions {
+        let is_meant = |f: &FunctionState| f.bodies.iter().any(|b| news.contains_key(&b.id));
+        for function in functions.iter_mut().filter(|f| is_meant(f)) {
             replace_bodies(change, object, function, (runtime, news))?;
         }
         change.registry.functions = functions;

@@ -23,6 +23,7 @@ use crate::{
 
 /// Bytes of the first code arena near a module; later ones are twice as large.
 const CODE_ARENA_BYTES: u64 = 2 << 20;
+const MAX_CODE_ARENA_BYTES: u64 = 256 << 20;
 /// `MADV_WIPEONFORK`: a forked child's thread table is empty.
 const MADV_WIPEONFORK: u64 = 18;
 /// `MADV_DONTDUMP`: the registry's and the arenas' sparse gigabytes are not for core files.
@@ -149,8 +150,19 @@ impl<'t> Ground<'t> {
 
     /// More room for code near `near`.
     pub(crate) fn add_code_arena(&mut self, near: RemoteAddr) -> Result<(), RemoteError> {
+        self.add_code_arena_of(near, 0)
+    }
+
+    /// The same, with room for at least so many bytes, if that is less than the largest arena
+    /// has.
+    pub(crate) fn add_code_arena_of(
+        &mut self,
+        near: RemoteAddr,
+        n_bytes: u64,
+    ) -> Result<(), RemoteError> {
         let largest = self.registry.code.iter().map(|a| a.size_bytes).max().unwrap_or(0);
-        let size_bytes = (largest * 2).clamp(CODE_ARENA_BYTES, 256 << 20);
+        let wanted = (n_bytes + HEAD_BYTES).next_multiple_of(CODE_ARENA_BYTES);
+        let size_bytes = (largest * 2).max(wanted).clamp(CODE_ARENA_BYTES, MAX_CODE_ARENA_BYTES);
         let arena = map_code(self.tracer, near, size_bytes)?;
         self.registry.code.push(arena);
         self.store()

@@ -57,7 +57,8 @@ fn announce_and_die(
 ) -> Result<(), AttachError> {
     seized(pid, |tracer| {
         let mut ground = Ground::find(tracer)?.expect("something is attached");
-        let known = read_bodies(&ground.registry, ground.memory())?;
+        let known =
+            KnownCode::read(&ground.registry, ground.memory()).map_err(RemoteError::from)?;
         let mut change = Change::new(ground.registry.clone(), known);
         edit(&mut change)?;
         change.switch_off();
