@@ -5,6 +5,7 @@ mod bench;
 mod ci;
 mod fixtures;
 mod fuzz;
+mod torture;
 mod vectors;
 
 use std::process::ExitCode;
@@ -18,6 +19,10 @@ usage: cargo xtask ci                         format, lints, tests, documentatio
                                               what a hit costs, side by side
        cargo xtask fuzz [--minutes N] [--only kernel|interpreter|prevail|bytes|elf] [--seed S]
                                               random input, with the kernel and others as judges
+       cargo xtask torture [--minutes N] [--seed S] [--only redis|cpp|postgres|rust] [--flea PATH]
+                           [--seconds N] [--bout SECONDS] [--hang SECONDS] [--without PART]
+                                              real programs, traced and disturbed at random
+       cargo xtask cycles [--count N]         on and off, with both sides' memory flat
        cargo xtask vectors [--seconds N] FILE.jsonl
                                               a suite of eBPF programs: verdict and result of each";
 
@@ -27,6 +32,8 @@ fn run(args: &[&str]) -> Result<ExitCode> {
         ["fixtures", filter @ ..] if filter.len() <= 1 => fixtures::run(filter.first().copied()),
         ["bench", options @ ..] => bench::run(options),
         ["fuzz", options @ ..] => fuzz::run(options),
+        ["torture", options @ ..] => torture::run(options),
+        ["cycles", options @ ..] => torture::cycles(options),
         ["vectors", "--worker"] => vectors::work(),
         ["vectors", options @ ..] => vectors::run(options),
         ["--help" | "-h" | "help"] => {

@@ -5,6 +5,7 @@ mod args;
 mod commands;
 mod interrupt;
 mod output;
+mod plain;
 mod record;
 mod report;
 mod target;
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
         // Whoever read our output has seen enough (`flea trace ... | head`).
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("flea: {}", chain(&error));
+            eprintln!("flea: {}", plain::text(&chain(&error)));
             ExitCode::from(REFUSED)
         }
     }

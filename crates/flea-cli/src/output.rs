@@ -12,6 +12,7 @@ use serde::Serialize;
 
 use crate::{
     args::Common,
+    plain,
     record::{BucketRecord, Record},
 };
 
@@ -66,10 +67,10 @@ impl Output {
         self.write(&text)
     }
 
-    /// Writes a line of text; nothing in JSON mode.
+    /// Writes a line of text, with control characters escaped; nothing in JSON mode.
     pub fn line(&mut self, text: impl AsRef<str>) -> Result<()> {
         if !self.is_json() {
-            self.write(text.as_ref().as_bytes())?;
+            self.write(plain::text(text.as_ref()).as_bytes())?;
             self.write(b"\n")?;
         }
         Ok(())

@@ -27,6 +27,8 @@ pub struct Target {
     is_command: bool,
     /// It was not started here, and is no more.
     is_gone: bool,
+    /// It runs another program now, which was said.
+    is_another: bool,
 }
 
 impl Target {
@@ -51,6 +53,7 @@ impl Target {
             exit: None,
             is_command: target.pid.is_none(),
             is_gone: false,
+            is_another: false,
         })
     }
 
@@ -103,8 +106,12 @@ impl Target {
                     self.exit = Some(exit);
                     true
                 }
-                None if self.is_command => false,
-                None => self.has_ended(),
+                // A command is waited for whatever it becomes: its exit code is ours.
+                None if self.is_command => {
+                    self.is_another();
+                    false
+                }
+                None => self.has_ended() || self.is_another(),
             };
             tick()?;
             let over = self.duration.is_some_and(|d| started.elapsed() >= d);
@@ -129,6 +136,22 @@ impl Target {
             eprintln!("flea: process {pid} has ended{how}; the results are up to then");
         }
         self.is_gone
+    }
+
+    /// Whether the process has executed another program, in which nothing is attached; says so
+    /// once.
+    fn is_another(&mut self) -> bool {
+        if !self.is_another
+            && let Some(path) = self.session.executed()
+        {
+            self.is_another = true;
+            let (pid, path) = (self.session.pid(), path.display());
+            eprintln!(
+                "flea: process {pid} has executed another program, {path}; the results are up to \
+                 then"
+            );
+        }
+        self.is_another
     }
 
     /// Ends a command that was started only to be looked at.

@@ -49,6 +49,11 @@ pub enum Fixture {
     Sleds,
     /// `c/bench_loop.c`: functions to be timed side by side in one process.
     BenchLoop,
+    /// `cpp/torture.cpp`: checks all that it does, beside threads, forks, signals and a plug-in.
+    /// Beside it are `libtorture_plugin.so` and a live patch, `torture_patch.so`.
+    TortureCpp,
+    /// `rust/torture.rs`: the same in Rust, with panics and channels.
+    TortureRust,
     /// A generated program with this many functions `many_0`, `many_1`, ..., each with a
     /// 5-byte nop at its entry; counts like the others, every function once per call.
     Many(u32),
@@ -208,6 +213,8 @@ impl Fixture {
             Self::Entries(CBuild::Clang),
             Self::Sleds,
             Self::BenchLoop,
+            Self::TortureCpp,
+            Self::TortureRust,
             Self::Many(100),
             Self::Many(10_000),
         ]);
@@ -239,6 +246,8 @@ impl Fixture {
             Self::Entries(build) => format!("entries-{}", build.slug()),
             Self::Sleds => "sleds".into(),
             Self::BenchLoop => "bench_loop".into(),
+            Self::TortureCpp => "torture-cpp".into(),
+            Self::TortureRust => "torture-rust".into(),
             Self::Many(n) => format!("many-{n}"),
         }
     }

@@ -160,6 +160,19 @@ fn simple(program: &str, source: &str, objects: &str) -> Vec<Step> {
     c_steps(&flags, source, objects, program)
 }
 
+fn torture_steps(program: &str) -> Vec<Step> {
+    let flags = Flags { tool: Tool::Gcc, compile: "-O2 -std=c++20", link: "-ldl" };
+    let mut steps = cpp_steps(flags, "torture.cpp", program);
+    for (source, library) in
+        [("torture_plugin.cpp", "libtorture_plugin.so"), ("torture_patch.cpp", "torture_patch.so")]
+    {
+        let mut args: Vec<String> = words("-g -O2 -Wall -Wextra -fPIC -shared").collect();
+        args.extend([source.to_owned(), "-o".into(), library.to_owned()]);
+        steps.push(Step { tool: Tool::Gxx, args });
+    }
+    steps
+}
+
 /// What to write and what to run for `fixture`.
 pub(crate) fn recipe(fixture: Fixture) -> Recipe {
     let program = fixture.program_name();
@@ -254,6 +267,19 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
         }
         Fixture::BenchLoop => {
             (vec![source!("c", "bench_loop.c")], simple(&program, "bench_loop.c", ""))
+        }
+        Fixture::TortureCpp => (
+            vec![
+                source!("cpp", "torture.h"),
+                source!("cpp", "torture.cpp"),
+                source!("cpp", "torture_plugin.cpp"),
+                source!("cpp", "torture_patch.cpp"),
+            ],
+            torture_steps(&program),
+        ),
+        Fixture::TortureRust => {
+            let steps = rust_steps(RustBuild::Release, "torture", &program);
+            (vec![source!("rust", "torture.rs")], steps)
         }
         Fixture::Many(n) => {
             let compile = "-O1 -fno-pie -pg -mfentry -mnop-mcount";

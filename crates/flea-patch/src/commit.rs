@@ -18,106 +18,60 @@
 //! 9. *Drain*: no trap is on its way any more; breakpoints are forgotten.
 //! 10. What was written is read back.
 //!
-//! Three syncs, however many sites. Until 7 everything can be taken back, by the same steps:
-//! the old tails (nobody is inside, or the tails have not been touched), sync, the old first
-//! bytes, sync, drain. A step that fails half-way is taken back as well.
+//! # Batches
+//!
+//! Steps 2 to 8 are done for as many sites at a time as [`Target::sites_at_once`] says. Ten
+//! thousand sites take tens of milliseconds to write, and a thread that runs into a breakpoint
+//! waits for, or is slow in, no more than its own batch. A batch has three syncs, so that the
+//! whole takes little longer than it would in one.
+//!
+//! Where a thread stays in a handler that interrupted it inside a site, the batch is taken back
+//! and tried again, each time with more patience: breakpoints that stay while one waits would
+//! hold up everybody else.
+//!
+//! # All or nothing
+//!
+//! A batch that fails is taken back, and then those before it, the last one first. A site at
+//! which the new first byte has not been written has nobody inside; one at which it may have
+//! been gets its breakpoint again, and whoever stands inside new instructions (a plan that
+//! restores a function) is waited for. A site that cannot be written, its library closed, does
+//! not keep the others from being put back.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use flea_process::Trap;
 use flea_symbols::addr::RemoteAddr;
 
-use crate::plan::{Plan, PlanError, Poke};
+use crate::error::CommitError;
+use crate::plan::{Plan, Poke};
 use crate::target::Target;
 
 const INT3: u8 = 0xcc;
-/// How often to look for threads inside, and how long to let them run in between: a signal
-/// handler that takes longer is given up on.
-const EVACUATION_ATTEMPTS: u32 = 40;
-const EVACUATION_PAUSE: Duration = Duration::from_millis(5);
+/// How often a batch is begun, and before that, how often to look whether a handler has
+/// interrupted a thread inside one.
+const ATTEMPTS: u32 = 9;
+/// How long handlers may run between two attempts.
+const PAUSE_OUTSIDE: Duration = Duration::from_millis(5);
+/// How long they may run while breakpoints are there, between two looks. The n-th attempt has
+/// 2^n looks: a handler that takes longer than a quarter of a second is given up on.
+const PAUSE_INSIDE: Duration = Duration::from_micros(500);
+const EVACUATING: &str = "moving threads out of the replaced bytes";
 
 /// What a commit did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Report {
     /// Sites changed.
     pub n_sites: usize,
+    /// Batches that they were changed in.
+    pub n_batches: usize,
     /// Looks that were needed until nobody was inside.
     pub n_evacuations: u32,
-    /// From the first breakpoint to the last byte: how long threads may have run into one.
+    /// From the first breakpoint of a batch to its last byte, of the batch that took longest: how
+    /// long threads may have run into one.
     pub window: Duration,
     /// Altogether.
     pub elapsed: Duration,
-}
-
-/// Why a commit was not made. Unless it says otherwise, the text is as it was before.
-#[derive(Debug, thiserror::Error)]
-pub enum CommitError<E: std::error::Error + 'static> {
-    /// The plan makes no sense.
-    #[error(transparent)]
-    Plan(#[from] PlanError),
-    /// Other bytes than expected: another tool is there, or another version of the file.
-    /// Nothing has been written.
-    #[error(
-        "at {site} stands {found:02x?}, not {expected:02x?}: another tool may have changed it; nothing was changed"
-    )]
-    Mismatch {
-        /// The site.
-        site: RemoteAddr,
-        /// Bytes expected.
-        expected: Vec<u8>,
-        /// Bytes there.
-        found: Vec<u8>,
-    },
-    /// A thread stays between the replaced instructions (in a signal handler that
-    /// interrupted it there). Everything has been put back.
-    #[error(
-        "a thread was interrupted inside the bytes at {site} by a signal handler that does not return; nothing was changed; try again"
-    )]
-    Busy {
-        /// The site.
-        site: RemoteAddr,
-    },
-    /// An operation on the process failed; everything has been put back.
-    #[error("{step}: {source}; everything was put back")]
-    Failed {
-        /// What was being done.
-        step: &'static str,
-        /// Why it failed.
-        source: E,
-    },
-    /// An operation failed, and then putting things back as well. If the process lives, it
-    /// may meet a breakpoint that nobody answers.
-    #[error("{step}: {source}; and putting the old bytes back failed: {undo}")]
-    Broken {
-        /// What was being done.
-        step: &'static str,
-        /// Why it failed.
-        source: E,
-        /// Why putting back failed.
-        undo: E,
-    },
-    /// As [`CommitError::Busy`], but then putting things back failed.
-    #[error(
-        "a thread stays inside the bytes at {site}, and putting the old bytes back failed: {undo}"
-    )]
-    Stranded {
-        /// The site.
-        site: RemoteAddr,
-        /// Why putting back failed.
-        undo: E,
-    },
-    /// The bytes read back are not the ones written: somebody else patches as well.
-    #[error(
-        "at {site} stands {found:02x?} right after {written:02x?} was written there: somebody else is patching this process"
-    )]
-    ReadBack {
-        /// The site.
-        site: RemoteAddr,
-        /// Bytes written.
-        written: Vec<u8>,
-        /// Bytes there.
-        found: Vec<u8>,
-    },
 }
 
 /// Makes the changes of `plan`, all of them or none.
@@ -128,30 +82,18 @@ pub fn commit<T: Target>(target: &mut T, plan: &Plan) -> Result<Report, CommitEr
     if plan.pokes.is_empty() {
         return Ok(Report::default());
     }
-    let traps: Vec<Trap> = plan.pokes.iter().map(trap).collect();
-    target.arm(&traps).map_err(|source| CommitError::Failed { step: "arming", source })?;
-    let mut commit = Commit { target, plan, opened: Instant::now(), n_evacuations: 0 };
+    let mut commit =
+        Commit { target, plan, live: Vec::new(), is_armed: false, report: Report::default() };
     let outcome = commit.forward();
-    let window = commit.opened.elapsed();
-    let n_evacuations = commit.n_evacuations;
-    match outcome {
-        Ok(()) => {}
-        Err(Setback::Busy(site)) => {
-            return Err(match commit.undo() {
-                Ok(()) => CommitError::Busy { site },
-                Err(undo) => CommitError::Stranded { site, undo },
-            });
-        }
-        Err(Setback::Error(step, source)) => {
-            return Err(match commit.undo() {
-                Ok(()) => CommitError::Failed { step, source },
-                Err(undo) => CommitError::Broken { step, source, undo },
-            });
-        }
+    let mut report = commit.report;
+    if let Err(setback) = outcome {
+        let undone = commit.undo();
+        return Err(setback.into_error(undone));
     }
     read_back(target, plan)?;
-    let n_sites = plan.pokes.len();
-    Ok(Report { n_sites, n_evacuations, window, elapsed: started.elapsed() })
+    report.n_sites = plan.pokes.len();
+    report.elapsed = started.elapsed();
+    Ok(report)
 }
 
 fn trap(poke: &Poke) -> Trap {
@@ -160,81 +102,284 @@ fn trap(poke: &Poke) -> Trap {
     Trap { site: poke.site, goes_to: poke.trap_to, starts_behind }
 }
 
+/// Why it does not go on.
 enum Setback<E> {
     Busy(RemoteAddr),
     Error(&'static str, E),
 }
 
+/// Why it does not go back.
+enum Stuck<E> {
+    Inside(RemoteAddr),
+    Error(E),
+}
+
+impl<E: std::error::Error + 'static> Setback<E> {
+    fn into_error(self, undone: Result<(), Stuck<E>>) -> CommitError<E> {
+        match (self, undone) {
+            (Self::Busy(site), Ok(())) => CommitError::Busy { site },
+            (Self::Busy(site), Err(Stuck::Error(undo))) => CommitError::Stranded { site, undo },
+            (Self::Busy(_), Err(Stuck::Inside(site))) => {
+                CommitError::Kept { step: EVACUATING, site }
+            }
+            (Self::Error(step, source), Ok(())) => CommitError::Failed { step, source },
+            (Self::Error(step, source), Err(Stuck::Error(undo))) => {
+                CommitError::Broken { step, source, undo }
+            }
+            (Self::Error(step, _), Err(Stuck::Inside(site))) => CommitError::Kept { step, site },
+        }
+    }
+}
+
+/// What of a batch may have been written.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    Breakpoints,
+    Tails,
+    FirstBytes,
+}
+
+/// Sites that are changed together, by their place in the plan.
+#[derive(Clone)]
+struct Batch {
+    sites: Range<usize>,
+    stage: Stage,
+}
+
 struct Commit<'a, T> {
     target: &'a mut T,
     plan: &'a Plan,
-    opened: Instant,
-    n_evacuations: u32,
+    /// Batches of which something may be in the text, the newest last.
+    live: Vec<Batch>,
+    is_armed: bool,
+    report: Report,
+}
+
+fn at<E>(step: &'static str) -> impl Fn(E) -> Setback<E> {
+    move |error| Setback::Error(step, error)
 }
 
 impl<T: Target> Commit<'_, T> {
     /// Steps 2 to 9.
     fn forward(&mut self) -> Result<(), Setback<T::Error>> {
-        let at = |step| move |error| Setback::Error(step, error);
-        self.write(|_| INT3.into()).map_err(at("setting breakpoints"))?;
-        self.target.sync_core().map_err(at("synchronising after the breakpoints"))?;
-        self.evacuate()?;
-        self.write(|poke| Part { skip: 1, bytes: poke.new_bytes()[1..].to_vec() })
-            .map_err(at("writing tails"))?;
-        self.target.sync_core().map_err(at("synchronising after the tails"))?;
-        self.write(|poke| poke.new[0].into()).map_err(at("writing first bytes"))?;
+        self.wait_for_handlers()?;
+        let n_sites = self.plan.pokes.len();
+        let at_once = self.target.sites_at_once().max(1);
+        for start in (0..n_sites).step_by(at_once) {
+            self.change(&(start..n_sites.min(start.saturating_add(at_once))))?;
+            self.report.n_batches += 1;
+        }
         self.close().map_err(at("closing the window"))
     }
 
-    /// The way back, from wherever `forward` has got to. New first bytes may be there
-    /// already: then those sites get their breakpoint again before their tail changes.
-    fn undo(&mut self) -> Result<(), T::Error> {
-        self.write(|_| INT3.into())?;
-        self.target.sync_core()?;
-        self.write(|poke| Part { skip: 1, bytes: poke.old()[1..].to_vec() })?;
-        self.target.sync_core()?;
-        self.write(|poke| poke.old()[0].into())?;
-        self.close()
+    /// Waits, before the first breakpoint, for handlers that interrupted a thread inside.
+    fn wait_for_handlers(&mut self) -> Result<(), Setback<T::Error>> {
+        let inner = self.plan.pokes.iter().flat_map(Poke::inner_moves);
+        let places: Vec<RemoteAddr> = inner.map(|(from, _)| from).collect();
+        if places.is_empty() {
+            return Ok(());
+        }
+        for _ in 0..ATTEMPTS {
+            if self.target.look(&places).map_err(at(EVACUATING))?.is_empty() {
+                break;
+            }
+            self.target.wait_a_moment(PAUSE_OUTSIDE).map_err(at(EVACUATING))?;
+        }
+        Ok(())
+    }
+
+    /// Steps 2 to 8 for some of the sites.
+    fn change(&mut self, sites: &Range<usize>) -> Result<(), Setback<T::Error>> {
+        for attempt in 1.. {
+            match self.attempt(sites, attempt) {
+                Err(Setback::Busy(_)) if attempt < ATTEMPTS => self.retreat()?,
+                outcome => return outcome,
+            }
+        }
+        unreachable!("the last attempt returns")
+    }
+
+    /// Takes the newest batch back and lets handlers run.
+    fn retreat(&mut self) -> Result<(), Setback<T::Error>> {
+        let step = "taking breakpoints back";
+        let Some(batch) = self.live.pop() else { return Ok(()) };
+        if let Err(stuck) = self.undo_batch(&batch) {
+            // Once more, with all the others.
+            self.live.push(batch);
+            return Err(match stuck {
+                Stuck::Error(error) => Setback::Error(step, error),
+                Stuck::Inside(site) => Setback::Busy(site),
+            });
+        }
+        self.target.wait_a_moment(PAUSE_OUTSIDE).map_err(at(step))
+    }
+
+    fn attempt(&mut self, sites: &Range<usize>, attempt: u32) -> Result<(), Setback<T::Error>> {
+        let traps: Vec<Trap> = self.plan.pokes[sites.clone()].iter().map(trap).collect();
+        self.target.arm(&traps).map_err(at("arming"))?;
+        self.is_armed = true;
+        let opened = Instant::now();
+        self.live.push(Batch { sites: sites.clone(), stage: Stage::Breakpoints });
+        self.write(sites, |_| INT3.into()).map_err(at("setting breakpoints"))?;
+        self.target.sync_core().map_err(at("synchronising after the breakpoints"))?;
+        self.evacuate(sites, 1 << attempt)?;
+        self.reach(Stage::Tails);
+        self.write(sites, |poke| Part { skip: 1, bytes: poke.new_bytes()[1..].to_vec() })
+            .map_err(at("writing tails"))?;
+        self.target.sync_core().map_err(at("synchronising after the tails"))?;
+        self.reach(Stage::FirstBytes);
+        self.write(sites, |poke| poke.new[0].into()).map_err(at("writing first bytes"))?;
+        self.target.sync_core().map_err(at("synchronising after the first bytes"))?;
+        self.report.window = self.report.window.max(opened.elapsed());
+        self.target.release().map_err(at("letting threads go on"))
+    }
+
+    fn reach(&mut self, stage: Stage) {
+        let newest = self.live.last_mut().expect("it was pushed when its breakpoints were set");
+        newest.stage = stage;
     }
 
     fn close(&mut self) -> Result<(), T::Error> {
-        self.target.sync_core()?;
         self.target.drain()?;
         self.target.disarm()
     }
 
-    fn write(&mut self, part: impl Fn(&Poke) -> Part) -> Result<(), T::Error> {
-        for poke in &self.plan.pokes {
+    /// Everything back, from wherever `forward` has got to. Goes on with what it can when some
+    /// of it fails, and says what failed first.
+    fn undo(&mut self) -> Result<(), Stuck<T::Error>> {
+        let mut undone = Ok(());
+        while let Some(batch) = self.live.pop() {
+            undone = undone.and(self.undo_batch(&batch));
+        }
+        match undone {
+            // Whoever runs into a breakpoint that is left is still answered, as long as we live.
+            Err(Stuck::Error(error)) => Err(Stuck::Error(error)),
+            other if self.is_armed => self.close().map_err(Stuck::Error).and(other),
+            other => other,
+        }
+    }
+
+    fn undo_batch(&mut self, batch: &Batch) -> Result<(), Stuck<T::Error>> {
+        let mut sites = Sites { left: batch.sites.clone().collect(), failed: None };
+        let mut kept = None;
+        if batch.stage == Stage::FirstBytes {
+            self.write_each(&mut sites, |_| INT3.into());
+            match self.leave_new_bytes(&sites.left) {
+                Ok(stay) => {
+                    kept = stay.first().map(|&site| self.plan.pokes[site].site);
+                    self.keep_new(&mut sites, &stay);
+                }
+                Err(error) => {
+                    let all = sites.left.clone();
+                    self.keep_new(&mut sites, &all);
+                    sites.failed.get_or_insert(error);
+                }
+            }
+        }
+        if batch.stage != Stage::Breakpoints {
+            let tail = |poke: &Poke| Part { skip: 1, bytes: poke.old()[1..].to_vec() };
+            self.write_each(&mut sites, tail);
+            // Without it a breakpoint is the better thing to run into.
+            self.target.sync_core().map_err(Stuck::Error)?;
+        }
+        self.write_each(&mut sites, |poke| poke.old()[0].into());
+        let released = self.target.sync_core().and_then(|()| self.target.release());
+        match (sites.failed.or(released.err()), kept) {
+            (Some(error), _) => Err(Stuck::Error(error)),
+            (None, Some(site)) => Err(Stuck::Inside(site)),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Gives up on taking these sites back: they have the new bytes again, all of them.
+    fn keep_new(&mut self, sites: &mut Sites<T::Error>, kept: &[usize]) {
+        let failed = sites.failed.take();
+        let mut new = Sites { left: kept.to_vec(), failed };
+        self.write_each(&mut new, |poke| poke.new[0].into());
+        sites.failed = new.failed;
+        sites.left.retain(|site| !kept.contains(site));
+    }
+
+    /// Has every CPU see the breakpoints at these sites, and waits until nobody is inside new
+    /// instructions any more, where there are several. The sites at which somebody stays.
+    fn leave_new_bytes(&mut self, sites: &[usize]) -> Result<Vec<usize>, T::Error> {
+        self.target.sync_core()?;
+        let plan = self.plan;
+        let inside = sites.iter().flat_map(|&site| plan.pokes[site].inside_new());
+        let stay: Vec<_> = inside.map(|addr| (addr, addr)).collect();
+        if stay.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut words = Vec::new();
+        for _ in 0..1 << ATTEMPTS {
+            words = self.target.evacuate(&stay)?;
+            if words.is_empty() {
+                break;
+            }
+            self.target.wait_a_moment(PAUSE_INSIDE)?;
+        }
+        let holds = |&&site: &&usize| words.iter().any(|&word| plan.pokes[site].contains(word));
+        Ok(sites.iter().filter(holds).copied().collect())
+    }
+
+    fn write(
+        &mut self,
+        sites: &Range<usize>,
+        part: impl Fn(&Poke) -> Part,
+    ) -> Result<(), T::Error> {
+        for poke in &self.plan.pokes[sites.clone()] {
             let Part { skip, bytes } = part(poke);
             self.target.write_text(poke.site.offset(skip), &bytes)?;
         }
         Ok(())
     }
 
-    fn evacuate(&mut self) -> Result<(), Setback<T::Error>> {
-        let moves: Vec<_> = self.plan.pokes.iter().flat_map(Poke::inner_moves).collect();
+    /// As `write`, but a site that cannot be written is left alone from then on, and does not
+    /// keep the others from it.
+    fn write_each(&mut self, sites: &mut Sites<T::Error>, part: impl Fn(&Poke) -> Part) {
+        let Sites { left, failed } = sites;
+        left.retain(|&site| {
+            let poke = &self.plan.pokes[site];
+            let Part { skip, bytes } = part(poke);
+            match self.target.write_text(poke.site.offset(skip), &bytes) {
+                Ok(()) => true,
+                Err(error) => {
+                    failed.get_or_insert(error);
+                    false
+                }
+            }
+        });
+    }
+
+    fn evacuate(&mut self, sites: &Range<usize>, looks: u32) -> Result<(), Setback<T::Error>> {
+        let pokes = &self.plan.pokes[sites.clone()];
+        let moves: Vec<_> = pokes.iter().flat_map(Poke::inner_moves).collect();
         if moves.is_empty() {
             return Ok(());
         }
-        let at = |error| Setback::Error("moving threads out of the replaced bytes", error);
-        loop {
-            let inside = self.target.evacuate(&moves).map_err(at)?;
-            self.n_evacuations += 1;
+        for look in 1.. {
+            let inside = self.target.evacuate(&moves).map_err(at(EVACUATING))?;
+            self.report.n_evacuations += 1;
             let Some(&word) = inside.first() else {
-                return Ok(());
+                break;
             };
-            if self.n_evacuations >= EVACUATION_ATTEMPTS {
+            if look >= looks {
                 return Err(Setback::Busy(self.site_around(word)));
             }
-            self.target.wait_a_moment(EVACUATION_PAUSE).map_err(at)?;
+            self.target.wait_a_moment(PAUSE_INSIDE).map_err(at(EVACUATING))?;
         }
+        Ok(())
     }
 
     fn site_around(&self, addr: RemoteAddr) -> RemoteAddr {
-        let inside =
-            |poke: &&Poke| addr >= poke.site && addr.0 - poke.site.0 < poke.n_bytes() as u64;
-        self.plan.pokes.iter().find(inside).map_or(addr, |poke| poke.site)
+        self.plan.pokes.iter().find(|poke| poke.contains(addr)).map_or(addr, |poke| poke.site)
     }
+}
+
+/// Sites that are on their way back, by their place in the plan, and what failed first.
+struct Sites<E> {
+    left: Vec<usize>,
+    failed: Option<E>,
 }
 
 /// Bytes for a part of a site.
@@ -249,27 +394,35 @@ impl From<u8> for Part {
     }
 }
 
+/// Sites are compared this many at a time, so that what was read is a moment old.
+const READ_AT_ONCE: usize = 1024;
+
 fn compare<T: Target>(target: &mut T, plan: &Plan) -> Result<(), CommitError<T::Error>> {
-    for poke in &plan.pokes {
-        let mut found = vec![0; poke.expected.len()];
-        target
-            .read(poke.site, &mut found)
-            .map_err(|source| CommitError::Failed { step: "comparing", source })?;
-        if found != poke.expected {
-            let expected = poke.expected.clone();
-            return Err(CommitError::Mismatch { site: poke.site, expected, found });
+    for pokes in plan.pokes.chunks(READ_AT_ONCE) {
+        let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.expected.len())).collect();
+        for (poke, found) in pokes.iter().zip(target.read_each(&parts)) {
+            let found =
+                found.map_err(|source| CommitError::Failed { step: "comparing", source })?;
+            if found != poke.expected {
+                let expected = poke.expected.clone();
+                return Err(CommitError::Mismatch { site: poke.site, expected, found });
+            }
         }
     }
     Ok(())
 }
 
 fn read_back<T: Target>(target: &mut T, plan: &Plan) -> Result<(), CommitError<T::Error>> {
-    for poke in &plan.pokes {
-        let mut found = vec![0; poke.n_bytes()];
-        // Unmapped by now: the library has been closed, and its bytes do not matter.
-        if target.read(poke.site, &mut found).is_ok() && found != poke.new_bytes() {
-            let written = poke.new_bytes().to_vec();
-            return Err(CommitError::ReadBack { site: poke.site, written, found });
+    for pokes in plan.pokes.chunks(READ_AT_ONCE) {
+        let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.n_bytes())).collect();
+        for (poke, found) in pokes.iter().zip(target.read_each(&parts)) {
+            // Unmapped by now: the library has been closed, and its bytes do not matter.
+            if let Ok(found) = found
+                && found != poke.new_bytes()
+            {
+                let written = poke.new_bytes().to_vec();
+                return Err(CommitError::ReadBack { site: poke.site, written, found });
+            }
         }
     }
     Ok(())

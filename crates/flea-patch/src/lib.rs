@@ -8,10 +8,12 @@
 //! and what the new ones do, was decided (and proved) by whoever made the plan.
 
 mod commit;
+mod error;
 mod live;
 mod plan;
 mod target;
 
-pub use commit::{CommitError, Report, commit};
+pub use commit::{Report, commit};
+pub use error::CommitError;
 pub use plan::{PATCH_BYTES, Plan, PlanError, Poke, SHORT_PATCH_BYTES};
 pub use target::Target;

@@ -122,6 +122,23 @@ impl Poke {
         &self.new[..self.n_bytes()]
     }
 
+    /// Where a thread may stand inside the new bytes: nowhere if they are one jump or call.
+    pub(crate) fn inside_new(&self) -> impl Iterator<Item = RemoteAddr> {
+        const CALL_REL32: u8 = 0xe8;
+        const JMP_REL32: u8 = 0xe9;
+        const JMP_REL8: u8 = 0xeb;
+        let is_one = match self.n_bytes() {
+            SHORT_PATCH_BYTES => self.new[0] == JMP_REL8,
+            _ => matches!(self.new[0], CALL_REL32 | JMP_REL32),
+        };
+        let end = if is_one { self.site.0 } else { self.end() };
+        (self.site.0.saturating_add(1)..end).map(RemoteAddr)
+    }
+
+    pub(crate) fn contains(&self, addr: RemoteAddr) -> bool {
+        addr >= self.site && addr.0 < self.end()
+    }
+
     /// One past the bytes that change.
     fn end(&self) -> u64 {
         self.site.0.saturating_add(self.n_bytes() as u64)

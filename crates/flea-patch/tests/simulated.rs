@@ -104,6 +104,7 @@ struct World {
     /// Nobody is moved: the simulator must notice that, too.
     evacuation_is_broken: bool,
     longest_handler: u64,
+    sites_at_once: usize,
     torn: Option<String>,
 }
 
@@ -135,8 +136,12 @@ impl World {
             sync_is_broken: false,
             evacuation_is_broken: false,
             longest_handler: 4,
+            sites_at_once: usize::MAX,
             torn: None,
         };
+        if world.dice.one_in(2) {
+            world.sites_at_once = 1 + usize::try_from(world.dice.below(3)).unwrap();
+        }
         world.run(200);
         world
     }
@@ -270,6 +275,14 @@ impl Target for World {
         Ok(())
     }
 
+    fn sites_at_once(&self) -> usize {
+        self.sites_at_once
+    }
+
+    fn release(&mut self) -> Result<(), Fault> {
+        self.operation()
+    }
+
     fn write_text(&mut self, at: RemoteAddr, bytes: &[u8]) -> Result<(), Fault> {
         self.operation()?;
         for (at, &byte) in (at.0..).zip(bytes) {
@@ -315,7 +328,7 @@ impl Target for World {
             };
             let at = self.sites[site].at + self.sites[site].starts()[insn] as u64;
             let Some(&to) = moves.get(&at) else { continue };
-            if self.threads[i].handler > 0 {
+            if self.threads[i].handler > 0 || to == at {
                 inside.push(RemoteAddr(at));
             } else {
                 assert_eq!(to, at + COPIES);
@@ -388,7 +401,7 @@ proptest! {
     }
 
     #[test]
-    fn the_nth_operation_fails(seed: u64, n_sites in 1u64..5, nth in 0u32..40, stays: bool) {
+    fn the_nth_operation_fails(seed: u64, n_sites in 1u64..7, nth in 0u32..60, stays: bool) {
         let mut world = World::new(seed, n_sites, 4);
         let plan = world.plan();
         world.fault_in = Some(nth);
@@ -400,6 +413,52 @@ proptest! {
             Err(CommitError::Broken { .. }) => prop_assert!(stays),
             Err(other) => prop_assert!(false, "{}", other),
         }
+        world.run(200);
+        prop_assert_eq!(&world.torn, &None);
+    }
+
+    /// What comes back then are instructions in whose midst threads may stand.
+    #[test]
+    fn the_nth_operation_of_taking_it_off_fails(seed: u64, n_sites in 1u64..7, nth in 0u32..60) {
+        let mut world = World::new(seed, n_sites, 4);
+        let plan = world.plan();
+        commit(&mut world, &plan).unwrap();
+        // One that lasts keeps its thread inside.
+        world.longest_handler = 300;
+        world.run(100);
+        world.fault_in = Some(nth);
+        match commit(&mut world, &reverse(&plan)) {
+            Ok(_) => check_untouched(&world),
+            Err(CommitError::Failed { .. }) => check_committed(&world),
+            Err(other) => prop_assert!(false, "{}", other),
+        }
+        world.run(200);
+        prop_assert_eq!(&world.torn, &None);
+    }
+
+    /// One who is in a handler for good, inside what has come back: its site keeps that, the
+    /// others are put back.
+    #[test]
+    fn a_handler_inside_what_came_back(seed: u64, nth in 0u32..60) {
+        let mut world = World::new(seed, 3, 6);
+        let plan = world.plan();
+        commit(&mut world, &plan).unwrap();
+        world.run(100);
+        world.longest_handler = 1 << 40;
+        world.fault_in = Some(nth);
+        match commit(&mut world, &reverse(&plan)) {
+            Ok(_) => check_untouched(&world),
+            Err(CommitError::Failed { .. }) => check_committed(&world),
+            Err(CommitError::Kept { site, .. }) => {
+                let index = world.sites.iter().position(|s| s.at == site.0).unwrap();
+                let kept = &world.sites[index];
+                for (k, &byte) in kept.old.iter().enumerate() {
+                    prop_assert_eq!(world.bytes[&(kept.at + k as u64)], byte);
+                }
+            }
+            Err(other) => prop_assert!(false, "{}", other),
+        }
+        prop_assert!(world.bytes.values().all(|&byte| byte != INT3), "a breakpoint is left");
         world.run(200);
         prop_assert_eq!(&world.torn, &None);
     }

@@ -12,6 +12,8 @@
 compile_error!("flea-process knows Linux on x86-64 only");
 
 mod apart;
+mod cgroup;
+mod files;
 mod frozen;
 mod gap;
 mod maps;
@@ -19,6 +21,8 @@ mod memory;
 mod proc;
 mod ptrace;
 mod remote;
+mod restart;
+mod seccomp;
 mod seize;
 mod sigtrap;
 mod spawn;
@@ -30,6 +34,8 @@ mod watch;
 mod window;
 mod x86_64;
 
+pub use cgroup::{MemoryLeft, memory_left};
+pub use files::{open_new_memfd, open_regular};
 pub use frozen::FrozenThread;
 pub use gap::{GapError, find_gap};
 pub use maps::{Mapping, Perms, parse_maps};
@@ -37,9 +43,11 @@ pub use memory::{Memory, MemoryError};
 pub use nix::errno::Errno;
 pub use proc::{
     AuxVector, Pid, ProcError, SignalSet, Status, Tid, Whereabouts, auxv, check_traceable, comm,
-    exe, maps, may_use_shadow_stack, module_file_path, status, thread_status, threads, whereabouts,
+    exe, maps, may_use_shadow_stack, module_file_path, stand_in, status, thread_status, threads,
+    whereabouts,
 };
 pub use remote::{Borrowed, MapRequest, RemoteError};
+pub use seccomp::{SeccompMode, SystemCall, Verdict};
 pub use seize::{SeizeError, TRACER_THREAD_NAME, seize};
 pub use spawn::{Exit, SpawnError, Spawned, spawn};
 pub use survey::{Holder, StackWord};

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use flea_symbols::addr::RemoteAddr;
 
 use crate::maps::{Mapping, parse_maps};
+use crate::seccomp::SeccompMode;
 
 /// A process's number, in our pid namespace.
 pub type Pid = i32;
@@ -138,8 +139,8 @@ pub struct Status {
     pub ignored: SignalSet,
     /// With a handler.
     pub caught: SignalSet,
-    /// A seccomp filter (or strict mode) is on.
-    pub seccomp: bool,
+    /// What judges the thread's system calls.
+    pub seccomp: SeccompMode,
     /// The process has memory of its own (kernel threads and zombies have none).
     pub has_memory: bool,
     /// The thread has a shadow stack: it may return only to where it was called from.
@@ -185,6 +186,17 @@ pub enum Whereabouts {
     Gone,
 }
 
+/// When a thread was last on a CPU, from `/proc/PID/task/TID/sched`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LastRun {
+    /// By the clock of its CPU.
+    pub(crate) at_ns: u64,
+    /// How often it has left a CPU.
+    pub(crate) n_switches: u64,
+    /// How often it has gone to another one.
+    pub(crate) n_migrations: u64,
+}
+
 /// What the kernel told the program when it started it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct AuxVector {
@@ -224,6 +236,21 @@ pub fn threads(pid: Pid) -> Result<Vec<Tid>, ProcError> {
     Ok(tids)
 }
 
+/// The thread by whose directory in /proc process `pid` can be looked at: the first one, or, where
+/// that has ended before the others and has no memory and no files any more, another one.
+#[must_use]
+pub fn stand_in(pid: Pid) -> Tid {
+    let has_none = |tid: Tid| {
+        let link = fs::read_link(format!("/proc/{tid}/exe"));
+        link.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+    };
+    if !has_none(pid) {
+        return pid;
+    }
+    let others = threads(pid).unwrap_or_default();
+    others.into_iter().find(|&tid| tid != pid && !has_none(tid)).unwrap_or(pid)
+}
+
 /// Whether threads of process `pid` have a shadow stack, or may get one: glibc turns it on
 /// where it was asked to by `GLIBC_TUNABLES`, behind the place where a started command is held.
 pub fn may_use_shadow_stack(pid: Pid) -> Result<bool, ProcError> {
@@ -232,7 +259,7 @@ pub fn may_use_shadow_stack(pid: Pid) -> Result<bool, ProcError> {
         if let Ok(status) = thread_status(pid, tid)
             && status.has_memory
         {
-            return Ok(status.shadow_stack || asks_for_shadow_stack(&read_text(pid, "environ")?));
+            return Ok(status.shadow_stack || asks_for_shadow_stack(&read_text(tid, "environ")?));
         }
     }
     Err(ProcError::NotFound { pid })
@@ -249,12 +276,12 @@ fn asks_for_shadow_stack(environment: &str) -> bool {
 
 /// The mappings of process `pid`.
 pub fn maps(pid: Pid) -> Result<Vec<Mapping>, ProcError> {
-    Ok(parse_maps(&read_text(pid, "maps")?))
+    Ok(parse_maps(&read_text(stand_in(pid), "maps")?))
 }
 
 /// The path of the executable as the target sees it, without ` (deleted)`.
 pub fn exe(pid: Pid) -> Result<PathBuf, ProcError> {
-    let path = format!("/proc/{pid}/exe");
+    let path = format!("/proc/{}/exe", stand_in(pid));
     let link = fs::read_link(&path).map_err(|e| explain(pid, &path, e))?;
     let text = link.to_string_lossy();
     Ok(text.strip_suffix(" (deleted)").map_or_else(|| link.clone(), PathBuf::from))
@@ -274,9 +301,14 @@ pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
     }
 }
 
+/// When a thread that is off its CPU was last on it. Kernels before 6.15 may not tell.
+pub(crate) fn last_run(pid: Pid, tid: Tid) -> Option<LastRun> {
+    parse_last_run(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/sched")).ok()?)
+}
+
 /// Reads the auxiliary vector.
 pub fn auxv(pid: Pid) -> Result<AuxVector, ProcError> {
-    let path = format!("/proc/{pid}/auxv");
+    let path = format!("/proc/{}/auxv", stand_in(pid));
     let bytes = fs::read(&path).map_err(|e| explain(pid, &path, e))?;
     let mut found = AuxVector::default();
     for pair in bytes.chunks_exact(16) {
@@ -300,8 +332,10 @@ pub fn auxv(pid: Pid) -> Result<AuxVector, ProcError> {
 /// root is believed only where device and inode agree.
 pub fn module_file_path(pid: Pid, mapping: &Mapping) -> Result<PathBuf, ProcError> {
     use std::os::unix::fs::MetadataExt;
+    let pid = stand_in(pid);
     let exact = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start.0, mapping.end.0);
-    let reason = match fs::File::open(&exact) {
+    // Following the link is what takes the right.
+    let reason = match fs::metadata(&exact) {
         Ok(_) => return Ok(exact.into()),
         Err(reason) => reason,
     };
@@ -334,7 +368,7 @@ pub fn check_traceable(pid: Pid) -> Result<Status, ProcError> {
     if !status.has_memory {
         return Err(ProcError::KernelThread { pid, comm: status.name });
     }
-    let path = format!("/proc/{pid}/exe");
+    let path = format!("/proc/{}/exe", stand_in(pid));
     let mut header = [0u8; 20];
     fs::File::open(&path)
         .and_then(|mut file| file.read_exact(&mut header))
@@ -389,12 +423,30 @@ fn parse_status(text: &str) -> Option<Status> {
         blocked: set("SigBlk")?,
         ignored: set("SigIgn")?,
         caught: set("SigCgt")?,
-        seccomp: count("Seccomp") != 0,
+        seccomp: match count("Seccomp") {
+            0 => SeccompMode::Off,
+            1 => SeccompMode::Strict,
+            _ => SeccompMode::Filter,
+        },
         has_memory: field("VmSize").is_some(),
         shadow_stack: field("x86_Thread_features")
             .is_some_and(|features| features.split_whitespace().any(|f| f == "shstk")),
         n_threads: field("Threads")?.parse().ok()?,
         switches: count("voluntary_ctxt_switches") + count("nonvoluntary_ctxt_switches"),
+    })
+}
+
+fn parse_last_run(text: &str) -> Option<LastRun> {
+    let field = |name: &str| {
+        let line = text.lines().find(|line| line.split_whitespace().next() == Some(name))?;
+        line.rsplit_once(':').map(|(_, value)| value.trim())
+    };
+    let (millis, nanos) = field("se.exec_start")?.split_once('.')?;
+    let at_ns = millis.parse::<u64>().ok()?.checked_mul(1_000_000)?;
+    Some(LastRun {
+        at_ns: at_ns.checked_add(nanos.parse().ok().filter(|_| nanos.len() == 6)?)?,
+        n_switches: field("nr_switches")?.parse().ok()?,
+        n_migrations: field("se.nr_migrations")?.parse().ok()?,
     })
 }
 
@@ -468,6 +520,19 @@ mod tests {
             let refused = check_traceable(2).expect_err("a kernel thread");
             assert!(matches!(refused, ProcError::KernelThread { .. }), "{refused}");
         }
+    }
+
+    #[test]
+    fn last_runs() {
+        let text = "sleep (8818, #threads: 1)\n\
+            ---------------------------------------\n\
+            se.exec_start                                :      35074951.410553\n\
+            se.nr_migrations                             :                    1\n\
+            nr_switches                                  :                    3\n\
+            nr_voluntary_switches                        :                    2\n";
+        let expected = LastRun { at_ns: 35_074_951_410_553, n_switches: 3, n_migrations: 1 };
+        assert_eq!(parse_last_run(text), Some(expected));
+        assert_eq!(parse_last_run("se.exec_start : 1.5"), None);
     }
 
     #[test]

@@ -8,9 +8,11 @@ use std::ptr;
 use nix::errno::Errno;
 
 use crate::proc::{SignalSet, Tid};
+use crate::seccomp::FilterInsn;
 use crate::x86_64::Registers;
 
 const EVENT_STOP: i32 = 128;
+const SECCOMP_GET_FILTER: u32 = 0x420c;
 const GET_RSEQ_CONFIGURATION: u32 = 0x420f;
 /// `NT_X86_XSTATE` (<elf.h>).
 const NT_X86_XSTATE: usize = 0x202;
@@ -161,6 +163,23 @@ pub(crate) fn rseq_area(tid: Tid) -> Option<u64> {
     // SAFETY: all integers, zeroed above and filled by the kernel.
     let area = unsafe { config.assume_init() }.rseq_abi_pointer;
     (area != 0).then_some(area)
+}
+
+/// The seccomp filter with this number of a stopped thread, the newest first; ENOENT behind the
+/// last one.
+pub(crate) fn seccomp_filter(tid: Tid, index: usize) -> Result<Vec<FilterInsn>, Errno> {
+    let len = request(SECCOMP_GET_FILTER, tid, index, ptr::null_mut())?;
+    let len = usize::try_from(len).map_err(|_| Errno::EINVAL)?;
+    let mut raw = vec![libc::sock_filter { code: 0, jt: 0, jf: 0, k: 0 }; len];
+    // The kernel writes the filter, which never changes: `len` instructions.
+    request(SECCOMP_GET_FILTER, tid, index, raw.as_mut_ptr().cast())?;
+    let insn = |raw: libc::sock_filter| FilterInsn {
+        code: raw.code,
+        if_true: raw.jt,
+        if_false: raw.jf,
+        k: raw.k,
+    };
+    Ok(raw.into_iter().map(insn).collect())
 }
 
 /// The next stop that nobody has asked about yet; `None` where there is none at the moment.

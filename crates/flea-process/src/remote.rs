@@ -28,6 +28,7 @@ use nix::errno::Errno;
 use crate::gap::{GapError, find_gap};
 use crate::proc::{self, Pid, SignalSet, Tid, Whereabouts};
 use crate::ptrace::{self, Stop, Whose};
+use crate::seccomp::{SeccompMode, Verdict};
 use crate::tracer::{OPTIONS, Pace, TraceError, Tracer};
 use crate::x86_64::{Registers, SYSCALL, disturbance};
 
@@ -37,6 +38,8 @@ const CALL_PATIENCE: Duration = Duration::from_secs(10);
 const BORROW_PATIENCE: Duration = Duration::from_millis(30);
 /// How long to look for a thread that can be borrowed.
 const SEARCH_PATIENCE: Duration = Duration::from_secs(2);
+/// No filter judges the calls of a thread that is traced with these.
+const WITHOUT_SECCOMP: i32 = OPTIONS | libc::PTRACE_O_SUSPEND_SECCOMP;
 /// Offset of `rseq_cs` in `struct rseq`.
 const RSEQ_CS_OFFSET: u64 = 8;
 /// How often a free range is looked for when others take it first.
@@ -46,7 +49,7 @@ const MAP_ATTEMPTS: u32 = 8;
 #[derive(Debug, thiserror::Error)]
 pub enum RemoteError {
     /// The call was made and failed.
-    #[error("system call {number} in the target failed: {errno}")]
+    #[error("{} in the target failed: {errno}{}", name_of(*.number), advice(*.errno))]
     Refused {
         /// Its number.
         number: i64,
@@ -62,10 +65,31 @@ pub enum RemoteError {
         pid: Pid,
     },
     /// A filter would judge our system calls, and might kill the target for one.
-    #[error("process {pid} has a seccomp filter, and only root may suspend it for our calls")]
+    #[error(
+        "process {pid} has a seccomp filter, and only a process with the capability SYS_ADMIN that \
+         has no filter itself may read it, or suspend it for our calls; run as root, outside of \
+         the container"
+    )]
     Seccomp {
         /// The process.
         pid: Pid,
+    },
+    /// A filter would judge the system calls of what is to be attached, and not let them pass.
+    #[error(
+        "seccomp {verdict} system calls that what is to be attached makes: {} (thread {tid} of \
+         process {pid}); start the process with a filter that allows them, or attach what does \
+         without them",
+        .names.join(", ")
+    )]
+    Forbidden {
+        /// The process.
+        pid: Pid,
+        /// The thread.
+        tid: Tid,
+        /// The calls.
+        names: Vec<&'static str>,
+        /// What becomes of the worst of them.
+        verdict: Verdict,
     },
     /// The target has no system call instruction that we know of.
     #[error("process {pid} has no system call instruction in its vdso or program")]
@@ -79,6 +103,38 @@ pub enum RemoteError {
     /// Tracing failed.
     #[error(transparent)]
     Trace(#[from] TraceError),
+}
+
+/// A system call that is made in targets, by its name.
+fn name_of(number: i64) -> String {
+    match number {
+        libc::SYS_mmap => "mmap".to_owned(),
+        libc::SYS_munmap => "munmap".to_owned(),
+        libc::SYS_mprotect => "mprotect".to_owned(),
+        libc::SYS_madvise => "madvise".to_owned(),
+        libc::SYS_memfd_create => "memfd_create".to_owned(),
+        libc::SYS_membarrier => "membarrier".to_owned(),
+        libc::SYS_rt_sigaction => "rt_sigaction".to_owned(),
+        libc::SYS_openat => "openat".to_owned(),
+        libc::SYS_close => "close".to_owned(),
+        _ => format!("system call {number}"),
+    }
+}
+
+/// What to change where a limit of the target's is in the way.
+fn advice(errno: Errno) -> &'static str {
+    match errno {
+        Errno::ENOMEM => {
+            " (it may map no more memory: look at `prlimit --as --data --pid PID`, at the number of \
+             its mappings against vm.max_map_count, and at vm.overcommit_memory)"
+        }
+        Errno::EMFILE => {
+            " (it has as many files open as it may: raise `prlimit --nofile --pid PID`, for one \
+             descriptor, which is closed again)"
+        }
+        Errno::ENFILE => " (the system has as many files open as fs.file-max allows)",
+        _ => "",
+    }
 }
 
 /// What to map in the target.
@@ -152,8 +208,9 @@ impl Tracer {
         self.lend(loan, calls)
     }
 
-    /// As [`Tracer::with_thread`], in a thread of the process itself.
-    pub(crate) fn with_own_thread<R>(
+    /// As [`Tracer::with_thread`], in a thread of the process itself: a vfork child runs in its
+    /// memory, but has file descriptors and dispositions of its own.
+    pub fn with_own_thread<R>(
         &mut self,
         calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
     ) -> Result<R, RemoteError> {
@@ -260,6 +317,10 @@ impl Tracer {
             if filtered {
                 return Err(RemoteError::Seccomp { pid: self.pid });
             }
+            if matches!(lender, Lender::This(tid) if !self.tasks.contains_key(&tid)) {
+                // It has ended.
+                break;
+            }
             pace.rest();
         }
         Err(RemoteError::NoThread { pid: self.pid })
@@ -278,6 +339,8 @@ impl Tracer {
                 continue;
             }
             let rank = match self.whereabouts(tid) {
+                // What it opens, its parent does not have.
+                _ if task.foreign => 9,
                 // Taken last: its signal, sent anew, would lose whom it came from.
                 _ if task.parked.is_some_and(|parked| parked.has_own) => 8,
                 _ if task.parked.is_some() => 0,
@@ -306,6 +369,7 @@ impl Tracer {
         let (Some(registers), Some(mask)) = (registers, mask) else {
             return Ok(Taken::Unsuitable);
         };
+        self.measure_sleep(tid);
         let Ok(status) = proc::thread_status(self.process_of(tid), tid) else {
             self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);
@@ -314,14 +378,11 @@ impl Tracer {
             self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);
         }
-        if status.seccomp {
-            let options = OPTIONS | libc::PTRACE_O_SUSPEND_SECCOMP;
-            if ptrace::set_options(tid, options).is_err() {
-                self.unhalt(tid, stop)?;
-                return Ok(Taken::Filtered);
-            }
+        let seccomp_suspended = status.seccomp != SeccompMode::Off;
+        if seccomp_suspended && ptrace::set_options(tid, WITHOUT_SECCOMP).is_err() {
+            self.unhalt(tid, stop)?;
+            return Ok(Taken::Filtered);
         }
-        let seccomp_suspended = status.seccomp;
         let blocked = ptrace::set_signal_mask(tid, SignalSet::ALL);
         if self.still_there(tid, "setting the mask", blocked)?.is_none() {
             return Ok(Taken::Unsuitable);
@@ -415,7 +476,8 @@ impl Tracer {
     }
 
     /// One system call in a thread that is stopped *outside* any system call; it is left
-    /// stopped, with `registers` and the mask that it had.
+    /// stopped, with `registers` and the mask that it had. `None` where the thread has ended, or
+    /// a seccomp filter would judge the call.
     pub(crate) fn syscall_in_stopped(
         &mut self,
         tid: Tid,
@@ -425,9 +487,18 @@ impl Tracer {
     ) -> Result<Option<u64>, TraceError> {
         let mask = self.still_there(tid, "reading the mask", ptrace::signal_mask(tid))?;
         let Some(mask) = mask else { return Ok(None) };
+        let seccomp = proc::thread_status(self.process_of(tid), tid).map(|status| status.seccomp);
+        let is_judged = seccomp.is_ok_and(|mode| mode != SeccompMode::Off);
+        if is_judged && ptrace::set_options(tid, WITHOUT_SECCOMP).is_err() {
+            return Ok(None);
+        }
         let blocked = ptrace::set_signal_mask(tid, SignalSet::ALL);
         self.still_there(tid, "setting the mask", blocked)?;
         let result = self.call(tid, registers, number, args);
+        if is_judged {
+            let judged = ptrace::set_options(tid, OPTIONS);
+            self.still_there(tid, "setting options", judged)?;
+        }
         let unblocked = ptrace::set_signal_mask(tid, mask);
         self.still_there(tid, "setting the mask", unblocked)?;
         self.send_postponed();

@@ -25,7 +25,7 @@ use flea_symbols::addr::RemoteAddr;
 use nix::errno::Errno;
 
 use crate::memory::{Memory, MemoryError};
-use crate::proc::{self, Pid, ProcError, SignalSet, Tid};
+use crate::proc::{self, LastRun, Pid, ProcError, SignalSet, Tid};
 use crate::ptrace::{self, Stop, Whose};
 use crate::sigtrap::SigtrapAction;
 use crate::traps::TrapTable;
@@ -95,10 +95,21 @@ pub struct TracerCounts {
     pub remote_syscalls: u64,
     /// System calls of the target that would have shown `EINTR`.
     pub rewound: u64,
+    /// Of those, calls that were begun again with a shorter timeout.
+    pub shortened: u64,
     /// Threads born.
     pub births: u64,
     /// Threads interrupted.
     pub interrupts: u64,
+}
+
+/// A system call that was begun again.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rewound {
+    /// As it would have shown `EINTR`.
+    pub(crate) before: Registers,
+    /// Before its instruction.
+    pub(crate) after: Registers,
 }
 
 /// One seized thread.
@@ -108,8 +119,12 @@ pub(crate) struct Task {
     pub(crate) interrupted: bool,
     /// Its signal mask when we last knew it.
     pub(crate) mask: SignalSet,
-    /// The registers it was rewound to, until it is seen elsewhere.
-    pub(crate) rewound: Option<Registers>,
+    /// It was rewound, and has not been seen elsewhere since.
+    pub(crate) rewound: Option<Rewound>,
+    /// Its last instant on a CPU before it was interrupted in a system call with a timeout.
+    pub(crate) last_run: Option<LastRun>,
+    /// Since when it had been asleep when it was interrupted there, if that is known.
+    pub(crate) asleep_since: Option<Instant>,
     /// It waits at one of our breakpoints for the window to close, or for its patience to end.
     pub(crate) parked: Option<Parked>,
     /// Runs in the target's memory but is a process of its own (a vfork child).
@@ -379,9 +394,11 @@ impl Tracer {
         let rewound = self.tasks.get(&tid).and_then(|task| task.rewound);
         if ignored && regs.would_show_eintr() {
             self.rewind(tid, &regs)?;
-        } else if !ignored && rewound.is_some_and(|before| before.rewound() == regs) {
+        } else if !ignored
+            && let Some(Rewound { before, after }) = rewound
+            && after == regs
+        {
             // It has not begun again: back to `EINTR`, which this signal is a reason for.
-            let before = rewound.unwrap_or(regs);
             self.still_there(tid, "setting registers", ptrace::set_registers(tid, &before))?;
             self.note_rewound(tid, None);
         }
@@ -400,6 +417,7 @@ impl Tracer {
         let Some(regs) = self.still_there(tid, "reading registers", ptrace::registers(tid))? else {
             return Ok(());
         };
+        self.measure_sleep(tid);
         if regs.would_show_eintr() && !self.has_deliverable(tid)? {
             self.rewind(tid, &regs)?;
         }
@@ -408,14 +426,15 @@ impl Tracer {
 
     pub(crate) fn rewind(&mut self, tid: Tid, regs: &Registers) -> Result<(), TraceError> {
         self.counts.rewound += 1;
-        self.note_rewound(tid, Some(*regs));
-        let set = ptrace::set_registers(tid, &regs.rewound());
+        let after = self.begun_again(tid, regs);
+        self.note_rewound(tid, Some(Rewound { before: *regs, after }));
+        let set = ptrace::set_registers(tid, &after);
         self.still_there(tid, "setting registers", set).map(drop)
     }
 
-    pub(crate) fn note_rewound(&mut self, tid: Tid, before: Option<Registers>) {
+    pub(crate) fn note_rewound(&mut self, tid: Tid, rewound: Option<Rewound>) {
         if let Some(task) = self.tasks.get_mut(&tid) {
-            task.rewound = before;
+            task.rewound = rewound;
         }
     }
 
@@ -461,6 +480,7 @@ impl Tracer {
             }
             let outstanding = self.tasks.get(&tid).is_some_and(|task| task.interrupted);
             if !outstanding {
+                self.note_sleep(tid);
                 let asked = ptrace::interrupt(tid);
                 if self.still_there(tid, "interrupting", asked)?.is_none() {
                     return Ok(None);

@@ -170,6 +170,25 @@ pub enum RemoteError {
     /// A system call made in the target.
     #[error("setting up memory in the target: {0}; nothing was attached")]
     Call(#[from] flea_process::RemoteError),
+    /// What is to be attached would not live with the target's seccomp filters.
+    #[error("{0}; nothing was attached")]
+    Seccomp(#[source] flea_process::RemoteError),
+    /// The target's control group has no room for memory of ours.
+    #[error(
+        "process {pid} is {left} bytes from the memory limit of its control group {}, where the \
+         kernel kills, and {needed} may be needed: raise that limit; nothing was attached",
+        .group.display()
+    )]
+    MemoryLimit {
+        /// The process.
+        pid: flea_process::Pid,
+        /// What it has left.
+        left: u64,
+        /// What may be needed.
+        needed: u64,
+        /// The group.
+        group: std::path::PathBuf,
+    },
     /// Tracing it.
     #[error(transparent)]
     Trace(#[from] flea_process::TraceError),

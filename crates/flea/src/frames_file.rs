@@ -81,13 +81,14 @@ fn write_draft(path: &Path) -> io::Result<()> {
 pub(crate) fn usable(pid: Pid) -> Option<PathBuf> {
     let path = path();
     let in_root = path.strip_prefix("/").ok()?;
-    let seen = Path::new("/proc").join(pid.to_string()).join("root").join(in_root);
+    let seen =
+        Path::new("/proc").join(flea_process::stand_in(pid).to_string()).join("root").join(in_root);
     (path.file_name()? == NAME && is_frames_file(&seen).unwrap_or(false)).then_some(path)
 }
 
 fn is_frames_file(path: &Path) -> io::Result<bool> {
     const WRITABLE_BY_OTHERS: u32 = 0o022;
-    let file = File::open(path)?;
+    let file = flea_process::open_regular(path)?;
     let metadata = file.metadata()?;
     let fits = metadata.is_file()
         && metadata.len() == FILE_BYTES

@@ -226,8 +226,8 @@ pub(crate) fn find(
 /// target's directories have symbolic links. `/proc/self/exe` is the target's own program.
 fn named_file(pid: Pid, path: &str) -> Option<Metadata> {
     let seen = match path {
-        "/proc/self/exe" => format!("/proc/{pid}/exe"),
-        _ if path.starts_with('/') => format!("/proc/{pid}/root{path}"),
+        "/proc/self/exe" => format!("/proc/{}/exe", flea_process::stand_in(pid)),
+        _ if path.starts_with('/') => format!("/proc/{}/root{path}", flea_process::stand_in(pid)),
         _ => return None,
     };
     std::fs::metadata(seen).ok()

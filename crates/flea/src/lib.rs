@@ -56,6 +56,7 @@ mod replace;
 mod session;
 mod sites;
 mod slots;
+mod system_calls;
 mod transaction;
 pub mod types;
 mod unload;

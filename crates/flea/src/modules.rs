@@ -19,7 +19,7 @@ use flea_symbols::{
 use memmap2::Mmap;
 use self_cell::self_cell;
 
-use crate::frames_file;
+use crate::{frames_file, registry::SiteFile};
 
 pub(crate) type Symbols<'data> = flea_symbols::Module<'data>;
 
@@ -97,19 +97,17 @@ pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
     for mapping in flea_process::maps(pid)? {
         let path = mapping.path.clone();
         let is_ours = Path::new(&path).file_name().is_some_and(|name| name == frames_file::NAME);
-        if !mapping.perms.execute
-            || !path.starts_with('/')
-            || path.starts_with("/memfd:")
-            || is_ours
-        {
+        let is_main = path == main;
+        // A program may be executed from a memfd; what else is in one is no module with a name.
+        let is_no_file = !path.starts_with('/') || path.starts_with("/memfd:") && !is_main;
+        if !mapping.perms.execute || is_no_file || is_ours {
             continue;
         }
         if modules.iter().any(|m| m.mapping.same_file(&mapping)) {
             continue;
         }
-        let is_main = path == main;
         let open_path = if is_main {
-            PathBuf::from(format!("/proc/{pid}/exe"))
+            PathBuf::from(format!("/proc/{}/exe", flea_process::stand_in(pid)))
         } else {
             flea_process::module_file_path(pid, &mapping)?
         };
@@ -152,6 +150,11 @@ impl Module {
     pub(crate) fn is_file(&self, file: &Metadata) -> bool {
         let same = |own: Metadata| (own.dev(), own.ino()) == (file.dev(), file.ino());
         std::fs::metadata(&self.open_path).is_ok_and(same)
+    }
+
+    /// What of its file is mapped at `site`, where that is in its first executable mapping.
+    pub(crate) fn file_at(&self, site: RemoteAddr) -> Option<SiteFile> {
+        self.mapping.contains(site).then(|| SiteFile::at(site, &self.mapping))
     }
 
     /// Last component of its path.
@@ -220,7 +223,7 @@ impl Module {
 
     fn open(&self) -> Result<ParsedFiles, OpenError> {
         let io = |source| OpenError::Io { path: self.path.clone(), source };
-        let file = File::open(&self.open_path).map_err(io)?;
+        let file = flea_process::open_regular(&self.open_path).map_err(io)?;
         if file.metadata().map_err(io)?.ino() != self.mapping.inode {
             return Err(OpenError::Replaced { path: self.path.clone() });
         }
@@ -251,7 +254,7 @@ pub(crate) fn with_file<R>(path: &Path, f: impl FnOnce(&Symbols<'_>) -> R) -> Re
     let name = path.to_string_lossy();
     let io = |source| OpenError::Io { path: name.clone().into_owned(), source };
     // What belongs to it is looked for beside it.
-    let file = File::open(path).map_err(io)?;
+    let file = flea_process::open_regular(path).map_err(io)?;
     let real = path.canonicalize().map_err(io)?;
     let parsed = ParsedFiles::read(&file, &real.to_string_lossy())?;
     Ok(parsed.with_dependent(|_, symbols| f(symbols)))
@@ -269,7 +272,7 @@ fn debug_files(image: &[u8], path: &str) -> Result<(Option<Mmap>, Option<Mmap>),
             .chain([&Path::new("/usr/lib/debug")
                 .join(directory.strip_prefix("/").ok()?)
                 .join(name)])
-            .find_map(|candidate| map(&File::open(candidate).ok()?).ok())
+            .find_map(|candidate| map(&flea_process::open_regular(candidate).ok()?).ok())
     });
     let alt = match &debug {
         Some(debug) => flea_symbols::Module::parse(image, Some(debug)).ok().and_then(|m| alt(&m)),
@@ -287,7 +290,7 @@ fn by_build_id(id: &[u8]) -> Option<Mmap> {
     let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
     let (head, tail) = hex.split_at_checked(2)?;
     let path = format!("/usr/lib/debug/.build-id/{head}/{tail}.debug");
-    map(&File::open(path).ok()?).ok()
+    map(&flea_process::open_regular(Path::new(&path)).ok()?).ok()
 }
 
 fn map(file: &File) -> io::Result<Mmap> {

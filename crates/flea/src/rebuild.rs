@@ -20,6 +20,7 @@ use crate::{
     own,
     registry::{BodyState, Controller, FunctionState, Registry, Retired},
     remote::Ground,
+    system_calls,
     transaction::{self, Author, MAX_ATTEMPTS, NewBody, seized},
     unwinder::{self, Unwinder},
 };
@@ -71,12 +72,15 @@ fn rebuild_living(object: &Loaded, what: &Rebuild) -> Result<(), AttachError> {
         let offset = |id| lay.free_offsets.get(id).copied().unwrap_or(FIRST_FRAME_OFFSET);
         let offsets: Vec<u32> = what.ids.iter().map(offset).collect();
         let bodies = compile::all(object, &what.prepared, &offsets)?;
+        let may_be_fewer = what.prepared.iter().any(|p| p.stack.may_be_fewer);
+        let calls = system_calls::of(&bodies, may_be_fewer);
         let news = what.ids.iter().zip(&what.prepared).zip(bodies.iter().zip(&offsets));
         let news: BTreeMap<u32, New<'_>> = news
             .filter(|((id, _), _)| lay.free_offsets.contains_key(id))
             .map(|((id, prepared), (body, offset))| (*id, New { prepared, body, offset: *offset }))
             .collect();
         let outcome = seized(pid, |tracer| {
+            tracer.check_system_calls(&calls).map_err(RemoteError::Seccomp)?;
             let ground = Ground::open(tracer).map_err(AttachError::Remote)?;
             let now = Lay::of(&ground.registry, ours);
             if now != lay {

@@ -24,7 +24,7 @@ mod shared;
 use std::{collections::HashSet, sync::OnceLock};
 
 use flea_image::Save;
-use flea_process::{Memory, MemoryError};
+use flea_process::{Mapping, Memory, MemoryError};
 use flea_symbols::addr::RemoteAddr;
 use serde::{Deserialize, Serialize};
 
@@ -40,6 +40,8 @@ const HALF_BYTES: u64 = 64 << 20;
 /// Bytes of the whole mapping: a page of header and two halves.
 pub(crate) const MAPPING_BYTES: u64 = HEADER_BYTES + 2 * HALF_BYTES;
 const HEADER_BYTES: u64 = 4096;
+/// Behind the header's words: the sum of the state that has been carried out.
+const MADE_OFFSET: i64 = 32;
 /// Stores that may overtake one load. Each takes a seize, which takes longer.
 const MAX_LOADS: u32 = 64;
 const JMP_REL8: u8 = 0xeb;
@@ -126,6 +128,9 @@ pub struct FunctionState {
     pub name: String,
     /// The function's address.
     pub address: RemoteAddr,
+    /// What is mapped at the site. Builds that know nothing of it leave it out.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub file: Option<SiteFile>,
     /// The first patched byte (behind an `endbr64`).
     pub site: RemoteAddr,
     /// Where a short jump back to `site` stands while that is patched: the site is nops before
@@ -189,6 +194,25 @@ impl FunctionState {
         let closed = *self.original.get(at..)?.first_chunk()?;
         let back = i8::try_from(-(i64::try_from(at).ok()? + 2)).ok()?;
         Some((door, closed, [JMP_REL8, back.cast_unsigned()]))
+    }
+}
+
+/// The file that a site's bytes come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SiteFile {
+    /// Device: major, minor.
+    pub dev: (u32, u32),
+    /// The file's number there.
+    pub inode: u64,
+    /// Where in it the site is.
+    pub offset: u64,
+}
+
+impl SiteFile {
+    /// What is mapped at `site`, which is in `mapping`.
+    pub(crate) fn at(site: RemoteAddr, mapping: &Mapping) -> Self {
+        let offset = mapping.offset.0 + (site.0 - mapping.start.0);
+        Self { dev: mapping.dev, inode: mapping.inode, offset }
     }
 }
 
@@ -526,6 +550,21 @@ impl Storage {
         // The header is one write inside one page: a writer that dies makes all of it or none
         // (the kernel copies it in one go), and a torn one would be caught by the sum.
         write(self.base, &header)
+    }
+
+    /// Notes that what the current state says has been done to the target's code.
+    pub(crate) fn note_made(self, memory: &Memory) -> Result<(), RegistryError> {
+        let [_, _, _, sum] = self.header(memory)?;
+        let at = self.base.offset(MADE_OFFSET);
+        memory.write(at, &sum.to_le_bytes()).map_err(|source| RegistryError::Memory { at, source })
+    }
+
+    /// Whether that has been noted. Where it has not, its author died or could not say so.
+    pub(crate) fn is_made(self, memory: &Memory) -> Result<bool, RegistryError> {
+        let [_, _, _, sum] = self.header(memory)?;
+        let at = self.base.offset(MADE_OFFSET);
+        let made = memory.read_u64(at).map_err(|source| RegistryError::Memory { at, source })?;
+        Ok(made == sum)
     }
 
     fn header(self, memory: &Memory) -> Result<[u64; 4], RegistryError> {

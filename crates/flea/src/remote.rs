@@ -2,7 +2,7 @@
 //! on first use, given back when nothing is left in it.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     os::{
         fd::{IntoRawFd as _, RawFd},
         unix::ffi::OsStrExt as _,
@@ -12,7 +12,7 @@ use std::{
 use flea_image::frames_file::{FILE_BYTES, HEAD_BYTES};
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_load::{Protection, SharedObject};
-use flea_process::{MapRequest, Memory, Pid, Tracer};
+use flea_process::{Borrowed, MapRequest, Memory, MemoryLeft, Pid, Tracer};
 use flea_symbols::addr::RemoteAddr;
 
 use crate::{
@@ -24,6 +24,8 @@ use crate::{
 /// Bytes of the first code arena near a module; later ones are twice as large.
 const CODE_ARENA_BYTES: u64 = 2 << 20;
 const MAX_CODE_ARENA_BYTES: u64 = 256 << 20;
+/// What the runtime, a small registry and the kernel's own tables for them take, and some more.
+const GROUND_BYTES: u64 = 1 << 20;
 /// `MADV_WIPEONFORK`: a forked child's thread table is empty.
 const MADV_WIPEONFORK: u64 = 18;
 /// `MADV_DONTDUMP`: the registry's and the arenas' sparse gigabytes are not for core files.
@@ -44,6 +46,20 @@ pub(crate) struct Ground<'t> {
     pub(crate) registry: Registry,
     /// What is in `storage`, as far as we know.
     stored: Option<Registry>,
+    /// The sites are what the stored registry says, unless their modules are other ones by now.
+    pub(crate) is_made: bool,
+}
+
+/// Fails where `bytes` more of memory, and what our ground takes, might be more than the target's
+/// control group has left: the kernel would kill the target for it.
+pub(crate) fn check_memory_limit(pid: Pid, bytes: u64) -> Result<(), RemoteError> {
+    let needed = bytes.saturating_add(GROUND_BYTES);
+    match flea_process::memory_left(pid) {
+        Some(MemoryLeft { bytes: left, group }) if left < needed => {
+            Err(RemoteError::MemoryLimit { pid, left, needed, group })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Where the registry of process `pid` is, if it has one.
@@ -72,7 +88,8 @@ impl<'t> Ground<'t> {
         let storage = Storage::at(base);
         let registry = storage.load(tracer.memory())?;
         let stored = Some(registry.clone());
-        let mut ground = Self { tracer, storage, registry, stored };
+        let is_made = storage.is_made(tracer.memory())?;
+        let mut ground = Self { tracer, storage, registry, stored, is_made };
         ground.bring_runtime()?;
         Ok(Some(ground))
     }
@@ -109,7 +126,9 @@ impl<'t> Ground<'t> {
         let arena = map_code(tracer, near, CODE_ARENA_BYTES)?;
         let (at, size_bytes) = (arena.base, arena.size_bytes);
         match Self::furnish(tracer, arena) {
-            Ok((storage, registry)) => Ok(Self { tracer, storage, registry, stored: None }),
+            Ok((storage, registry)) => {
+                Ok(Self { tracer, storage, registry, stored: None, is_made: true })
+            }
             Err(error) => {
                 // What failed first is what is told.
                 let _ = unmap(tracer, at, size_bytes);
@@ -124,26 +143,27 @@ impl<'t> Ground<'t> {
         let placed = place_runtime(tracer, &mut registry)?;
         assert!(placed, "a fresh arena has room");
 
-        let fd = memfd(tracer, &mut registry, registry::NAME)?;
         let base = tracer.remote_map(MapRequest {
             near: None,
             size_bytes: registry::MAPPING_BYTES,
             prot: libc::PROT_READ | libc::PROT_WRITE,
-            flags: libc::MAP_PRIVATE | libc::MAP_NORESERVE,
-            fd,
+            flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            fd: -1,
             offset: 0,
-        });
-        // A private mapping reads as zeros behind the file's end only within the file: give
-        // it its size first.
-        let base = base.and_then(|base| {
-            let size = [u64::from(fd.cast_unsigned()), registry::MAPPING_BYTES, 0, 0, 0, 0];
-            tracer.remote_syscall(libc::SYS_ftruncate, size)?;
-            let advice = [base.0, registry::MAPPING_BYTES, MADV_DONTDUMP, 0, 0, 0];
-            tracer.remote_syscall(libc::SYS_madvise, advice)?;
-            Ok(base)
-        });
-        close(tracer, fd)?;
-        let storage = Storage::at(base?);
+        })?;
+        let file = NewFile {
+            name: registry::NAME,
+            size_bytes: registry::MAPPING_BYTES,
+            at: base,
+            flags: libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+            stays_open: false,
+        };
+        if let Err(error) = file.map(tracer, &mut registry) {
+            // What failed first is what is told.
+            let _ = unmap(tracer, base, registry::MAPPING_BYTES);
+            return Err(error);
+        }
+        let storage = Storage::at(base);
         storage.store(tracer.memory(), &registry)?;
         Ok((storage, registry))
     }
@@ -177,16 +197,9 @@ impl<'t> Ground<'t> {
         goes_to: FileGoesTo,
         owner: Controller,
     ) -> Result<(RawFd, RemoteAddr), RemoteError> {
-        let target_fd = memfd(self.tracer, &mut self.registry, "flea-maps")?;
-        let mapped = self.map_data_arena(target_fd, size_bytes);
-        if goes_to == FileGoesTo::Controller || mapped.is_err() {
-            close(self.tracer, target_fd)?;
-        }
-        let (file, mapping) = mapped?;
-        let fd = match goes_to {
-            FileGoesTo::Controller => file.into_raw_fd(),
-            FileGoesTo::Target => target_fd,
-        };
+        let stays_open = goes_to == FileGoesTo::Target;
+        let (file, target_fd, mapping) = self.map_data_arena(size_bytes, stays_open)?;
+        let fd = if stays_open { target_fd } else { file.into_raw_fd() };
         let table = THREAD_TABLE_BYTES as u64;
         self.registry.data.push(DataArena {
             mapping,
@@ -200,20 +213,10 @@ impl<'t> Ground<'t> {
 
     fn map_data_arena(
         &mut self,
-        fd: i32,
         size_bytes: u64,
-    ) -> Result<(File, RemoteAddr), RemoteError> {
-        let path = format!("/proc/{}/fd/{fd}", self.tracer.pid());
-        let file = OpenOptions::new().read(true).write(true).open(path).map_err(|source| {
-            RemoteError::Local { what: "opening the target's shared memory", source }
-        })?;
-        file.set_len(size_bytes).map_err(|source| RemoteError::Local {
-            what: "sizing the target's shared memory",
-            source,
-        })?;
+        stays_open: bool,
+    ) -> Result<(File, i32, RemoteAddr), RemoteError> {
         let table = THREAD_TABLE_BYTES as u64;
-        let rw = u64::from((libc::PROT_READ | libc::PROT_WRITE).cast_unsigned());
-        let fixed = u64::from((libc::MAP_SHARED | libc::MAP_FIXED).cast_unsigned());
         let mapping = self.tracer.remote_map(MapRequest {
             near: None,
             size_bytes: table + size_bytes,
@@ -222,18 +225,22 @@ impl<'t> Ground<'t> {
             fd: -1,
             offset: 0,
         })?;
-        let arena = mapping.0 + table;
-        let shared = self.tracer.with_thread(|thread| {
-            thread.syscall(libc::SYS_madvise, [mapping.0, table, MADV_WIPEONFORK, 0, 0, 0])?;
-            let fd = u64::from(fd.cast_unsigned());
-            thread.syscall(libc::SYS_mmap, [arena, size_bytes, rw, fixed, fd, 0])?;
-            thread.syscall(libc::SYS_madvise, [arena, size_bytes, MADV_DONTDUMP, 0, 0, 0])
-        });
-        if let Err(error) = shared {
-            let _ = unmap(self.tracer, mapping, table + size_bytes);
-            return Err(error.into());
+        let at = RemoteAddr(mapping.0 + table);
+        let flags = libc::MAP_SHARED;
+        let file = NewFile { name: "flea-maps", size_bytes, at, flags, stays_open };
+        let advice = [mapping.0, table, MADV_WIPEONFORK, 0, 0, 0];
+        let wiped = self.tracer.remote_syscall(libc::SYS_madvise, advice);
+        let shared = wiped
+            .map_err(RemoteError::from)
+            .and_then(|_| file.map(self.tracer, &mut self.registry));
+        match shared {
+            Ok((file, fd)) => Ok((file, fd, mapping)),
+            Err(error) => {
+                // What failed first is what is told.
+                let _ = unmap(self.tracer, mapping, table + size_bytes);
+                Err(error)
+            }
         }
-        Ok((file, mapping))
     }
 
     /// Maps a shared object near `near` and writes it there. Its base.
@@ -346,8 +353,17 @@ impl<'t> Ground<'t> {
             self.stored = None;
             self.storage.store(self.tracer.memory(), &self.registry)?;
             self.stored = Some(self.registry.clone());
+            if self.is_made {
+                self.storage.note_made(self.tracer.memory())?;
+            }
         }
         Ok(())
+    }
+
+    /// The sites are now what the stored registry says.
+    pub(crate) fn note_made(&mut self) -> Result<(), RemoteError> {
+        self.is_made = true;
+        Ok(self.storage.note_made(self.tracer.memory())?)
     }
 
     pub(crate) fn memory(&self) -> &Memory {
@@ -395,12 +411,15 @@ fn map_frames_file(
     tracer.memory().write(base, &path)?;
     let here = i64::from(libc::AT_FDCWD).cast_unsigned();
     let flags = u64::from((libc::O_RDONLY | libc::O_CLOEXEC).cast_unsigned());
-    let opened = tracer.remote_syscall(libc::SYS_openat, [here, base.0, flags, 0, 0, 0]);
-    let Some(fd) = unless_refused(opened)? else { return Ok(false) };
     let rx = u64::from((libc::PROT_READ | libc::PROT_EXEC).cast_unsigned());
-    let flags = u64::from((libc::MAP_PRIVATE | libc::MAP_FIXED).cast_unsigned());
-    let mapped = tracer.remote_syscall(libc::SYS_mmap, [base.0, size_bytes, rx, flags, fd, 0]);
-    tracer.remote_syscall(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+    let map_flags = u64::from((libc::MAP_PRIVATE | libc::MAP_FIXED).cast_unsigned());
+    let mapped = tracer.with_own_thread(|thread| {
+        let fd = thread.syscall(libc::SYS_openat, [here, base.0, flags, 0, 0, 0])?;
+        let args = [base.0, size_bytes, rx, map_flags, fd, 0];
+        let mapped = thread.syscall(libc::SYS_mmap, args);
+        thread.syscall(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+        mapped
+    });
     Ok(unless_refused(mapped)?.is_some())
 }
 
@@ -415,23 +434,73 @@ fn unless_refused(
     }
 }
 
-/// A memfd of the target, by its number there. The name is handed over in code memory that
-/// nothing uses yet: there is no other memory of ours at this point.
-fn memfd(tracer: &mut Tracer, registry: &mut Registry, name: &str) -> Result<i32, RemoteError> {
-    let near = registry.code.first().map(|arena| arena.base).unwrap_or_default();
-    let text = format!("{name}\0");
-    let len = u32::try_from(text.len()).expect("a name is short");
-    let place = registry.place(near, len).ok_or(RemoteError::NoGap { near, bytes: len.into() })?;
-    tracer.memory().write(place.at, text.as_bytes())?;
-    let flags = u64::from(libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
-    let fd = tracer.remote_syscall(libc::SYS_memfd_create, [place.at.0, flags, 0, 0, 0, 0]);
-    registry.unplace(place);
-    Ok(i32::try_from(fd?).expect("a file descriptor is an int"))
+/// Shared memory to be made in the target, and mapped over memory that it has for that.
+///
+/// Protected: the target's own files. Threads may have descriptors of their own (`unshare`; a
+/// vfork child has), so all that names the file by its number is done by one thread, and while
+/// it is borrowed.
+struct NewFile {
+    name: &'static str,
+    size_bytes: u64,
+    at: RemoteAddr,
+    /// `MAP_SHARED` or `MAP_PRIVATE`.
+    flags: i32,
+    stays_open: bool,
 }
 
-fn close(tracer: &mut Tracer, fd: i32) -> Result<(), RemoteError> {
-    tracer.remote_syscall(libc::SYS_close, [u64::from(fd.cast_unsigned()), 0, 0, 0, 0, 0])?;
-    Ok(())
+impl NewFile {
+    /// The file as we have it, and its number in the target where it stays open.
+    ///
+    /// The name is handed over in code memory that nothing uses yet: there is no other memory of
+    /// ours at this point.
+    fn map(
+        &self,
+        tracer: &mut Tracer,
+        registry: &mut Registry,
+    ) -> Result<(File, i32), RemoteError> {
+        let near = registry.code.first().map(|arena| arena.base).unwrap_or_default();
+        let text = format!("{}\0", self.name);
+        let len = u32::try_from(text.len()).expect("a name is short");
+        let place =
+            registry.place(near, len).ok_or(RemoteError::NoGap { near, bytes: len.into() })?;
+        tracer.memory().write(place.at, text.as_bytes())?;
+        let made = tracer.with_own_thread(|thread| {
+            let flags = u64::from(libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING);
+            let fd = thread.syscall(libc::SYS_memfd_create, [place.at.0, flags, 0, 0, 0, 0])?;
+            let mapped = self.map_open(thread, fd);
+            if !self.stays_open || !matches!(mapped, Ok(Ok(_))) {
+                thread.syscall(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+            }
+            let fd = i32::try_from(fd).expect("a file descriptor is an int");
+            Ok(mapped?.map(|file| (file, fd)))
+        });
+        registry.unplace(place);
+        made?
+    }
+
+    fn map_open(
+        &self,
+        thread: &mut Borrowed<'_>,
+        fd: u64,
+    ) -> Result<Result<File, RemoteError>, flea_process::RemoteError> {
+        // Opened by the thread that has it. It is sized by us: the target may have a limit for
+        // files (RLIMIT_FSIZE), of which it would be told by a signal that kills.
+        let file = flea_process::open_new_memfd(thread.tid(), fd)
+            .and_then(|file| file.set_len(self.size_bytes).map(|()| file));
+        let file = match file {
+            Ok(file) => file,
+            Err(source) => {
+                let what = "opening and sizing the target's shared memory";
+                return Ok(Err(RemoteError::Local { what, source }));
+            }
+        };
+        let rw = u64::from((libc::PROT_READ | libc::PROT_WRITE).cast_unsigned());
+        let flags = u64::from((self.flags | libc::MAP_FIXED).cast_unsigned());
+        let (at, size_bytes) = (self.at.0, self.size_bytes);
+        thread.syscall(libc::SYS_mmap, [at, size_bytes, rw, flags, fd, 0])?;
+        thread.syscall(libc::SYS_madvise, [at, size_bytes, MADV_DONTDUMP, 0, 0, 0])?;
+        Ok(Ok(file))
+    }
 }
 
 fn unmap(tracer: &mut Tracer, at: RemoteAddr, size_bytes: u64) -> Result<(), RemoteError> {

@@ -1,12 +1,12 @@
 //! A target process and what is known of it.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{ChildStderr, ChildStdin, ChildStdout, Command},
     sync::{Arc, Mutex, MutexGuard, OnceLock},
 };
 
-use flea_process::{Exit, Memory, Pid, Spawned, Watch};
+use flea_process::{Exit, Memory, MemoryError, Pid, Spawned, Watch};
 use flea_symbols::addr::{RemoteAddr, Svma};
 use flea_verifier::Permissions;
 
@@ -45,6 +45,8 @@ pub struct Session {
 pub(crate) struct Inner {
     pid: Pid,
     watch: Watch,
+    /// Its memory, which is no more once it executes another program.
+    memory: Option<Memory>,
     child: Mutex<Option<Child>>,
     modules: Mutex<Vec<Arc<Module>>>,
     vdso_clock: OnceLock<Option<RemoteAddr>>,
@@ -159,6 +161,7 @@ impl Session {
             inner: Arc::new(Inner {
                 pid,
                 watch: Watch::new(pid),
+                memory: Memory::open(pid).ok(),
                 child: Mutex::new(child),
                 modules: Mutex::default(),
                 vdso_clock: OnceLock::new(),
@@ -322,6 +325,18 @@ impl Session {
     #[must_use]
     pub fn ended_how(&self) -> Option<Exit> {
         self.inner.watch.exit()
+    }
+
+    /// The program that the process has executed since, by which it lost all that was attached;
+    /// `None` where it has not, and where it has ended.
+    #[must_use]
+    pub fn executed(&self) -> Option<PathBuf> {
+        // Every program has its first page at no address of its own: only the answer's kind counts.
+        let gone = |memory: &Memory| {
+            matches!(memory.read(RemoteAddr(0), &mut [0]), Err(MemoryError::Gone { .. }))
+        };
+        let is_another = self.inner.memory.as_ref().is_some_and(gone);
+        if is_another { flea_process::exe(self.pid()).ok() } else { None }
     }
 
     /// Whether the process still runs.

@@ -30,7 +30,7 @@ use flea_image::Body;
 use flea_layout::plan::ArenaPlan;
 use flea_object::spec::MapSpec;
 use flea_patch::Plan;
-use flea_process::{Memory, MemoryError, Pid, SeizeError, Tracer};
+use flea_process::{Mapping, Memory, MemoryError, Pid, SeizeError, Tracer};
 use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
 
@@ -46,17 +46,20 @@ use crate::{
     reclaim,
     registry::{
         BodyState, CodeArena, Controller, DataArena, FunctionState, Placed, Registry, Shared,
-        SiteKind, Skip, StackArgs, Storage,
+        SiteFile, SiteKind, Skip, StackArgs, Storage,
     },
     remote::{self, FileGoesTo, Ground},
     session::Inner,
-    sites, unload,
+    sites, system_calls, unload,
     unwinder::{self, Unwinder},
 };
 
 #[cfg(test)]
 mod tests;
 
+/// What a function takes that is attached to, in memory of its own: the page of text that is
+/// written to, its images, its part of the registry. More than it is.
+const BYTES_PER_FUNCTION: u64 = 16 << 10;
 /// Code arenas that one transaction may add.
 const MAX_NEW_ARENAS: usize = 64;
 /// How often another controller may be faster.
@@ -77,7 +80,7 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
 pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
     loop {
         let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
-        match storage.load(&Memory::open(pid)?) {
+        match storage.load(&Memory::open(flea_process::stand_in(pid))?) {
             // The last controller took it away before it was read: there is none now.
             Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
             loaded => return Ok(loaded?),
@@ -95,6 +98,7 @@ pub(crate) fn create_arena(
     let goes_to = if is_own(session.pid()) { FileGoesTo::Target } else { FileGoesTo::Controller };
     let owner = Controller::this();
     let (fd, base) = seized(session.pid(), |tracer| -> Result<_, LoadError> {
+        remote::check_memory_limit(tracer.pid(), size_bytes)?;
         let mut ground = Ground::open(tracer)?;
         let added = ground.add_data_arena(size_bytes, goes_to, owner);
         if added.is_err() {
@@ -145,7 +149,10 @@ pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>,
     for _ in 0..MAX_ATTEMPTS {
         let offsets = ground.frame_offsets;
         let bodies = compile::all(object, prepared, &offsets)?;
+        let calls = system_calls::of(&bodies, prepared.iter().any(|p| p.stack.may_be_fewer));
         let outcome = seized(pid, |tracer| {
+            tracer.check_system_calls(&calls).map_err(RemoteError::Seccomp)?;
+            remote::check_memory_limit(pid, BYTES_PER_FUNCTION * prepared.len() as u64)?;
             let ground = Ground::open(tracer).map_err(AttachError::Remote)?;
             let now = Lay::of(&ground.registry, prepared);
             if now.frame_offsets != offsets {
@@ -385,6 +392,7 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
     let (plan, before) = announce(ground, change)?;
     if let Err(error) = flea_patch::commit(ground.tracer, &plan) {
         ground.registry = before;
+        ground.is_made = true;
         // Where this fails the target has ended, and the commit's reason says more; else
         // `settle` finds out from the sites' bytes.
         let _ = ground.store();
@@ -392,6 +400,7 @@ fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError>
     }
     // Not stored here: until somebody does, the target's registry says that this was about to be
     // done, and whoever reads it finds that it is (`settle`). Every caller stores in the end.
+    ground.note_made()?;
     ground.registry.committed();
     Ok(())
 }
@@ -407,6 +416,7 @@ fn announce(ground: &mut Ground<'_>, change: Change) -> Result<(Plan, Registry),
     // whoever comes after our death finds the sites' previous bytes first (`settle`).
     registry.retired.extend(retired);
     let before = std::mem::replace(&mut ground.registry, registry);
+    ground.is_made = false;
     ground.store()?;
     Ok((Plan { pokes }, before))
 }
@@ -416,10 +426,11 @@ fn announce(ground: &mut Ground<'_>, change: Change) -> Result<(Plan, Registry),
 /// - A controller that died between storing the registry and swapping the sites left functions
 ///   whose bytes are the previous ones, and switches that were not thrown: its code that is said
 ///   to be retired is still entered. What it wanted is done now.
-/// - Of a library that was closed nothing is left to swap; else nothing attached together with
-///   a function of it could ever be taken off again. (Where another file has been mapped
-///   meanwhile, its bytes differ, and nothing is changed.)
+/// - Of a library that was closed nothing is left to swap, whatever is mapped in its place, be it
+///   the same library once more; else nothing attached together with a function of it could ever
+///   be taken off again.
 pub(crate) fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
+    let maps = flea_process::maps(ground.tracer.pid()).map_err(RemoteError::from)?;
     let mut registry = std::mem::take(&mut ground.registry);
     let mut unfinished = Vec::new();
     let functions = std::mem::take(&mut registry.functions);
@@ -430,7 +441,12 @@ pub(crate) fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
-            Ok(now) if now == f.previous && now != f.patched => {
+            Ok(now) if now == f.patched => {}
+            Ok(now) if is_mapped_anew(ground, &f, now, &maps) => {
+                registry.retired.extend(retire_all(f));
+                continue;
+            }
+            Ok(now) if now == f.previous => {
                 f.patched = now;
                 unfinished.push(f.site);
             }
@@ -442,10 +458,21 @@ pub(crate) fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
     let to_throw = forget_thrown(&mut registry, ground.memory());
     ground.registry = registry;
     if unfinished.is_empty() && !to_throw {
+        ground.is_made = true;
         ground.registry.committed();
         return Ok(());
     }
     change(ground, &[], |change| unfinished.iter().try_for_each(|site| change.relink_site(*site)))
+}
+
+/// Whether the module of `f`, where `now` stands instead of our jump, is not the one that was
+/// patched: something else is mapped there, or the same file for the second time. The latter has
+/// the bytes of a site whose author died before he swapped it; but had he, that was noted.
+fn is_mapped_anew(ground: &Ground<'_>, f: &FunctionState, now: [u8; 5], maps: &[Mapping]) -> bool {
+    let there = maps.iter().find(|mapping| mapping.contains(f.site));
+    let there = there.map(|mapping| SiteFile::at(f.site, mapping));
+    let is_another = f.file.is_some() && f.file != there;
+    is_another || ground.is_made && now[..] == f.original[..5]
 }
 
 /// Drops the switches that were thrown; whether there are others that should have been.
@@ -578,6 +605,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> Shared<FunctionS
         module: function.module().to_owned(),
         name: function.name(),
         address: function.address(),
+        file: function.owner().file_at(function.site_address(site)),
         site: function.site_address(site),
         door: site.door.map(|door| function.remote(door)),
         kind: match site.kind {

@@ -147,7 +147,7 @@ fn drop_handlers(
         }
         let number = u64::from(signal.cast_unsigned());
         let args = [number, 0, scratch.0, SIGSET_BYTES, 0, 0];
-        ground.tracer.remote_syscall(libc::SYS_rt_sigaction, args)?;
+        ground.tracer.with_own_thread(|thread| thread.syscall(libc::SYS_rt_sigaction, args))?;
         let action = ground.memory().read_vec(scratch, SIGACTION_BYTES)?;
         for word in words(&action) {
             candidates.retain(|object| !points_into(object, word));
@@ -287,7 +287,7 @@ struct Pages {
 
 impl Pages {
     fn open(pid: Pid) -> Self {
-        Self { pagemap: File::open(format!("/proc/{pid}/pagemap")).ok() }
+        Self { pagemap: File::open(format!("/proc/{}/pagemap", flea_process::stand_in(pid))).ok() }
     }
 
     /// The stretches of `range` that can hold something that was written. Of a shared mapping

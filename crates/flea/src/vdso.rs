@@ -16,7 +16,7 @@ const SYMBOL: &str = "__vdso_clock_gettime";
 pub(crate) fn clock_gettime(pid: Pid) -> Option<RemoteAddr> {
     let maps = flea_process::maps(pid).ok()?;
     let mapping = maps.iter().find(|m| m.path == "[vdso]")?;
-    let memory = Memory::open(pid).ok()?;
+    let memory = Memory::open(flea_process::stand_in(pid)).ok()?;
     let size_bytes = usize::try_from(mapping.size_bytes()).ok()?;
     let image = memory.read_vec(mapping.start, size_bytes).ok()?;
     let file = object::File::parse(&*image).ok()?;

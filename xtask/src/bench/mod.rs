@@ -11,7 +11,7 @@ mod controller;
 mod goals;
 mod harness;
 mod multi;
-mod programs;
+pub mod programs;
 mod rows;
 mod site;
 mod steps;

@@ -48,7 +48,8 @@ impl Programs {
         Ok(AttachedPrograms { object, link, programs: self })
     }
 
-    fn object(self) -> Result<ObjectSpec> {
+    /// The object that they are of.
+    pub fn object(self) -> Result<ObjectSpec> {
         let programs = (0..self.n).map(|i| {
             Ok(ProgramSpec {
                 name: format!("p{i}"),

@@ -6,6 +6,7 @@ use flea::attached::{self, AttachedBody};
 use crate::{
     args::{Detach, Ps},
     output::{Output, basename},
+    plain,
     record::Record,
 };
 
@@ -25,8 +26,8 @@ pub fn ps(args: &Ps) -> Result<u8> {
             body.programs.iter().map(|(kind, name)| format!("{kind}/{name}")).collect();
         output.line(format!(
             "{id:<14} {:<30} {:<28} {}{}{}",
-            format!("{}:{}", basename(&body.module), body.function),
-            programs.join(","),
+            plain::name(&format!("{}:{}", basename(&body.module), body.function)),
+            plain::name(&programs.join(",")),
             body.controller,
             if body.controller_alive { "" } else { " (gone)" },
             if body.writes_target { " writes" } else { "" },
@@ -44,7 +45,7 @@ pub fn ps(args: &Ps) -> Result<u8> {
         })?;
     }
     for error in unreadable {
-        eprintln!("flea: {error}");
+        eprintln!("flea: {}", plain::text(&error.to_string()));
     }
     output.flush()?;
     Ok(0)
@@ -56,7 +57,7 @@ pub fn detach(args: &Detach) -> Result<u8> {
     let bodies = if args.all {
         let (bodies, unreadable) = attached::everywhere();
         for error in unreadable {
-            eprintln!("flea: {error}");
+            eprintln!("flea: {}", plain::text(&error.to_string()));
         }
         bodies
     } else {

@@ -13,6 +13,7 @@ use crate::{
     args::Run,
     commands::tracing::{say_attached, summary},
     output::Output,
+    plain,
     record::Record,
     report,
     target::Target,
@@ -129,9 +130,9 @@ fn explain<T>(error: anyhow::Error, verbose: bool, output: &mut Output) -> Resul
     let error = error.downcast::<AttachError>()?;
     if let AttachError::Rejected { program, function, rejection } = &error {
         if !verbose {
-            report::log(rejection).iter().for_each(|line| eprintln!("{line}"));
+            report::log(rejection).iter().for_each(|line| eprintln!("{}", plain::text(line)));
         }
-        eprintln!("{}", report::text(rejection));
+        eprintln!("{}", plain::text(&report::text(rejection)));
         output.record(&Record::Rejected { program, function, rejection })?;
         output.flush()?;
     }
@@ -145,7 +146,7 @@ fn check(program: &Program, function: &Function, verbose: bool) -> Result<(), At
         if std::mem::take(&mut is_first) {
             eprintln!("flea: verifying program `{}` on {}", program.name(), function.name());
         }
-        eprintln!("{line}");
+        eprintln!("{}", plain::text(line));
     };
     let outcome = match verbose {
         true => program.check_logged(function, &mut line),

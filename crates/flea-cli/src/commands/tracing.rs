@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use crate::{
     args::{Functions, Hist},
     output::{Output, basename, nanoseconds},
+    plain,
     record::Record,
     target::Target,
 };
@@ -178,7 +179,7 @@ fn report_start(attached: &[Function], refused: &[Refused]) -> Result<()> {
         bail!("{}{more}; nothing was changed", first.reason);
     }
     for one in refused.iter().take(MAX_REASONS) {
-        eprintln!("flea: not attached: {}", one.reason);
+        eprintln!("flea: not attached: {}", plain::text(&one.reason.to_string()));
     }
     if let Some(more @ 1..) = refused.len().checked_sub(MAX_REASONS) {
         eprintln!("flea: not attached: {more} more; `flea list` says why");

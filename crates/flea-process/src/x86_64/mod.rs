@@ -1,6 +1,10 @@
 //! What is particular to x86-64: registers at a stop, the breakpoint, the system call.
 
+mod dead;
+
 use flea_symbols::addr::RemoteAddr;
+
+pub(crate) use dead::is_dead_behind;
 
 /// The breakpoint instruction. A thread that runs into it stands one byte behind it.
 pub(crate) const INT3: u8 = 0xcc;
@@ -11,6 +15,9 @@ pub(crate) const SYSCALL: [u8; 2] = [0x0f, 0x05];
 pub const SIGNAL_FRAME_SEGMENTS: u64 = 0x002b_0000_0000_0033;
 /// Words from [`SIGNAL_FRAME_SEGMENTS`] back to the saved stack pointer.
 pub(crate) const SIGNAL_FRAME_RSP_WORDS_BACK: usize = 3;
+
+/// Not in libc's list.
+pub(crate) const SYS_IO_PGETEVENTS: i64 = 333;
 
 /// System calls that make processes: a thread in one of them may be copying the text.
 pub(crate) fn is_fork(number: u64) -> bool {
@@ -40,6 +47,20 @@ pub(crate) fn disturbance(number: u64) -> u32 {
         libc::SYS_restart_syscall,
     ];
     u32::from(!EXACT.iter().any(|&n| u64::try_from(n) == Ok(number)))
+}
+
+/// Of a system call's arguments, those that a timeout may be in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Argument {
+    Third,
+    Fourth,
+    Fifth,
+    Sixth,
+}
+
+/// Everything from here up may belong to the function that the stack pointer is of.
+pub(crate) fn red_zone_end(sp: RemoteAddr) -> RemoteAddr {
+    RemoteAddr(sp.0.wrapping_sub(128))
 }
 
 /// The general registers of a stopped thread.
@@ -87,10 +108,37 @@ impl Registers {
     }
 
     /// The thread is on its way out of a system call that gave up with `EINTR`: unlike
-    /// ERESTART*, which the kernel acts on itself, the program would see it.
+    /// ERESTART*, which the kernel acts on itself, the program would see it. (io_pgetevents is
+    /// begun again by the kernel, but with all of its timeout.) A close has closed, whatever it
+    /// says: another one might hit a file that another thread has just opened.
     pub(crate) fn would_show_eintr(&self) -> bool {
-        self.interrupted_syscall().is_some()
-            && self.raw.rax.cast_signed() == -i64::from(libc::EINTR)
+        const ERESTARTNOHAND: i64 = 514;
+        let Some(number) = self.interrupted_syscall().and_then(|n| i64::try_from(n).ok()) else {
+            return false;
+        };
+        match -self.raw.rax.cast_signed() {
+            ERESTARTNOHAND => number == SYS_IO_PGETEVENTS,
+            errno => errno == i64::from(libc::EINTR) && number != libc::SYS_close,
+        }
+    }
+
+    pub(crate) fn argument(&self, argument: Argument) -> u64 {
+        match argument {
+            Argument::Third => self.raw.rdx,
+            Argument::Fourth => self.raw.r10,
+            Argument::Fifth => self.raw.r8,
+            Argument::Sixth => self.raw.r9,
+        }
+    }
+
+    pub(crate) fn with_argument(mut self, argument: Argument, value: u64) -> Self {
+        match argument {
+            Argument::Third => self.raw.rdx = value,
+            Argument::Fourth => self.raw.r10 = value,
+            Argument::Fifth => self.raw.r8 = value,
+            Argument::Sixth => self.raw.r9 = value,
+        }
+        self
     }
 
     /// As if the system call had not begun: the thread stands before its instruction.

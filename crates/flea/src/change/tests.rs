@@ -23,6 +23,7 @@ fn function(kind: SiteKind, original: &[u8], insn_lens: &[u8]) -> FunctionState 
         module: "/m".into(),
         name: "f".into(),
         address: SITE,
+        file: None,
         site: SITE,
         door: None,
         kind,

@@ -103,7 +103,7 @@ type Found = (Arc<Module>, Definition);
 
 impl Scope {
     pub(super) fn of(pid: Pid, modules: Vec<Arc<Module>>) -> Result<Self, ResolveError> {
-        let memory = Memory::open(pid).map_err(RemoteError::from)?;
+        let memory = Memory::open(flea_process::stand_in(pid)).map_err(RemoteError::from)?;
         let maps = flea_process::maps(pid).map_err(RemoteError::from)?;
         let mut modules: Vec<_> =
             modules.into_iter().filter(|module| module.with_symbols(|_| ()).is_ok()).collect();

@@ -103,6 +103,7 @@ fn sample() -> Registry {
                 module: "/bin/true".into(),
                 name: "f\u{fc}r \"<T>\"".into(),
                 address: RemoteAddr(0x20_0000),
+                file: None,
                 site: RemoteAddr(0x20_0004),
                 door: None,
                 kind: SiteKind::Relocated,

@@ -1,0 +1,87 @@
+//! Why a commit was not made.
+
+use flea_symbols::addr::RemoteAddr;
+
+use crate::plan::PlanError;
+
+/// Why a commit was not made. Unless it says otherwise, the text is as it was before.
+#[derive(Debug, thiserror::Error)]
+pub enum CommitError<E: std::error::Error + 'static> {
+    /// The plan makes no sense.
+    #[error(transparent)]
+    Plan(#[from] PlanError),
+    /// Other bytes than expected: another tool is there, or another version of the file.
+    /// Nothing has been written.
+    #[error(
+        "at {site} stands {found:02x?}, not {expected:02x?}: another tool may have changed it; nothing was changed"
+    )]
+    Mismatch {
+        /// The site.
+        site: RemoteAddr,
+        /// Bytes expected.
+        expected: Vec<u8>,
+        /// Bytes there.
+        found: Vec<u8>,
+    },
+    /// A thread stays between the replaced instructions (in a signal handler that
+    /// interrupted it there). Everything has been put back.
+    #[error(
+        "a thread was interrupted inside the bytes at {site} by a signal handler that does not return; nothing was changed; try again"
+    )]
+    Busy {
+        /// The site.
+        site: RemoteAddr,
+    },
+    /// An operation on the process failed; everything has been put back.
+    #[error("{step}: {source}; everything was put back")]
+    Failed {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        source: E,
+    },
+    /// An operation failed, and then putting things back as well. If the process lives, it
+    /// may meet a breakpoint that nobody answers.
+    #[error("{step}: {source}; and putting the old bytes back failed: {undo}")]
+    Broken {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        source: E,
+        /// Why putting back failed.
+        undo: E,
+    },
+    /// As [`CommitError::Busy`], but then putting things back failed.
+    #[error(
+        "a thread stays inside the bytes at {site}, and putting the old bytes back failed: {undo}"
+    )]
+    Stranded {
+        /// The site.
+        site: RemoteAddr,
+        /// Why putting back failed.
+        undo: E,
+    },
+    /// Something failed when new bytes were live already, and a thread stays inside those of one
+    /// site: in a signal handler, that is, which interrupted it there.
+    #[error(
+        "{step} failed, and a thread was interrupted inside the new bytes at {site} by a signal handler that does not return: they stay; everything else was put back"
+    )]
+    Kept {
+        /// What was being done.
+        step: &'static str,
+        /// The site.
+        site: RemoteAddr,
+    },
+    /// The bytes read back are not the ones written: somebody else patches as well.
+    #[error(
+        "at {site} stands {found:02x?} right after {written:02x?} was written there: somebody else is patching this process"
+    )]
+    ReadBack {
+        /// The site.
+        site: RemoteAddr,
+        /// Bytes written.
+        written: Vec<u8>,
+        /// Bytes there.
+        found: Vec<u8>,
+    },
+}

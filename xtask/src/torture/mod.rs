@@ -1,0 +1,245 @@
+//! `cargo xtask torture`: real programs at work, which are traced, disturbed, and left by dying
+//! controllers, all at random, for as long as wanted. What must not happen: a crash, a wrong
+//! output, a hang over a second, a wrong count, a lost byte of text.
+//!
+//! A run is a row of bouts (`bout.rs`), each with one target (`target.rs`; `program.rs`,
+//! `redis.rs`, `postgres.rs`) and a seed of its own, from which all choices follow: controllers
+//! as commands (`commands.rs`) and in this process (`library.rs`), signals (`disturbance.rs`).
+//! Then all is taken off, and `clean.rs` looks at what is left. `machine.rs` tells hangs from a
+//! machine that is busy. `cycles.rs` is another run: on and off, a million times.
+
+mod bout;
+mod calls;
+mod clean;
+mod commands;
+mod cycles;
+mod disturbance;
+mod library;
+mod machine;
+mod pgwire;
+mod postgres;
+mod program;
+mod random;
+mod redis;
+mod refusals;
+mod resp;
+mod target;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, bail};
+use flea_fixtures::Fixture;
+
+pub use cycles::run as cycles;
+
+use self::bout::{Bout, Numbers};
+use self::commands::Commands;
+use self::library::Library;
+use self::machine::Machine;
+use self::postgres::Postgres;
+use self::program::Program;
+use self::redis::Redis;
+use self::refusals::Refusals;
+use self::target::Target;
+
+/// How long a bout lasts, unless the whole run is shorter.
+const BOUT: Duration = Duration::from_secs(30);
+/// A target that does not answer for so long hangs, unless it is said otherwise.
+const HANG: Duration = Duration::from_secs(1);
+/// Controllers that are commands.
+const N_COMMANDS: u64 = 3;
+/// All targets, in their order.
+const TARGETS: &[&str] = &["redis", "cpp", "postgres", "rust"];
+
+struct Options {
+    length: Duration,
+    bout: Duration,
+    hang: Duration,
+    seed: u64,
+    only: Option<String>,
+    without: Vec<String>,
+    flea: PathBuf,
+}
+
+fn parse(args: &[&str]) -> Result<Options> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
+    let mut options = Options {
+        length: BOUT * 4,
+        bout: BOUT,
+        hang: HANG,
+        seed: now.as_secs(),
+        only: None,
+        without: Vec::new(),
+        flea: beside_us()?,
+    };
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let mut value = || args.next().with_context(|| format!("{arg} takes a value"));
+        match *arg {
+            "--minutes" => options.length = seconds(value()?)? * 60,
+            "--seconds" => options.length = seconds(value()?)?,
+            "--bout" => options.bout = seconds(value()?)?,
+            "--hang" => options.hang = seconds(value()?)?,
+            "--seed" => options.seed = value()?.parse()?,
+            "--only" => options.only = Some((*value()?).to_owned()),
+            "--without" => options.without.push((*value()?).to_owned()),
+            "--flea" => options.flea = value()?.into(),
+            other => bail!("torture does not know {other}"),
+        }
+    }
+    if let Some(only) = &options.only
+        && !TARGETS.contains(&only.as_str())
+    {
+        bail!("no target `{only}`; there are {}", TARGETS.join(", "));
+    }
+    if !options.flea.is_file() {
+        bail!("{} is missing: cargo build -p flea-cli, or --flea PATH", options.flea.display());
+    }
+    options.flea = options.flea.canonicalize()?;
+    Ok(options)
+}
+
+fn seconds(text: &str) -> Result<Duration> {
+    let seconds: f64 = text.parse().with_context(|| format!("a number, not {text:?}"))?;
+    Ok(Duration::try_from_secs_f64(seconds)?)
+}
+
+/// The command of the same build.
+fn beside_us() -> Result<PathBuf> {
+    Ok(std::env::current_exe().context("finding this program")?.with_file_name("flea"))
+}
+
+/// Set by Ctrl-C: the bout ends as always, and nothing that was started stays behind.
+fn interrupted() -> Result<Arc<AtomicBool>> {
+    let flag = Arc::new(AtomicBool::new(false));
+    for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        signal_hook::flag::register(signal, Arc::clone(&flag))?;
+    }
+    Ok(flag)
+}
+
+fn start(name: &str, without: &[String]) -> Result<Option<Box<dyn Target>>> {
+    fn boxed<T: Target + 'static>(target: T) -> Box<dyn Target> {
+        Box::new(target)
+    }
+    Ok(match name {
+        "redis" => Redis::start()?.map(boxed),
+        "postgres" => Postgres::start()?.map(boxed),
+        "cpp" => Program::start(Fixture::TortureCpp, without)?.map(boxed),
+        _ => Program::start(Fixture::TortureRust, without)?.map(boxed),
+    })
+}
+
+/// Runs it all; 1 where something failed.
+pub fn run(args: &[&str]) -> Result<ExitCode> {
+    let options = parse(args)?;
+    let (interrupted, machine) = (interrupted()?, Machine::watch()?);
+    let targets: Vec<&str> = match &options.only {
+        Some(only) => vec![only],
+        None => TARGETS.to_vec(),
+    };
+    let totals: Vec<Numbers> = targets.iter().map(|_| Numbers::default()).collect();
+    let refusals = Refusals::default();
+    let begun = Instant::now();
+    // Each target gets its turn, however short the run.
+    let turns = u32::try_from(targets.len())?;
+    let length = options.bout.min(options.length / turns).max(Duration::from_secs(1));
+    println!("torture: seed {}, bouts of {length:.0?}", options.seed);
+    let mut failed = false;
+    let mut seed = options.seed;
+    while begun.elapsed() < options.length && !failed && !interrupted.load(Ordering::Relaxed) {
+        for (name, total) in targets.iter().zip(&totals) {
+            let bout = Bout::new(
+                seed,
+                options.flea.clone(),
+                (length, options.hang),
+                &machine,
+                &interrupted,
+            );
+            let Some(outcome) = one(&bout, name, &options.without, &refusals) else { continue };
+            total.join(&bout.numbers);
+            if let Err(failure) = outcome {
+                println!(
+                    "FAILED: {name}: {failure}\n  again: cargo xtask torture --only {name} --seed {seed} --seconds {}",
+                    length.as_secs()
+                );
+                failed = true;
+            }
+            seed = seed.wrapping_add(1);
+            if failed || interrupted.load(Ordering::Relaxed) {
+                break;
+            }
+        }
+        // Where nothing could be started, nothing ever will.
+        if seed == options.seed {
+            break;
+        }
+    }
+    println!("in {:.0?}:", begun.elapsed());
+    for (name, total) in targets.iter().zip(&totals) {
+        println!("{name:9} {total}");
+    }
+    println!("what controllers said:\n{refusals}");
+    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// One bout; `None` where the target is not installed.
+fn one(
+    bout: &Bout<'_>,
+    name: &str,
+    without: &[String],
+    refusals: &Refusals,
+) -> Option<Result<(), String>> {
+    let mut target = match start(name, without) {
+        Ok(target) => target?,
+        Err(error) => return Some(Err(format!("starting it: {error:#}"))),
+    };
+    let begun = Instant::now();
+    thread::scope(|scope| all_at_once(scope, bout, &*target, refusals));
+    let kept = finish(bout, &mut *target);
+    let seed = bout.seed;
+    if let Some(failure) = bout.failure() {
+        return Some(Err(failure));
+    }
+    let kept = kept.unwrap_or_default();
+    println!("{name} (seed {seed}, {:.0?}): {}, {kept} keep memory", begun.elapsed(), bout.numbers);
+    Some(Ok(()))
+}
+
+/// Clients, controllers and signals, each in a thread of its own.
+fn all_at_once<'scope, 'env>(
+    scope: &'scope thread::Scope<'scope, 'env>,
+    bout: &'scope Bout<'_>,
+    target: &'scope dyn Target,
+    refusals: &'scope Refusals,
+) {
+    for client in 0..target.n_clients() {
+        scope.spawn(move || bout.guard("a client", || target.work(client, bout)));
+    }
+    for number in 0..N_COMMANDS {
+        scope.spawn(move || {
+            bout.guard("a controller", || Commands::new(bout, target, refusals, number).run());
+        });
+    }
+    scope.spawn(move || bout.guard("the library", || Library::new(bout, target).run()));
+    scope.spawn(move || bout.guard("signals", || disturbance::run(bout, target)));
+}
+
+/// The end of a bout, also of one that has failed: then only its first failure counts.
+fn finish(bout: &Bout<'_>, target: &mut dyn Target) -> Option<usize> {
+    if bout.failure().is_some() {
+        return None;
+    }
+    let mut kept = None;
+    bout.guard("its end", || {
+        target.quiet(bout)?;
+        kept = Some(clean::check(bout, target)?);
+        target.end(bout)
+    });
+    kept
+}

@@ -1,0 +1,56 @@
+//! What controllers may be refused for in a torture run, and how often they were.
+
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+
+use flea::Pid;
+
+/// Parts of messages that are no failure, and why.
+const KNOWN: &[(&str, &str)] = &[
+    ("nothing like that is attached", "another took it off before"),
+    ("nothing was changed", "no function of the pattern can be attached to"),
+    ("matches", "a library that is not loaded at the moment has no functions"),
+    ("another flea (thread", "it waited ten seconds for its turn, on a busy machine"),
+    ("not attached:", "some functions cannot be attached to"),
+    ("program runs were skipped", "a signal handler ran inside a program"),
+    ("calls were entered and have not returned", "exceptions, and calls that go on"),
+    ("attached to", "it was attached"),
+];
+
+/// Counts them.
+#[derive(Default)]
+pub struct Refusals(Mutex<BTreeMap<&'static str, u64>>);
+
+impl Refusals {
+    fn note(&self, said: &[String]) {
+        for line in said {
+            if let Some((part, _)) = KNOWN.iter().find(|(part, _)| line.contains(part)) {
+                let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+                *counts.entry(part).or_default() += 1;
+            }
+        }
+    }
+
+    /// Whether all lines are known refusals; counts them.
+    pub fn all_known(&self, said: &[String]) -> bool {
+        self.note(said);
+        said.iter().all(|line| KNOWN.iter().any(|(part, _)| line.contains(part)))
+    }
+}
+
+impl std::fmt::Display for Refusals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for (part, n) in counts.iter() {
+            let why = KNOWN.iter().find(|(known, _)| known == part).map_or("", |(_, why)| why);
+            writeln!(f, "  {n:>7}  \"{part}\": {why}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether the process has not ended.
+pub fn is_alive(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
