@@ -23,9 +23,9 @@ use crate::{
 const MANY: usize = 64;
 
 /// One compilation, and the functions that it is for.
-enum Job {
+enum Job<'a> {
     One(usize),
-    Shared(Shape, Vec<usize>),
+    Shared(Shape<'a>, Vec<usize>),
 }
 
 /// The bodies of all of `prepared`, in their order.
@@ -35,7 +35,7 @@ pub(crate) fn all(
     offsets: &[u32],
 ) -> Result<Vec<Arc<Body>>, AttachError> {
     let jobs = jobs(prepared, offsets);
-    let compile = |job: &Job| match job {
+    let compile = |job: &Job<'_>| match job {
         Job::One(index) => prepared[*index].compile(object, offsets[*index]),
         Job::Shared(shape, members) => prepared[members[0]].compile_shared(object, shape),
     };
@@ -54,11 +54,11 @@ pub(crate) fn all(
     Ok(bodies.into_iter().map(|body| body.expect("each function is in one job")).collect())
 }
 
-fn jobs(prepared: &[Prepared], offsets: &[u32]) -> Vec<Job> {
+fn jobs<'a>(prepared: &'a [Prepared], offsets: &[u32]) -> Vec<Job<'a>> {
     if prepared.len() < MANY {
         return (0..prepared.len()).map(Job::One).collect();
     }
-    let mut by_shape: HashMap<Shape, Vec<usize>> = HashMap::new();
+    let mut by_shape: HashMap<Shape<'_>, Vec<usize>> = HashMap::new();
     for (index, (one, &offset)) in prepared.iter().zip(offsets).enumerate() {
         by_shape.entry(one.shape(offset)).or_default().push(index);
     }

@@ -18,7 +18,7 @@ use flea_object::{
 use flea_symbols::{
     Site,
     addr::RemoteAddr,
-    signature::{Signature, StackWords},
+    signature::{Signature, StackWords, Unnamed},
 };
 use flea_verifier::{Context, Permissions, Rejection, Target, Verified, Verifier, targets};
 
@@ -86,6 +86,8 @@ pub(crate) struct Loaded {
     printk: Option<MapIdx>,
     printk_reader: Mutex<Option<flea_maps::RingBuf>>,
     permissions: Permissions,
+    /// Programs that can change the target's memory.
+    writers: HashSet<usize>,
     fits: Fits,
     verified: Mutex<HashMap<ProofKey, Arc<Verified>>>,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
@@ -157,7 +159,6 @@ pub(crate) struct Prepared {
     /// (program index, cookie), newest first.
     pub(crate) uses: Vec<(usize, u64)>,
     verified: Vec<Arc<Verified>>,
-    signature: Signature,
 }
 
 impl Object {
@@ -165,6 +166,9 @@ impl Object {
         let slots = RwLock::new(Slots::of(&spec)?);
         let printk = add_printk_map(&mut spec);
         let n_programs = u32::try_from(spec.programs.len()).expect("an object is far smaller");
+        let writes =
+            |index: &usize| calls(&spec.programs[*index].insns, &[Helper::ProbeWriteUser as u32]);
+        let writers = (0..spec.programs.len()).filter(writes).collect();
         let plan = ArenaPlan::new(&spec.maps, n_programs);
         let (arena, base) = transaction::create_arena(session, &plan, &spec.maps)?;
         let printk_reader = Mutex::new(printk.and_then(|index| arena.ringbuf(index).ok()));
@@ -178,6 +182,7 @@ impl Object {
                 printk,
                 printk_reader,
                 permissions: session.permissions(),
+                writers,
                 fits: Fits::default(),
                 verified: Mutex::default(),
                 attached: Mutex::default(),
@@ -356,8 +361,8 @@ impl Object {
             }
             let one = &mut prepared[at];
             let kind = self.inner.spec.programs[a.program].kind;
-            if flea_image::needs_frame(kind, &verified, &one.signature) {
-                one.stack = stack_args(&a.function, &one.signature)?;
+            if flea_image::needs_frame(kind, &verified, a.function.signature()) {
+                one.stack = stack_args(&a.function, a.function.signature())?;
                 one.has_frame = true;
             }
             one.uses.insert(0, (a.program, a.cookie));
@@ -377,7 +382,6 @@ impl Object {
             has_frame: false,
             uses: Vec::new(),
             verified: Vec::new(),
-            signature: function.signature().clone(),
         })
     }
 }
@@ -655,15 +659,15 @@ impl Prepared {
 
     /// Where the value of a program goes that skips the function.
     pub(crate) fn skip(&self) -> Option<SkipResult> {
-        flea_image::skip_result(&self.signature).ok()
+        flea_image::skip_result(self.function.signature()).ok()
     }
 
     /// What is compiled the same for every function for which this is equal, but for addresses
     /// and cookies. It names proofs by their addresses: for as long as those are kept.
-    pub(crate) fn shape(&self, frame_offset: u32) -> Shape {
+    pub(crate) fn shape(&self, frame_offset: u32) -> Shape<'_> {
         let proofs = self.uses.iter().zip(&self.verified);
         Shape {
-            signature: self.signature.without_names(),
+            signature: Unnamed(self.function.signature()),
             programs: proofs
                 .map(|((index, _), proof)| (*index, Arc::as_ptr(proof).addr()))
                 .collect(),
@@ -673,16 +677,19 @@ impl Prepared {
 
     /// Compiles the programs on this function, for a frame that starts at `frame_offset`.
     pub(crate) fn compile(&self, object: &Loaded, frame_offset: u32) -> Result<Body, AttachError> {
-        self.compile_by(flea_image::compile_body, object, (&self.signature, frame_offset))
+        let what = (self.function.signature(), frame_offset);
+        self.compile_by(flea_image::compile_body, object, what)
     }
 
     /// The same for all functions of this shape, of which this is one.
     pub(crate) fn compile_shared(
         &self,
         object: &Loaded,
-        shape: &Shape,
+        shape: &Shape<'_>,
     ) -> Result<Body, AttachError> {
-        let what = (&shape.signature, shape.frame_offset);
+        // Names are no part of the shape, so nothing may depend on them.
+        let signature = shape.signature.0.without_names();
+        let what = (&signature, shape.frame_offset);
         self.compile_by(flea_image::compile_shared_body, object, what)
     }
 
@@ -719,8 +726,8 @@ impl Prepared {
 
 /// What of a function decides what is compiled for it: see [`Prepared::shape`].
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Shape {
-    signature: Signature,
+pub(crate) struct Shape<'a> {
+    signature: Unnamed<'a>,
     /// Index of each program, and where its proof is.
     programs: Vec<(usize, usize)>,
     frame_offset: u32,
@@ -737,7 +744,7 @@ type TypesOf<'f> = (Cow<'f, Types>, Cow<'f, [Option<TypeId>]>);
 impl Loaded {
     /// Whether the program with this index can change the target's memory.
     pub(crate) fn writes_target(&self, index: usize) -> bool {
-        calls(&self.spec.programs[index].insns, &[Helper::ProbeWriteUser as u32])
+        self.writers.contains(&index)
     }
 
     fn proof(&self, key: ProofKey) -> Option<Arc<Verified>> {
