@@ -5,6 +5,7 @@ mod bench;
 mod ci;
 mod fixtures;
 mod fuzz;
+mod simulate;
 mod torture;
 mod vectors;
 
@@ -17,8 +18,10 @@ usage: cargo xtask ci                         format, lints, tests, documentatio
        cargo xtask fixtures [NAME]            builds the programs that tests trace
        cargo xtask bench [--rounds N] [--flea PATH] [--json]
                                               what a hit costs, side by side
-       cargo xtask fuzz [--minutes N] [--only kernel|interpreter|prevail|bytes|elf] [--seed S]
+       cargo xtask fuzz [--minutes N] [--only kernel|interpreter|prevail|bytes|elf|shared|registry] [--seed S]
                                               random input, with the kernel and others as judges
+       cargo xtask simulate [--seeds N] [--from S] [--fault NAME|all] [--seed S]
+                                              the patch engine in a made-up process
        cargo xtask torture [--minutes N] [--seed S] [--only redis|cpp|postgres|rust] [--flea PATH]
                            [--seconds N] [--bout SECONDS] [--hang SECONDS] [--without PART]
                                               real programs, traced and disturbed at random
@@ -32,6 +35,7 @@ fn run(args: &[&str]) -> Result<ExitCode> {
         ["fixtures", filter @ ..] if filter.len() <= 1 => fixtures::run(filter.first().copied()),
         ["bench", options @ ..] => bench::run(options),
         ["fuzz", options @ ..] => fuzz::run(options),
+        ["simulate", options @ ..] => simulate::run(options),
         ["torture", options @ ..] => torture::run(options),
         ["cycles", options @ ..] => torture::cycles(options),
         ["vectors", "--worker"] => vectors::work(),

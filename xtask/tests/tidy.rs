@@ -26,7 +26,10 @@ const LAYERS: &[(Layer, &[&str])] = &[
     ),
     (Layer::Effects, &["flea-process", "flea-patch", "flea-maps", "flea-runtime"]),
     (Layer::Faces, &["flea", "flea-cli"]),
-    (Layer::Development, &["flea-fixtures", "flea-fuzz", "flea-generate", "flea-vectors", "xtask"]),
+    (
+        Layer::Development,
+        &["flea-fixtures", "flea-fuzz", "flea-generate", "flea-simulate", "flea-vectors", "xtask"],
+    ),
 ];
 
 /// From the lowest to the highest.

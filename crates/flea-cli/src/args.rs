@@ -90,6 +90,18 @@ pub struct Span {
     /// Stop after this many seconds (default: until Ctrl-C or the target's end)
     #[arg(short, long, value_name = "SECONDS", value_parser = seconds)]
     pub duration: Option<std::time::Duration>,
+    /// Also trace the processes that the target starts, and the programs they execute
+    #[arg(short, long)]
+    pub follow: bool,
+}
+
+/// Whether to wait for libraries.
+#[derive(Debug, Args)]
+pub struct Wait {
+    /// What no loaded module has is waited for: it is attached to when the target has loaded a
+    /// library that has it (looked for 50 times a second: the first calls may be missed)
+    #[arg(long)]
+    pub pending: bool,
 }
 
 /// Commands over functions.
@@ -107,6 +119,9 @@ pub struct Functions {
     #[command(flatten)]
     /// Duration.
     pub span: Span,
+    #[command(flatten)]
+    /// What is not there yet.
+    pub wait: Wait,
 }
 
 /// `flea hist`.
@@ -127,6 +142,9 @@ pub struct Hist {
     #[command(flatten)]
     /// Duration.
     pub span: Span,
+    #[command(flatten)]
+    /// What is not there yet.
+    pub wait: Wait,
 }
 
 /// `flea run`.
@@ -138,8 +156,9 @@ pub struct Run {
     /// Print the verifier's whole log: every instruction it visits, and what is known there
     #[arg(short, long)]
     pub verbose: bool,
-    /// Let programs write to the target's memory (bpf_probe_write_user). Nothing checks what
-    /// they write: it can crash the target, corrupt its data, or make it do anything that it may
+    /// Let programs write to the target's memory (bpf_probe_write_user), and change what functions
+    /// are called with and return (stores to the context). Nothing checks what they write: it can
+    /// crash the target, corrupt its data, or make it do anything that it may
     #[arg(long)]
     pub allow_write: bool,
     #[command(flatten)]

@@ -3,6 +3,7 @@
 
 mod args;
 mod commands;
+mod family;
 mod interrupt;
 mod output;
 mod plain;

@@ -130,6 +130,8 @@ pub enum Record<'a> {
         programs: Vec<String>,
         /// They can change the target's memory.
         writes_target: bool,
+        /// Registers with arguments or results that they change.
+        changes: &'a [&'static str],
         /// Process id of the `flea` that attached it.
         controller: i32,
         /// Whether that one still runs.

@@ -1,12 +1,13 @@
 //! The target of a command, from its flags: a running process or one that is started.
 
 use std::{
+    collections::HashSet,
     process::Command,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result};
-use flea::{Exit, Function, Session};
+use flea::{Exit, FindError, Followed, Following, Function, Session};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::{args, interrupt::Interrupt};
@@ -20,6 +21,8 @@ const PROGRESS_AFTER: Duration = Duration::from_millis(500);
 pub struct Target {
     /// The process.
     pub session: Session,
+    /// With `--follow`.
+    following: Option<Following>,
     interrupt: Interrupt,
     duration: Option<Duration>,
     exit: Option<Exit>,
@@ -46,8 +49,10 @@ impl Target {
                 Session::spawn(command)?
             }
         };
+        let following = if span.follow { Some(session.follow()?) } else { None };
         Ok(Self {
             session,
+            following,
             interrupt,
             duration: span.duration,
             exit: None,
@@ -57,8 +62,13 @@ impl Target {
         })
     }
 
-    /// The functions that `patterns` name, each once.
-    pub fn find(&self, patterns: &[String]) -> Result<Vec<Function>> {
+    /// The functions that `patterns` name, each once, and the patterns of which nothing is there:
+    /// an error, unless they may wait.
+    pub fn find(
+        &self,
+        patterns: &[String],
+        may_wait: bool,
+    ) -> Result<(Vec<Function>, Vec<String>)> {
         let bar = ProgressBar::hidden();
         bar.set_style(ProgressStyle::with_template("{spinner} {msg} {elapsed}")?);
         bar.set_message("reading symbols");
@@ -75,52 +85,84 @@ impl Target {
                     std::thread::park_timeout(Duration::from_millis(50));
                 }
             });
-            let found = self.find_quietly(patterns);
+            let found = find_all(&self.session, patterns);
             done.store(true, std::sync::atomic::Ordering::Relaxed);
             bar.finish_and_clear();
-            found
-        })
-    }
-
-    fn find_quietly(&self, patterns: &[String]) -> Result<Vec<Function>> {
-        let mut functions: Vec<Function> = Vec::new();
-        let mut seen = std::collections::HashSet::new();
-        for pattern in patterns {
-            for function in self.session.find(pattern)? {
-                if seen.insert(function.address()) {
-                    functions.push(function);
+            let (functions, missing) = found;
+            let mut waiting = Vec::new();
+            for (pattern, error) in missing {
+                let may_come = matches!(
+                    error,
+                    FindError::NoSuchModule { .. } | FindError::NoSuchFunction { .. }
+                );
+                if !(may_wait && may_come) {
+                    return Err(error.into());
                 }
+                waiting.push(pattern);
             }
-        }
-        Ok(functions)
+            Ok((functions, waiting))
+        })
     }
 
     /// Lets the target run and waits for Ctrl-C, the duration or its end; calls `tick` all the
     /// while.
     pub fn run(&mut self, mut tick: impl FnMut() -> Result<()>) -> Result<()> {
+        self.run_meeting(|met| if met.is_some() { Ok(()) } else { tick() })
+    }
+
+    /// As [`Target::run`], and where the target is followed, `tick` is called with what becomes of
+    /// it and its children; the end is that of all of them.
+    pub fn run_meeting(
+        &mut self,
+        mut tick: impl FnMut(Option<(&Following, Followed)>) -> Result<()>,
+    ) -> Result<()> {
         self.session.resume()?;
         let started = Instant::now();
         loop {
-            let ended = match self.session.try_wait()? {
-                Some(exit) => {
-                    self.exit = Some(exit);
-                    true
-                }
-                // A command is waited for whatever it becomes: its exit code is ours.
-                None if self.is_command => {
-                    self.is_another();
-                    false
-                }
-                None => self.has_ended() || self.is_another(),
-            };
-            tick()?;
+            let ended = self.is_at_its_end()?;
+            tick(None)?;
             let over = self.duration.is_some_and(|d| started.elapsed() >= d);
             if ended || over || self.interrupt.asked() {
+                // What is known of those that have ended.
+                while let Some(following) = &self.following
+                    && let Some(event) = following.next_within(Duration::ZERO)
+                {
+                    tick(Some((following, event)))?;
+                }
                 return Ok(());
             }
             let left = self.duration.map_or(POLL, |d| d.saturating_sub(started.elapsed()));
-            std::thread::sleep(left.min(POLL));
+            match &self.following {
+                None => std::thread::sleep(left.min(POLL)),
+                Some(following) => {
+                    if let Some(event) = following.next_within(left.min(POLL)) {
+                        tick(Some((following, event)))?;
+                    }
+                }
+            }
         }
+    }
+
+    /// Whether there is nobody left to wait for.
+    fn is_at_its_end(&mut self) -> Result<bool> {
+        if self.exit.is_none() {
+            self.exit = self.session.try_wait()?;
+        }
+        Ok(match &self.following {
+            Some(following) => following.is_over(),
+            None if self.exit.is_some() => true,
+            // A command is waited for whatever it becomes: its exit code is ours.
+            None if self.is_command => {
+                self.is_another();
+                false
+            }
+            None => self.has_ended() || self.is_another(),
+        })
+    }
+
+    /// Who follows the target.
+    pub fn following(&self) -> Option<&Following> {
+        self.following.as_ref()
     }
 
     /// Whether a process that was not started here is no more; says so once.
@@ -163,6 +205,8 @@ impl Target {
     /// that still runs (after `--duration` or Ctrl-C) is waited for, as strace does. For a
     /// process that was running before, 0; 1 where a signal killed it while it was traced.
     pub fn finish(mut self) -> Result<u8> {
+        // Whoever is waited for runs on as if nobody had looked.
+        self.following = None;
         if self.exit.is_none() {
             self.exit = self.session.wait()?;
         }
@@ -176,4 +220,22 @@ impl Target {
             Some(Exit::Signal(signal)) => u8::try_from(128 + signal).unwrap_or(1),
         })
     }
+}
+
+/// The functions of a process that `patterns` name, each once, and the patterns of which nothing is
+/// there.
+pub fn find_all(
+    session: &Session,
+    patterns: &[String],
+) -> (Vec<Function>, Vec<(String, FindError)>) {
+    let mut functions: Vec<Function> = Vec::new();
+    let mut missing = Vec::new();
+    let mut seen = HashSet::new();
+    for pattern in patterns {
+        match session.find(pattern) {
+            Ok(found) => functions.extend(found.into_iter().filter(|f| seen.insert(f.address()))),
+            Err(error) => missing.push((pattern.clone(), error)),
+        }
+    }
+    (functions, missing)
 }

@@ -39,6 +39,10 @@ pub enum Fixture {
     Dies,
     /// `c/naps.c`: threads and a coroutine stay inside functions for as long as is wanted.
     Naps,
+    /// `c/confined.c`: a program under restrictions: seccomp, limits, strange text.
+    Confined,
+    /// The same with a function in a page of text that may be a huge one.
+    ConfinedHuge,
     /// `c/spin.c`: calls one function for ever, also from storms of threads or children.
     Spin,
     /// `c/variadic.c`: variadic functions, called in every way.
@@ -202,6 +206,8 @@ impl Fixture {
             Self::Disturb,
             Self::Dies,
             Self::Naps,
+            Self::Confined,
+            Self::ConfinedHuge,
             Self::Spin,
             Self::Variadic(CBuild::O0),
             Self::Variadic(CBuild::O2),
@@ -241,6 +247,8 @@ impl Fixture {
             Self::Disturb => "disturb".into(),
             Self::Dies => "dies".into(),
             Self::Naps => "naps".into(),
+            Self::Confined => "confined".into(),
+            Self::ConfinedHuge => "confined-huge".into(),
             Self::Spin => "spin".into(),
             Self::Variadic(build) => format!("variadic-{}", build.slug()),
             Self::Entries(build) => format!("entries-{}", build.slug()),

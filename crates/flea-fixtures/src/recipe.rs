@@ -248,6 +248,12 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
         Fixture::Disturb => (vec![source!("c", "disturb.c")], simple(&program, "disturb.c", "")),
         Fixture::Dies => (vec![source!("c", "dies.c")], simple(&program, "dies.c", "")),
         Fixture::Naps => (vec![source!("c", "naps.c")], simple(&program, "naps.c", "")),
+        Fixture::Confined => (vec![source!("c", "confined.c")], simple(&program, "confined.c", "")),
+        Fixture::ConfinedHuge => {
+            let link = "-Wl,-z,max-page-size=2097152";
+            let flags = Flags { tool: Tool::Gcc, compile: "-O2 -DHUGE", link };
+            (vec![source!("c", "confined.c")], c_steps(&flags, "confined.c", "", &program))
+        }
         Fixture::Spin => (vec![source!("c", "spin.c")], simple(&program, "spin.c", "")),
         Fixture::Variadic(build) => {
             let calls = Source { name: "variadic_calls.h", text: variadic::calls() };

@@ -55,6 +55,8 @@ pub enum Tool {
     Valgrind,
     /// perf of the kernel's tools.
     Perf,
+    /// node.
+    Node,
 }
 
 impl Tool {
@@ -80,6 +82,7 @@ impl Tool {
             Self::Gdb => (&["gdb"], Some("gdb")),
             Self::Valgrind => (&["valgrind"], Some("valgrind")),
             Self::Perf => (&["perf"], Some("linux-perf")),
+            Self::Node => (&["node"], Some("nodejs")),
         }
     }
 

@@ -13,6 +13,8 @@
 //! | `prevail` | [`against_prevail`] | nothing by itself: differences are counted |
 //! | `bytes` | [`any_bytes`] | a panic, no end |
 //! | `elf` | [`objects`] | a panic, no end, memory out of proportion |
+//! | `shared` | [`shared`] | a panic, no end, more elements than a map has |
+//! | `registry` | [`registry`] | a panic, no end |
 
 pub mod against_interpreter;
 pub mod against_kernel;
@@ -27,5 +29,8 @@ pub mod kernel;
 pub mod machines;
 pub mod minimise;
 pub mod objects;
+pub mod registry;
+pub mod shared;
 pub mod tally;
 pub mod text;
+pub mod watchdog;

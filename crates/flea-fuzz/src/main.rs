@@ -11,6 +11,8 @@ use flea_fuzz::allocated::Counting;
 use flea_fuzz::any_bytes::AnyBytes;
 use flea_fuzz::campaign::{self, End, Fuzzer};
 use flea_fuzz::objects::Objects;
+use flea_fuzz::registry::Registry;
+use flea_fuzz::shared::Shared;
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -18,14 +20,14 @@ static ALLOCATOR: Counting = Counting;
 const USAGE: &str = "\
 usage: flea-fuzz [--minutes N] [--inputs N] [--only NAME] [--seed S]
        flea-fuzz --show S
-NAME is kernel, interpreter, prevail, bytes or elf; N minutes or inputs are for each of them.
+NAME is kernel, interpreter, prevail, bytes, elf, shared or registry; N minutes or inputs are for each of them.
 --show prints the program of a seed and what both verifiers say of it.";
 
 /// The argument that makes this process a worker.
 const WORKER: &str = "--worker";
 /// And one that asks prevail.
 const PREVAIL_WORKER: &str = "--prevail-worker";
-const NAMES: [&str; 5] = ["kernel", "interpreter", "prevail", "bytes", "elf"];
+const NAMES: [&str; 7] = ["kernel", "interpreter", "prevail", "bytes", "elf", "shared", "registry"];
 
 struct Options {
     end: End,
@@ -73,6 +75,8 @@ fn fuzzer(name: &str) -> Result<Box<dyn Fuzzer>> {
         "interpreter" => Box::new(AgainstInterpreter::new(worker)),
         "prevail" => Box::new(AgainstPrevail::new(prevail_worker)),
         "bytes" => Box::new(AnyBytes::new()),
+        "shared" => Box::new(Shared::new()),
+        "registry" => Box::new(Registry::new()?),
         _ => Box::new(Objects::new()?),
     })
 }

@@ -32,16 +32,17 @@ use flea_object::spec::{MapIdx, MapKind, ProgramKind};
 use flea_verifier::Verified;
 use flea_verifier::facts::Fact;
 
+use crate::changes::{Changes, changes, is_given_back};
 use crate::clif::{self, Number, symbol};
 use crate::code::{Code, RelocTarget};
 use crate::guard::{self, Guard};
-use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads};
+use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads, Saved, When};
 use crate::session;
 use crate::sides::{rank, runs_on};
 use crate::skip::skip_result;
 use crate::translate::{
-    Arguments, Env, Outcome, Parameters, Probes, Saves, Side, Translator, Use, call_runtime, op,
-    proved, store_skip_value, zero_cookie,
+    ARGUMENTS, Arguments, Env, Outcome, Parameters, Probes, Saves, Side, Translator, Use,
+    call_runtime, op, proved, store_skip_value, zero_cookie,
 };
 use crate::x86_64::check::{check_body, check_cpu};
 use crate::x86_64::slim::slim;
@@ -96,11 +97,15 @@ fn compile(job: &Job<'_>) -> Result<Body, CompileError> {
     let request = job.request;
     let n_sessions = request.programs.iter().filter(|p| p.kind == ProgramKind::Fsession).count();
     // Session cookies first, then what the sides want saved, each knowing of those before.
-    let saves = Saves::behind(u32::try_from(n_sessions).unwrap_or(u32::MAX));
+    let mut saves = Saves::behind(u32::try_from(n_sessions).unwrap_or(u32::MAX));
     let saves_after = |side: &Option<(Code, Outcome)>, before: Saves| {
         side.as_ref().map_or(before, |(_, outcome)| outcome.saves.clone())
     };
     let entry = compile_side(job, Side::Entry, &saves)?;
+    let changes = changes_of(request);
+    for i in changes.arguments().filter(|i| is_given_back(*i, request.signature)) {
+        saves.of(When::Entry, Saved::Gpr(ARGUMENTS[usize::from(i)]));
+    }
     let session = compile_side(job, Side::Session, &saves)?;
     let saves = saves_after(&session, saves);
     let modify = compile_side(job, Side::Modify, &saves)?;
@@ -119,8 +124,30 @@ fn compile(job: &Job<'_>) -> Result<Body, CompileError> {
         frame_words: saves.frame_words(),
         reads,
         saves: saves.into_list(),
+        changes,
         calls_runtime,
     })
+}
+
+/// What the session body changes of the arguments, and the exit body of the result.
+fn changes_of(request: &BodyRequest<'_>) -> Changes {
+    let [session, exit] = [Side::Session, Side::Exit].map(|side| changes_on(request, side));
+    Changes { args: session.args, result: exit.result }
+}
+
+/// What the stores mean that programs do on `side`.
+fn changes_on(request: &BodyRequest<'_>, side: Side) -> Changes {
+    let programs = request.programs.iter().filter(|p| runs_on(side, p, request));
+    let changed = programs.map(|p| changes(&on_side(p, side), p.kind, request.signature));
+    changed.fold(Changes::NONE, Changes::join)
+}
+
+/// The program, or the half of it that runs on this side.
+fn on_side<'a>(program: &ProgramUse<'a>, side: Side) -> Cow<'a, Verified> {
+    match program.kind {
+        ProgramKind::Fsession => Cow::Owned(session::half(program.verified, side)),
+        _ => Cow::Borrowed(program.verified),
+    }
 }
 
 fn check_request(request: &BodyRequest<'_>) -> Result<(), CompileError> {
@@ -164,11 +191,8 @@ fn compile_side(
     for (index, program) in (0..).zip(request.programs) {
         let cookie_word = n_sessions;
         n_sessions += u32::from(program.kind == ProgramKind::Fsession);
-        if runs_on(side, program, request.signature) {
-            let verified = match program.kind {
-                ProgramKind::Fsession => Cow::Owned(session::half(program.verified, side)),
-                _ => Cow::Borrowed(program.verified),
-            };
+        if runs_on(side, program, request) {
+            let verified = on_side(program, side);
             let guard = guard::of_program(&verified, request.plan);
             let takes_locks = guard::takes_locks(&verified, request.plan);
             let cookie = job.number(program.cookie, RelocTarget::Cookie { program: index });
@@ -222,6 +246,7 @@ fn build(
     b.switch_to_block(block);
     let params = b.block_params(block).to_vec();
     let args = Arguments::new(&mut b, side, request.signature, parameters.split(&params));
+    let args = args.changed_by(changes_on(request, side));
     if side == Side::Session {
         for c in chosen.iter().filter(|c| c.program.kind == ProgramKind::Fsession) {
             zero_cookie(&mut b, &args, request.frame_offset, c.cookie_word);

@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 mod body;
+mod changes;
 mod clif;
 mod code;
 mod frame;
@@ -28,6 +29,7 @@ pub mod unwind;
 pub mod x86_64;
 
 pub use body::{compile_body, compile_shared_body};
+pub use changes::{Changes, changeable};
 pub use code::{Code, Reloc, RelocKind, RelocTarget};
 pub use plain::{PlainRequest, compile_function, compile_plain};
 pub use request::{
@@ -41,7 +43,7 @@ pub use x86_64::image_check::{ImageError, ImageUnderCheck, check_image};
 pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;
 pub use x86_64::skeleton::{
-    BodyRef, Draft, LinkError, Linker, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody,
+    BodyRef, Changer, Draft, LinkError, Linker, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody,
     SkeletonRequest, Switch, UnwindRow, UnwindRule, call_patch, link_skeleton,
     link_unwinder_skeleton,
 };

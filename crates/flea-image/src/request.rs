@@ -7,6 +7,7 @@ use flea_symbols::addr::RemoteAddr;
 use flea_symbols::signature::{ArgWord, RetWord, Signature};
 use flea_verifier::Verified;
 
+use crate::changes::Changes;
 use crate::code::Code;
 use crate::skip::NoSkip;
 use crate::x86_64::check::CheckError;
@@ -77,6 +78,8 @@ pub struct Body {
     pub reads: Reads,
     /// What else the skeleton stores into those words.
     pub saves: Vec<Save>,
+    /// What the session body changes of the arguments, and the exit body of the result.
+    pub changes: Changes,
     /// Some code here calls the runtime.
     pub calls_runtime: bool,
 }

@@ -6,15 +6,21 @@ use flea_symbols::signature::{ArgWord, Signature};
 use flea_verifier::Verified;
 use flea_verifier::facts::{Fact, Region};
 
-use crate::request::ProgramUse;
+use crate::changes::changes;
+use crate::request::{BodyRequest, ProgramUse};
 use crate::translate::{Side, is_saved_at_entry};
 
 /// Whether `verified`, or what its tail calls lead to, attached as `kind` to a function with this signature, needs the skeleton's
-/// frame: every kind that runs at exit, and those entry programs that read what no parameter of
-/// an entry body can show. What needs a frame needs the function's stack words to be known.
+/// frame: every kind that runs at exit, and those entry programs that change arguments, or read
+/// what no parameter of an entry body can show. What needs a frame needs the function's stack words to be known.
 #[must_use]
 pub fn needs_frame(kind: ProgramKind, verified: &Verified, signature: &Signature) -> bool {
     match kind {
+        ProgramKind::Fentry | ProgramKind::Uprobe
+            if changes(verified, kind, signature).args != 0 =>
+        {
+            true
+        }
         ProgramKind::Fentry => verified.members().any(|v| reads_wide_words(v, signature)),
         ProgramKind::Uprobe => verified.members().any(reads_saved_registers),
         ProgramKind::Fexit
@@ -55,16 +61,25 @@ fn reads_wide_words(verified: &Verified, signature: &Signature) -> bool {
 }
 
 /// Whether a program is part of the body on `side`.
-pub(crate) fn runs_on(side: Side, program: &ProgramUse<'_>, signature: &Signature) -> bool {
+pub(crate) fn runs_on(side: Side, program: &ProgramUse<'_>, request: &BodyRequest<'_>) -> bool {
     match program.kind {
         ProgramKind::Fentry | ProgramKind::Uprobe => {
-            let framed = needs_frame(program.kind, program.verified, signature);
+            let signature = request.signature;
+            // Those behind one that changes arguments are to find what it left.
+            let framed = needs_frame(program.kind, program.verified, signature)
+                || request.programs.iter().any(|p| changes_arguments(p, signature));
             side == if framed { Side::Session } else { Side::Entry }
         }
         ProgramKind::Fexit | ProgramKind::Uretprobe => side == Side::Exit,
         ProgramKind::Fsession => matches!(side, Side::Session | Side::Exit),
         ProgramKind::FmodRet => side == Side::Modify,
     }
+}
+
+/// Whether it is an entry program that changes what its function is called with.
+fn changes_arguments(program: &ProgramUse<'_>, signature: &Signature) -> bool {
+    matches!(program.kind, ProgramKind::Fentry | ProgramKind::Uprobe)
+        && changes(program.verified, program.kind, signature).args != 0
 }
 
 /// Kinds run in this order on one side; within a kind the newest is first.

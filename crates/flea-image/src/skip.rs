@@ -56,7 +56,7 @@ pub fn skip_result(signature: &Signature) -> Result<SkipResult, NoSkip> {
 
 /// Whether rax may be the address of a struct that the caller has room for. That address is the
 /// first integer argument then, hidden, and no parameter is in its register.
-fn may_be_in_memory(signature: &Signature) -> bool {
+pub(crate) fn may_be_in_memory(signature: &Signature) -> bool {
     let Type::Aggregate { size_bytes, .. } = signature.ret.ty else { return false };
     size_bytes > 8 || !signature.arg_words().any(|word| word == ArgWord::Gpr(0))
 }

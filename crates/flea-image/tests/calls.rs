@@ -6,8 +6,8 @@ mod support;
 
 use expect_test::expect;
 use flea_image::{
-    BodyRef, LinkError, Reads, RelocateError, SiteKind, SkeletonBody, SkeletonRequest, StackCopy,
-    link_skeleton,
+    BodyRef, Changes, LinkError, Reads, RelocateError, SiteKind, SkeletonBody, SkeletonRequest,
+    StackCopy, link_skeleton,
 };
 use flea_symbols::addr::RemoteAddr;
 use iced_x86::IcedError;
@@ -103,6 +103,7 @@ fn patched(begin: Begin, taken: i32, entry: bool, exit: bool) -> Patched {
         exit: body(exit),
         reads: &reads,
         saves: &[],
+        changes: Changes::NONE,
         frame_words: 0,
         frame_offset: 0,
     }];

@@ -69,6 +69,7 @@ fn image(hand: &Hand) -> ImageUnderCheck<'_> {
         address: RemoteAddr(address),
         runs,
         reads: reads.to_vec(),
+        changes: vec![],
     };
     ImageUnderCheck {
         bytes: &hand.bytes,
@@ -86,6 +87,8 @@ fn image(hand: &Hand) -> ImageUnderCheck<'_> {
         calls: vec![call(MODIFY, Runs::Modifies, &[]), call(EXIT, Runs::AtExit, &[8])],
         frame: vec![FrameWord { below_rbp: 8, holds: Holds::Result(RAX) }],
         frame_bytes: 0x90,
+        changers: vec![],
+        given_back: vec![],
         memory: Trusted::Ranges(&[]),
         runtime: Trusted::Ranges(&[]),
         switches: hand

@@ -6,8 +6,8 @@ mod support;
 use expect_test::expect;
 use flea_image::unwind::{FDE_OFFSET, HEADER_OFFSET, frame_arena_rows};
 use flea_image::{
-    BODY_FRAMES_OFFSET, BodyRef, FrameArena, LinkError, Question, Reads, RelocateError, Save,
-    Saved, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, When, call_patch,
+    BODY_FRAMES_OFFSET, BodyRef, Changes, FrameArena, LinkError, Question, Reads, RelocateError,
+    Save, Saved, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, When, call_patch,
     link_skeleton, link_unwinder_skeleton,
 };
 use flea_symbols::addr::RemoteAddr;
@@ -141,6 +141,7 @@ fn words_that_may_not_be_there_are_read_with_care() {
         exit: Some(BodyRef::Call(NEAR)),
         reads: &reads,
         saves: &[],
+        changes: Changes::NONE,
         frame_words: 0,
         frame_offset: 0,
     }];
@@ -209,6 +210,7 @@ fn frame_words_of_bodies_do_not_overlap() {
         exit: None,
         reads: &reads,
         saves: &[],
+        changes: Changes::NONE,
         frame_words,
         frame_offset,
     };
@@ -397,6 +399,7 @@ fn saves_go_into_the_words_of_their_body() {
             exit: Some(BodyRef::Call(NEAR)),
             reads: &reads,
             saves,
+            changes: Changes::NONE,
             frame_words,
             frame_offset: BODY_FRAMES_OFFSET,
         };

@@ -8,8 +8,8 @@ mod support;
 
 use expect_test::{Expect, expect};
 use flea_image::{
-    BODY_FRAMES_OFFSET, BodyRef, BodyRequest, CompileError, Cpu, NoSkip, ProgramUse, Reads,
-    SiteKind, SkeletonBody, SkeletonRequest, SkipResult, compile_body, link_skeleton,
+    BODY_FRAMES_OFFSET, BodyRef, BodyRequest, Changes, CompileError, Cpu, NoSkip, ProgramUse,
+    Reads, SiteKind, SkeletonBody, SkeletonRequest, SkipResult, compile_body, link_skeleton,
 };
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_object::helper::Helper;
@@ -275,6 +275,7 @@ fn the_skeleton_asks_each_controller() {
         exit: Some(BodyRef::Call(RemoteAddr(0x50_1000 + n))),
         reads: &reads,
         saves: &[],
+        changes: Changes::NONE,
         frame_words: 0,
         frame_offset: 0,
     };

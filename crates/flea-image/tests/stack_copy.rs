@@ -5,7 +5,7 @@
 mod support;
 
 use flea_image::{
-    BodyRef, Reads, SiteKind, SkeletonBody, SkeletonRequest, StackCopy, link_skeleton,
+    BodyRef, Changes, Reads, SiteKind, SkeletonBody, SkeletonRequest, StackCopy, link_skeleton,
 };
 use flea_symbols::addr::RemoteAddr;
 use iced_x86::code_asm::*;
@@ -144,6 +144,7 @@ impl Rig {
             exit: Some(BodyRef::Call(at(BODY))),
             reads: &Reads::default(),
             saves: &[],
+            changes: Changes::NONE,
             frame_words: 0,
             frame_offset: 0,
         }];

@@ -164,10 +164,13 @@ impl<T: Target> Commit<'_, T> {
     fn forward(&mut self) -> Result<(), Setback<T::Error>> {
         self.wait_for_handlers()?;
         let n_sites = self.plan.pokes.len();
-        let at_once = self.target.sites_at_once().max(1);
-        for start in (0..n_sites).step_by(at_once) {
-            self.change(&(start..n_sites.min(start.saturating_add(at_once))))?;
+        let mut start = 0;
+        while start < n_sites {
+            let at_once = self.target.sites_at_once().max(1);
+            let end = n_sites.min(start.saturating_add(at_once));
+            self.change(&(start..end))?;
             self.report.n_batches += 1;
+            start = end;
         }
         self.close().map_err(at("closing the window"))
     }

@@ -85,3 +85,17 @@ pub enum CommitError<E: std::error::Error + 'static> {
         found: Vec<u8>,
     },
 }
+
+impl<E: std::error::Error + 'static> CommitError<E> {
+    /// Whether every site is as it was before.
+    #[must_use]
+    pub fn is_undone(&self) -> bool {
+        match self {
+            Self::Plan(_) | Self::Mismatch { .. } | Self::Busy { .. } | Self::Failed { .. } => true,
+            Self::Broken { .. }
+            | Self::Stranded { .. }
+            | Self::Kept { .. }
+            | Self::ReadBack { .. } => false,
+        }
+    }
+}

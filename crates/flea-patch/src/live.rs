@@ -14,6 +14,23 @@ impl Target for Tracer {
         Ok(self.memory().read(at, into)?)
     }
 
+    fn read_each(&mut self, parts: &[(RemoteAddr, usize)]) -> Vec<Result<Vec<u8>, TraceError>> {
+        let found = self.memory().read_each(parts);
+        found.into_iter().map(|bytes| Ok(bytes?)).collect()
+    }
+
+    fn sites_at_once(&self) -> usize {
+        Self::sites_at_once(self)
+    }
+
+    fn look(&mut self, places: &[RemoteAddr]) -> Result<Vec<RemoteAddr>, TraceError> {
+        Ok(Self::look(self, places)?.into_iter().map(|word| word.value).collect())
+    }
+
+    fn release(&mut self) -> Result<(), TraceError> {
+        Self::release(self)
+    }
+
     fn write_text(&mut self, at: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
         Self::write_text(self, at, bytes)
     }

@@ -24,7 +24,7 @@ use std::ffi::{c_int, c_void};
 use std::io;
 use std::ptr;
 
-use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
+use nix::sys::signal::{SigHandler, SigSet, SigmaskHow, Signal, pthread_sigmask, signal};
 
 use crate::thread::{Job, on_own_thread};
 
@@ -90,6 +90,10 @@ extern "C" fn run<F: FnOnce() -> R, R>(job: *mut c_void) -> c_int {
     // process leads no group, so this does not fail.
     let apart = nix::unistd::setsid();
     debug_assert!(apart.is_ok(), "a new process leads no group");
+    // Handlers are not shared with the controller, which may ignore the signal.
+    // SAFETY: the default action runs no code of ours.
+    let default = unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) };
+    debug_assert!(default.is_ok(), "it is a signal that may be set");
     job.run();
     0
 }
@@ -158,7 +162,7 @@ mod tests {
 
     #[test]
     fn a_child_that_is_killed_is_an_error() {
-        use nix::sys::signal::{Signal, kill};
+        use nix::sys::signal::kill;
         let killed = in_own_process(|| kill(nix::unistd::getpid(), Signal::SIGKILL));
         assert!(killed.unwrap_err().to_string().contains("was killed"));
     }

@@ -12,10 +12,15 @@
 compile_error!("flea-process knows Linux on x86-64 only");
 
 mod apart;
+mod batch;
 mod cgroup;
 mod files;
+mod follow;
 mod frozen;
 mod gap;
+mod handover;
+mod hub;
+mod hurry;
 mod maps;
 mod memory;
 mod proc;
@@ -27,6 +32,7 @@ mod seize;
 mod sigtrap;
 mod spawn;
 mod survey;
+mod text_log;
 mod thread;
 mod tracer;
 mod traps;
@@ -36,8 +42,10 @@ mod x86_64;
 
 pub use cgroup::{MemoryLeft, memory_left};
 pub use files::{open_new_memfd, open_regular};
+pub use follow::{Followed, Follower};
 pub use frozen::FrozenThread;
 pub use gap::{GapError, find_gap};
+pub use handover::{HANDOVER_BYTES, HandOverError, hand_over};
 pub use maps::{Mapping, Perms, parse_maps};
 pub use memory::{Memory, MemoryError};
 pub use nix::errno::Errno;

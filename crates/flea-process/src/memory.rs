@@ -11,6 +11,11 @@ use flea_symbols::addr::RemoteAddr;
 
 use crate::proc::Tid;
 
+/// Bytes in between that are cheaper to read than a second call is.
+const NEAR_BYTES: u64 = 2048;
+/// Bounds what one call reads.
+const MOST_IN_A_RUN: usize = 64;
+
 /// Why memory of the target could not be read or written. Nothing is half reported: a short
 /// transfer is an error that says where it ended.
 #[derive(Debug, thiserror::Error)]
@@ -87,6 +92,32 @@ impl Memory {
         Ok(bytes)
     }
 
+    /// Each of these addresses' bytes, as many as said. Those close to each other are read
+    /// together.
+    pub fn read_each(&self, parts: &[(RemoteAddr, usize)]) -> Vec<Result<Vec<u8>, MemoryError>> {
+        let mut order: Vec<usize> = (0..parts.len()).collect();
+        order.sort_unstable_by_key(|&i| parts[i]);
+        let mut found: Vec<_> = parts.iter().map(|_| Ok(Vec::new())).collect();
+        let end_of = |i: usize| parts[i].0.0.saturating_add(parts[i].1 as u64);
+        let is_near = |&a: &usize, &b: &usize| parts[b].0.0.saturating_sub(end_of(a)) <= NEAR_BYTES;
+        for run in order.chunk_by(is_near).flat_map(|run| run.chunks(MOST_IN_A_RUN)) {
+            let start = run.first().map_or(RemoteAddr(0), |&i| parts[i].0);
+            let end = run.iter().map(|&i| end_of(i)).max().unwrap_or(start.0);
+            let mut text = vec![0; usize::try_from(end - start.0).unwrap_or(0)];
+            let n_read = self.read_prefix(start, &mut text);
+            for &i in run {
+                let (at, n_bytes) = parts[i];
+                let from = usize::try_from(at.0 - start.0).unwrap_or(usize::MAX);
+                found[i] = match text[..n_read].get(from..from.saturating_add(n_bytes)) {
+                    Some(bytes) => Ok(bytes.to_vec()),
+                    // Behind a hole in between, or in it.
+                    None => self.read_vec(at, n_bytes),
+                };
+            }
+        }
+        found
+    }
+
     /// A little-endian word at `at`.
     pub fn read_u64(&self, at: RemoteAddr) -> Result<u64, MemoryError> {
         let mut word = [0; 8];
@@ -142,5 +173,26 @@ fn finish(
             stopped_at: RemoteAddr(at.0.wrapping_add(done as u64)),
             reason,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_part_is_read() {
+        let memory = Memory::open(nix::unistd::gettid().as_raw()).expect("our own");
+        let bytes: Vec<u8> = (0..=255).cycle().take(100_000).collect();
+        let at = |offset: usize| RemoteAddr(bytes.as_ptr() as u64 + offset as u64);
+        let offsets = [70_000, 5, 90_000, 0, 6, 2, 4_000, 70_001];
+        let mut parts: Vec<_> = offsets.iter().map(|&offset| (at(offset), 7)).collect();
+        parts.insert(3, (RemoteAddr(16), 4));
+        let mut found = memory.read_each(&parts);
+        assert!(found.remove(3).is_err(), "nothing is mapped there");
+        for (offset, found) in offsets.iter().zip(found) {
+            assert_eq!(found.expect("mapped"), bytes[*offset..offset + 7]);
+        }
+        assert!(memory.read_each(&[]).is_empty());
     }
 }

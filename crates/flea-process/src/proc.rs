@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{self, Read};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
 
 use flea_symbols::addr::RemoteAddr;
@@ -68,6 +69,16 @@ pub enum ProcError {
         path: String,
         /// The system's word for it.
         reason: io::Error,
+    },
+    /// It has our user, and the system refused all the same.
+    #[error(
+        "process {pid} has made itself undumpable (it changed its user, has file capabilities, or asked for it by prctl): {path} is for root alone; run as root"
+    )]
+    NotDumpable {
+        /// The process.
+        pid: Pid,
+        /// The file.
+        path: String,
     },
     /// Reading failed otherwise.
     #[error("reading {path}: {reason}")]
@@ -292,6 +303,14 @@ pub fn comm(tid: Tid) -> Result<String, ProcError> {
     Ok(read_text(tid, "comm")?.trim_end().to_owned())
 }
 
+/// The process that started this one, or who has taken it over since.
+pub(crate) fn parent(pid: Pid) -> Option<Pid> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may itself hold any of ") (".
+    let (_, fields) = stat.rsplit_once(')')?;
+    fields.split_whitespace().nth(1)?.parse().ok()
+}
+
 /// Where thread `tid` of process `pid` is right now.
 #[must_use]
 pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
@@ -299,6 +318,14 @@ pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
         Ok(text) => parse_whereabouts(&text).unwrap_or(Whereabouts::Running),
         Err(_) => Whereabouts::Gone,
     }
+}
+
+/// How often a thread has been given a CPU, where the kernel counts that. One that has the same
+/// number later has not run in between.
+pub fn n_runs(pid: Pid, tid: Tid) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+    // Time on a CPU, time waited for one, and the number. All are 0 where nothing is counted.
+    text.split_whitespace().nth(2)?.parse().ok().filter(|&n| n > 0)
 }
 
 /// When a thread that is off its CPU was last on it. Kernels before 6.15 may not tell.
@@ -331,7 +358,6 @@ pub fn auxv(pid: Pid) -> Result<AuxVector, ProcError> {
 /// own link is exact but needs CAP_CHECKPOINT_RESTORE or root; the path inside the target's
 /// root is believed only where device and inode agree.
 pub fn module_file_path(pid: Pid, mapping: &Mapping) -> Result<PathBuf, ProcError> {
-    use std::os::unix::fs::MetadataExt;
     let pid = stand_in(pid);
     let exact = format!("/proc/{pid}/map_files/{:x}-{:x}", mapping.start.0, mapping.end.0);
     // Following the link is what takes the right.
@@ -387,13 +413,26 @@ fn read_text(pid: Pid, file: &str) -> Result<String, ProcError> {
     Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
+/// Whether the kernel keeps process `pid` from its own user: files in its directory, though not
+/// the directory, belong to root then.
+pub(crate) fn is_undumpable(pid: Pid) -> bool {
+    let owner = fs::metadata(format!("/proc/{pid}/environ")).map(|file| file.uid());
+    owner.is_ok_and(|owner| owner == 0) && status(pid).is_ok_and(|now| now.uids[0] != 0)
+}
+
 fn explain(pid: Pid, path: &str, reason: io::Error) -> ProcError {
     match reason.raw_os_error() {
         Some(libc::ENOENT | libc::ESRCH) if !fs::exists(format!("/proc/{pid}")).unwrap_or(true) => {
             ProcError::NotFound { pid }
         }
         Some(libc::EACCES | libc::EPERM) => {
-            ProcError::Denied { pid, path: path.to_owned(), reason }
+            let path = path.to_owned();
+            let us = nix::unistd::geteuid().as_raw();
+            let is_ours = us != 0 && status(pid).is_ok_and(|now| now.uids[0] == us);
+            match is_ours && is_undumpable(pid) {
+                true => ProcError::NotDumpable { pid, path },
+                false => ProcError::Denied { pid, path, reason },
+            }
         }
         _ => ProcError::Read { path: path.to_owned(), reason },
     }

@@ -4,6 +4,7 @@
 use std::ffi::c_void;
 use std::mem::MaybeUninit;
 use std::ptr;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -194,6 +195,30 @@ pub(crate) fn poll_stop(whose: Whose) -> Result<Option<(Tid, Stop)>, Errno> {
     Ok(Some((tid, decode(status))))
 }
 
+/// What has become of a traced thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum News {
+    /// It stands still.
+    Stop(Tid, Stop),
+    /// It has ended, and was collected: its parent, if that is another process, is told by the
+    /// kernel now.
+    End(Tid),
+}
+
+/// The next stop or end that nobody has asked about yet. Not for a tracer in the process of the
+/// tracees' parent: that would lose their exit status.
+pub(crate) fn poll_news() -> Result<Option<News>, Errno> {
+    let Some(info) = wait(Whose::Any, libc::WSTOPPED | libc::WEXITED)? else {
+        return Ok(None);
+    };
+    // SAFETY: waitid has filled the child fields: it returned a child.
+    let (tid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    Ok(Some(match info.si_code {
+        libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED => News::End(tid),
+        _ => News::Stop(tid, decode(status)),
+    }))
+}
+
 /// Whether thread `tid` has ended. The exit status is left for the parent to collect.
 ///
 /// The kernel reports a tracee's *stops* to its tracer whatever the options say ("we see
@@ -214,6 +239,23 @@ pub(crate) fn has_ended(tid: Tid) -> bool {
 pub(crate) fn reap(tid: Tid) {
     // Nothing to collect: the kernel has done so.
     let _collected = wait(Whose::Thread(tid), libc::WEXITED);
+}
+
+/// Waits until a stop of a tracee has been told of by SIGCHLD, which must be blocked and not
+/// ignored, or for `most`. Whether there was one is not said.
+pub(crate) fn wait_for_any_stop(most: Duration) {
+    let mut set = MaybeUninit::<libc::sigset_t>::zeroed();
+    // SAFETY: a live local, which sigemptyset fills.
+    unsafe { libc::sigemptyset(set.as_mut_ptr()) };
+    // SAFETY: as above; the signal's number is valid.
+    unsafe { libc::sigaddset(set.as_mut_ptr(), libc::SIGCHLD) };
+    let timeout = libc::timespec {
+        tv_sec: most.as_secs().cast_signed(),
+        tv_nsec: most.subsec_nanos().into(),
+    };
+    // SAFETY: both are live locals, and no information about the signal is asked for. It fails
+    // when the time is over, which is as good.
+    let _told = unsafe { libc::sigtimedwait(set.as_ptr(), ptr::null_mut(), &raw const timeout) };
 }
 
 fn wait(whose: Whose, what: i32) -> Result<Option<libc::siginfo_t>, Errno> {

@@ -29,7 +29,7 @@ use crate::gap::{GapError, find_gap};
 use crate::proc::{self, Pid, SignalSet, Tid, Whereabouts};
 use crate::ptrace::{self, Stop, Whose};
 use crate::seccomp::{SeccompMode, Verdict};
-use crate::tracer::{OPTIONS, Pace, TraceError, Tracer};
+use crate::tracer::{OPTIONS, TraceError, Tracer};
 use crate::x86_64::{Registers, SYSCALL, disturbance};
 
 /// A system call of ours that has not ended by then never will.
@@ -177,11 +177,14 @@ struct Loan {
 
 /// Whom to borrow.
 #[derive(Clone, Copy, Debug)]
-enum Lender {
+pub(crate) enum Lender {
     /// Any thread that runs in the target's memory.
     Any,
     /// A thread of the process itself: not a vfork child, which has dispositions of its own.
     OwnThread,
+    /// A thread that sleeps in a system call: the call may take some time.
+    Sleeper,
+    /// This one.
     This(Tid),
 }
 
@@ -203,9 +206,7 @@ impl Tracer {
         &mut self,
         calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
     ) -> Result<R, RemoteError> {
-        self.find_syscall_insn()?;
-        let loan = self.borrow(Lender::Any)?;
-        self.lend(loan, calls)
+        self.with_lender(Lender::Any, calls)
     }
 
     /// As [`Tracer::with_thread`], in a thread of the process itself: a vfork child runs in its
@@ -214,9 +215,7 @@ impl Tracer {
         &mut self,
         calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
     ) -> Result<R, RemoteError> {
-        self.find_syscall_insn()?;
-        let loan = self.borrow(Lender::OwnThread)?;
-        self.lend(loan, calls)
+        self.with_lender(Lender::OwnThread, calls)
     }
 
     /// As [`Tracer::with_thread`], in one thread of the caller's choice.
@@ -225,9 +224,19 @@ impl Tracer {
         tid: Tid,
         calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
     ) -> Result<R, RemoteError> {
+        self.with_lender(Lender::This(tid), calls)
+    }
+
+    pub(crate) fn with_lender<R>(
+        &mut self,
+        lender: Lender,
+        calls: impl FnOnce(&mut Borrowed<'_>) -> Result<R, RemoteError>,
+    ) -> Result<R, RemoteError> {
         self.find_syscall_insn()?;
-        let loan = self.borrow(Lender::This(tid))?;
-        self.lend(loan, calls)
+        self.urgently(|tracer| {
+            let loan = tracer.borrow(lender)?;
+            tracer.lend(loan, calls)
+        })
     }
 
     fn lend<R>(
@@ -303,7 +312,7 @@ impl Tracer {
     /// Takes the thread that is disturbed least, or the one named.
     fn borrow(&mut self, lender: Lender) -> Result<Loan, RemoteError> {
         let until = Instant::now() + SEARCH_PATIENCE;
-        let mut pace = Pace::default();
+        let mut pace = self.pace();
         let mut filtered = false;
         while Instant::now() < until {
             self.pump()?;
@@ -316,6 +325,9 @@ impl Tracer {
             }
             if filtered {
                 return Err(RemoteError::Seccomp { pid: self.pid });
+            }
+            if matches!(lender, Lender::Sleeper) {
+                break;
             }
             if matches!(lender, Lender::This(tid) if !self.tasks.contains_key(&tid)) {
                 // It has ended.
@@ -338,7 +350,12 @@ impl Tracer {
             if task.foreign && matches!(lender, Lender::OwnThread) {
                 continue;
             }
-            let rank = match self.whereabouts(tid) {
+            let place = self.whereabouts(tid);
+            let sleeps = task.parked.is_none() && matches!(place, Whereabouts::Syscall { .. });
+            if matches!(lender, Lender::Sleeper) && !sleeps {
+                continue;
+            }
+            let rank = match place {
                 // What it opens, its parent does not have.
                 _ if task.foreign => 9,
                 // Taken last: its signal, sent anew, would lose whom it came from.
@@ -454,10 +471,17 @@ impl Tracer {
         }
     }
 
-    /// Waits for one thread only; others may wait for us meanwhile.
+    /// Waits for one thread; where that takes long, others' stops are answered meanwhile.
     fn wait_for(&mut self, tid: Tid) -> Result<Option<Stop>, TraceError> {
+        self.lent.insert(tid);
+        let stop = self.wait_for_lent(tid);
+        self.lent.remove(&tid);
+        stop
+    }
+
+    fn wait_for_lent(&mut self, tid: Tid) -> Result<Option<Stop>, TraceError> {
         let until = Instant::now() + CALL_PATIENCE;
-        let mut pace = Pace::default();
+        let mut pace = self.pace();
         loop {
             match ptrace::poll_stop(Whose::Thread(tid)) {
                 Ok(Some((_, stop))) => return Ok(Some(stop)),
@@ -470,9 +494,29 @@ impl Tracer {
                     let waited_ms = u64::try_from(CALL_PATIENCE.as_millis()).unwrap_or(u64::MAX);
                     return Err(TraceError::Stuck { tid, waited_ms });
                 }
-                Ok(None) => pace.rest(),
+                Ok(None) => {
+                    self.pump_others()?;
+                    pace.rest();
+                }
             }
         }
+    }
+
+    /// As [`Tracer::pump_when_due`], but leaves threads alone that somebody waits for.
+    fn pump_others(&mut self) -> Result<(), TraceError> {
+        if !self.is_pump_due() {
+            return Ok(());
+        }
+        let others: Vec<Tid> = self.tasks.keys().chain(&self.expected).copied().collect();
+        for tid in others {
+            if !self.lent.contains(&tid)
+                && let Ok(Some((tid, stop))) = ptrace::poll_stop(Whose::Thread(tid))
+            {
+                self.answer(tid, stop)?;
+            }
+        }
+        self.last_pump = Instant::now();
+        self.unpark_overdue()
     }
 
     /// One system call in a thread that is stopped *outside* any system call; it is left

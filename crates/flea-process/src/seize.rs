@@ -14,11 +14,13 @@ use nix::errno::Errno;
 use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 
 use crate::apart::in_own_process;
+use crate::follow;
+use crate::hurry::hurry;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, Tid};
 use crate::ptrace;
 use crate::thread::on_own_thread;
-use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer, hurry};
+use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer};
 
 /// Name of the tracer thread: by it, another flea knows to wait instead of giving up.
 pub const TRACER_THREAD_NAME: &str = "flea-tracer";
@@ -58,6 +60,16 @@ pub enum SeizeError {
         tracer_tid: Tid,
         /// The tracer's name.
         comm: String,
+    },
+    /// Another flea follows it.
+    #[error(
+        "process {pid} is followed by flea (process {controller}, with --follow), which no other tracer can join; end that one first"
+    )]
+    Followed {
+        /// The process.
+        pid: Pid,
+        /// Who follows it.
+        controller: Pid,
     },
     /// Another flea has held it for longer than we wait.
     #[error(
@@ -149,6 +161,16 @@ pub fn seize<R: Send>(
     }
     proc::check_traceable(pid)?;
     let mut work = Some(work);
+    if let Some(follower) = follow::port_of(pid) {
+        let done = follower.work(pid, |tracer| work.take().map(|work| work(tracer)));
+        if let Some(result) = done.flatten() {
+            return Ok(result);
+        }
+        // It is not followed any more.
+        if work.is_none() {
+            return Err(SeizeError::Gone { pid });
+        }
+    }
     let outcome = seize_from(Place::Apart, pid, &mut work)?;
     // Nothing has been done yet: a process apart has not started the target, we may have.
     if let (Err(SeizeError::Yama { scope: YAMA_DESCENDANTS, .. }), Some(_)) = (&outcome, &work) {
@@ -182,6 +204,7 @@ fn seize_from<R: Send>(
         debug_assert!(blocked.is_ok(), "the arguments are valid");
         hurry();
         let seized = attach(pid).map(|mut tracer| {
+            tracer.hears_stops = matches!(place, Place::Apart);
             let work = work.take().expect("a target is seized once");
             let result = work(&mut tracer);
             tracer.leave();
@@ -210,7 +233,7 @@ fn wait_until_released(pid: Pid, tracer_tid: Tid) {
 }
 
 /// Seizes thread after thread, the first one first (it is the lock), until there is none left.
-fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
+pub(crate) fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
     let mut tracer: Option<Tracer> = None;
     // Seized while they end: they have let go of the process's memory already.
     let mut ending: Vec<Tid> = Vec::new();
@@ -304,6 +327,10 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
         }
         let tracer_tid = status.tracer_tid;
         let comm = proc::comm(tracer_tid).unwrap_or_default();
+        if comm == follow::FOLLOWER_NAME {
+            let controller = proc::parent(tracer_tid).unwrap_or(tracer_tid);
+            return Err(SeizeError::Followed { pid, controller });
+        }
         let is_flea = comm == TRACER_THREAD_NAME || comm == "flea" || comm.is_empty();
         if tracer_tid == 0 || !is_flea {
             // For an instant, who has just let go shows as nobody, and who has just seized as
@@ -328,16 +355,13 @@ fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
 }
 
 fn explain_refusal(pid: Pid, status: &proc::Status, errno: Errno) -> SeizeError {
-    use std::os::unix::fs::MetadataExt;
     let us = nix::unistd::geteuid().as_raw();
     let [real, effective, saved, _] = status.uids;
     if us != 0 && [real, effective, saved] != [us; 3] {
         let owner = if real == us { effective } else { real };
         return SeizeError::OtherUser { pid, owner, us };
     }
-    // The files of an undumpable process belong to root.
-    let files_owner = std::fs::metadata(format!("/proc/{pid}")).map(|m| m.uid());
-    if us != 0 && files_owner.is_ok_and(|owner| owner != us) {
+    if us != 0 && proc::is_undumpable(pid) {
         return SeizeError::NotDumpable { pid };
     }
     let scope = std::fs::read_to_string("/proc/sys/kernel/yama/ptrace_scope")
@@ -386,11 +410,11 @@ fn adopt_vfork_children(tracer: &mut Tracer) {
 impl Tracer {
     /// Before the thread ends and the kernel lets go of everything: no interrupt of ours may
     /// be on its way, for a thread woken by it and not stopped any more would see `EINTR`.
-    fn leave(&mut self) {
+    pub(crate) fn leave(&mut self) {
         // Where closing the window fails, the process has ended.
         drop(self.disarm());
         let until = Instant::now() + LEAVE_PATIENCE;
-        let mut pace = Pace::default();
+        let mut pace = self.pace();
         loop {
             let pumped: Result<(), TraceError> = self.pump();
             let outstanding = self.tasks.values().any(|task| task.interrupted);

@@ -112,8 +112,13 @@ impl Tracer {
             return false;
         };
         let since = Instant::now();
-        let parked = Parked { since, requeue: true, has_left_its_stop: false, has_own: true };
-        task.parked = Some(parked);
+        task.parked = Some(Parked {
+            since,
+            requeue: true,
+            has_left_its_stop: false,
+            has_own: true,
+            is_kept: false,
+        });
         true
     }
 

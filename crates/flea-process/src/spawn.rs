@@ -152,7 +152,7 @@ impl Spawned {
         is_it: impl FnMut(&Memory) -> bool + Send,
     ) -> Result<(), SpawnError> {
         let pid = self.pid;
-        seize(pid, move |tracer| run_to(tracer, addr, is_it))??;
+        seize(pid, move |tracer| run_to(tracer, addr, is_it, Standing::GroupStop))??;
         self.released = false;
         debug_assert_eq!(self.pid, pid);
         Ok(())
@@ -218,18 +218,32 @@ fn send(pid: Pid, signal: Signal) -> Result<(), SpawnError> {
     })
 }
 
-/// From one group stop to the next, with a breakpoint in between. The SIGSTOP is pending
-/// before the thread is resumed from the breakpoint, so that it executes nothing more.
-fn run_to(
+/// How a process with one thread stands still before and after.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Standing {
+    /// Stopped by a signal, which its parent hears of.
+    GroupStop,
+    /// Kept by the tracer, which nobody sees.
+    Kept,
+}
+
+/// From one place where the process stands still to the next, with a breakpoint in between. What
+/// stops it is pending before the thread is resumed from the breakpoint, so that it executes
+/// nothing more.
+pub(crate) fn run_to(
     tracer: &mut Tracer,
     addr: RemoteAddr,
     mut is_it: impl FnMut(&Memory) -> bool,
+    standing: Standing,
 ) -> Result<(), SpawnError> {
     let pid = tracer.pid();
     let mut original = [0];
     tracer.memory().read(addr, &mut original).map_err(TraceError::from)?;
     tracer.memory().write(addr, &[INT3]).map_err(TraceError::from)?;
-    send(pid, Signal::SIGCONT)?;
+    match standing {
+        Standing::GroupStop => send(pid, Signal::SIGCONT)?,
+        Standing::Kept => tracer.let_kept_go()?,
+    }
     let until = Instant::now() + RUN_PATIENCE;
     loop {
         let tid = wait_for_arrival(tracer, addr, until)?;
@@ -239,6 +253,9 @@ fn run_to(
         ptrace::set_registers(tid, &registers.with_pc(addr))
             .map_err(kernel("setting registers"))?;
         if is_it(tracer.memory()) {
+            if standing == Standing::Kept {
+                return Ok(tracer.keep(tid, until)?);
+            }
             send(pid, Signal::SIGSTOP)?;
             tracer.resume(tid, 0)?;
             return wait_for_group_stop(tracer, until);
@@ -278,6 +295,7 @@ fn wait_for_signal(
             Some((tid, Stop::Signal(libc::SIGTRAP))) => return Ok(tid),
             Some((tid, stop)) => tracer.answer(tid, stop)?,
             None => {
+                tracer.check_alive()?;
                 if pace.is_slow() && ptrace::has_ended(pid) {
                     return Err(SpawnError::Ended { pid, wanted: addr.to_string() });
                 }

@@ -15,6 +15,10 @@
 //! 3. A thread that wakes after it was found clean can get into the range only by its first
 //!    instruction, and that is a breakpoint by then.
 //!
+//! Reading stacks takes long, and while breakpoints are in the text others wait for it. So the
+//! sleeping threads are looked at before ([`Tracer::look`]): one that has not been given a CPU
+//! since is still clean.
+//!
 //! The search is conservative: any word that looks like an address in the range counts. It
 //! does not see the stacks of coroutines that no thread is on.
 
@@ -66,13 +70,22 @@ struct Wanted {
     ranges: Vec<Range<RemoteAddr>>,
     /// General registers count as well as the instruction pointer.
     any_register: bool,
+    /// These are places that threads are moved from, of those looked for last.
+    is_for_moves: bool,
 }
 
 impl Wanted {
-    fn new(ranges: &[Range<RemoteAddr>], any_register: bool) -> Self {
+    /// All words that point into these ranges.
+    fn words(ranges: &[Range<RemoteAddr>]) -> Self {
         let mut ranges = ranges.to_vec();
         ranges.sort_unstable_by_key(|range| range.start);
-        Self { ranges, any_register }
+        Self { ranges, any_register: true, is_for_moves: false }
+    }
+
+    /// Threads at these places, which are sorted, and what returns there.
+    fn places(places: &[RemoteAddr]) -> Self {
+        let ranges = places.iter().map(|&place| place..place.offset(1)).collect();
+        Self { ranges, any_register: false, is_for_moves: true }
     }
 
     fn contains(&self, addr: RemoteAddr) -> bool {
@@ -89,12 +102,37 @@ impl Tracer {
         mut mover: impl FnMut(Tid, &Registers) -> Option<RemoteAddr>,
     ) -> Result<(), TraceError> {
         self.pump()?;
-        for tid in self.threads() {
-            if self.whereabouts(tid) == Whereabouts::Running {
-                self.look_at_stopped(tid, None, &[], &mut mover)?;
+        self.urgently(|tracer| {
+            for tid in tracer.threads() {
+                if tracer.whereabouts(tid) == Whereabouts::Running {
+                    tracer.look_at_stopped(tid, None, &[], &mut mover)?;
+                }
             }
+            Ok(())
+        })
+    }
+
+    /// Which of `places` are on the stack of a thread that sleeps: most likely in the frame of a
+    /// signal handler, which returns there. Those that sleep on need not be looked at again by
+    /// [`Tracer::evacuate`].
+    pub fn look(&mut self, places: &[RemoteAddr]) -> Result<Vec<StackWord>, TraceError> {
+        self.pump()?;
+        self.looked_for = places.to_vec();
+        self.looked_for.sort_unstable();
+        let wanted = Wanted::places(&self.looked_for);
+        let mut maps = proc::maps(self.pid)?;
+        let mut found = Vec::new();
+        for tid in self.threads() {
+            let n_runs = proc::n_runs(self.process_of(tid), tid);
+            let seen = self.look_at_sleeper(tid, &wanted, &mut maps)?;
+            let is_clean = seen.as_ref().is_some_and(Vec::is_empty);
+            if let Some(task) = self.tasks.get_mut(&tid) {
+                task.clean_at = n_runs.filter(|_| is_clean);
+            }
+            found.extend(seen.unwrap_or_default());
+            self.pump_when_due()?;
         }
-        Ok(())
+        Ok(found)
     }
 
     /// All words in registers and on stacks, of all threads, that point into `ranges`, which
@@ -103,20 +141,24 @@ impl Tracer {
         &mut self,
         ranges: &[Range<RemoteAddr>],
     ) -> Result<Vec<StackWord>, TraceError> {
-        self.survey(&Wanted::new(ranges, true), &mut |_, _| None)
+        self.survey(&Wanted::words(ranges), &mut |_, _| None)
     }
 
     /// Moves every thread that stands at the first address of a pair to the second one, and
-    /// returns what still points to one of the first: frames of signal handlers.
+    /// returns what still points to one of the first: frames of signal handlers. Where both are
+    /// the same, a thread that stands there as well.
     pub fn evacuate(
         &mut self,
         moves: &[(RemoteAddr, RemoteAddr)],
     ) -> Result<Vec<StackWord>, TraceError> {
         let mut moves = moves.to_vec();
         moves.sort_unstable();
-        let ranges: Vec<_> = moves.iter().map(|&(from, _)| from..from.offset(1)).collect();
-        let left = self.survey(&Wanted::new(&ranges, false), &mut |_, registers| {
-            let at = moves.binary_search_by_key(&registers.pc(), |&(from, _)| from).ok()?;
+        let froms: Vec<RemoteAddr> = moves.iter().map(|&(from, _)| from).collect();
+        if !froms.iter().all(|from| self.looked_for.binary_search(from).is_ok()) {
+            self.forget_looks();
+        }
+        let left = self.survey(&Wanted::places(&froms), &mut |_, registers| {
+            let at = froms.binary_search(&registers.pc()).ok()?;
             Some(moves[at].1)
         })?;
         if left.is_empty() {
@@ -125,19 +167,39 @@ impl Tracer {
         Ok(left)
     }
 
+    fn forget_looks(&mut self) {
+        self.looked_for.clear();
+        self.tasks.values_mut().for_each(|task| task.clean_at = None);
+    }
+
     fn survey(
         &mut self,
         wanted: &Wanted,
         mover: &mut Mover<'_>,
     ) -> Result<Vec<StackWord>, TraceError> {
         self.pump()?;
+        self.urgently(|tracer| tracer.survey_all(wanted, mover))
+    }
+
+    fn survey_all(
+        &mut self,
+        wanted: &Wanted,
+        mover: &mut Mover<'_>,
+    ) -> Result<Vec<StackWord>, TraceError> {
         let mut maps = proc::maps(self.pid)?;
         let mut found = Vec::new();
         let mut seen = BTreeSet::new();
         // Threads born while we look are looked at as well; a new one's stack is its parent's
         // doing, and its parent may have been looked at before it was born.
-        while let Some(tid) = self.threads().into_iter().find(|&tid| seen.insert(tid)) {
-            found.extend(self.look_at(tid, wanted, &mut maps, mover)?);
+        loop {
+            let new: Vec<Tid> = self.tasks.keys().copied().filter(|&t| seen.insert(t)).collect();
+            if new.is_empty() {
+                break;
+            }
+            for tid in new {
+                found.extend(self.look_at(tid, wanted, &mut maps, mover)?);
+                self.pump_when_due()?;
+            }
         }
         for child in self.held.clone() {
             if let (Ok(registers), Ok(memory)) = (ptrace::registers(child), Memory::open(child)) {
@@ -154,21 +216,40 @@ impl Tracer {
         maps: &mut Vec<Mapping>,
         mover: &mut Mover<'_>,
     ) -> Result<Vec<StackWord>, TraceError> {
+        if wanted.is_for_moves && self.sleeps_on(tid) {
+            return Ok(Vec::new());
+        }
+        match self.look_at_sleeper(tid, wanted, maps)? {
+            Some(found) => Ok(found),
+            None => self.look_at_stopped(tid, Some(wanted), maps, mover),
+        }
+    }
+
+    /// Whether a thread that was clean when it slept has slept ever since.
+    fn sleeps_on(&self, tid: Tid) -> bool {
+        let clean_at = self.tasks.get(&tid).and_then(|task| task.clean_at);
+        clean_at.is_some() && proc::n_runs(self.process_of(tid), tid) == clean_at
+    }
+
+    /// What a thread has that sleeps, and not in `wanted`; else it has to be stopped.
+    fn look_at_sleeper(
+        &self,
+        tid: Tid,
+        wanted: &Wanted,
+        maps: &mut Vec<Mapping>,
+    ) -> Result<Option<Vec<StackWord>>, TraceError> {
         for _ in 0..LOOKS_AT_A_SLEEPER {
             let before = self.whereabouts(tid);
             let (Whereabouts::Syscall { sp, pc, .. } | Whereabouts::Elsewhere { sp, pc }) = before
             else {
-                if before == Whereabouts::Gone {
-                    return Ok(Vec::new());
-                }
-                break;
+                return Ok((before == Whereabouts::Gone).then(Vec::new));
             };
             if wanted.contains(pc) {
                 // Stopped by SIGSTOP, perhaps, or in a page fault: it has to be moved.
                 break;
             }
             let Ok(status) = proc::thread_status(self.process_of(tid), tid) else {
-                return Ok(Vec::new());
+                return Ok(Some(Vec::new()));
             };
             if !maps.iter().any(|m| m.contains(sp)) {
                 *maps = proc::maps(self.pid)?;
@@ -177,10 +258,10 @@ impl Tracer {
             let unmoved = proc::thread_status(self.process_of(tid), tid)
                 .is_ok_and(|later| later.switches == status.switches);
             if unmoved && self.whereabouts(tid) == before {
-                return Ok(found);
+                return Ok(Some(found));
             }
         }
-        self.look_at_stopped(tid, Some(wanted), maps, mover)
+        Ok(None)
     }
 
     fn look_at_stopped(
@@ -319,7 +400,7 @@ mod tests {
     #[test]
     fn ranges_asked_for() {
         let range = |a, b| RemoteAddr(a)..RemoteAddr(b);
-        let wanted = Wanted::new(&[range(40, 50), range(10, 20)], false);
+        let wanted = Wanted::words(&[range(40, 50), range(10, 20)]);
         let inside: Vec<u64> = (0..60).filter(|&addr| wanted.contains(RemoteAddr(addr))).collect();
         assert_eq!(inside, (10..20).chain(40..50).collect::<Vec<_>>());
     }

@@ -24,10 +24,14 @@ use std::time::{Duration, Instant};
 use flea_symbols::addr::RemoteAddr;
 use nix::errno::Errno;
 
+use crate::batch::Batch;
+use crate::hub::{How, Hub, Newcomer};
+use crate::hurry::Urgency;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, LastRun, Pid, ProcError, SignalSet, Tid};
 use crate::ptrace::{self, Stop, Whose};
 use crate::sigtrap::SigtrapAction;
+use crate::text_log::TextLog;
 use crate::traps::TrapTable;
 use crate::window::{Parked, SyncMethod};
 use crate::x86_64::Registers;
@@ -38,6 +42,10 @@ pub(crate) const OPTIONS: i32 = libc::PTRACE_O_TRACECLONE
     | libc::PTRACE_O_TRACEVFORK
     | libc::PTRACE_O_TRACEEXEC
     | libc::PTRACE_O_TRACESYSGOOD;
+
+/// How long a stop may go unanswered while we are at work.
+const PUMP_EVERY: Duration = Duration::from_micros(PUMP_EVERY_MICROS);
+const PUMP_EVERY_MICROS: u64 = 100;
 
 /// Why an operation on the seized process failed.
 #[derive(Debug, thiserror::Error)]
@@ -131,6 +139,9 @@ pub(crate) struct Task {
     pub(crate) foreign: bool,
     /// It was let go with a SIGTRAP to act on, and has not been seen to stop since.
     pub(crate) given_sigtrap: bool,
+    /// It slept, with none of the places looked for last on its stack, when it had been given a
+    /// CPU this often: see `survey`.
+    pub(crate) clean_at: Option<u64>,
     /// It has been seen at no breakpoint since all of them were: see `TrapTable::is_outside`.
     pub(crate) seen_outside: bool,
 }
@@ -155,16 +166,26 @@ pub struct Tracer {
     /// Forked children with memory of their own, stopped before their first instruction.
     pub(crate) held: BTreeSet<Pid>,
     pub(crate) traps: TrapTable,
-    /// What has been written to since the window opened, and the bytes that were there before.
-    pub(crate) text_log: BTreeMap<RemoteAddr, Vec<u8>>,
+    pub(crate) text_log: TextLog,
+    /// What [`Tracer::look`] has looked for last, ascending.
+    pub(crate) looked_for: Vec<RemoteAddr>,
     pub(crate) sigtrap: SigtrapAction,
     pub(crate) sync: SyncMethod,
     pub(crate) syscall_insn: Option<RemoteAddr>,
     pub(crate) execed: bool,
     /// Signals that came for a borrowed thread and could not be blocked.
     pub(crate) postponed: Vec<(Tid, i32)>,
-    pub(crate) writes: usize,
+    /// Threads on loan whose next stop somebody waits for.
+    pub(crate) lent: BTreeSet<Tid>,
+    /// When stops were last answered.
+    pub(crate) last_pump: Instant,
+    pub(crate) urgency: Urgency,
+    /// SIGCHLD is blocked, is not ignored, and is nobody else's: each stop shows in it.
+    pub(crate) hears_stops: bool,
+    pub(crate) batch: Batch,
     pub(crate) counts: TracerCounts,
+    /// Shared with the tracers of other processes, where one thread follows several.
+    pub(crate) hub: Option<Hub>,
     /// ptrace belongs to a thread: a tracer must not move to another.
     _not_send: PhantomData<*const ()>,
 }
@@ -178,14 +199,20 @@ impl Tracer {
             expected: BTreeSet::new(),
             held: BTreeSet::new(),
             traps: TrapTable::default(),
-            text_log: BTreeMap::new(),
+            text_log: TextLog::default(),
+            looked_for: Vec::new(),
             sigtrap: SigtrapAction::default(),
             sync: SyncMethod::default(),
             syscall_insn: None,
             execed: false,
             postponed: Vec::new(),
-            writes: 0,
+            lent: BTreeSet::new(),
+            last_pump: Instant::now(),
+            urgency: Urgency::default(),
+            hears_stops: false,
+            batch: Batch::default(),
             counts: TracerCounts::default(),
+            hub: None,
             _not_send: PhantomData,
         }
     }
@@ -226,13 +253,36 @@ impl Tracer {
             self.answer(tid, stop)?;
         }
         self.unpark_overdue()?;
+        self.last_pump = Instant::now();
         self.check_alive()
+    }
+
+    /// As [`Tracer::pump`], unless that was done a moment ago: for whoever is at work on
+    /// something that takes long.
+    pub fn pump_when_due(&mut self) -> Result<(), TraceError> {
+        if self.is_pump_due() { self.pump() } else { Ok(()) }
+    }
+
+    pub(crate) fn is_pump_due(&self) -> bool {
+        self.last_pump.elapsed() >= PUMP_EVERY
+    }
+
+    pub(crate) fn pace(&self) -> Pace {
+        Pace { rests: 0, hears_stops: self.hears_stops }
+    }
+
+    /// Does what threads of the target have to wait for.
+    pub(crate) fn urgently<R>(&mut self, work: impl FnOnce(&mut Self) -> R) -> R {
+        self.urgency.press();
+        let result = work(self);
+        self.urgency.ease();
+        result
     }
 
     /// Lets the target run for `duration` while its stops are answered.
     pub fn wait_a_moment(&mut self, duration: Duration) -> Result<(), TraceError> {
         let until = Instant::now() + duration;
-        let mut pace = Pace::default();
+        let mut pace = self.pace();
         while Instant::now() < until {
             self.pump()?;
             self.reap_ended();
@@ -253,7 +303,11 @@ impl Tracer {
     }
 
     pub(crate) fn poll(&self, whose: Whose) -> Result<Option<(Tid, Stop)>, TraceError> {
-        match ptrace::poll_stop(whose) {
+        let polled = match (&self.hub, whose) {
+            (Some(hub), Whose::Any) => hub.next_for(self),
+            _ => ptrace::poll_stop(whose),
+        };
+        match polled {
             Ok(stop) => Ok(stop),
             Err(Errno::ECHILD) => Ok(None),
             Err(errno) => {
@@ -344,8 +398,7 @@ impl Tracer {
         // Memory of its own, copied at an instant we do not know: see `window`.
         if self.traps.is_empty() {
             self.mirror_text(tid);
-            let detached = ptrace::detach(tid, 0);
-            self.still_there(tid, "letting go of a child", detached)?;
+            self.part_with(tid, How::Forked)?;
         } else {
             self.held.insert(tid);
         }
@@ -367,13 +420,17 @@ impl Tracer {
             }
             libc::PTRACE_EVENT_EXEC if self.tasks.get(&tid).is_some_and(|task| task.foreign) => {
                 self.tasks.remove(&tid);
-                let detached = ptrace::detach(tid, 0);
-                return self.still_there(tid, "letting go of a child", detached).map(drop);
+                return self.part_with(tid, How::Executed);
             }
             libc::PTRACE_EVENT_EXEC => {
                 // All other threads are gone, and this one bears the process's number.
                 self.execed = true;
                 self.tasks.retain(|&other, task| other == tid || task.foreign);
+                if let Some(hub) = &self.hub {
+                    let (pid, parent, how) = (self.pid, self.pid, How::Executed);
+                    hub.announce(Newcomer { pid, parent, how });
+                    return Ok(());
+                }
             }
             _ => {}
         }
@@ -473,7 +530,7 @@ impl Tracer {
     /// are answered meanwhile. `None` where it has ended.
     pub(crate) fn halt(&mut self, tid: Tid, wait: Duration) -> Result<Option<Stop>, TraceError> {
         let until = Instant::now() + wait;
-        let mut pace = Pace::default();
+        let mut pace = self.pace();
         loop {
             if self.tasks.get(&tid).is_some_and(|task| task.parked.is_some()) {
                 return Ok(Some(Stop::Parked));
@@ -538,12 +595,14 @@ pub(crate) fn shares_memory(a: Pid, b: Pid) -> bool {
 }
 
 /// How long to wait between two looks: first hardly at all, for a thread on a CPU stops within
-/// microseconds; then in growing sleeps. Never by sched_yield: where the target's threads keep
-/// every CPU busy that gives all of them a turn first, and a thread that waits at a breakpoint
-/// waits for milliseconds. A sleeper that wakes up is served before them.
+/// microseconds; then until a signal tells of a stop, or, where none does, in growing sleeps.
+/// Never by sched_yield: where the target's threads keep every CPU busy that gives all of them a
+/// turn first, and a thread that waits at a breakpoint waits for milliseconds. A sleeper that
+/// wakes up is served before them.
 #[derive(Debug, Default)]
 pub(crate) struct Pace {
     rests: u32,
+    hears_stops: bool,
 }
 
 impl Pace {
@@ -552,26 +611,22 @@ impl Pace {
 
     pub(crate) fn rest(&mut self) {
         self.rests += 1;
-        if self.rests > Self::SHORT {
-            let micros = u64::from(self.rests - Self::SHORT).min(20) * 25;
-            std::thread::sleep(Duration::from_micros(micros));
-        } else if self.rests > Self::IMMEDIATE {
-            std::thread::sleep(Duration::from_micros(5));
+        let behind = |bound: u32| u64::from(self.rests.saturating_sub(bound));
+        let micros = if self.hears_stops {
+            (behind(Self::IMMEDIATE) * 50).min(PUMP_EVERY_MICROS)
+        } else if self.rests > Self::SHORT {
+            behind(Self::SHORT).min(20) * 25
+        } else {
+            behind(Self::IMMEDIATE).min(1) * 5
+        };
+        match Duration::from_micros(micros) {
+            Duration::ZERO => {}
+            most if self.hears_stops => ptrace::wait_for_any_stop(most),
+            long => std::thread::sleep(long),
         }
     }
 
     pub(crate) fn is_slow(&self) -> bool {
-        self.rests > Self::SHORT
+        self.rests > if self.hears_stops { 2 * Self::IMMEDIATE } else { Self::SHORT }
     }
-}
-
-/// What the tracer thread asks for itself, where it may: to be served before the threads that
-/// wait for it, and to be woken when it said. Threads of the target that stand at a breakpoint
-/// wait for us; on a busy machine these two are the difference between 0.05 and 10 ms.
-pub(crate) fn hurry() {
-    // SAFETY: both calls take numbers only, and concern this thread alone. Without the right
-    // to the first it is refused; it is no more than a wish.
-    let _refused = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, -20) };
-    // SAFETY: as above.
-    let _refused = unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1, 0, 0, 0) };
 }

@@ -19,8 +19,10 @@
 //! Answering that takes longer than the thread gets on with, and with a few such threads the
 //! tracer does nothing else: measured with 8 threads on 2 busy CPUs, 800 traps and 270 ms for a
 //! commit. So a thread that has trapped is *parked*: put to where it goes on, but resumed only
-//! when the window closes, or after [`PARKED_AT_MOST`]. A parked thread is the first to be
-//! borrowed for system calls: it is stopped already.
+//! when [`Tracer::release`] says that no breakpoint is left in the text, or after
+//! [`PARKED_AT_MOST`]. Who changes many sites does so in batches that take not much longer than
+//! that ([`Tracer::sites_at_once`]): then a thread waits once per batch that it runs into. A parked
+//! thread is the first to be borrowed for system calls: it is stopped already.
 //!
 //! # Why `drain` is enough
 //!
@@ -47,11 +49,12 @@ use std::time::{Duration, Instant};
 
 use flea_symbols::addr::RemoteAddr;
 
+use crate::hub::How;
 use crate::memory::Memory;
 use crate::proc::{self, Pid, Tid, Whereabouts};
-use crate::ptrace::{self, Stop};
-use crate::remote::RemoteError;
-use crate::tracer::{Pace, TraceError, Tracer};
+use crate::ptrace::{self, Stop, Whose};
+use crate::remote::{Lender, RemoteError};
+use crate::tracer::{Task, TraceError, Tracer};
 use crate::traps::{Trap, was_blocked};
 use crate::x86_64::{Registers, is_fork, never_falls_behind_itself};
 
@@ -61,12 +64,14 @@ const SI_KERNEL: i32 = 0x80;
 const HALT_PATIENCE: Duration = Duration::from_secs(5);
 /// How long to wait before looking whether the thread has fallen asleep.
 const HALT_ROUND: Duration = Duration::from_millis(50);
-/// Writes between two looks at stopped threads.
-const WRITES_PER_PUMP: usize = 16;
 /// Longest pause of a thread at a breakpoint (as far as the machine is not busy otherwise).
-const PARKED_AT_MOST: Duration = Duration::from_millis(2);
+const PARKED_AT_MOST: Duration = Duration::from_micros(300);
 const MEMBARRIER_SYNC_CORE: u64 = 32;
 const MEMBARRIER_REGISTER_SYNC_CORE: u64 = 64;
+/// Which registrations there are (since Linux 6.3).
+const MEMBARRIER_GET_REGISTRATIONS: u64 = 512;
+/// Threads that are interrupted one by one in a moment.
+const FEW_THREADS: usize = 4;
 
 /// A thread that waits for the window to close.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +84,8 @@ pub(crate) struct Parked {
     pub(crate) has_left_its_stop: bool,
     /// Held for a SIGTRAP of its own, until the window has closed: see `sigtrap`.
     pub(crate) has_own: bool,
+    /// Kept where it stands until it is let go of, whatever becomes of windows: see `follow`.
+    pub(crate) is_kept: bool,
 }
 
 /// How CPUs are made to refetch instructions.
@@ -99,24 +106,56 @@ impl Tracer {
     /// these sites goes on at its `goes_to`. To be called before the first one is written.
     pub fn arm(&mut self, traps: &[Trap]) -> Result<(), TraceError> {
         self.pump()?;
-        if self.traps.is_empty() {
+        self.batch.begin(traps.len());
+        let opens = self.traps.is_empty() && !traps.is_empty();
+        if opens {
+            self.prepare_sync()?;
             self.note_masks();
             self.keep_sigtrap_action()?;
+            self.urgency.press();
         }
         // From here on SIGTRAPs are held, so that those let go before are the last ones.
         self.traps.add(traps);
         self.tasks.values_mut().for_each(|task| task.seen_outside = false);
         if let Err(error) = self.finish_sigtraps() {
-            self.disarm()?;
+            if opens {
+                self.disarm()?;
+            }
             return Err(error);
         }
         Ok(())
+    }
+
+    /// How many sites to change next, so that threads wait no longer than they must.
+    #[must_use]
+    pub fn sites_at_once(&self) -> usize {
+        self.batch.size()
+    }
+
+    /// Lets threads go on that wait, though the window stays open. To be called when all
+    /// breakpoints have been overwritten and synced, before others are written.
+    pub fn release(&mut self) -> Result<(), TraceError> {
+        self.batch.end();
+        self.pump()?;
+        self.unpark_all()?;
+        let holds_own = |task: &Task| task.parked.is_some_and(|parked| parked.has_own);
+        if !self.tasks.values().any(holds_own) {
+            return Ok(());
+        }
+        // They may act on their SIGTRAPs as soon as no trap of ours resets the disposition, and
+        // have to have done so before there can be another.
+        self.finish_traps()?;
+        self.unpark_where(|_| true)?;
+        self.finish_sigtraps()
     }
 
     /// Closes the window. To be called after [`Tracer::drain`].
     pub fn disarm(&mut self) -> Result<(), TraceError> {
         self.unpark_all()?;
         self.put_back_ignored()?;
+        if !self.traps.is_empty() {
+            self.urgency.ease();
+        }
         self.traps.clear();
         self.release_held()?;
         self.text_log.clear();
@@ -125,23 +164,15 @@ impl Tracer {
         self.unpark_all()
     }
 
-    /// Writes to the target's text, and answers stops now and then: a batch of ten thousand
-    /// sites must not keep the threads waiting that run into the first of them.
+    /// Writes to the target's text, and answers stops now and then: a batch of sites must not
+    /// keep the threads waiting that run into the first of them.
     pub fn write_text(&mut self, at: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
         self.check_alive()?;
-        self.note_original(at, bytes.len())?;
+        let began = Instant::now();
+        self.text_log.note(&self.memory, at, bytes.len())?;
         self.memory.write(at, bytes)?;
-        self.writes += 1;
-        if self.writes.is_multiple_of(WRITES_PER_PUMP) { self.pump() } else { Ok(()) }
-    }
-
-    fn note_original(&mut self, at: RemoteAddr, size_bytes: usize) -> Result<(), TraceError> {
-        let known = self.text_log.entry(at).or_default();
-        if known.len() < size_bytes {
-            let rest = at.offset(i64::try_from(known.len()).unwrap_or(i64::MAX));
-            known.extend(self.memory.read_vec(rest, size_bytes - known.len())?);
-        }
-        Ok(())
+        self.batch.note_writing(began.elapsed());
+        self.pump_when_due()
     }
 
     /// Returns once every CPU that runs the target has refetched its instructions.
@@ -153,52 +184,82 @@ impl Tracer {
 
     fn refetch(&mut self) -> Result<(), TraceError> {
         self.pump()?;
-        let done = match self.sync {
-            SyncMethod::Unknown => self.with_thread(|thread| {
-                let register = MEMBARRIER_REGISTER_SYNC_CORE;
-                thread.syscall(libc::SYS_membarrier, [register, 0, 0, 0, 0, 0])?;
-                thread.syscall(libc::SYS_membarrier, [MEMBARRIER_SYNC_CORE, 0, 0, 0, 0, 0])
-            }),
-            SyncMethod::Membarrier => {
-                self.remote_syscall(libc::SYS_membarrier, [MEMBARRIER_SYNC_CORE, 0, 0, 0, 0, 0])
-            }
-            SyncMethod::Interrupts => return self.sync_by_interrupts(),
-        };
-        match done {
-            Ok(_) => self.sync = SyncMethod::Membarrier,
-            Err(RemoteError::Trace(
-                error @ (TraceError::Gone { .. } | TraceError::Execed { .. }),
-            )) => {
-                return Err(error);
-            }
-            Err(RemoteError::NoThread { .. }) => self.sync_by_interrupts()?,
+        self.prepare_sync()?;
+        if self.sync == SyncMethod::Interrupts {
+            return self.sync_by_interrupts();
+        }
+        match self.membarrier(Lender::Any, MEMBARRIER_SYNC_CORE) {
+            Ok(_) => Ok(()),
+            Err(
+                error @ RemoteError::Trace(TraceError::Gone { .. } | TraceError::Execed { .. }),
+            ) => give_up(error),
+            Err(RemoteError::NoThread { .. }) => self.sync_by_interrupts(),
             Err(_) => {
                 self.sync = SyncMethod::Interrupts;
-                self.sync_by_interrupts()?;
+                self.sync_by_interrupts()
             }
         }
+    }
+
+    /// Registers the target for membarrier(2), once in its life. That takes as long as the
+    /// kernel's RCU needs for a grace period, milliseconds, if it has several threads: so it is
+    /// done before the first breakpoint, in a thread that sleeps anyway. Where none does and
+    /// interrupting all of them is as quick, that will do this time.
+    fn prepare_sync(&mut self) -> Result<(), TraceError> {
+        if self.sync != SyncMethod::Unknown {
+            return Ok(());
+        }
+        let register = MEMBARRIER_REGISTER_SYNC_CORE;
+        let done = if self.tasks.len() == 1 {
+            self.membarrier(Lender::Any, register).map(|_| true)
+        } else {
+            match self.membarrier(Lender::Sleeper, register) {
+                Err(RemoteError::NoThread { .. }) if self.tasks.len() <= FEW_THREADS => self
+                    .membarrier(Lender::Any, MEMBARRIER_GET_REGISTRATIONS)
+                    .map(|registered| registered & register != 0),
+                Err(RemoteError::NoThread { .. }) => {
+                    self.membarrier(Lender::Any, register).map(|_| true)
+                }
+                outcome => outcome.map(|_| true),
+            }
+        };
+        self.sync = match done {
+            Ok(true) => SyncMethod::Membarrier,
+            Err(
+                error @ RemoteError::Trace(TraceError::Gone { .. } | TraceError::Execed { .. }),
+            ) => return give_up(error),
+            Ok(false) | Err(_) => SyncMethod::Interrupts,
+        };
         Ok(())
+    }
+
+    fn membarrier(&mut self, lender: Lender, command: u64) -> Result<u64, RemoteError> {
+        self.with_lender(lender, |thread| {
+            thread.syscall(libc::SYS_membarrier, [command, 0, 0, 0, 0, 0])
+        })
     }
 
     /// Waits until no thread can still be on its way into one of our breakpoints, which must
     /// all have been overwritten and synced; then lets go of children forked meanwhile. The
     /// reasoning is at the top of this file.
     pub fn drain(&mut self) -> Result<(), TraceError> {
-        self.pump()?;
-        self.unpark_all()?;
-        for tid in self.threads() {
-            self.drain_thread(tid)?;
-        }
+        self.finish_traps()?;
         self.pump()?;
         self.unpark_all()?;
         let until = Instant::now() + HALT_PATIENCE;
-        let mut pace = Pace::default();
+        let mut pace = self.pace();
         while !self.expected.is_empty() && Instant::now() < until {
             pace.rest();
             self.pump()?;
             self.reap_ended();
         }
         self.release_held()
+    }
+
+    fn finish_traps(&mut self) -> Result<(), TraceError> {
+        self.pump()?;
+        self.unpark_all()?;
+        self.threads().into_iter().try_for_each(|tid| self.drain_thread(tid))
     }
 
     fn drain_thread(&mut self, tid: Tid) -> Result<(), TraceError> {
@@ -281,8 +342,34 @@ impl Tracer {
                 return Ok(Some(stop));
             }
             self.unhalt(tid, stop)?;
+            self.wait_for_stop_of(tid, wait)?;
         }
         Err(TraceError::Stuck { tid, waited_ms: 0 })
+    }
+
+    /// Waits for a stop that is sure to come, and answers it. An interrupt that came before it
+    /// would be answered first, again and again.
+    fn wait_for_stop_of(&mut self, tid: Tid, wait: Duration) -> Result<(), TraceError> {
+        let until = Instant::now() + wait;
+        let mut pace = self.pace();
+        while Instant::now() < until && self.tasks.contains_key(&tid) {
+            match self.poll(Whose::Any)? {
+                Some((who, stop)) => {
+                    self.answer(who, stop)?;
+                    if who == tid {
+                        break;
+                    }
+                }
+                None => {
+                    if pace.is_slow() {
+                        self.reap_ended();
+                    }
+                    self.unpark_overdue()?;
+                    pace.rest();
+                }
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn whereabouts(&self, tid: Tid) -> Whereabouts {
@@ -351,8 +438,13 @@ impl Tracer {
             self.still_there(tid, "setting the mask", ptrace::set_signal_mask(tid, mask))?;
         }
         let since = Instant::now();
-        let parked =
-            Parked { since, requeue: swallowed_another, has_left_its_stop, has_own: false };
+        let parked = Parked {
+            since,
+            requeue: swallowed_another,
+            has_left_its_stop,
+            has_own: false,
+            is_kept: false,
+        };
         if let Some(task) = self.tasks.get_mut(&tid) {
             task.parked = Some(parked);
         }
@@ -406,38 +498,34 @@ impl Tracer {
     }
 
     fn unpark_where(&mut self, due: impl Fn(Parked) -> bool) -> Result<(), TraceError> {
-        let parked = self.tasks.iter().filter(|(_, task)| task.parked.is_some_and(&due));
-        let due: Vec<Tid> = parked.map(|(&tid, _)| tid).collect();
+        let due = |parked: Parked| !parked.is_kept && due(parked);
+        let parked = self.tasks.iter().filter(|(_, task)| task.parked.is_some_and(due));
+        // One that is in a system call for us is stopped for that as well.
+        let due = parked.map(|(&tid, _)| tid).filter(|tid| !self.lent.contains(tid));
+        let due: Vec<Tid> = due.collect();
         due.into_iter().try_for_each(|tid| self.unpark(tid))
     }
 
     /// Gives a forked child the text that its parent has now.
     pub(crate) fn mirror_text(&self, child: Pid) {
-        let Ok(copy) = Memory::open(child) else {
-            return;
-        };
-        let is_original = |(&at, original): (&RemoteAddr, &Vec<u8>)| {
-            copy.read_vec(at, original.len()).is_ok_and(|bytes| bytes == *original)
-        };
-        if self.text_log.iter().all(is_original) {
-            // Forked before the first write, though we hear of it only now: it has nothing of
-            // ours, and perhaps not the memory that new bytes lead to either.
-            return;
-        }
-        for (&at, original) in &self.text_log {
-            // A range that either of them has not mapped (any more) is executed by neither.
-            if let Ok(bytes) = self.memory.read_vec(at, original.len()) {
-                drop(copy.write(at, &bytes));
-            }
+        if let Ok(copy) = Memory::open(child) {
+            self.text_log.mirror(&self.memory, &copy);
         }
     }
 
     fn release_held(&mut self) -> Result<(), TraceError> {
         for child in std::mem::take(&mut self.held) {
             self.mirror_text(child);
-            let detached = ptrace::detach(child, 0);
-            self.still_there(child, "letting go of a child", detached)?;
+            self.part_with(child, How::Forked)?;
         }
         Ok(())
+    }
+}
+
+/// What a remote call failed for that ends everything.
+fn give_up(error: RemoteError) -> Result<(), TraceError> {
+    match error {
+        RemoteError::Trace(error) => Err(error),
+        _ => Ok(()),
     }
 }

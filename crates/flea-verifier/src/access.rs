@@ -4,7 +4,6 @@ use flea_object::LOCK_BYTES;
 use flea_object::spec::MapSpec;
 use flea_object::types::Types;
 
-use crate::Context;
 use crate::facts::Region;
 use crate::number::scalar::{AluOp, Scalar, Width};
 use crate::op::Reg;
@@ -12,6 +11,7 @@ use crate::report::Fault;
 use crate::stack::Span;
 use crate::typed;
 use crate::value::{Pointer, PointerKind, Value};
+use crate::{Changeable, Context};
 
 /// How far a pointer may be moved from its object, either way (Linux: BPF_MAX_VAR_OFF).
 /// Sums of two such numbers cannot overflow.
@@ -53,6 +53,23 @@ pub(crate) struct Request {
     pub(crate) access: Access,
 }
 
+/// The context that a program was given, as an access finds it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Given {
+    pub(crate) context: Context,
+    /// The words that could be changed.
+    pub(crate) changeable: Changeable,
+    /// Whether they may.
+    pub(crate) permitted: bool,
+}
+
+impl Given {
+    /// As helpers and functions find it that a pointer to it is passed to.
+    pub(crate) fn read_only(context: Context) -> Self {
+        Self { context, changeable: Changeable::NONE, permitted: false }
+    }
+}
+
 /// The pointer in `value`, which must be one that can be followed.
 pub(crate) fn followable(reg: Reg, value: &Value) -> Result<&Pointer, Fault> {
     let r = reg.index();
@@ -68,12 +85,12 @@ pub(crate) fn followable(reg: Reg, value: &Value) -> Result<&Pointer, Fault> {
     }
 }
 
-/// Checks `request` through `p`, in a program that was given `context`.
+/// Checks `request` through `p`, in a program that was `given` a context.
 pub(crate) fn check(
     request: Request,
     p: &Pointer,
     maps: &[MapSpec],
-    context: Context,
+    given: Given,
     types: Option<&Types>,
 ) -> Result<Target, Fault> {
     let bad = || {
@@ -82,7 +99,7 @@ pub(crate) fn check(
     };
     match p.kind {
         PointerKind::Stack { frame } => check_stack(request, p, frame),
-        PointerKind::Ctx => check_ctx(request, p, context),
+        PointerKind::Ctx => check_ctx(request, p, given),
         PointerKind::Map(_) | PointerKind::Function(_) => Err(bad()),
         PointerKind::MapKey(map) => {
             if request.access != Access::Read {
@@ -201,7 +218,7 @@ pub(crate) fn check_aligned(var: &Scalar, off: i64, size_bytes: u32) -> Result<(
     Ok(())
 }
 
-fn check_ctx(request: Request, p: &Pointer, context: Context) -> Result<Target, Fault> {
+fn check_ctx(request: Request, p: &Pointer, given: Given) -> Result<Target, Fault> {
     let Request { reg, off, size_bytes, access } = request;
     // Pointer arithmetic keeps the context's offset constant; see `crate::pointer`.
     let at = p.off.wide.smin + off;
@@ -210,34 +227,62 @@ fn check_ctx(request: Request, p: &Pointer, context: Context) -> Result<Target, 
         return Err(Fault::new(text));
     }
     let size = i64::from(size_bytes);
-    let (n_bytes, fits) = match context {
+    let (n_bytes, fits) = match given.context {
         Context::Tracing { n_args, n_results, .. } => {
-            (8 * (u32::from(n_args) + u32::from(n_results)), size == 8 && at % 8 == 0)
+            let n_words = u32::from(n_args) + u32::from(n_results);
+            (8 * n_words, at % 8 == 0 && (size == 8 || access == Access::Write))
         }
         // As kprobe_prog_is_valid_access: a naturally aligned part of any register.
         Context::PtRegs => (PT_REGS_BYTES, at % size.max(1) == 0),
         Context::Memory { .. } => (0, false),
     };
-    let readable = fits
-        && p.off.as_const().is_some()
-        && access == Access::Read
-        && at >= 0
-        && at + size <= i64::from(n_bytes);
-    let Some(offset_bytes) = i32::try_from(at).ok().filter(|_| readable) else {
+    let changes = given.changeable.has(at, size_bytes);
+    let allowed = access == Access::Read || (given.permitted && changes);
+    let fits =
+        fits && allowed && p.off.as_const().is_some() && at >= 0 && at + size <= i64::from(n_bytes);
+    let Some(offset_bytes) = i32::try_from(at).ok().filter(|_| fits) else {
         let text = format!("invalid bpf_context access off={at} size={size_bytes}");
-        return Err(Fault::new(text).hint(ctx_hint(context, n_bytes)));
+        let can = match (access, given.permitted, changes) {
+            (Access::Read, ..) | (_, false, false) => CanChange::Nothing,
+            (_, false, true) => CanChange::IfAllowed,
+            (_, true, _) => CanChange::Words(given.changeable),
+        };
+        return Err(Fault::new(text).hint(ctx_hint(given.context, n_bytes, can)));
     };
     Ok(Target::Other(Region::Ctx { offset_bytes }))
 }
 
-fn ctx_hint(context: Context, n_bytes: u32) -> String {
-    if context == Context::PtRegs {
-        return format!(
-            "the context is struct pt_regs here, {n_bytes} bytes to be read aligned and not written"
-        );
+/// What is to be said of changes to the context.
+#[derive(Clone, Copy)]
+enum CanChange {
+    Nothing,
+    /// What was tried, if somebody lets it.
+    IfAllowed,
+    Words(Changeable),
+}
+
+fn ctx_hint(context: Context, n_bytes: u32, can: CanChange) -> String {
+    let are_registers = context == Context::PtRegs;
+    let shape = if are_registers {
+        format!("the context is struct pt_regs here, {n_bytes} bytes to be read aligned")
+    } else {
+        format!("the context is {} words of 8 bytes here, to be read whole", n_bytes / 8)
+    };
+    match can {
+        CanChange::Nothing => format!("{shape} and not written"),
+        CanChange::IfAllowed => format!(
+            "{shape}; to change what a function is called with or returns can crash the target: \
+             allow it with `flea run --allow-write`"
+        ),
+        CanChange::Words(Changeable::NONE) => {
+            format!("{shape}; programs of this kind can change nothing on this function")
+        }
+        CanChange::Words(words) => format!(
+            "{shape}; what can be changed on this function is {}{}, from its lowest byte on",
+            if are_registers { "" } else { "word " },
+            words.names(are_registers)
+        ),
     }
-    let n_slots = n_bytes / 8;
-    format!("the context is {n_slots} words of 8 bytes here, to be read whole and not written")
 }
 
 /// A load, store or atomic on the stack.

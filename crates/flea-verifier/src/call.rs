@@ -7,7 +7,7 @@ use flea_object::spec::{MapIdx, MapSpec};
 use flea_object::types::{Type, TypeId};
 
 use crate::Context;
-use crate::access::{self, Access, Request, followable, stack_window};
+use crate::access::{self, Access, Given, Request, followable, stack_window};
 use crate::callback::{self, Round};
 use crate::lock::{self, Lock};
 use crate::machine::{Flow, Machine};
@@ -356,7 +356,8 @@ impl Machine<'_> {
                 .check_written(span)
                 .map_err(|e| Fault { message: indirect(&e.message, reg), ..e });
         }
-        access::check(request, p, self.maps, self.context, self.types()).map(|_| ())
+        access::check(request, p, self.maps, Given::read_only(self.context), self.types())
+            .map(|_| ())
     }
 
     fn result(

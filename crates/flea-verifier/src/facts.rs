@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
-use flea_object::{helper::Helper, insn::Insn, spec::MapIdx};
+use flea_object::{helper::Helper, insn::Insn, opcode, spec::MapIdx};
 
 use crate::targets::Targets;
 
@@ -102,6 +102,19 @@ impl Verified {
     #[must_use]
     pub fn function_value(start_insn_idx: u32) -> u64 {
         u64::from(start_insn_idx)
+    }
+
+    /// Where in its context it stores to, in bytes from the start of slot 0: only where it was
+    /// permitted to.
+    pub fn context_stores(&self) -> impl Iterator<Item = i32> + '_ {
+        self.facts.iter().zip(&self.insns).filter_map(|(fact, insn)| match *fact {
+            Fact::Access(Region::Ctx { offset_bytes })
+                if matches!(insn.opcode & opcode::CLASS_MASK, opcode::ST | opcode::STX) =>
+            {
+                Some(offset_bytes)
+            }
+            _ => None,
+        })
     }
 
     /// What the program returns at most, as a signed number. Exact ranges are looked for where

@@ -16,7 +16,7 @@
 
 use flea_object::spec::{Param, Prototype};
 
-use crate::access::{self, Access, Request, check_aligned, followable, stack_window};
+use crate::access::{self, Access, Given, Request, check_aligned, followable, stack_window};
 use crate::lock;
 use crate::machine::Machine;
 use crate::number::scalar::Scalar;
@@ -186,7 +186,13 @@ impl Machine<'_> {
         }
         for access in [Access::Read, Access::Write] {
             // Memory of the target's own is never written, so it fails here.
-            access::check(request(access), p, self.maps, self.context, self.types())?;
+            access::check(
+                request(access),
+                p,
+                self.maps,
+                Given::read_only(self.context),
+                self.types(),
+            )?;
         }
         Ok(())
     }

@@ -21,6 +21,7 @@ mod budget;
 mod call;
 mod callback;
 mod cfg;
+mod changeable;
 mod collect;
 mod explore;
 pub mod facts;
@@ -66,6 +67,7 @@ use targets::Targets;
 use trace::Sink;
 
 pub use access::PT_REGS_BYTES;
+pub use changeable::Changeable;
 pub use facts::Verified;
 pub use rejection::{Event, Known, Line, Place, Rejection, What};
 
@@ -114,12 +116,14 @@ pub struct Verifier<'a> {
     context: Context,
     target: Option<Target<'a>>,
     permissions: Permissions,
+    changeable: Changeable,
 }
 
 /// What a program may do that it may not unless somebody has said so.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Permissions {
-    /// `bpf_probe_write_user`: a mistake can crash the target, or make it do anything.
+    /// `bpf_probe_write_user`, and stores to the words of the context that [`Verifier::changeable`]
+    /// names: a mistake can crash the target, or make it do anything.
     pub write_target: bool,
 }
 
@@ -138,7 +142,8 @@ impl<'a> Verifier<'a> {
     #[must_use]
     pub fn new(program: &'a Program, maps: &'a [MapSpec], context: Context) -> Self {
         let permissions = Permissions::default();
-        Self { program, maps, context, target: None, permissions }
+        let changeable = Changeable::NONE;
+        Self { program, maps, context, target: None, permissions, changeable }
     }
 
     /// The context's words have the types of `target`.
@@ -151,6 +156,13 @@ impl<'a> Verifier<'a> {
     #[must_use]
     pub fn permit(self, permissions: Permissions) -> Self {
         Self { permissions, ..self }
+    }
+
+    /// The words of its context that it can store to where [`Permissions::write_target`] lets it:
+    /// arguments that the function is called with, or results that its caller gets.
+    #[must_use]
+    pub fn changeable(self, changeable: Changeable) -> Self {
+        Self { changeable, ..self }
     }
 
     /// Proves the program safe, or says why not.
@@ -222,9 +234,9 @@ struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     fn explorer(self, patience: Patience) -> Explorer<'a> {
-        let Verifier { program, maps, context, target, permissions } = self.asked;
+        let Verifier { program, maps, context, target, permissions, changeable } = self.asked;
         let machine = Machine::new(maps, context, self.ops, self.cfg);
-        let machine = machine.typed_by(target).permit(permissions);
+        let machine = machine.typed_by(target).permit(permissions, changeable);
         Explorer::new(machine, program, self.cfg, self.live, patience)
     }
 }

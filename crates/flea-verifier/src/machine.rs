@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use flea_object::spec::{MapIdx, MapKind, MapSpec};
 use flea_object::types::Types;
 
-use crate::access::{self, Access, Request, Target, followable};
+use crate::access::{self, Access, Given, Request, Target, followable};
 use crate::callback;
 use crate::cfg::Cfg;
 use crate::collect::Collector;
@@ -23,7 +23,7 @@ use crate::state::State;
 use crate::tail::TAIL_CALL;
 use crate::upper::UpperHalves;
 use crate::value::{Id, Pointer, PointerKind, Value};
-use crate::{Context, Permissions, typed};
+use crate::{Changeable, Context, Permissions, typed};
 
 /// What all paths share.
 pub(crate) struct Machine<'a> {
@@ -31,6 +31,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) context: Context,
     target: Option<crate::Target<'a>>,
     pub(crate) permissions: Permissions,
+    changeable: Changeable,
     pub(crate) ops: &'a [Op],
     pub(crate) cfg: &'a Cfg,
     pub(crate) facts: Collector,
@@ -68,6 +69,7 @@ impl<'a> Machine<'a> {
             context,
             target: None,
             permissions: Permissions::default(),
+            changeable: Changeable::NONE,
             ops,
             cfg,
             facts: Collector::new(ops.len()),
@@ -86,9 +88,15 @@ impl<'a> Machine<'a> {
         Self { target, ..self }
     }
 
-    /// The program may do what `permissions` say.
-    pub(crate) fn permit(self, permissions: Permissions) -> Self {
-        Self { permissions, ..self }
+    /// The program may do what `permissions` say, to these words of its context.
+    pub(crate) fn permit(self, permissions: Permissions, changeable: Changeable) -> Self {
+        Self { permissions, changeable, ..self }
+    }
+
+    /// The context as plain loads and stores find it.
+    fn given(&self) -> Given {
+        let Self { context, changeable, .. } = *self;
+        Given { context, changeable, permitted: self.permissions.write_target }
     }
 
     /// The types that typed pointers point to.
@@ -272,7 +280,7 @@ impl<'a> Machine<'a> {
             access,
         };
         let p = followable(place.base, state.reg(place.base))?;
-        let target = access::check(request, p, self.maps, self.context, self.types())?;
+        let target = access::check(request, p, self.maps, self.given(), self.types())?;
         match target {
             Target::Stack { frame, span } | Target::StackWindow { frame, window: span } => {
                 self.touch(state, frame, span);

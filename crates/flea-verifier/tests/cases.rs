@@ -6,7 +6,8 @@
 //!                            default: ctx 2)
 //! map array 4 8 1 ro        (kind, key bytes, value bytes, entries; "lock 4": offset of the
 //!                            value's lock; "template"; "of 2": index of its template)
-//! allow write               (bpf_probe_write_user)
+//! allow write               (bpf_probe_write_user, stores to the words below)
+//! change 0 2                (words of the context that can be changed)
 //! slots *foo -              (types of the context's words; see graph/mod.rs. The lines that
 //!                            declare them are the file's, before its first case)
 //! ...instructions, see asm/mod.rs...
@@ -23,7 +24,7 @@ mod graph;
 
 use flea_object::spec::{InnerMaps, MapIdx, MapKind, MapSpec, Program, ProgramKind};
 use flea_object::types::TypeId;
-use flea_verifier::{Context, Permissions, Target, Verifier};
+use flea_verifier::{Changeable, Context, Permissions, Target, Verifier};
 use graph::Graph;
 
 struct Case {
@@ -32,6 +33,7 @@ struct Case {
     graph: Graph,
     slots: Vec<Option<TypeId>>,
     permissions: Permissions,
+    changeable: Changeable,
     maps: Vec<MapSpec>,
     lines: Vec<String>,
     expected: String,
@@ -54,6 +56,7 @@ fn parse(file: &str, text: &str) -> Vec<Case> {
                 graph: graph.clone(),
                 slots: Vec::new(),
                 permissions: Permissions::default(),
+                changeable: Changeable::NONE,
                 maps: Vec::new(),
                 lines: Vec::new(),
                 expected: String::new(),
@@ -77,6 +80,8 @@ fn parse(file: &str, text: &str) -> Vec<Case> {
             case.slots = case.graph.slots(rest);
         } else if line == "allow write" {
             case.permissions.write_target = true;
+        } else if let Some(rest) = line.strip_prefix("change ") {
+            case.changeable = Changeable::of(rest.split(' ').map(|word| word.parse().unwrap()));
         } else if let Some(rest) = line.strip_prefix("map ") {
             case.maps.push(map(rest));
         } else {
@@ -130,8 +135,10 @@ fn run(case: &Case) -> Result<(), String> {
         ..Program::default()
     };
     let target = Target { types: &case.graph.types, slots: &case.slots };
-    let verifier =
-        Verifier::new(&program, &case.maps, case.context).target(target).permit(case.permissions);
+    let verifier = Verifier::new(&program, &case.maps, case.context)
+        .target(target)
+        .permit(case.permissions)
+        .changeable(case.changeable);
     let (found, log) = match verifier.verify() {
         Ok(verified) => {
             assert_eq!(verified.facts().len(), program.insns.len());

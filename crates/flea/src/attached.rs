@@ -6,6 +6,7 @@ use std::fs;
 use flea_process::Pid;
 
 use crate::{
+    change,
     error::{AttachError, RemoteError},
     registry::{Controller, Registry},
     transaction,
@@ -24,8 +25,10 @@ pub struct AttachedBody {
     pub function: String,
     /// (kind, name) of its programs, newest first. A replacement is one of kind `replace`.
     pub programs: Vec<(String, String)>,
-    /// They can change the target's memory, which somebody has allowed them.
+    /// They can change the target's memory, or one of `changes`, which somebody has allowed them.
     pub writes_target: bool,
+    /// What they change of the function's arguments and result: registers' names.
+    pub changes: Vec<&'static str>,
     /// Process id of the controller.
     pub controller: Pid,
     /// Whether that very process still runs.
@@ -91,6 +94,7 @@ fn bodies(pid: Pid, registry: &Registry) -> Vec<AttachedBody> {
                 function: function.name.clone(),
                 programs: body.programs.clone(),
                 writes_target: body.writes_target,
+                changes: change::unpack_changes(body.changes).registers(),
                 controller: body.owner.pid,
                 controller_alive: body.owner.is_alive(),
                 since: body.since,
@@ -104,6 +108,7 @@ fn bodies(pid: Pid, registry: &Registry) -> Vec<AttachedBody> {
                 function: function.name.clone(),
                 programs: vec![("replace".to_owned(), one.name.clone())],
                 writes_target: false,
+                changes: Vec::new(),
                 controller: one.owner.pid,
                 controller_alive: one.owner.is_alive(),
                 since: one.since,

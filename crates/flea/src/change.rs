@@ -2,8 +2,8 @@
 //! carried out by `transaction`. Touches no process.
 
 use flea_image::{
-    BodyRef, FrameArena, Linker, Reads, Skeleton, SkeletonBody, SkeletonRequest, SkipResult,
-    StackCopy,
+    BodyRef, Changes, FrameArena, Linker, Reads, Skeleton, SkeletonBody, SkeletonRequest,
+    SkipResult, StackCopy,
 };
 use flea_layout::shared::RuntimeFn;
 use flea_patch::Poke;
@@ -16,8 +16,8 @@ use crate::{
     error::AttachError,
     known_code::KnownCode,
     registry::{
-        BodyState, FunctionState, Placed, Question, Registry, ReplacementState, Retired, Shared,
-        SiteKind, Skip, StackArgs, Switch,
+        BodyState, CodeArena, FunctionState, Placed, Question, Registry, ReplacementState, Retired,
+        Shared, SiteKind, Skip, StackArgs, Switch,
     },
 };
 
@@ -148,7 +148,8 @@ impl Change {
                 switches: std::mem::take(&mut f.switches),
             });
         }
-        let old_entry = f.skeleton.map(|s| s.at);
+        // By the bytes: who announced that there is to be none may have died before it was done.
+        let old_entry = jump_target(f.site, before);
         let behind = f.site.offset(f.original.len().try_into().expect("a few bytes"));
         let mut moves = Vec::new();
 
@@ -279,6 +280,13 @@ impl Change {
     }
 }
 
+/// Where a jump leads that stands at `site`.
+fn jump_target(site: RemoteAddr, bytes: [u8; 5]) -> Option<RemoteAddr> {
+    const JMP_REL32: u8 = 0xe9;
+    let [JMP_REL32, distance @ ..] = bytes else { return None };
+    Some(site.offset(5 + i64::from(i32::from_le_bytes(distance))))
+}
+
 /// What opens or closes the door of `f`, where it has one and that is to change.
 fn door_poke(
     f: &FunctionState,
@@ -322,6 +330,7 @@ fn skeleton_body<'a>(
         exit: refer(b.exit),
         reads,
         saves: &b.saves,
+        changes: unpack_changes(b.changes),
         frame_offset: b.frame_offset,
         frame_words: b.frame_words,
     }
@@ -384,6 +393,16 @@ pub(crate) fn pack_reads(reads: &Reads) -> u32 {
     args.chain(results).fold(0, |bits, bit| bits | bit)
 }
 
+/// [`Changes`] as the bits of [`BodyState::changes`].
+pub(crate) fn pack_changes(changes: Changes) -> u32 {
+    u32::from(changes.args) | u32::from(changes.result) << 16
+}
+
+pub(crate) fn unpack_changes(bits: u32) -> Changes {
+    let [args, _, result, _] = bits.to_le_bytes();
+    Changes { args, result: result & 1 != 0 }
+}
+
 fn unpack_reads(bits: u32) -> Reads {
     let gprs = (0..6).filter(|i| bits >> i & 1 != 0).map(ArgWord::Gpr);
     let xmms = (0..8).filter(|i| bits >> (8 + i) & 1 != 0).map(ArgWord::Xmm);
@@ -412,6 +431,28 @@ pub(crate) fn retire_all(f: Shared<FunctionState>) -> Vec<Retired> {
         .into_iter()
         .flat_map(|b| b.placed().map(move |code| Retired::plain(code, vec![b.arena])));
     skeleton.into_iter().chain(bodies).collect()
+}
+
+/// What was announced has been taken back, and `registry` is what was before. Threads that came to
+/// a site meanwhile went on in the new code, and may be in it for as long as the function takes: it
+/// is retired.
+pub(crate) fn take_back(registry: &mut Registry, announced: Registry) {
+    let known = |code: Placed| move |other: Placed| other.at == code.at;
+    let is_old = |registry: &Registry, code: Placed| {
+        let functions = registry.functions.iter();
+        let mut old =
+            functions.flat_map(|f| f.bodies.iter().flat_map(BodyState::placed).chain(f.skeleton));
+        old.any(known(code))
+    };
+    let codes = announced.functions.into_iter().flat_map(retire_all);
+    let retired: Vec<_> = codes.filter(|retired| !is_old(registry, retired.code)).collect();
+    registry.retired.extend(retired);
+    registry.next_id = announced.next_id;
+    for (arena, announced) in registry.code.iter_mut().zip(announced.code) {
+        let rows = announced.rows.filter(|_| arena.rows.is_none());
+        registry.retired.extend(rows.map(|rows| Retired::plain(rows, Vec::new())));
+        *arena = CodeArena { rows: arena.rows, ..announced };
+    }
 }
 
 /// The memory that a function's skeleton works on or leads to: data arenas, and objects with

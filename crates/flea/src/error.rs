@@ -27,6 +27,9 @@ pub enum SessionError {
     /// It may not be traced, or is by somebody else.
     #[error(transparent)]
     Seize(#[from] SeizeError),
+    /// It is not the program any more that the session is with.
+    #[error(transparent)]
+    Trace(#[from] flea_process::TraceError),
     /// A started command could not be ended.
     #[error("the command that was started cannot be ended: {0}")]
     Abandon(#[source] std::io::Error),

@@ -37,9 +37,13 @@ pub mod builtin;
 mod change;
 mod compile;
 mod error;
+mod file_bytes;
 mod fit;
+mod follow;
 pub mod frames_file;
 mod function;
+mod given;
+mod host;
 mod known_code;
 mod link;
 mod modules;
@@ -54,6 +58,9 @@ pub mod registry;
 mod remote;
 mod replace;
 mod session;
+#[cfg(feature = "simulate")]
+#[doc(hidden)]
+pub mod simulate;
 mod sites;
 mod slots;
 mod system_calls;
@@ -88,6 +95,7 @@ pub mod rejection {
 
 pub use self::{
     error::{AttachError, FindError, LoadError, ProgramArrayError, RemoteError, SessionError},
+    follow::{Followed, Following},
     function::Function,
     link::Link,
     modules::{Module, OpenError},

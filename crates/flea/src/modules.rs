@@ -16,18 +16,21 @@ use flea_symbols::{
     ModuleError, TypeNames,
     addr::{RemoteAddr, Svma},
 };
-use memmap2::Mmap;
 use self_cell::self_cell;
 
-use crate::{frames_file, registry::SiteFile};
+use crate::{
+    file_bytes::{self, FileBytes},
+    frames_file,
+    registry::SiteFile,
+};
 
 pub(crate) type Symbols<'data> = flea_symbols::Module<'data>;
 
 /// The bytes of a module and of its debug files.
 struct Files {
-    image: Mmap,
-    debug: Option<Mmap>,
-    alt_debug: Option<Mmap>,
+    image: FileBytes,
+    debug: Option<FileBytes>,
+    alt_debug: Option<FileBytes>,
 }
 
 self_cell! {
@@ -47,8 +50,11 @@ pub struct Module {
     is_main: bool,
     /// The process forbids returns to addresses that were pushed.
     has_shadow_stack: bool,
-    parsed: OnceLock<Result<ParsedFiles, Arc<OpenError>>>,
+    /// Shared by all processes that have mapped the file.
+    parsed: Arc<Parsed>,
 }
+
+type Parsed = OnceLock<Result<ParsedFiles, Arc<OpenError>>>;
 
 /// A module whose functions cannot be known.
 #[derive(Debug, thiserror::Error)]
@@ -111,7 +117,7 @@ pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
         } else {
             flea_process::module_file_path(pid, &mapping)?
         };
-        let parsed = OnceLock::new();
+        let parsed = Arc::default();
         modules.push(Module { path, open_path, mapping, is_main, has_shadow_stack, parsed });
     }
     modules.sort_by_key(|m| !m.is_main);
@@ -124,6 +130,19 @@ pub(crate) fn list_again(pid: Pid, known: &[Arc<Module>]) -> Result<Vec<Arc<Modu
     for module in &mut modules {
         if let Some(same) = known.iter().find(|k| k.mapping == module.mapping) {
             *module = Arc::clone(same);
+        }
+    }
+    Ok(modules)
+}
+
+/// As [`list`], for another process than that of `known`: files that are among those are not read
+/// once more.
+pub(crate) fn list_knowing(pid: Pid, known: &[Arc<Module>]) -> Result<Vec<Arc<Module>>, ProcError> {
+    let mut modules = list(pid)?;
+    for module in &mut modules {
+        let same = |k: &&Arc<Module>| k.is_same_file(module);
+        if let (Some(same), Some(module)) = (known.iter().find(same), Arc::get_mut(module)) {
+            module.parsed = Arc::clone(&same.parsed);
         }
     }
     Ok(modules)
@@ -144,6 +163,11 @@ impl Module {
     #[must_use]
     pub fn path(&self) -> &str {
         &self.path
+    }
+
+    /// Whether both are one file.
+    pub(crate) fn is_same_file(&self, other: &Self) -> bool {
+        self.mapping.same_file(&other.mapping) && self.path == other.path
     }
 
     /// Whether it is the very file with this metadata.
@@ -217,7 +241,7 @@ impl Module {
             mapping,
             is_main: false,
             has_shadow_stack: false,
-            parsed: OnceLock::new(),
+            parsed: Arc::default(),
         }
     }
 
@@ -235,7 +259,7 @@ impl ParsedFiles {
     /// `path` is what the file is called.
     fn read(file: &File, path: &str) -> Result<Self, OpenError> {
         let io = |source| OpenError::Io { path: path.to_owned(), source };
-        let image = map(file).map_err(io)?;
+        let image = file_bytes::read(file).map_err(io)?;
         let parse = |source| OpenError::Parse { path: path.to_owned(), source };
         let (debug, alt_debug) = debug_files(&image, path).map_err(parse)?;
         Self::try_new(Files { image, debug, alt_debug }, |files| {
@@ -261,7 +285,10 @@ pub(crate) fn with_file<R>(path: &Path, f: impl FnOnce(&Symbols<'_>) -> R) -> Re
 }
 
 /// The separate debug files of `image`, where the system has them installed.
-fn debug_files(image: &[u8], path: &str) -> Result<(Option<Mmap>, Option<Mmap>), ModuleError> {
+fn debug_files(
+    image: &[u8],
+    path: &str,
+) -> Result<(Option<FileBytes>, Option<FileBytes>), ModuleError> {
     let module = flea_symbols::Module::parse(image, None)?;
     let debug = module.build_id().and_then(by_build_id).or_else(|| {
         let (name, _crc) = module.debuglink()?;
@@ -272,7 +299,7 @@ fn debug_files(image: &[u8], path: &str) -> Result<(Option<Mmap>, Option<Mmap>),
             .chain([&Path::new("/usr/lib/debug")
                 .join(directory.strip_prefix("/").ok()?)
                 .join(name)])
-            .find_map(|candidate| map(&flea_process::open_regular(candidate).ok()?).ok())
+            .find_map(|candidate| read(candidate))
     });
     let alt = match &debug {
         Some(debug) => flea_symbols::Module::parse(image, Some(debug)).ok().and_then(|m| alt(&m)),
@@ -281,22 +308,18 @@ fn debug_files(image: &[u8], path: &str) -> Result<(Option<Mmap>, Option<Mmap>),
     Ok((debug, alt))
 }
 
-fn alt(module: &Symbols<'_>) -> Option<Mmap> {
+fn read(path: &Path) -> Option<FileBytes> {
+    file_bytes::read(&flea_process::open_regular(path).ok()?).ok()
+}
+
+fn alt(module: &Symbols<'_>) -> Option<FileBytes> {
     let (_path, build_id) = module.debugaltlink()?;
     by_build_id(build_id)
 }
 
-fn by_build_id(id: &[u8]) -> Option<Mmap> {
+fn by_build_id(id: &[u8]) -> Option<FileBytes> {
     let hex: String = id.iter().map(|byte| format!("{byte:02x}")).collect();
     let (head, tail) = hex.split_at_checked(2)?;
     let path = format!("/usr/lib/debug/.build-id/{head}/{tail}.debug");
-    map(&flea_process::open_regular(Path::new(&path)).ok()?).ok()
-}
-
-fn map(file: &File) -> io::Result<Mmap> {
-    // SAFETY: `Mmap` wants that nobody truncates or changes the file meanwhile. Installed
-    // binaries and debug files are replaced by rename, not written in place (the kernel
-    // refuses that for running executables: ETXTBSY); every other reader of debug
-    // information takes the same risk.
-    unsafe { Mmap::map(file) }
+    read(Path::new(&path))
 }

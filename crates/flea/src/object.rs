@@ -18,27 +18,27 @@ use flea_object::{
 use flea_symbols::{
     Site,
     addr::RemoteAddr,
-    signature::{Signature, StackWords, Unnamed},
+    signature::{Signature, Unnamed},
 };
-use flea_verifier::{Context, Permissions, Rejection, Target, Verified, Verifier, targets};
+use flea_verifier::{
+    Changeable, Context, Permissions, Rejection, Target, Verified, Verifier, targets,
+};
 
 use crate::{
     error::{AttachError, LoadError},
     fit::{Fits, Fitted, ModuleKey},
     function::Function,
+    given::{Given, stack_args},
     link::Link,
     program_array::{Attached, ProgramArray},
     registry::StackArgs,
-    session::{Inner, lock},
+    session::{Inner, Session, lock},
     slots::Slots,
     transaction,
 };
 
 /// Bytes of the ring buffer behind `bpf_printk`.
 const PRINTK_BYTES: u32 = 1 << 20;
-/// Stack words behind the named ones that a call of a variadic function has at most: C promises
-/// its programs 127 arguments (C11, 5.2.4.1). What a call has beyond is not passed on.
-const VARIADIC_WORDS: u32 = 128;
 /// Name of that map.
 const PRINTK_NAME: &str = "printk";
 
@@ -84,7 +84,7 @@ pub(crate) struct Loaded {
     /// The arena's base in the target.
     pub(crate) base: RemoteAddr,
     printk: Option<MapIdx>,
-    printk_reader: Mutex<Option<flea_maps::RingBuf>>,
+    printk_reader: Arc<Mutex<Option<flea_maps::RingBuf>>>,
     permissions: Permissions,
     /// Programs that can change the target's memory.
     writers: HashSet<usize>,
@@ -103,6 +103,8 @@ pub(crate) struct Loaded {
 struct ProofKey {
     program: usize,
     context: Context,
+    /// What it may change: nothing as long as nobody has allowed anything.
+    changeable: Changeable,
     /// Whose types the program was fitted to, if it was.
     module: Option<ModuleKey>,
     /// Whose types it needs besides its context, if it does.
@@ -171,7 +173,8 @@ impl Object {
         let writers = (0..spec.programs.len()).filter(writes).collect();
         let plan = ArenaPlan::new(&spec.maps, n_programs);
         let (arena, base) = transaction::create_arena(session, &plan, &spec.maps)?;
-        let printk_reader = Mutex::new(printk.and_then(|index| arena.ringbuf(index).ok()));
+        let printk_reader = printk.and_then(|index| arena.ringbuf(index).ok());
+        let printk_reader = Arc::new(Mutex::new(printk_reader));
         Ok(Self {
             inner: Arc::new(Loaded {
                 session: Arc::clone(session),
@@ -187,6 +190,36 @@ impl Object {
                 verified: Mutex::default(),
                 attached: Mutex::default(),
                 slots,
+                links: Mutex::default(),
+            }),
+        })
+    }
+
+    /// The same object in another process, as [`crate::Following`] finds them: its programs can be
+    /// attached there as well, and work on the same maps. What this one's programs print and miss
+    /// is told by either.
+    ///
+    /// # Errors
+    /// Memory in that process cannot be set up.
+    pub fn share_with(&self, session: &Session) -> Result<Self, LoadError> {
+        let loaded = &self.inner;
+        let session = session.inner();
+        let base = transaction::share_arena(session, &loaded.arena)?;
+        Ok(Self {
+            inner: Arc::new(Loaded {
+                session: Arc::clone(session),
+                spec: loaded.spec.clone(),
+                plan: loaded.plan.clone(),
+                arena: loaded.arena.clone(),
+                base,
+                printk: loaded.printk,
+                printk_reader: Arc::clone(&loaded.printk_reader),
+                permissions: loaded.permissions,
+                writers: loaded.writers.clone(),
+                fits: Fits::default(),
+                verified: Mutex::default(),
+                attached: Mutex::default(),
+                slots: RwLock::new(self.slots().clone()),
                 links: Mutex::default(),
             }),
         })
@@ -523,7 +556,8 @@ impl Program {
             .site()
             .map_err(|refusal| AttachError::Refused { function: function.name(), refusal })?;
         let signature = function.signature();
-        let verified = self.verify_all(function, context(signature, self.kind()), slots, log)?;
+        let given = Given::to(self.kind(), signature);
+        let verified = self.verify_all(function, given, slots, log)?;
         if flea_image::needs_frame(self.kind(), &verified, signature) {
             stack_args(function, signature)?;
         }
@@ -537,14 +571,14 @@ impl Program {
     fn verify_all(
         &self,
         function: &Function,
-        context: Context,
+        given: Given,
         slots: &Slots,
         mut log: Option<&mut dyn FnMut(&str)>,
     ) -> Result<Arc<Verified>, AttachError> {
         let mut prove = |index| {
             let program = Program { object: self.object.clone(), index };
             let log = log.as_mut().map(|line| &mut **line as &mut dyn FnMut(&str));
-            program.verify(function, context, log)
+            program.verify(function, given, log)
         };
         let verified = prove(self.index)?;
         if verified.tail_calls().next().is_none() {
@@ -558,7 +592,7 @@ impl Program {
     fn verify(
         &self,
         function: &Function,
-        context: Context,
+        Given { context, changeable }: Given,
         mut log: Option<&mut dyn FnMut(&str)>,
     ) -> Result<Arc<Verified>, AttachError> {
         let loaded = &self.object.inner;
@@ -570,9 +604,16 @@ impl Program {
         })?;
         let (module, fitted) = fitted.unzip();
         let program = fitted.as_ref().map_or(self.spec(), |fitted| &fitted.program);
-        let verifier =
-            Verifier::new(program, &loaded.spec.maps, context).permit(loaded.permissions);
-        let for_all = ProofKey { program: self.index, context, module, function: None };
+        let verifier = Verifier::new(program, &loaded.spec.maps, context)
+            .permit(loaded.permissions)
+            .changeable(changeable);
+        let for_all = ProofKey {
+            program: self.index,
+            context,
+            changeable: if loaded.permissions.write_target { changeable } else { Changeable::NONE },
+            module,
+            function: None,
+        };
         let for_this = ProofKey { function: Some(function.address()), ..for_all };
         let rejected = |mut rejection: Rejection| {
             if let Some(fitted) = &fitted {
@@ -790,43 +831,6 @@ impl Drop for Loaded {
 
 fn map_idx(index: usize) -> MapIdx {
     MapIdx(u32::try_from(index).expect("an object has far fewer maps"))
-}
-
-fn context(signature: &Signature, kind: ProgramKind) -> Context {
-    if matches!(kind, ProgramKind::Uprobe | ProgramKind::Uretprobe) {
-        return Context::PtRegs;
-    }
-    let n_args = u8::try_from(signature.arg_words().count()).unwrap_or(u8::MAX);
-    Context::Tracing {
-        n_args,
-        n_results: match kind {
-            ProgramKind::Fentry => 0,
-            _ => u8::try_from(signature.ret.words.len().max(1)).unwrap_or(u8::MAX),
-        },
-        session: kind == ProgramKind::Fsession,
-    }
-}
-
-/// The stack arguments that an exit program's image has to pass on.
-fn stack_args(function: &Function, signature: &Signature) -> Result<StackArgs, AttachError> {
-    let (n_words, may_be_fewer) = match signature.stack_words {
-        // What its code cannot reach need not be there.
-        StackWords::Known(named) if signature.variadic => match function.stack_words_proof() {
-            StackWords::Proved(n) => (n, false),
-            _ => (named.saturating_add(VARIADIC_WORDS), true),
-        },
-        StackWords::Known(n) | StackWords::Proved(n) => (n, false),
-        StackWords::Unknown => {
-            return Err(AttachError::StackArguments { function: function.name() });
-        }
-    };
-    if function.uses_return_address() {
-        return Err(AttachError::ReturnAddress { function: function.name() });
-    }
-    let are_named = matches!(signature.stack_words, StackWords::Known(_)) && !signature.variadic;
-    // What is not named may be aligned to as much as a vector.
-    let align_bytes = if are_named { signature.stack_align_bytes } else { 64 };
-    Ok(StackArgs { n_words, may_be_fewer, align_bytes })
 }
 
 /// Whether one of these helpers is called.

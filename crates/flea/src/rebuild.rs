@@ -127,7 +127,7 @@ fn rebuild_on(
     let runtime = ground.registry.own_runtime().ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
-    let outcome = transaction::change(&mut ground, unwinders, |change| {
+    transaction::change_and_tidy(&mut ground, unwinders, |change| {
         let mut functions = std::mem::take(&mut change.registry.functions);
         let is_meant = |f: &FunctionState| f.bodies.iter().any(|b| news.contains_key(&b.id));
         for function in functions.iter_mut().filter(|f| is_meant(f)) {
@@ -135,11 +135,7 @@ fn rebuild_on(
         }
         change.registry.functions = functions;
         Ok(())
-    });
-    // Also after a failure: unwinders may have been told of frames that do not come.
-    let tidied = transaction::tidy(&mut ground).and_then(|()| Ok(ground.store()?));
-    outcome?;
-    tidied
+    })
 }
 
 /// Puts the new bodies of one function in the places of the old ones.

@@ -12,7 +12,8 @@
 //!    memory. So all writable memory is read for that one word, which the code overwrites
 //!    when it was used, and for signal frames inside the code, whose handler may have switched
 //!    stacks. Nobody enters the code any more, so a word that is not there can only come from
-//!    one that is.
+//!    one that is. Then 1 once more: a coroutine may have been switched away at first, and may have
+//!    come back and used its return address before that was looked for.
 //! 3. Bodies that the code calls, and the memory that they work on, are needed for as long as a
 //!    thread runs in the code. Of those that are inside the original, nothing but the exit bodies
 //!    that have not been switched off ([`crate::registry::Switch`]): programs that were taken
@@ -30,8 +31,8 @@ use flea_symbols::addr::RemoteAddr;
 
 use crate::{
     error::RemoteError,
+    host::Host,
     registry::{MAPS_PATH, Retired},
-    remote::Ground,
 };
 
 /// Writable memory that is read for words, at most. A larger target keeps what it has of
@@ -40,18 +41,21 @@ const MAX_SCAN_BYTES: u64 = 8 << 30;
 const CHUNK_BYTES: usize = 1 << 20;
 
 /// Frees what can be freed. The caller stores the registry.
-pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
-    if ground.registry.retired.is_empty() {
+pub(crate) fn run<H: Host>(ground: &mut H) -> Result<(), RemoteError> {
+    if ground.registry().retired.is_empty() {
         return Ok(());
     }
-    let mut retired = std::mem::take(&mut ground.registry.retired);
+    let mut retired = std::mem::take(&mut ground.registry_mut().retired);
     retired.sort_unstable_by_key(|r| r.code.at);
     let ranges: Vec<_> = retired.iter().map(code_range).collect();
     let n = ranges.len();
     let mut uses = Uses { ranges: &ranges, in_use: vec![false; n], executed: vec![false; n] };
     search_threads(ground, &mut uses, &retired)?;
-    if retired.iter().zip(&uses.in_use).any(|(r, used)| r.calls_original && !used) {
+    if uses.may_free_exit_code(&retired) {
         scan_memory(ground, &mut uses, &retired)?;
+    }
+    if uses.may_free_exit_code(&retired) {
+        search_threads(ground, &mut uses, &retired)?;
     }
     let Uses { mut in_use, executed, .. } = uses;
     for (one, _) in retired.iter_mut().zip(executed).filter(|(_, executed)| !executed) {
@@ -60,9 +64,9 @@ pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
     keep_called(&retired, &mut in_use);
     for (one, used) in retired.into_iter().zip(in_use) {
         if used {
-            ground.registry.retired.push(one);
+            ground.registry_mut().retired.push(one);
         } else {
-            ground.registry.unplace(one.code);
+            ground.registry_mut().unplace(one.code);
         }
     }
     Ok(())
@@ -84,6 +88,11 @@ struct Uses<'a> {
 }
 
 impl Uses<'_> {
+    /// Whether some code that calls the original has not been found to be in use.
+    fn may_free_exit_code(&self, retired: &[Retired]) -> bool {
+        retired.iter().zip(&self.in_use).any(|(r, used)| r.calls_original && !used)
+    }
+
     /// Somebody runs at `value`, or returns to it.
     fn executes(&mut self, value: RemoteAddr) {
         mark(self.ranges, &mut self.in_use, value);
@@ -102,16 +111,16 @@ fn mark(ranges: &[Range<RemoteAddr>], in_use: &mut [bool], value: RemoteAddr) {
 }
 
 /// Step 1.
-fn search_threads(
-    ground: &mut Ground<'_>,
+fn search_threads<H: Host>(
+    ground: &mut H,
     uses: &mut Uses<'_>,
     retired: &[Retired],
 ) -> Result<(), RemoteError> {
-    let maps = flea_process::maps(ground.tracer.pid())?;
+    let maps = ground.maps()?;
     let vdso = maps.iter().filter(|m| m.path == "[vdso]").map(|m| m.start..m.end);
-    let arenas = ground.registry.code.iter();
+    let arenas = ground.registry().code.iter();
     let arenas = arenas.map(|a| a.base..RemoteAddr(a.base.0.saturating_add(a.size_bytes)));
-    let words = ground.tracer.words_on_stacks(&vdso.chain(arenas).collect::<Vec<_>>())?;
+    let words = ground.words_on_stacks(&vdso.chain(arenas).collect::<Vec<_>>())?;
     let executes = words.iter().filter(|word| !matches!(word.holder, Holder::Stack(_)));
     let inside: HashSet<_> = executes.map(|word| word.tid).collect();
     let returns: HashSet<RemoteAddr> = retired.iter().filter_map(|r| r.returns_to).collect();
@@ -135,8 +144,8 @@ fn keep_called(retired: &[Retired], in_use: &mut [bool]) {
 }
 
 /// Step 2: marks everything that the original returns to, or that a signal interrupted.
-fn scan_memory(
-    ground: &Ground<'_>,
+fn scan_memory<H: Host>(
+    ground: &H,
     uses: &mut Uses<'_>,
     retired: &[Retired],
 ) -> Result<(), RemoteError> {
@@ -145,7 +154,7 @@ fn scan_memory(
         retired.iter().enumerate().filter_map(|(i, r)| Some((r.returns_to?.0, i))).collect();
     let lowest = ranges.iter().map(|r| r.start).min().unwrap_or_default().0;
     let highest = ranges.iter().map(|r| r.end).max().unwrap_or_default().0;
-    let maps = flea_process::maps(ground.tracer.pid())?;
+    let maps = ground.maps()?;
     let mut buffer = vec![0; CHUNK_BYTES];
     let mut n_scanned = 0u64;
     for mapping in maps.iter().filter(|m| may_hold_stacks(m)) {
@@ -155,7 +164,7 @@ fn scan_memory(
         while at < mapping.end {
             let left = mapping.end.0 - at.0;
             let want = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
-            let got = ground.memory().read_prefix(at, &mut buffer[..want]);
+            let got = ground.read_prefix(at, &mut buffer[..want]);
             for chunk in buffer[..got].chunks_exact(8) {
                 let word = u64::from_le_bytes(chunk.try_into().expect("chunks of 8"));
                 if (lowest..=highest).contains(&word)

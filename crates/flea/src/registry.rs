@@ -24,12 +24,13 @@ mod shared;
 use std::{collections::HashSet, sync::OnceLock};
 
 use flea_image::Save;
-use flea_process::{Mapping, Memory, MemoryError};
+use flea_process::{Mapping, MemoryError};
 use flea_symbols::addr::RemoteAddr;
 use serde::{Deserialize, Serialize};
 
 pub use self::replaced::{LoadedObject, ReplacementState};
 pub use self::shared::Shared;
+use crate::host::Bytes;
 
 /// The memfd's name: `/proc/PID/maps` shows `/memfd:flea (deleted)`.
 pub(crate) const NAME: &str = "flea";
@@ -303,6 +304,10 @@ pub struct BodyState {
     /// leave it out.
     #[serde(default, skip_serializing_if = "is_default")]
     pub writes_target: bool,
+    /// Bit i: the session side changes integer argument i; bit 16: the exit side changes the
+    /// result rax.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub changes: u32,
     /// Fentry programs.
     #[serde(default, skip_serializing_if = "is_default")]
     pub entry: Option<Placed>,
@@ -497,7 +502,7 @@ impl Storage {
     /// Who has not seized the target may read while another writes. Two stores later the half
     /// being read is written again, which the sum shows, and the header, being another by
     /// then, that it is no damage.
-    pub(crate) fn load(self, memory: &Memory) -> Result<Registry, RegistryError> {
+    pub(crate) fn load(self, memory: &impl Bytes) -> Result<Registry, RegistryError> {
         for _ in 0..MAX_LOADS {
             let header = self.header(memory)?;
             let loaded = self.load_as(header, memory);
@@ -508,7 +513,7 @@ impl Storage {
         Err(self.damaged("it changes all the time".to_owned()))
     }
 
-    fn load_as(self, header: [u64; 4], memory: &Memory) -> Result<Registry, RegistryError> {
+    fn load_as(self, header: [u64; 4], memory: &impl Bytes) -> Result<Registry, RegistryError> {
         if header == [0; 4] {
             return Ok(Registry::default());
         }
@@ -533,7 +538,11 @@ impl Storage {
     }
 
     /// Makes `registry` the current state.
-    pub(crate) fn store(self, memory: &Memory, registry: &Registry) -> Result<(), RegistryError> {
+    pub(crate) fn store(
+        self,
+        memory: &impl Bytes,
+        registry: &Registry,
+    ) -> Result<(), RegistryError> {
         let text = serde_json::to_vec(registry).expect("plain data serializes");
         if text.len() as u64 > HALF_BYTES {
             return Err(RegistryError::Full { bytes: text.len() });
@@ -553,21 +562,22 @@ impl Storage {
     }
 
     /// Notes that what the current state says has been done to the target's code.
-    pub(crate) fn note_made(self, memory: &Memory) -> Result<(), RegistryError> {
+    pub(crate) fn note_made(self, memory: &impl Bytes) -> Result<(), RegistryError> {
         let [_, _, _, sum] = self.header(memory)?;
         let at = self.base.offset(MADE_OFFSET);
         memory.write(at, &sum.to_le_bytes()).map_err(|source| RegistryError::Memory { at, source })
     }
 
     /// Whether that has been noted. Where it has not, its author died or could not say so.
-    pub(crate) fn is_made(self, memory: &Memory) -> Result<bool, RegistryError> {
+    pub(crate) fn is_made(self, memory: &impl Bytes) -> Result<bool, RegistryError> {
         let [_, _, _, sum] = self.header(memory)?;
         let at = self.base.offset(MADE_OFFSET);
-        let made = memory.read_u64(at).map_err(|source| RegistryError::Memory { at, source })?;
-        Ok(made == sum)
+        let mut made = [0; 8];
+        memory.read(at, &mut made).map_err(|source| RegistryError::Memory { at, source })?;
+        Ok(u64::from_le_bytes(made) == sum)
     }
 
-    fn header(self, memory: &Memory) -> Result<[u64; 4], RegistryError> {
+    fn header(self, memory: &impl Bytes) -> Result<[u64; 4], RegistryError> {
         let mut bytes = [0; 32];
         memory
             .read(self.base, &mut bytes)

@@ -4,7 +4,7 @@
 use std::{
     fs::File,
     os::{
-        fd::{IntoRawFd as _, RawFd},
+        fd::{BorrowedFd, IntoRawFd as _, RawFd},
         unix::ffi::OsStrExt as _,
     },
 };
@@ -12,7 +12,7 @@ use std::{
 use flea_image::frames_file::{FILE_BYTES, HEAD_BYTES};
 use flea_layout::shared::THREAD_TABLE_BYTES;
 use flea_load::{Protection, SharedObject};
-use flea_process::{Borrowed, MapRequest, Memory, MemoryLeft, Pid, Tracer};
+use flea_process::{Borrowed, HandOverError, MapRequest, Memory, MemoryLeft, Pid, Tracer};
 use flea_symbols::addr::RemoteAddr;
 
 use crate::{
@@ -211,6 +211,64 @@ impl<'t> Ground<'t> {
         Ok((fd, RemoteAddr(mapping.0 + table)))
     }
 
+    /// Maps a thread table, and behind it an arena that other processes have already. Its base.
+    pub(crate) fn share_data_arena(
+        &mut self,
+        size_bytes: u64,
+        file: BorrowedFd<'_>,
+        owner: Controller,
+    ) -> Result<RemoteAddr, RemoteError> {
+        let table = THREAD_TABLE_BYTES as u64;
+        let mapping = self.tracer.remote_map(MapRequest {
+            near: None,
+            size_bytes: table + size_bytes,
+            prot: libc::PROT_READ | libc::PROT_WRITE,
+            flags: libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+            fd: -1,
+            offset: 0,
+        })?;
+        if let Err(error) = self.map_shared(mapping, size_bytes, file) {
+            // What failed first is what is told.
+            let _ = unmap(self.tracer, mapping, table + size_bytes);
+            return Err(error);
+        }
+        let size_bytes = table + size_bytes;
+        self.registry.data.push(DataArena { mapping, size_bytes, owner, released: false });
+        self.store()?;
+        Ok(RemoteAddr(mapping.0 + table))
+    }
+
+    fn map_shared(
+        &mut self,
+        mapping: RemoteAddr,
+        size_bytes: u64,
+        file: BorrowedFd<'_>,
+    ) -> Result<(), RemoteError> {
+        let table = THREAD_TABLE_BYTES as u64;
+        let arena = mapping.0 + table;
+        let rw = u64::from((libc::PROT_READ | libc::PROT_WRITE).cast_unsigned());
+        let fixed = u64::from((libc::MAP_SHARED | libc::MAP_FIXED).cast_unsigned());
+        let scratch = self.storage.scratch();
+        let shared = self.tracer.with_own_thread(|thread| {
+            thread.syscall(libc::SYS_madvise, [mapping.0, table, MADV_WIPEONFORK, 0, 0, 0])?;
+            let fd = match flea_process::hand_over(thread, scratch, file) {
+                Ok(fd) => fd,
+                Err(HandOverError::Remote(error)) => return Err(error),
+                Err(HandOverError::Local(source)) => return Ok(Err(source)),
+            };
+            let mapped = thread
+                .syscall(libc::SYS_mmap, [arena, size_bytes, rw, fixed, fd, 0])
+                .and_then(|_| {
+                    let advice = [arena, size_bytes, MADV_DONTDUMP, 0, 0, 0];
+                    thread.syscall(libc::SYS_madvise, advice)
+                });
+            thread.syscall(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
+            mapped.map(|_| Ok(()))
+        })?;
+        let what = "handing the shared memory to the target";
+        shared.map_err(|source| RemoteError::Local { what, source })
+    }
+
     fn map_data_arena(
         &mut self,
         size_bytes: u64,
@@ -305,46 +363,6 @@ impl<'t> Ground<'t> {
         self.registry.objects.retain(|other| other.base != object.base);
         self.store()?;
         unmap(self.tracer, object.base, object.size_bytes)
-    }
-
-    /// Takes data arenas out of the target that were released and that no retired code works
-    /// on any more.
-    pub(crate) fn unmap_released(&mut self) -> Result<(), RemoteError> {
-        let table = THREAD_TABLE_BYTES as u64;
-        let in_use = |arena: &DataArena| {
-            let base = RemoteAddr(arena.mapping.0 + table);
-            let bodies = self.registry.functions.iter().flat_map(|f| &f.bodies);
-            let mut retired = self.registry.retired.iter().flat_map(|r| &r.arenas);
-            bodies.into_iter().any(|b| b.arena == base) || retired.any(|a| *a == base)
-        };
-        let (gone, stay): (Vec<_>, Vec<_>) = self
-            .registry
-            .data
-            .iter()
-            .cloned()
-            .partition(|arena| (arena.released || !arena.owner.is_alive()) && !in_use(arena));
-        for arena in &gone {
-            unmap(self.tracer, arena.mapping, arena.size_bytes)?;
-        }
-        self.registry.data = stay;
-        Ok(())
-    }
-
-    /// Writes the registry; or, where nothing is left in it, takes all of our ground out of
-    /// the target.
-    pub(crate) fn close(mut self) -> Result<(), RemoteError> {
-        let r = &self.registry;
-        let empty = r.functions.is_empty()
-            && r.data.is_empty()
-            && r.objects.is_empty()
-            && r.retired.is_empty();
-        if !empty {
-            return self.store();
-        }
-        for arena in std::mem::take(&mut self.registry.code) {
-            unmap(self.tracer, arena.base, arena.size_bytes)?;
-        }
-        unmap(self.tracer, self.storage.base(), registry::MAPPING_BYTES)
     }
 
     /// Writes the registry, if it has changed since.

@@ -12,10 +12,11 @@ use crate::{
     change::{Attached, Change, arenas},
     error::AttachError,
     function::Function,
+    host,
     registry::{Controller, ReplacementState},
     remote::Ground,
     session::Inner,
-    transaction::{Author, change, new_function, seized, settle, take_off, tidy},
+    transaction::{Author, change, is_known, new_function, seized, settle, take_off, tidy},
     unload,
 };
 
@@ -60,7 +61,7 @@ pub(crate) fn attach(pid: Pid, request: &Replace<'_>) -> Result<(Handle, Vec<u32
         let outcome = attach_on(&mut ground, request, author);
         if outcome.is_err() {
             // Where nothing else is, nothing stays. What failed first is what is told.
-            let _ = ground.close();
+            let _ = host::close(ground);
         }
         outcome
     })
@@ -74,9 +75,12 @@ fn attach_on(
     settle(ground)?;
     let Replace { object, addresses, near, pinned, .. } = *request;
     let base = ground.add_object(near, object, addresses, pinned)?;
-    let outcome = change(ground, &[], |change| {
+    let outcome: Result<Vec<u32>, _> = change(ground, &[], |change| {
         request.named.iter().map(|named| add(change, named, base, author)).collect()
     });
+    if !is_known(&outcome) {
+        return outcome.map(|ids| (Handle::of(base), ids));
+    }
     // Also after a failure: then the object that nobody has entered goes at once.
     let tidied = tidy(ground).and_then(|()| {
         if outcome.is_err() {
@@ -84,7 +88,7 @@ fn attach_on(
         }
         Ok(ground.store()?)
     });
-    let ids: Vec<u32> = outcome?;
+    let ids = outcome?;
     tidied.map(|()| (Handle::of(base), ids))
 }
 

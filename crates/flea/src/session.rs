@@ -176,6 +176,22 @@ impl Session {
         self.inner.pid
     }
 
+    /// A session with a process that waits at the start of a program that it has executed; `known`
+    /// are modules whose files need not be read again.
+    pub(crate) fn of_executed(pid: Pid, known: &[Arc<Module>]) -> Result<Self, SessionError> {
+        let session = Self::new(pid, None);
+        *lock(&session.inner.modules) = modules::list_knowing(pid, known)?;
+        Ok(session)
+    }
+
+    pub(crate) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
+    }
+
+    pub(crate) fn modules(&self) -> Vec<Arc<Module>> {
+        lock(&self.inner.modules).clone()
+    }
+
     /// Reads again which modules are loaded: after the target has loaded a library.
     ///
     /// # Errors
@@ -187,6 +203,24 @@ impl Session {
         }
         *lock(&self.inner.modules) = modules;
         Ok(())
+    }
+
+    /// Reads again which modules are loaded, if those are others than before; whether they are.
+    ///
+    /// # Errors
+    /// The process has ended, or executed another program.
+    pub fn refresh_changed(&self) -> Result<bool, SessionError> {
+        if self.inner.has_lost_its_memory() {
+            return Err(flea_process::TraceError::Execed { pid: self.pid() }.into());
+        }
+        let known = self.modules();
+        let now = modules::list_again(self.pid(), &known)?;
+        let is_same = |(a, b): (&Arc<Module>, &Arc<Module>)| Arc::ptr_eq(a, b);
+        if now.len() == known.len() && now.iter().zip(&known).all(is_same) {
+            return Ok(false);
+        }
+        *lock(&self.inner.modules) = now;
+        Ok(true)
     }
 
     /// The functions that `pattern` (`[MODULE:]FUNCTION`, with `*` and `?`) names. Without a
@@ -212,8 +246,9 @@ impl Session {
         types::of_modules(&modules, names)
     }
 
-    /// Allows the programs of objects that are loaded from now on what no program may by itself;
-    /// what was allowed before is replaced. The verifier does not see what such a program does
+    /// Allows the programs of objects that are loaded from now on what no program may by itself:
+    /// to write to the target's memory, and to change what functions are called with and return.
+    /// What was allowed before is replaced. The verifier does not see what such a program does
     /// to the target: that is on whoever allows it.
     ///
     /// ```
@@ -327,22 +362,24 @@ impl Session {
         self.inner.watch.exit()
     }
 
+    /// The path of its program, as it sees it; empty where that is not known.
+    #[must_use]
+    pub fn program(&self) -> String {
+        let modules = self.modules();
+        modules.iter().find(|m| m.is_main()).map_or_else(String::new, |m| m.path().to_owned())
+    }
+
     /// The program that the process has executed since, by which it lost all that was attached;
     /// `None` where it has not, and where it has ended.
     #[must_use]
     pub fn executed(&self) -> Option<PathBuf> {
-        // Every program has its first page at no address of its own: only the answer's kind counts.
-        let gone = |memory: &Memory| {
-            matches!(memory.read(RemoteAddr(0), &mut [0]), Err(MemoryError::Gone { .. }))
-        };
-        let is_another = self.inner.memory.as_ref().is_some_and(gone);
-        if is_another { flea_process::exe(self.pid()).ok() } else { None }
+        if self.inner.has_lost_its_memory() { flea_process::exe(self.pid()).ok() } else { None }
     }
 
     /// Whether the process still runs.
     #[must_use]
     pub fn is_alive(&self) -> bool {
-        !self.inner.has_ended()
+        flea_process::check_traceable(self.pid()).is_ok()
     }
 }
 
@@ -356,8 +393,18 @@ impl Inner {
         *lock(&self.permissions)
     }
 
+    /// Whether the process has ended, or executed another program, which nothing of this session
+    /// is in.
     pub(crate) fn has_ended(&self) -> bool {
-        flea_process::check_traceable(self.pid).is_err()
+        flea_process::check_traceable(self.pid).is_err() || self.has_lost_its_memory()
+    }
+
+    fn has_lost_its_memory(&self) -> bool {
+        // Nothing need be mapped there: what counts is what kind of error it is.
+        let gone = |memory: &Memory| {
+            matches!(memory.read(RemoteAddr(0), &mut [0]), Err(MemoryError::Gone { .. }))
+        };
+        self.memory.as_ref().is_some_and(gone)
     }
 
     /// What is loaded now.
@@ -394,29 +441,58 @@ const R_STATE_OFFSET: i64 = 24;
 /// `RT_CONSISTENT`
 const CONSISTENT: u8 = 0;
 
-/// Runs a fresh process to where its libraries are loaded and relocated and no constructor
-/// has run: the loader tells debuggers so by calling `_dl_debug_state`. Where there is no
-/// loader, or one that does not, to its entry point.
-fn run_to_start(spawned: &mut Spawned) -> Result<(), SessionError> {
-    let pid = spawned.pid();
-    let auxv = flea_process::auxv(pid)?;
-    if let Some(loader) = auxv.base.filter(|base| base.0 != 0)
-        && let Some((notify, r_debug)) = loader_hook(pid, loader)?
-    {
-        // musl does not export `_r_debug`; it calls the hook once, when all is loaded.
-        let consistent = move |memory: &Memory| {
+/// Where a fresh process is to wait.
+pub(crate) enum Start {
+    /// Where its loader tells debuggers that libraries are loaded and relocated, and no constructor
+    /// has run (`_dl_debug_state`); its `_r_debug`, where that is known.
+    Loader(RemoteAddr, Option<RemoteAddr>),
+    /// At its entry point: its loader is none that does.
+    Entry(RemoteAddr),
+    /// At its entry point, where a program without a loader stands already.
+    Here(RemoteAddr),
+}
+
+impl Start {
+    pub(crate) fn of(pid: Pid) -> Result<Self, SessionError> {
+        let auxv = flea_process::auxv(pid)?;
+        let loader = auxv.base.filter(|base| base.0 != 0);
+        if let Some(loader) = loader
+            && let Some((notify, r_debug)) = loader_hook(pid, loader)?
+        {
+            return Ok(Self::Loader(notify, r_debug));
+        }
+        let entry = auxv.entry.unwrap_or(RemoteAddr(0));
+        Ok(if loader.is_some() { Self::Entry(entry) } else { Self::Here(entry) })
+    }
+
+    pub(crate) fn address(&self) -> RemoteAddr {
+        let (Self::Loader(at, _) | Self::Entry(at) | Self::Here(at)) = *self;
+        at
+    }
+
+    /// Whether a process that comes there is ready.
+    pub(crate) fn is_ready(&self) -> impl FnMut(&Memory) -> bool + Send + use<> {
+        let r_debug = match self {
+            // musl does not export `_r_debug`; it calls the hook once, when all is loaded.
+            Self::Loader(_, r_debug) => *r_debug,
+            Self::Entry(_) | Self::Here(_) => None,
+        };
+        move |memory: &Memory| {
             r_debug.is_none_or(|at| {
                 let mut state = [0xff];
                 memory.read(at.offset(R_STATE_OFFSET), &mut state).is_ok() && state[0] == CONSISTENT
             })
-        };
-        return Ok(spawned.run_until(notify, consistent)?);
+        }
     }
-    let Some(entry) = auxv.entry.filter(|_| auxv.base.is_some_and(|base| base.0 != 0)) else {
-        // A static program stands at its entry point already.
-        return Ok(());
-    };
-    Ok(spawned.run_until(entry, |_| true)?)
+}
+
+/// Runs a fresh process to where it is to wait.
+fn run_to_start(spawned: &mut Spawned) -> Result<(), SessionError> {
+    let start = Start::of(spawned.pid())?;
+    match start {
+        Start::Here(_) => Ok(()),
+        _ => Ok(spawned.run_until(start.address(), start.is_ready())?),
+    }
 }
 
 /// Addresses of `_dl_debug_state` and `_r_debug` in the loader at `base`.

@@ -1,7 +1,9 @@
 //! What stands at many sites, in few reads.
 
-use flea_process::{Memory, MemoryError};
+use flea_process::MemoryError;
 use flea_symbols::addr::RemoteAddr;
+
+use crate::host::Bytes;
 
 const SITE_BYTES: u64 = 5;
 /// Sites with less than this between them are read in one go: it takes less than another read.
@@ -11,7 +13,7 @@ const MAX_RUN_BYTES: u64 = 1 << 20;
 
 /// The five bytes at each of `sites`, in their order. Each by itself where several cannot be
 /// read: what lies between two functions need not be mapped.
-pub(crate) fn read(memory: &Memory, sites: &[RemoteAddr]) -> Vec<Result<[u8; 5], MemoryError>> {
+pub(crate) fn read(memory: &impl Bytes, sites: &[RemoteAddr]) -> Vec<Result<[u8; 5], MemoryError>> {
     let mut order: Vec<usize> = (0..sites.len()).collect();
     order.sort_unstable_by_key(|i| sites[*i]);
     let mut found: Vec<Option<[u8; 5]>> = vec![None; sites.len()];
@@ -26,7 +28,10 @@ pub(crate) fn read(memory: &Memory, sites: &[RemoteAddr]) -> Vec<Result<[u8; 5],
         rest = behind;
         let n_bytes = sites[run[run.len() - 1]].0 - first.0 + SITE_BYTES;
         let n_bytes = usize::try_from(n_bytes).expect("about a megabyte at most");
-        let Ok(bytes) = memory.read_vec(first, n_bytes) else { continue };
+        let mut bytes = vec![0; n_bytes];
+        if memory.read(first, &mut bytes).is_err() {
+            continue;
+        }
         for &i in run {
             let into = usize::try_from(sites[i].0 - first.0).expect("inside the run");
             found[i] = bytes.get(into..).and_then(|rest| rest.first_chunk().copied());
@@ -44,6 +49,8 @@ pub(crate) fn read(memory: &Memory, sites: &[RemoteAddr]) -> Vec<Result<[u8; 5],
 
 #[cfg(test)]
 mod tests {
+    use flea_process::Memory;
+
     use super::*;
 
     /// In any order, twice the same, and with one in between that is not mapped.

@@ -35,10 +35,14 @@ use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
-    change::{Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_reads, retire_all},
+    change::{
+        Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_changes, pack_reads, retire_all,
+        take_back,
+    },
     compile,
     error::{AttachError, LoadError, RemoteError},
     function::Function,
+    host::{self, Host},
     known_code::KnownCode,
     object::{Loaded, Prepared},
     own::{self, HelperError},
@@ -78,12 +82,18 @@ pub(crate) fn find_registry(pid: Pid) -> Result<Option<Storage>, RemoteError> {
 /// The registry of process `pid` as it is now, without seizing it; an empty one where there
 /// is none.
 pub(crate) fn peek(pid: Pid) -> Result<Registry, RemoteError> {
+    let mut attempt = 0;
     loop {
         let Some(storage) = find_registry(pid)? else { return Ok(Registry::default()) };
-        match storage.load(&Memory::open(flea_process::stand_in(pid))?) {
-            // The last controller took it away before it was read: there is none now.
-            Err(_) if find_registry(pid)?.is_none_or(|now| now.base() != storage.base()) => {}
-            loaded => return Ok(loaded?),
+        let loaded = storage.load(&Memory::open(flea_process::stand_in(pid))?);
+        attempt += 1;
+        // The last controller took it away before it was read: there is none now. A target that
+        // moves it about by itself is not followed for ever.
+        let has_moved = loaded.is_err()
+            && attempt < MAX_ATTEMPTS
+            && find_registry(pid)?.is_none_or(|now| now.base() != storage.base());
+        if !has_moved {
+            return Ok(loaded?);
         }
     }
 }
@@ -103,7 +113,7 @@ pub(crate) fn create_arena(
         let added = ground.add_data_arena(size_bytes, goes_to, owner);
         if added.is_err() {
             // Where nothing else is, nothing stays. What failed first is what is told.
-            let _ = ground.close();
+            let _ = host::close(ground);
         }
         Ok(added?)
     })?;
@@ -118,25 +128,61 @@ pub(crate) fn create_arena(
     }
 }
 
+/// Maps the memory of an object into one more process; where it is there.
+pub(crate) fn share_arena(
+    session: &Inner,
+    arena: &flea_maps::Arena,
+) -> Result<RemoteAddr, LoadError> {
+    let owner = Controller::this();
+    seized(session.pid(), |tracer| -> Result<_, LoadError> {
+        let mut ground = Ground::open(tracer)?;
+        let shared = ground.share_data_arena(arena.plan().size_bytes, arena.fd(), owner);
+        if shared.is_err() {
+            // Where nothing else is, nothing stays. What failed first is what is told.
+            let _ = host::close(ground);
+        }
+        Ok(shared?)
+    })
+}
+
 /// Gives the memory of an object back. What cannot be done now (a thread is still inside a
 /// traced function, the target cannot be seized) is done by the next controller that comes.
 pub(crate) fn release_arena(session: &Inner, base: RemoteAddr) {
+    if session.has_ended() {
+        return;
+    }
     let owner = Controller::this();
+    let table = flea_layout::shared::THREAD_TABLE_BYTES as u64;
+    let is_it = |d: &DataArena| d.mapping.0 + table == base.0 && d.owner == owner;
     // Nobody to tell: this runs when the object is dropped.
-    let _ = seized(session.pid(), |tracer| -> Result<(), AttachError> {
+    let _ = release_arenas(session.pid(), is_it);
+}
+
+/// Takes off whatever this controller has attached in process `pid`, and gives the memory back.
+pub(crate) fn leave(pid: Pid) -> Result<(), AttachError> {
+    let owner = Controller::this();
+    take_off(pid, |attached| match attached {
+        Attached::Body(body) => body.owner == owner,
+        Attached::Replacement(one) => one.owner == owner,
+    })?;
+    release_arenas(pid, |arena| arena.owner == owner)
+}
+
+fn release_arenas(
+    pid: Pid,
+    is_released: impl Fn(&DataArena) -> bool + Sync,
+) -> Result<(), AttachError> {
+    seized(pid, |tracer| -> Result<(), AttachError> {
         let Some(mut ground) = Ground::find(tracer)? else { return Ok(()) };
-        let table = flea_layout::shared::THREAD_TABLE_BYTES as u64;
-        let is_own = |d: &&mut DataArena| d.mapping.0 + table == base.0 && d.owner == owner;
-        let own = ground.registry.data.iter_mut().find(is_own);
-        if let Some(own) = own {
-            own.released = true;
+        for arena in ground.registry.data.iter_mut().filter(|arena| is_released(arena)) {
+            arena.released = true;
         }
         settle(&mut ground)?;
         tidy(&mut ground)?;
         unload::run(&mut ground)?;
-        ground.unmap_released()?;
-        Ok(ground.close()?)
-    });
+        host::unmap_released(&mut ground)?;
+        Ok(host::close(ground)?)
+    })
 }
 
 /// Attaches all of `prepared` or none; the numbers of the new bodies.
@@ -246,8 +292,8 @@ pub(crate) fn take_off(
             let pause = (since.elapsed() / 4).max(Duration::from_millis(1));
             ground.tracer.wait_a_moment(pause).map_err(RemoteError::from)?;
         }
-        ground.unmap_released()?;
-        Ok(ground.close()?)
+        host::unmap_released(&mut ground)?;
+        Ok(host::close(ground)?)
     })
 }
 
@@ -296,7 +342,7 @@ fn attach_on(
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
     make_room(&mut ground, prepared, bodies);
-    let outcome = change(&mut ground, unwinders, |change| {
+    change_and_tidy(&mut ground, unwinders, |change| {
         // Taken out by site and put back at the end: ten thousand of them are looked up.
         let mut functions: BTreeMap<RemoteAddr, Shared<FunctionState>> =
             change.registry.functions.drain(..).map(|f| (f.site, f)).collect();
@@ -311,11 +357,29 @@ fn attach_on(
         }
         change.registry.functions = functions.into_values().collect();
         Ok(ids)
-    });
+    })
+}
+
+/// Steps 2 to 5, and whatever came of it is written down.
+pub(crate) fn change_and_tidy<H: Host, R>(
+    ground: &mut H,
+    unwinders: &[Unwinder],
+    edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
+) -> Result<R, AttachError> {
+    let outcome = change(ground, unwinders, edit);
+    if !is_known(&outcome) {
+        return outcome;
+    }
     // Also after a failure: unwinders may have been told of frames that do not come.
-    let tidied = tidy(&mut ground).and_then(|()| Ok(ground.store()?));
-    let ids = outcome?;
-    tidied.map(|()| ids)
+    let tidied = tidy(ground).and_then(|()| Ok(ground.store()?));
+    let result = outcome?;
+    tidied.map(|()| result)
+}
+
+/// Whether what a change came to says which code is still entered. Where a commit could neither be
+/// made nor be taken back, `settle` has to find out: what was to be retired may be entered.
+pub(crate) fn is_known<R>(outcome: &Result<R, AttachError>) -> bool {
+    !matches!(outcome, Err(AttachError::Commit(error)) if !error.is_undone())
 }
 
 /// Maps the memory for many functions at once, where it is clear that there is not enough: else
@@ -343,9 +407,9 @@ fn room_for(body: &Body) -> u64 {
 
 /// Step 5: frees what no thread can be in, and leaves unwinders alone once no frame is left
 /// that they have to be told of.
-pub(crate) fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
+pub(crate) fn tidy<H: Host>(ground: &mut H) -> Result<(), AttachError> {
     reclaim::run(ground)?;
-    let registry = &ground.registry;
+    let registry = ground.registry();
     if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames.is_some()) {
         return Ok(());
     }
@@ -355,13 +419,13 @@ pub(crate) fn tidy(ground: &mut Ground<'_>) -> Result<(), AttachError> {
 
 /// Steps 2 to 5 for one change of the registry; on failure everything is as before, but that
 /// `unwinders` may have been told of frames.
-pub(crate) fn change<R>(
-    ground: &mut Ground<'_>,
+pub(crate) fn change<H: Host, R>(
+    ground: &mut H,
     unwinders: &[Unwinder],
     mut edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
     for _ in 0..MAX_NEW_ARENAS {
-        let outcome = match unwinder::all_told(&ground.registry, unwinders) {
+        let outcome = match unwinder::all_told(ground.registry(), unwinders) {
             true => change_once(ground, &mut edit),
             false => change_once(ground, |change| change.tell_unwinders(unwinders))
                 .and_then(|()| change_once(ground, &mut edit)),
@@ -371,54 +435,62 @@ pub(crate) fn change<R>(
             outcome => return outcome,
         }
     }
-    let near = ground.registry.code.first().map_or(RemoteAddr(0), |arena| arena.base);
+    let near = ground.registry().code.first().map_or(RemoteAddr(0), |arena| arena.base);
     Err(AttachError::NoRoom { near, bytes: 0 })
 }
 
-fn change_once<R>(
-    ground: &mut Ground<'_>,
+fn change_once<H: Host, R>(
+    ground: &mut H,
     edit: impl FnOnce(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
-    let known_code =
-        KnownCode::read(&ground.registry, ground.memory()).map_err(RemoteError::from)?;
-    let mut change = Change::new(ground.registry.clone(), known_code);
+    let known_code = KnownCode::read(ground.registry(), ground)?;
+    let mut change = Change::new(ground.registry().clone(), known_code);
     let result = edit(&mut change)?;
     change.switch_off();
     carry_out(ground, change)?;
     Ok(result)
 }
 
-fn carry_out(ground: &mut Ground<'_>, change: Change) -> Result<(), AttachError> {
-    let (plan, before) = announce(ground, change)?;
-    if let Err(error) = flea_patch::commit(ground.tracer, &plan) {
-        ground.registry = before;
-        ground.is_made = true;
+fn carry_out<H: Host>(ground: &mut H, change: Change) -> Result<(), AttachError> {
+    let (before, was_made) = (ground.registry().clone(), ground.is_made());
+    let plan = match announce(ground, change) {
+        Ok(plan) => plan,
+        Err(error) => {
+            // Nobody is to take what is still entered for retired.
+            *ground.registry_mut() = before;
+            ground.set_made(was_made);
+            return Err(error);
+        }
+    };
+    if let Err(error) = ground.commit(&plan) {
+        if error.is_undone() {
+            let announced = std::mem::replace(ground.registry_mut(), before);
+            take_back(ground.registry_mut(), announced);
+            ground.set_made(was_made);
+        }
         // Where this fails the target has ended, and the commit's reason says more; else
-        // `settle` finds out from the sites' bytes.
+        // `settle` finds out from the sites' bytes. The same where not all of them are as before.
         let _ = ground.store();
         return Err(error.into());
     }
-    // Not stored here: until somebody does, the target's registry says that this was about to be
-    // done, and whoever reads it finds that it is (`settle`). Every caller stores in the end.
     ground.note_made()?;
-    ground.registry.committed();
-    Ok(())
+    ground.registry_mut().committed();
+    Ok(ground.store()?)
 }
 
-/// Steps 2 and 3: all but what the target's threads could notice. What is left is step 4. Also
-/// what the registry was before.
-fn announce(ground: &mut Ground<'_>, change: Change) -> Result<(Plan, Registry), AttachError> {
+/// Steps 2 and 3: all but what the target's threads could notice. What is left is step 4.
+fn announce<H: Host>(ground: &mut H, change: Change) -> Result<Plan, AttachError> {
     let Change { mut registry, writes, pokes, retired, .. } = change;
     for (at, bytes) in &runs(writes) {
-        ground.memory().write(*at, bytes).map_err(RemoteError::from)?;
+        ground.write(*at, bytes).map_err(RemoteError::from)?;
     }
     // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
     // whoever comes after our death finds the sites' previous bytes first (`settle`).
     registry.retired.extend(retired);
-    let before = std::mem::replace(&mut ground.registry, registry);
-    ground.is_made = false;
+    *ground.registry_mut() = registry;
+    ground.set_made(false);
     ground.store()?;
-    Ok((Plan { pokes }, before))
+    Ok(Plan { pokes })
 }
 
 /// Makes the registry say what is there.
@@ -429,61 +501,70 @@ fn announce(ground: &mut Ground<'_>, change: Change) -> Result<(Plan, Registry),
 /// - Of a library that was closed nothing is left to swap, whatever is mapped in its place, be it
 ///   the same library once more; else nothing attached together with a function of it could ever
 ///   be taken off again.
-pub(crate) fn settle(ground: &mut Ground<'_>) -> Result<(), AttachError> {
-    let maps = flea_process::maps(ground.tracer.pid()).map_err(RemoteError::from)?;
-    let mut registry = std::mem::take(&mut ground.registry);
+pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
+    let maps = ground.maps()?;
+    // A page that cannot be read just now is still there.
+    let is_mapped = |site| maps.iter().any(|mapping| mapping.contains(site));
+    // A copy: where this fails, nobody is to think that nothing is attached.
+    let mut registry = ground.registry().clone();
     let mut unfinished = Vec::new();
     let functions = std::mem::take(&mut registry.functions);
     let places: Vec<RemoteAddr> = functions.iter().map(|f| f.site).collect();
-    for (mut f, now) in functions.into_iter().zip(sites::read(ground.memory(), &places)) {
+    for (mut f, now) in functions.into_iter().zip(sites::read(ground, &places)) {
         match now {
-            Err(MemoryError::Unmapped { .. }) => {
+            Err(MemoryError::Unmapped { .. }) if !is_mapped(f.site) => {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
-            Ok(now) if now == f.patched => {}
-            Ok(now) if is_mapped_anew(ground, &f, now, &maps) => {
+            Err(error) => return Err(RemoteError::from(error).into()),
+            Ok(now) if now != f.patched && is_mapped_anew(ground, &f, now, &maps) => {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
-            Ok(now) if now == f.previous => {
-                f.patched = now;
-                unfinished.push(f.site);
-            }
-            _ if f.door.is_some() && close_up(ground, &mut f)? => unfinished.push(f.site),
-            _ => {}
+            Ok(now) if now != f.patched && now == f.previous => unfinished.push(f.site),
+            Ok(_) if f.door.is_some() && close_up(ground, &mut f)? => unfinished.push(f.site),
+            Ok(_) => {}
         }
         registry.functions.push(f);
     }
-    let to_throw = forget_thrown(&mut registry, ground.memory());
-    ground.registry = registry;
+    let to_throw = forget_thrown(&mut registry, ground);
+    *ground.registry_mut() = registry;
     if unfinished.is_empty() && !to_throw {
-        ground.is_made = true;
-        ground.registry.committed();
+        ground.set_made(true);
+        ground.registry_mut().committed();
         return Ok(());
     }
-    change(ground, &[], |change| unfinished.iter().try_for_each(|site| change.relink_site(*site)))
+    let is_unfinished: HashSet<RemoteAddr> = unfinished.iter().copied().collect();
+    change(ground, &[], |change| {
+        // Only now: where this fails, whoever comes next has to find it as it was announced.
+        for f in &mut change.registry.functions {
+            if is_unfinished.contains(&f.site) {
+                f.patched = f.previous;
+            }
+        }
+        unfinished.iter().try_for_each(|site| change.relink_site(*site))
+    })
 }
 
 /// Whether the module of `f`, where `now` stands instead of our jump, is not the one that was
 /// patched: something else is mapped there, or the same file for the second time. The latter has
 /// the bytes of a site whose author died before he swapped it; but had he, that was noted.
-fn is_mapped_anew(ground: &Ground<'_>, f: &FunctionState, now: [u8; 5], maps: &[Mapping]) -> bool {
+fn is_mapped_anew<H: Host>(ground: &H, f: &FunctionState, now: [u8; 5], maps: &[Mapping]) -> bool {
     let there = maps.iter().find(|mapping| mapping.contains(f.site));
     let there = there.map(|mapping| SiteFile::at(f.site, mapping));
     let is_another = f.file.is_some() && f.file != there;
-    is_another || ground.is_made && now[..] == f.original[..5]
+    is_another || ground.is_made() && now[..] == f.original[..5]
 }
 
 /// Drops the switches that were thrown; whether there are others that should have been.
-fn forget_thrown(registry: &mut Registry, memory: &Memory) -> bool {
+fn forget_thrown<H: Host>(registry: &mut Registry, ground: &H) -> bool {
     let attached = registry.body_ids();
     let mut to_throw = false;
     for retired in &mut registry.retired {
         retired.switches.retain(|switch| {
             let mut now = [0; 5];
             let gone = !attached.contains(&switch.body);
-            let thrown = gone && memory.read(switch.at, &mut now).is_ok() && now == switch.new;
+            let thrown = gone && ground.read(switch.at, &mut now).is_ok() && now == switch.new;
             to_throw |= gone && !thrown;
             !thrown
         });
@@ -493,13 +574,13 @@ fn forget_thrown(registry: &mut Registry, memory: &Memory) -> bool {
 
 /// A controller that died between the two writes that open or close a function's door left
 /// bytes behind it that nobody gets to: they are put back. Whether that was so.
-fn close_up(ground: &Ground<'_>, f: &mut FunctionState) -> Result<bool, AttachError> {
+fn close_up<H: Host>(ground: &H, f: &mut FunctionState) -> Result<bool, AttachError> {
     let Some((door, closed, _)) = f.door() else { return Ok(false) };
     let mut now = [0; 2];
-    ground.memory().read(door, &mut now).map_err(RemoteError::from)?;
+    ground.read(door, &mut now).map_err(RemoteError::from)?;
     if now == closed && f.patched[..] != f.original[..5] {
-        ground.memory().write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
-        f.patched.copy_from_slice(&f.original[..5]);
+        ground.write(f.site, &f.original[..5]).map_err(RemoteError::from)?;
+        f.previous.copy_from_slice(&f.original[..5]);
         return Ok(true);
     }
     Ok(false)
@@ -582,6 +663,7 @@ pub(crate) fn place_body(
         frame_offset: new.offset,
         frame_words: body.frame_words,
         reads: pack_reads(&body.reads),
+        changes: pack_changes(body.changes),
         saves: body.saves.clone(),
     })
 }

@@ -25,12 +25,13 @@ pub fn ps(args: &Ps) -> Result<u8> {
         let programs: Vec<String> =
             body.programs.iter().map(|(kind, name)| format!("{kind}/{name}")).collect();
         output.line(format!(
-            "{id:<14} {:<30} {:<28} {}{}{}",
+            "{id:<14} {:<30} {:<28} {}{}{}{}",
             plain::name(&format!("{}:{}", basename(&body.module), body.function)),
             plain::name(&programs.join(",")),
             body.controller,
             if body.controller_alive { "" } else { " (gone)" },
             if body.writes_target { " writes" } else { "" },
+            changes(body),
         ))?;
         output.record(&Record::Attached {
             id,
@@ -39,6 +40,7 @@ pub fn ps(args: &Ps) -> Result<u8> {
             function: &body.function,
             programs,
             writes_target: body.writes_target,
+            changes: &body.changes,
             controller: body.controller,
             controller_alive: body.controller_alive,
             since: body.since,
@@ -70,6 +72,12 @@ pub fn detach(args: &Detach) -> Result<u8> {
     output.line(format!("detached {}", bodies.len()))?;
     output.flush()?;
     Ok(0)
+}
+
+/// ` changes rdi,rax`, or nothing.
+fn changes(body: &AttachedBody) -> String {
+    let all = body.changes.join(",");
+    if all.is_empty() { all } else { format!(" changes {all}") }
 }
 
 fn id(body: &AttachedBody) -> String {

@@ -17,7 +17,7 @@ use crate::{
 pub fn list(args: &Functions) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let target = Target::open(&args.target, &args.span)?;
-    let functions = target.find(&args.patterns)?;
+    let (functions, _) = target.find(&args.patterns, false)?;
     for function in &functions {
         let name = function.name();
         let (site, reason) = match function.site() {

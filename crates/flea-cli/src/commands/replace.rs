@@ -19,7 +19,7 @@ const MAX_NAMES: usize = 5;
 /// `flea replace`
 pub fn replace(args: &Replace) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
-    let span = args::Span { duration: args.duration };
+    let span = args::Span { duration: args.duration, follow: false };
     let mut target = Target::open(&args.target, &span)?;
     let mut patch = target.session.load_shared_object(&args.object).map_err(unchanged)?;
     if args.unchecked_signature {
@@ -87,7 +87,7 @@ fn print(
 /// The one function that `text` names, and its replacement's name.
 fn pair(target: &Target, text: &str) -> Result<(Function, String)> {
     let (pattern, symbol) = split(text);
-    let mut functions = target.find(&[pattern.to_owned()])?;
+    let (mut functions, _) = target.find(&[pattern.to_owned()], false)?;
     if functions.len() > 1 {
         let names: Vec<_> = functions
             .iter()

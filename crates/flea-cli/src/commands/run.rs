@@ -5,13 +5,15 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, anyhow, bail};
 use flea::{
-    AttachError, Attachment, Function, Map, MapError, MapIdx, MapSpec, Object, Permissions, Program,
+    AttachError, Attachment, Function, Link, Map, MapError, MapIdx, MapSpec, Object, Permissions,
+    Program, Session,
 };
 use serde_json::{Value, json};
 
 use crate::{
     args::Run,
     commands::tracing::{say_attached, summary},
+    family::{Family, Probe, Totals},
     output::Output,
     plain,
     record::Record,
@@ -28,26 +30,87 @@ pub fn run(args: &Run) -> Result<u8> {
     let mut target = Target::open(&args.target, &args.span)?;
     target.session.permit(Permissions { write_target: args.allow_write });
     let object = target.session.load(spec)?;
-    let Chosen { attachments, n_left_out } = choose(&target, &object, args.verbose)
+    let chosen = choose(&target.session, &object, args.verbose)
         .or_else(|e| explain(e, args.verbose, &mut output))?;
-    if attachments.is_empty() {
+    if chosen.attachments.is_empty() {
         bail!("{path}: no program to attach (all sections begin with `?`)");
     }
-    let link = object.attach(&attachments)?;
-    let n_functions = link.n_functions();
-    say_attached(n_functions);
-    target.run(|| {
+    let running = Running::start(object.clone(), &chosen)?;
+    say_attached(running.n_attached());
+    let mut family = Family::of_object(&target, running, |session| again(&object, session));
+    target.run_meeting(|met| {
+        if let Some((following, event)) = met {
+            return family.meet(following, event, |_| Ok(()));
+        }
         print_lines(&object, &mut output)?;
         output.flush()
     })?;
-    link.detach()?;
+    let totals = family.close(target.following(), |_| Ok(()))?;
     print_lines(&object, &mut output)?;
     for map in object.maps() {
         print_map(&object, map, &mut output)?;
     }
-    summary(&mut output, n_functions, n_left_out, object.missed(), object.lost())?;
+    // All of them work on the same maps.
+    let (missed, lost) = (object.missed(), object.lost());
+    summary(&mut output, Totals { missed, lost, ..totals })?;
     drop(object);
     target.finish()
+}
+
+/// The object's programs on one program's functions.
+struct Running {
+    /// Its memory in that process is taken back behind the programs.
+    _object: Object,
+    link: Option<Link>,
+    n_attached: usize,
+    n_left_out: usize,
+}
+
+impl Running {
+    fn start(object: Object, chosen: &Chosen) -> Result<Self> {
+        let link = object.attach(&chosen.attachments)?;
+        let (n_attached, n_left_out) = (link.n_functions(), chosen.n_left_out);
+        Ok(Self { _object: object, link: Some(link), n_attached, n_left_out })
+    }
+}
+
+impl Probe for Running {
+    fn n_attached(&self) -> usize {
+        self.n_attached
+    }
+    fn n_refused(&self) -> usize {
+        self.n_left_out
+    }
+    fn why_not(&self) -> Option<String> {
+        None
+    }
+    fn missed(&self) -> u64 {
+        0
+    }
+    fn lost(&self) -> u64 {
+        0
+    }
+    fn detach(&mut self) -> Result<(), AttachError> {
+        self.link.take().map_or(Ok(()), Link::detach)
+    }
+}
+
+/// Attaches the same object to a program that is met later: those of its programs whose functions
+/// are there.
+fn again(object: &Object, session: &Session) -> Result<Option<Running>> {
+    let wanted = |program: &Program| {
+        let found = program.target().map(|pattern| session.find(pattern));
+        program.autoload() && matches!(found, Some(Ok(_)))
+    };
+    if !object.programs().any(|program| wanted(&program)) {
+        return Ok(None);
+    }
+    let shared = object.share_with(session)?;
+    let mut chosen = Chosen::default();
+    for program in shared.programs().filter(wanted) {
+        choose_for(session, &program, false, &mut chosen)?;
+    }
+    Running::start(shared, &chosen).map(Some)
 }
 
 /// What is to be attached.
@@ -58,33 +121,40 @@ struct Chosen {
     n_left_out: usize,
 }
 
-fn choose(target: &Target, object: &Object, verbose: bool) -> Result<Chosen> {
+fn choose(session: &Session, object: &Object, verbose: bool) -> Result<Chosen> {
     let mut chosen = Chosen::default();
     for program in object.programs().filter(Program::autoload) {
-        let Some(pattern) = program.target() else {
-            if program.is_in_program_array() {
-                continue;
-            }
-            bail!(
-                "program `{}`: its section names no function; write SEC(\"{}/FUNCTION\")",
-                program.name(),
-                program.kind().name()
-            );
-        };
-        let functions = target
-            .session
-            .find(pattern)
-            .with_context(|| format!("program `{}`", program.name()))?;
-        if program.multi() {
-            choose_possible(&program, &functions, verbose, &mut chosen)?;
-            continue;
-        }
-        for function in &functions {
-            check(&program, function, verbose)?;
-            chosen.attachments.push(program.on(function, 0));
-        }
+        choose_for(session, &program, verbose, &mut chosen)?;
     }
     Ok(chosen)
+}
+
+fn choose_for(
+    session: &Session,
+    program: &Program,
+    verbose: bool,
+    chosen: &mut Chosen,
+) -> Result<()> {
+    let Some(pattern) = program.target() else {
+        if program.is_in_program_array() {
+            return Ok(());
+        }
+        bail!(
+            "program `{}`: its section names no function; write SEC(\"{}/FUNCTION\")",
+            program.name(),
+            program.kind().name()
+        );
+    };
+    let functions =
+        session.find(pattern).with_context(|| format!("program `{}`", program.name()))?;
+    if program.multi() {
+        return choose_possible(program, &functions, verbose, chosen);
+    }
+    for function in &functions {
+        check(program, function, verbose)?;
+        chosen.attachments.push(program.on(function, 0));
+    }
+    Ok(())
 }
 
 /// Those of `functions` that `program` can be attached to; says what is left out and why.

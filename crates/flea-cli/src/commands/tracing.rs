@@ -1,14 +1,17 @@
 //! `flea count`, `latency`, `hist`, `trace`: attach, let the target run, take off, print.
 
+use std::collections::HashMap;
+
 use anyhow::{Result, bail};
 use flea::{
     Function,
-    builtin::{Call, Count, Expr, Histograms, Refused, Trace, Word},
+    builtin::{Call, Count, Expr, Histogram, Histograms, Refused, Trace, Word},
 };
 use serde_json::{Value, json};
 
 use crate::{
     args::{Functions, Hist},
+    family::{Family, Totals},
     output::{Output, basename, nanoseconds},
     plain,
     record::Record,
@@ -22,23 +25,35 @@ const MAX_REASONS: usize = 5;
 pub fn count(args: &Functions) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
-    let functions = target.find(&args.patterns)?;
-    let mut count = Count::start(&target.session, &functions)?;
-    report_start(count.functions(), count.refused())?;
-    target.run(|| Ok(()))?;
-    count.detach()?;
-    let mut rows: Vec<_> = count.functions().iter().zip(count.read()).collect();
-    rows.sort_by_key(|row| std::cmp::Reverse(row.1));
-    for (function, n) in rows {
-        let name = function.name();
-        output.record(&Record::Count { module: function.module(), function: &name, count: n })?;
-        if n > 0 || args.patterns.len() + count.functions().len() <= 20 {
-            output.line(format!("{n:>14}  {}:{name}", basename(function.module())))?;
+    let mut family =
+        Family::of_functions(&target, &args.patterns, args.wait.pending, |session, functions| {
+            Ok(Count::start(session, functions)?)
+        })?;
+    match family.first() {
+        Some(first) => report_start(first.functions(), first.refused())?,
+        None => say_attached(0),
+    }
+    let mut rows: Rows<u64> = Rows::default();
+    let mut add = |count: &mut Count| {
+        let read = count.read();
+        rows.add(count.functions(), read, |sum, n| *sum = sum.wrapping_add(n));
+        Ok(())
+    };
+    target.run_meeting(|met| match met {
+        Some((following, event)) => family.meet(following, event, &mut add),
+        None => family.look(),
+    })?;
+    let totals = family.close(target.following(), add)?;
+    let mut rows = rows.0;
+    rows.sort_by_key(|row| std::cmp::Reverse(row.value));
+    let n_rows = rows.len();
+    for Row { module, name, value: n, .. } in &rows {
+        output.record(&Record::Count { module, function: name, count: *n })?;
+        if *n > 0 || args.patterns.len() + n_rows <= 20 {
+            output.line(format!("{n:>14}  {}:{name}", basename(module)))?;
         }
     }
-    let (missed, lost) = (count.missed(), count.lost());
-    summary(&mut output, count.functions().len(), count.refused().len(), missed, lost)?;
-    drop(count);
+    summary(&mut output, totals)?;
     target.finish()
 }
 
@@ -46,9 +61,11 @@ pub fn count(args: &Functions) -> Result<u8> {
 pub fn latency(args: &Functions) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
-    let functions = target.find(&args.patterns)?;
-    let histograms = Histograms::of_duration(&target.session, &functions)?;
-    print_histograms(histograms, &mut target, &mut output)?;
+    let family =
+        Family::of_functions(&target, &args.patterns, args.wait.pending, |session, functions| {
+            Ok(Histograms::of_duration(session, functions)?)
+        })?;
+    print_histograms(family, &mut target, &mut output)?;
     target.finish()
 }
 
@@ -56,61 +73,131 @@ pub fn latency(args: &Functions) -> Result<u8> {
 pub fn hist(args: &Hist) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
-    let functions = target.find(std::slice::from_ref(&args.function))?;
-    let [function] = functions.as_slice() else {
-        let names: Vec<_> = functions.iter().take(MAX_REASONS).map(Function::name).collect();
-        bail!(
-            "`{}` means {} functions ({}, ...); name one",
-            args.function,
-            functions.len(),
-            names.join(", ")
-        );
-    };
-    let histograms = Histograms::of(&target.session, function, &Expr::parse(&args.expr))?;
-    print_histograms(histograms, &mut target, &mut output)?;
+    let expr = Expr::parse(&args.expr);
+    let patterns = std::slice::from_ref(&args.function);
+    let family =
+        Family::of_functions(&target, patterns, args.wait.pending, |session, functions| {
+            let [function] = functions else {
+                let names: Vec<_> =
+                    functions.iter().take(MAX_REASONS).map(Function::name).collect();
+                bail!(
+                    "`{}` means {} functions ({}, ...); name one",
+                    args.function,
+                    functions.len(),
+                    names.join(", ")
+                );
+            };
+            Ok(Histograms::of(session, function, &expr)?)
+        })?;
+    print_histograms(family, &mut target, &mut output)?;
     target.finish()
 }
 
 fn print_histograms(
-    mut histograms: Histograms,
+    mut family: Family<'_, Histograms>,
     target: &mut Target,
     output: &mut Output,
 ) -> Result<()> {
-    report_start(histograms.functions(), histograms.refused())?;
-    target.run(|| Ok(()))?;
-    histograms.detach()?;
-    let read = histograms.read();
-    let many = read.len() > 10;
-    for (function, histogram) in histograms.functions().iter().zip(&read) {
+    match family.first() {
+        Some(first) => report_start(first.functions(), first.refused())?,
+        None => say_attached(0),
+    }
+    let mut rows: Rows<(String, Histogram)> = Rows::default();
+    let mut add = |histograms: &mut Histograms| {
+        let value = histograms.value();
+        let read = histograms.read().into_iter().map(|one| (value.to_owned(), one)).collect();
+        rows.add(histograms.functions(), read, |sum, one| {
+            sum.0 = one.0;
+            sum.1.merge(&one.1);
+        });
+        Ok(())
+    };
+    target.run_meeting(|met| match met {
+        Some((following, event)) => family.meet(following, event, &mut add),
+        None => family.look(),
+    })?;
+    let totals = family.close(target.following(), add)?;
+    let many = rows.0.len() > 10;
+    for Row { module, name, value: (value, histogram), .. } in &rows.0 {
         if output.is_json() || histogram.count > 0 || !many {
-            let value = histograms.value();
-            output.histogram(function.module(), &function.name(), value, histogram)?;
+            output.histogram(module, name, value, histogram)?;
         }
     }
-    let (missed, lost) = (histograms.missed(), histograms.lost());
-    summary(output, histograms.functions().len(), histograms.refused().len(), missed, lost)
+    summary(output, totals)
 }
 
 /// `flea trace`
 pub fn trace(args: &Functions) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
-    let functions = target.find(&args.patterns)?;
-    let mut trace = Trace::start(&target.session, &functions)?;
-    report_start(trace.functions(), trace.refused())?;
-    target.run(|| {
-        trace.poll(|call| print_call(&mut output, &call))?;
+    let mut family =
+        Family::of_functions(&target, &args.patterns, args.wait.pending, |session, functions| {
+            Ok(Trace::start(session, functions)?)
+        })?;
+    match family.first() {
+        Some(first) => report_start(first.functions(), first.refused())?,
+        None => say_attached(0),
+    }
+    let mut n_open = 0;
+    let mut finish = |trace: &mut Trace, output: &mut Output| -> Result<()> {
+        trace.drain(|call| print_call(output, &call))?;
+        n_open += trace.n_open();
+        Ok(())
+    };
+    target.run_meeting(|met| {
+        if let Some((following, event)) = met {
+            return family.meet(following, event, |trace| finish(trace, &mut output));
+        }
+        family.look()?;
+        for trace in family.probes() {
+            trace.poll(|call| print_call(&mut output, &call))?;
+        }
         output.flush()
     })?;
-    trace.detach()?;
-    trace.drain(|call| print_call(&mut output, &call))?;
-    if trace.n_open() > 0 {
-        eprintln!("flea: {} calls were entered and have not returned", trace.n_open());
+    let totals = family.close(target.following(), |trace| finish(trace, &mut output))?;
+    if n_open > 0 {
+        eprintln!("flea: {n_open} calls were entered and have not returned");
     }
-    let (missed, lost) = (trace.missed(), trace.lost());
-    summary(&mut output, trace.functions().len(), trace.refused().len(), missed, lost)?;
-    drop(trace);
+    summary(&mut output, totals)?;
     target.finish()
+}
+
+/// What was measured of a function, in whichever program it was.
+struct Row<T> {
+    module: String,
+    name: String,
+    /// Which of those that bear the name in their module.
+    number: usize,
+    value: T,
+}
+
+/// One for each function, in the order in which they were met.
+struct Rows<T>(Vec<Row<T>>);
+
+impl<T> Default for Rows<T> {
+    fn default() -> Self {
+        Self(Vec::new())
+    }
+}
+
+impl<T: Default> Rows<T> {
+    /// Adds what one program had.
+    fn add(&mut self, functions: &[Function], values: Vec<T>, add: impl Fn(&mut T, T)) {
+        let key = |row: &Row<T>| (row.module.clone(), row.name.clone(), row.number);
+        let mut known: HashMap<_, usize> =
+            self.0.iter().enumerate().map(|(at, row)| (key(row), at)).collect();
+        let mut numbers: HashMap<(String, String), usize> = HashMap::new();
+        for (function, value) in functions.iter().zip(values) {
+            let (module, name) = (function.module().to_owned(), function.name());
+            let number = numbers.entry((module.clone(), name.clone())).or_default();
+            *number += 1;
+            let at = *known.entry((module.clone(), name.clone(), *number)).or_insert(self.0.len());
+            if at == self.0.len() {
+                self.0.push(Row { module, name, number: *number, value: T::default() });
+            }
+            add(&mut self.0[at].value, value);
+        }
+    }
 }
 
 fn print_call(output: &mut Output, call: &Call<'_>) -> Result<()> {
@@ -195,13 +282,8 @@ pub fn say_attached(n_functions: usize) {
 }
 
 /// The last line of every tracing command.
-pub fn summary(
-    output: &mut Output,
-    attached: usize,
-    refused: usize,
-    missed: u64,
-    lost: u64,
-) -> Result<()> {
+pub fn summary(output: &mut Output, totals: Totals) -> Result<()> {
+    let Totals { attached, refused, missed, lost } = totals;
     output.record(&Record::Summary { attached, refused, missed, lost })?;
     if missed > 0 || lost > 0 {
         eprintln!(

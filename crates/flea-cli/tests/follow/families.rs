@@ -9,15 +9,15 @@ use nix::unistd::Pid;
 use crate::support::{PATIENCE, Tracing, ask, assert_clean, flea, number};
 use crate::{Dir, Family, counted};
 
-fn n_attached(pid: u32) -> Result<usize> {
+pub fn n_attached(pid: u32) -> Result<usize> {
     Ok(ask(&["ps", "-p", &pid.to_string()])?.of("attached").count())
 }
 
 /// What has been started by the target, ended whatever happens.
-struct Orphan(u32);
+pub struct Orphan(pub u32);
 
 impl Orphan {
-    fn of(family: &mut Family) -> Result<Self> {
+    pub fn of(family: &mut Family) -> Result<Self> {
         Ok(Self(u32::try_from(family.number("stay")?)?))
     }
 }

@@ -1,8 +1,9 @@
 //! Libraries that are loaded and unloaded while they are traced.
 
 use anyhow::Result;
+use flea_fixtures::Running;
 
-use crate::support::{Tracing, ask, assert_clean};
+use crate::support::{PATIENCE, Tracing, ask, assert_clean, flea};
 use crate::{Dir, counted};
 
 fn traced(name: &str) -> [String; 2] {
@@ -83,4 +84,60 @@ fn another_library_in_its_place() -> Result<()> {
     assert_eq!(family.number("lib 3")?, 15);
     assert_clean(pid)?;
     family.finish()
+}
+
+/// What is not there yet is attached to when it comes.
+#[test]
+fn waited_for() -> Result<()> {
+    let Some(dir) = Dir::new()? else { return Ok(()) };
+    let (six, seven) = (dir.library("libsix.so", 6)?, dir.library("libseven.so", 7)?);
+    let mut family = dir.start()?;
+    let pid = family.pid();
+    let mut words = vec!["count", "libseven.so:lib_step", "work", "-p"];
+    let number = pid.to_string();
+    words.push(&number);
+    let output = flea().args(&words).output()?;
+    let said = String::from_utf8(output.stderr)?;
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("no loaded module has that name"), "{said}");
+
+    let words = ["count", "libseven.so:lib_step", "work", "--pending"];
+    let mut tracing = Tracing::attach(&words, pid)?;
+    let waits = "flea: `libseven.so:lib_step` waits for a library that has it";
+    assert_eq!(tracing.said, [waits]);
+    family.act("work 8")?;
+    family.act(&format!("open {six}"))?;
+    assert_eq!(family.number("lib 3")?, 18);
+    family.act(&format!("open {seven}"))?;
+    tracing.wait_said("has loaded a library: attached to 1 function")?;
+    assert_eq!(family.number("lib 5")?, 70);
+    family.act("close")?;
+    let records = tracing.stop()?;
+    assert_eq!(counted(&records, "lib_step")?, 5);
+    assert_eq!(counted(&records, "work")?, 8);
+    assert_clean(pid)?;
+    family.finish()
+}
+
+/// Also in programs that are executed meanwhile, and by a command that has nothing at first.
+#[test]
+fn waited_for_in_a_started_command() -> Result<()> {
+    let Some(dir) = Dir::new()? else { return Ok(()) };
+    let path = dir.library("libeight.so", 8)?;
+    let target = dir.path("target");
+    let mut command = flea();
+    command.args(["latency", "lib_step", "--pending", "-f", "--", "sh", "-c"]);
+    let mut flea = Running::start(command.arg(format!("{target}; exit 6")))?;
+    flea.expect_line("ready")?;
+    flea.send(&format!("open {path}"))?;
+    flea.expect_line("done")?;
+    while !flea.stderr_line_within(PATIENCE)?.contains("has loaded a library: attached to 1") {}
+    flea.send("lib 9")?;
+    flea.expect_line("288")?;
+    flea.close_stdin();
+    let status = flea.wait()?;
+    assert_eq!(status.code(), Some(6));
+    let said = flea.rest()?;
+    assert!(said.iter().any(|line| line.contains("count 9,")), "{said:?}");
+    Ok(())
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test")]
 
 mod families;
+mod following;
 mod libraries;
 #[path = "../support/mod.rs"]
 mod support;
@@ -33,7 +34,7 @@ impl Dir {
         fs::create_dir_all(&path)?;
         let dir = Self { path, compiler };
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/follow/target.c");
-        dir.compile(Path::new(source), "target", &["-O2", "-pthread"])?;
+        dir.compile(Path::new(source), "target", &["-O2", "-g", "-pthread"])?;
         Ok(Some(dir))
     }
 

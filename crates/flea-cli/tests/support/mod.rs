@@ -97,12 +97,17 @@ impl Tracing {
 
     /// Waits for its word that everything is in place.
     pub fn wait_attached(&mut self) -> Result<()> {
+        self.wait_said("flea: attached to ")
+    }
+
+    /// Waits for a line on stderr that contains this.
+    pub fn wait_said(&mut self, what: &str) -> Result<()> {
         loop {
             let line = self
                 .running
                 .stderr_line_within(PATIENCE)
-                .with_context(|| format!("not attached; it said {:?}", self.said))?;
-            if line.starts_with("flea: attached to ") {
+                .with_context(|| format!("not `{what}`; it said {:?}", self.said))?;
+            if line.contains(what) {
                 return Ok(());
             }
             self.said.push(line);

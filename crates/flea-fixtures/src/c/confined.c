@@ -11,7 +11,7 @@
  *   undumpable    prctl(PR_SET_DUMPABLE, 0)
  *   tracer=any    prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
  *   copied        its text moves to anonymous memory, as node's --use-largepages does it
- *   huge          the same into one huge page, where the kernel has one to spare
+ *   huge          the same, and the page of `confined_step` becomes a huge one
  *   hot           a thread calls `hot_step` for ever
  *   vfork         a thread is in vfork, uninterruptibly, until "end"
  *   leaderless    the first thread ends, another goes on
@@ -45,7 +45,17 @@ static volatile long n_signals;
 static int vfork_pipe[2] = {-1, -1};
 static int is_strict;
 
-__attribute__((noinline, noclone)) long confined_step(long i)
+#ifdef HUGE
+/* In a huge page of its own: what follows it in its section begins at the next one. */
+#define STEP __attribute__((noinline, noclone, section(".text.step"), aligned(2 << 20)))
+STEP void confined_end(void)
+{
+}
+#else
+#define STEP __attribute__((noinline, noclone))
+#endif
+
+STEP long confined_step(long i)
 {
     __asm__ volatile("" ::: "memory");
     return i + 1;
@@ -111,14 +121,13 @@ static void use_up_descriptors(void)
         ;
 }
 
-extern char __executable_start, etext;
-
-/* Runs from memory that is not moved: its own stack holds no code, so libc does the work. */
+/* The page of `confined_step`, perhaps with this function in it: mremap puts the copy in its place
+ * in one step, and it is the same. */
 static void copy_text(int huge)
 {
-    unsigned long page = (unsigned long)sysconf(_SC_PAGESIZE);
+    unsigned long page = huge ? HUGE_PAGE : (unsigned long)sysconf(_SC_PAGESIZE);
     unsigned long start = (unsigned long)&confined_step & ~(page - 1);
-    unsigned long end = ((unsigned long)&etext + page - 1) & ~(page - 1);
+    unsigned long end = start + page;
     unsigned long size = end - start;
     char *copy = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (copy == MAP_FAILED)
@@ -131,8 +140,7 @@ static void copy_text(int huge)
 #ifndef MADV_COLLAPSE
 #define MADV_COLLAPSE 25
 #endif
-        unsigned long from = (start + HUGE_PAGE - 1) & ~(HUGE_PAGE - 1UL);
-        if (from + HUGE_PAGE <= end && madvise((void *)from, HUGE_PAGE, MADV_COLLAPSE))
+        if (madvise((void *)start, size, MADV_COLLAPSE))
             fail("MADV_COLLAPSE");
     }
 }

@@ -19,6 +19,7 @@ use flea_symbols::signature::{self, ArgWord, Param, RetWord, Signature};
 
 use super::saves::widths;
 use super::{Translator, proved};
+use crate::changes::{Changed, Changes};
 use crate::clif::{select, symbol};
 use crate::code::RelocTarget;
 use crate::request::{Saved, When};
@@ -66,6 +67,8 @@ pub(crate) struct Arguments {
     rbp: Option<Value>,
     /// A plain function's context, where it has one: an array of words in memory.
     array: Option<Value>,
+    /// What some program of the body stores to, so that others have to look there.
+    changes: Changes,
 }
 
 impl Arguments {
@@ -83,6 +86,7 @@ impl Arguments {
             body_rbp: None,
             rbp: None,
             array,
+            changes: Changes::NONE,
         }
     }
 
@@ -118,7 +122,13 @@ impl Arguments {
             body_rbp: Some(body_rbp),
             rbp,
             array: None,
+            changes: Changes::NONE,
         }
+    }
+
+    /// The same in a body whose programs change these.
+    pub fn changed_by(self, changes: Changes) -> Self {
+        Self { changes, ..self }
     }
 
     /// The skeleton's rbp, in bodies that run in its frame.
@@ -129,11 +139,6 @@ impl Arguments {
     /// The body's own.
     pub fn body_rbp(&self) -> Option<Value> {
         self.body_rbp
-    }
-
-    /// Integer argument register `i`, where the body has it as a parameter.
-    pub fn gpr_parameter(&self, i: usize) -> Option<Value> {
-        self.gpr.get(i).copied()
     }
 
     /// `ctx` slots before the result.
@@ -234,7 +239,7 @@ impl Translator<'_, '_> {
         Some(match slot.word {
             ArgWord::Gpr(i) if exit => self.frame_word(-40 - 8 * i32::from(i))?,
             ArgWord::Xmm(i) if exit => self.frame_word(-88 - 8 * i32::from(i))?,
-            ArgWord::Gpr(i) => *args.gpr.get(usize::from(i))?,
+            ArgWord::Gpr(i) => self.integer_argument(usize::from(i))?,
             ArgWord::Xmm(i) => self.lane(i, 0)?,
             ArgWord::XmmWord { reg, word: 1 } if !exit => self.lane(reg, 1)?,
             ArgWord::XmmWord { reg, word } => {
@@ -263,6 +268,42 @@ impl Translator<'_, '_> {
         })
     }
 
+    /// Integer argument register `i`, in front of the original: a parameter of the body, unless
+    /// programs of the body change it.
+    pub(super) fn integer_argument(&mut self, i: usize) -> Option<Value> {
+        let args = &self.env.args;
+        let parameter = args.gpr.get(i).copied();
+        let changed = Changed::Argument(u8::try_from(i).ok()?);
+        if args.side != Side::Session || !args.changes.has(changed) {
+            return parameter;
+        }
+        let (base, at) = self.place_of(changed)?;
+        Some(self.b.ins().load(types::I64, proved(), base, at))
+    }
+
+    /// Where in the skeleton's frame something is kept that can be changed.
+    pub(super) fn place_of(&self, what: Changed) -> Option<(Value, i32)> {
+        let offset = match what {
+            Changed::Argument(i) => -40 - 8 * i32::from(i),
+            Changed::Result => -8,
+        };
+        Some((self.env.args.rbp?, offset))
+    }
+
+    /// What word `word` of the context is, where programs can change it.
+    pub(super) fn changed_slot(&self, word: i32) -> Option<Changed> {
+        let args = &self.env.args;
+        let slot = usize::try_from(word).ok()?;
+        match args.slots.get(slot).map(|slot| slot.word) {
+            Some(ArgWord::Gpr(i)) => Some(Changed::Argument(i)),
+            Some(_) => None,
+            None if args.results.get(slot - args.n_args()) == Some(&RetWord::Rax) => {
+                Some(Changed::Result)
+            }
+            None => None,
+        }
+    }
+
     /// Word `n` of the result; 0 where there is none to see.
     pub(super) fn result(&mut self, n: usize) -> Value {
         let args = &self.env.args;
@@ -277,6 +318,10 @@ impl Translator<'_, '_> {
     pub(super) fn result_word(&mut self, word: RetWord) -> Option<Value> {
         self.out.reads.add_result(word);
         match word {
+            RetWord::Rax if self.env.args.changes.result => {
+                let (base, at) = self.place_of(Changed::Result)?;
+                Some(self.b.ins().load(types::I64, proved(), base, at))
+            }
             RetWord::Rax => self.frame_word(-8),
             RetWord::Rdx => self.frame_word(-16),
             RetWord::Xmm0 => self.frame_word(-24),

@@ -3,9 +3,11 @@
 use cranelift_codegen::ir::{AtomicRmwOp, InstBuilder, Type, Value, types};
 use flea_object::insn::Insn;
 use flea_object::spec::{MapKind, ProgramKind};
+use flea_symbols::signature::RetWord;
 use flea_verifier::facts::{Fact, Region};
 
-use super::{Scope, Translator, op, proved};
+use super::{Scope, Side, Translator, op, probed, proved};
+use crate::changes::Changed;
 use crate::request::CompileError;
 
 /// An address as base and constant offset, so that both can go into one addressing mode.
@@ -77,8 +79,8 @@ impl Translator<'_, '_> {
         fact: Fact,
     ) -> Result<(), CompileError> {
         let region = match fact {
-            Fact::Access(Region::Ctx { .. }) => {
-                return Err(CompileError::BadFacts { insn_idx: idx, what: "store to the context" });
+            Fact::Access(Region::Ctx { offset_bytes }) => {
+                return self.store_context(scope, idx, insn, offset_bytes);
             }
             Fact::Access(Region::Target) => {
                 return Err(CompileError::BadFacts { insn_idx: idx, what: "store to the target" });
@@ -102,6 +104,45 @@ impl Translator<'_, '_> {
         }
         let place = self.place(scope, idx, insn.dst, insn.off)?;
         self.b.ins().store(proved(), value, place.base, place.offset);
+        Ok(())
+    }
+
+    /// A store to a word of the context, which somebody has allowed. An fsession program's stores
+    /// to the result at entry, and to arguments at exit, change nothing: there is no result yet,
+    /// and the call is over.
+    fn store_context(
+        &mut self,
+        scope: &Scope,
+        idx: u32,
+        insn: Insn,
+        offset: i32,
+    ) -> Result<(), CompileError> {
+        let out = CompileError::BadFacts { insn_idx: idx, what: "store to the context" };
+        let is_stx = op::class(insn.opcode) == op::STX;
+        if offset % 8 != 0 || op::mode(insn.opcode) != op::MEM {
+            return Err(out);
+        }
+        let kind = self.used.kind;
+        let changed = match kind {
+            Some(ProgramKind::Uprobe | ProgramKind::Uretprobe) => probed(offset / 8),
+            _ => self.changed_slot(offset / 8),
+        };
+        let changed = match (self.env.args.side, changed) {
+            (Side::Session, Some(what @ Changed::Argument(_)))
+            | (Side::Exit, Some(what @ Changed::Result)) => what,
+            (Side::Session | Side::Exit, Some(_)) if kind == Some(ProgramKind::Fsession) => {
+                return Ok(());
+            }
+            _ => return Err(out),
+        };
+        let value =
+            if is_stx { self.reg(scope, insn.src) } else { self.iconst(i64::from(insn.imm)) };
+        let value = self.narrow(value, access_type(insn));
+        let (base, at) = self.place_of(changed).ok_or(out)?;
+        if changed == Changed::Result {
+            self.out.reads.add_result(RetWord::Rax);
+        }
+        self.b.ins().store(proved(), value, base, at);
         Ok(())
     }
 

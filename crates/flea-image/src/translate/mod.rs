@@ -36,7 +36,7 @@ use crate::request::{CompileError, Reads};
 
 pub(crate) use context::{Arguments, Parameters, Probes, Side, store_skip_value, zero_cookie};
 pub(crate) use helper::{call_runtime, is_inline_array};
-pub(crate) use registers::is_saved_at_entry;
+pub(crate) use registers::{ARGUMENTS, is_saved_at_entry, probed};
 pub(crate) use saves::Saves;
 use tail::Tails;
 

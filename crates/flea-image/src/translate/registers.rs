@@ -15,6 +15,7 @@ use cranelift_codegen::ir::{InstBuilder, Value};
 use flea_symbols::signature::RetWord;
 
 use super::{Side, Translator};
+use crate::changes::Changed;
 use crate::request::{Saved, When};
 
 /// One word of the structure.
@@ -31,7 +32,7 @@ enum Register {
 const RAX: u8 = 0;
 const RDX: u8 = 2;
 /// Integer argument registers in order: rdi, rsi, rdx, rcx, r8, r9.
-const ARGUMENTS: [u8; 6] = [7, 6, RDX, 1, 8, 9];
+pub(crate) const ARGUMENTS: [u8; 6] = [7, 6, RDX, 1, 8, 9];
 
 /// `struct pt_regs` (arch/x86/include/uapi/asm/ptrace.h): r15 r14 r13 r12 rbp rbx r11 r10 r9 r8
 /// rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss.
@@ -73,6 +74,18 @@ pub(crate) fn is_saved_at_entry(offset_bytes: i32) -> bool {
     }
 }
 
+/// What word `word` of the structure is to a probe that changes it.
+pub(crate) fn probed(word: i32) -> Option<Changed> {
+    match register(word)? {
+        Register::General(RAX) => Some(Changed::Result),
+        Register::General(reg) => {
+            let i = ARGUMENTS.iter().position(|argument| *argument == reg)?;
+            u8::try_from(i).ok().map(Changed::Argument)
+        }
+        _ => None,
+    }
+}
+
 fn register(word: i32) -> Option<Register> {
     LAYOUT.get(usize::try_from(word).ok()?).copied()
 }
@@ -107,7 +120,7 @@ impl Translator<'_, '_> {
             (Side::Exit, _) => self.saved(When::Exit, Saved::Gpr(reg), 0),
             (Side::Entry | Side::Session, _) => {
                 match ARGUMENTS.iter().position(|argument| *argument == reg) {
-                    Some(i) => self.env.args.gpr_parameter(i),
+                    Some(i) => self.integer_argument(i),
                     None => self.saved(When::Entry, Saved::Gpr(reg), 0),
                 }
             }

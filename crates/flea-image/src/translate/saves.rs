@@ -31,7 +31,7 @@ impl Saves {
     }
 
     /// The save of `what`, asked for once however many programs read it.
-    fn of(&mut self, when: When, what: Saved) -> Save {
+    pub fn of(&mut self, when: When, what: Saved) -> Save {
         if let Some(save) = self.list.iter().find(|save| (save.when, save.what) == (when, what)) {
             return *save;
         }

@@ -9,7 +9,8 @@
 //!   relocated instructions                  mov [rbp-40-8*i], rdi...    what exit bodies read
 //!                                           mov [rbp-152-8*i], rbx...   saves, see `saves`
 //!   jmp site + patched                      push [rbp+16+8*i]           see `stack_copy`
-//!                                           session bodies
+//!                                           session bodies, each: mov rdi, [rbp-40]... what
+//!                                                               it changes, see `changes`
 //!                                           mov [rbp-8], 0              modify bodies, see `skip`
 //!                                           modify body, cmp, jne skipped
 //!                                           call original
@@ -17,7 +18,8 @@
 //!                                         returned:                     see `switch`
 //!                                           mov [rbp-8], rax...         what exit bodies read
 //!                                           movups [rbp-152-8*i], xmm0  saves
-//!                                           exit bodies
+//!                                           exit bodies, each: mov rax, [rbp-8] if it changes that
+//!                                           cmp rdi, [rbp-40]; cmove    changed ones back
 //!                                           leave
 //!                                           ret
 //!                                         skipped:
@@ -64,9 +66,11 @@ use super::listing;
 use super::relocate::{self, RelocateError};
 use super::saves;
 use super::stack_copy::{self, MAX_STACK_WORDS, StackCopy};
+use crate::changes::Changes;
 use crate::request::{BODY_FRAMES_OFFSET, Reads, Save, When};
 use crate::skip::SkipResult;
 
+mod changes;
 mod skip;
 mod switch;
 mod template;
@@ -136,6 +140,8 @@ pub struct SkeletonBody<'a> {
     pub reads: &'a Reads,
     /// What is stored into these bodies' words.
     pub saves: &'a [Save],
+    /// What these bodies change: `session` of the arguments, `exit` of the result.
+    pub changes: Changes,
     /// Words of the frame that these bodies use.
     pub frame_words: u32,
     /// The offset that they were compiled for; checked. Bodies of several controllers need
@@ -224,6 +230,12 @@ pub enum LinkError {
         /// The body's words.
         frame_words: u32,
     },
+    /// Changes by a body that is not there.
+    #[error("no body is there that could make these changes: {0:?}")]
+    NobodyChanges(Changes),
+    /// An argument register is changed that the caller may count on.
+    #[error("nothing saves what the caller passes in {0:?}, which is changed")]
+    NotGivenBack(ArgWord),
     /// An argument register outside 6 integer and 8 vector ones.
     #[error("no such argument register: {0:?}")]
     NoSuchRegister(ArgWord),
@@ -289,10 +301,23 @@ pub struct Skeleton {
     pub switches: Vec<Switch>,
     /// Each replaced instruction's address, and where a thread standing there goes on.
     pub moves: Vec<(RemoteAddr, RemoteAddr)>,
+    /// Code of bodies in it that change words of the frame.
+    pub changers: Vec<Changer>,
     /// Rows by ascending offset.
     pub rows: Vec<UnwindRow>,
     /// [`SkeletonRequest::image_address`].
     pub address: RemoteAddr,
+}
+
+/// The code of a body, in a skeleton, that may change words of the frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Changer {
+    /// Where it begins.
+    pub from: RemoteAddr,
+    /// What is behind it.
+    pub to: RemoteAddr,
+    /// What it changes.
+    pub changes: Changes,
 }
 
 impl Skeleton {
@@ -353,6 +378,7 @@ fn assemble(
         returns_to: None,
         switches: vec![],
         numbers: vec![],
+        changers: vec![],
     };
     let has_frame = request.bodies.iter().any(SkeletonBody::needs_frame);
     emitter.row(UnwindRule::Entry);
@@ -389,6 +415,7 @@ fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
         if let Some(&save) = body.saves.iter().find(|save| !save.fits(frame_words)) {
             return Err(LinkError::NoSuchSave { save, frame_words });
         }
+        changes::check(body)?;
         for side in [body.entry, body.session, body.modify, body.exit].into_iter().flatten() {
             if let BodyRef::Call(to) = side
                 && to.0.abs_diff(request.image_address.0) > REACH
@@ -433,14 +460,21 @@ struct Emitter<'a> {
     switches: Vec<SwitchPlaces>,
     /// Where inlined bodies load numbers.
     numbers: Vec<Place>,
+    changers: Vec<(Place, Place, Changes)>,
 }
 
-/// Which kinds of words exit bodies read, over all controllers.
+/// Which kinds of words exit bodies read and others change, over all controllers.
 fn all_reads(bodies: &[SkeletonBody<'_>]) -> Reads {
     let mut all = Reads::default();
     for body in bodies.iter().filter(|b| b.exit.is_some()) {
         body.reads.args.iter().for_each(|w| all.add_arg(*w));
         body.reads.results.iter().for_each(|w| all.add_result(*w));
+    }
+    for changes in bodies.iter().map(|body| body.changes) {
+        changes.arguments().for_each(|i| all.add_arg(ArgWord::Gpr(i)));
+        if changes.result {
+            all.add_result(RetWord::Rax);
+        }
     }
     all
 }
@@ -508,7 +542,9 @@ impl Emitter<'_> {
         let copied = stack_copy::emit(&mut self.asm, request.stack_copy);
         let slow = copied.map_err(|e| self.failed(&e))?;
         for body in request.bodies {
-            self.framed_body(body.session)?;
+            let changes = Changes { result: false, ..body.changes };
+            self.changing_body(body.session, changes)?;
+            self.changed_arguments(changes)?;
         }
         let skips = self.modify_bodies()?;
         // `call original` with the original behind the end, whose place is known only then.
@@ -522,6 +558,7 @@ impl Emitter<'_> {
         }
         self.saves(When::Exit)?;
         let drained = self.exit_bodies()?;
+        self.give_back()?;
         self.code(|a| {
             a.leave()?;
             a.ret()
@@ -544,6 +581,20 @@ impl Emitter<'_> {
             Some(BodyRef::Call(address)) => self.branch(Code::Call_rel32_64, address.0),
             None => Ok(()),
         }
+    }
+
+    /// A body that may store to the frame's words for `changes`.
+    fn changing_body(
+        &mut self,
+        body: Option<BodyRef<'_>>,
+        changes: Changes,
+    ) -> Result<(), LinkError> {
+        let from = self.asm.here();
+        self.framed_body(body)?;
+        if changes != Changes::NONE && matches!(body, Some(BodyRef::Inline(_))) {
+            self.changers.push((from, self.asm.here(), changes));
+        }
+        Ok(())
     }
 
     /// What bodies asked for beyond argument and result words.
@@ -641,6 +692,11 @@ impl Emitter<'_> {
             original_entry: at(original)?,
             returns_to: self.returns_to.map(at).transpose()?,
             switches: self.switches(&encoded)?,
+            changers: self
+                .changers
+                .iter()
+                .map(|&(from, to, changes)| Ok(Changer { from: at(from)?, to: at(to)?, changes }))
+                .collect::<Result<_, LinkError>>()?,
             moves: moves
                 .iter()
                 .map(|(old, place)| Ok((RemoteAddr(*old), at(*place)?)))

@@ -3,13 +3,13 @@
 use std::convert::Infallible;
 use std::sync::Arc;
 
-use flea_image::SiteKind;
+use flea_image::{SiteKind, changeable};
 use flea_object::spec::{MapIdx, MapKind, MapSpec, Program, ProgramKind};
 use flea_object::types::TypeId;
 use flea_symbols::signature::{
     ArgWord, Param, RetWord, Return, Signature, SignatureSource, StackWords, Type,
 };
-use flea_verifier::{Context, Target, Verified, Verifier, targets};
+use flea_verifier::{Context, Permissions, Target, Verified, Verifier, targets};
 use iced_x86::code_asm::*;
 
 use crate::asm;
@@ -24,6 +24,7 @@ pub struct Case {
     pub stack_words: u32,
     pub stack_align_bytes: u32,
     pub is_unwinder: bool,
+    pub allows_write: bool,
     pub controllers: Vec<Controller>,
     /// Types of the target, and which of them the context's words have.
     graph: Graph,
@@ -107,6 +108,7 @@ impl Case {
             stack_words: 0,
             stack_align_bytes: 16,
             is_unwinder: false,
+            allows_write: false,
             controllers: vec![],
             runs: vec![],
             graph: Graph::parse(text.lines().filter(|l| l.starts_with("struct "))),
@@ -155,6 +157,7 @@ impl Case {
             Some(("stack_words", n)) => self.stack_words = n.parse().unwrap(),
             Some(("stack_align_bytes", n)) => self.stack_align_bytes = n.parse().unwrap(),
             None if flag == "unwinder" => self.is_unwinder = true,
+            None if flag == "allow_write" => self.allows_write = true,
             _ => panic!("flag {flag}"),
         }
     }
@@ -249,7 +252,10 @@ fn verified(lines: &[&str], kind: ProgramKind, case: &Case) -> Verified {
         _ => tracing,
     };
     let target = Target { types: &case.graph.types, slots: &case.slots };
-    let verifier = Verifier::new(&program, &case.maps, context).target(target);
+    let verifier = Verifier::new(&program, &case.maps, context)
+        .target(target)
+        .permit(Permissions { write_target: case.allows_write })
+        .changeable(changeable(kind, &case.signature));
     verifier.verify().unwrap_or_else(|e| panic!("{}", e.log.join("\n")))
 }
 

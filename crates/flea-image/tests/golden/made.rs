@@ -76,6 +76,7 @@ pub fn make(case: &Case, places: &Places<'_>) -> Made {
                 exit: refer(3),
                 reads: &body.reads,
                 saves: &body.saves,
+                changes: body.changes,
                 frame_words: body.frame_words,
                 frame_offset: *frame_offset,
             }

@@ -8,7 +8,7 @@
 //! map percpu_array 4 8 1                kind, key bytes, value bytes, entries
 //! struct s 16 n:u64@0 next:*s@8         types of the target: see flea-verifier's tests/graph
 //! slots *s -                            types of the context's words
-//! flags: stack_words=3 stack_align_bytes=16 unwinder
+//! flags: stack_words=3 stack_align_bytes=16 unwinder allow_write
 //! controller inline                     or called, direct: its programs follow, newest first
 //! program fentry                        or fexit, fsession, fmod_ret, uprobe, uretprobe
 //!   r0 = *(u64 *)(r1 + 0)               in the notation of flea-verifier's tests/asm

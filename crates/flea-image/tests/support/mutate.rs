@@ -1,6 +1,6 @@
 //! Changes linked images instruction by instruction, to see whether a checker notices.
 
-use flea_image::Skeleton;
+use flea_image::{Changer, Skeleton};
 use flea_symbols::addr::RemoteAddr;
 use iced_x86::{
     BlockEncoder, BlockEncoderOptions, Code, Decoder, DecoderOptions, Instruction,
@@ -25,7 +25,11 @@ pub fn rebuild(skeleton: &Skeleton, insns: &[Instruction]) -> Option<Skeleton> {
         (offset != u32::MAX).then(|| skeleton.address.offset(i64::from(offset)))
     };
     let moves = skeleton.moves.iter().map(|(old, new)| Some((*old, place(*new)?)));
+    let changers = skeleton.changers.iter().map(|changer| {
+        Some(Changer { from: place(changer.from)?, to: place(changer.to)?, ..*changer })
+    });
     Some(Skeleton {
+        changers: changers.collect::<Option<_>>()?,
         original_entry: place(skeleton.original_entry)?,
         moves: moves.collect::<Option<_>>()?,
         bytes: encoded.code_buffer.clone(),

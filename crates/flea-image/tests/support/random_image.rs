@@ -2,8 +2,8 @@
 
 use flea_image::{
     BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, Cpu, FrameArena, ProgramUse, Question,
-    RelocTarget, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, compile_body,
-    link_skeleton, link_unwinder_skeleton, skip_result,
+    RelocTarget, SiteKind, Skeleton, SkeletonBody, SkeletonRequest, StackCopy, changeable,
+    compile_body, link_skeleton, link_unwinder_skeleton, skip_result,
 };
 use flea_layout::shared::RuntimeFn;
 use flea_object::helper::Helper;
@@ -38,6 +38,8 @@ pub enum Does {
     Hash,
     Stack,
     Arithmetic(Vec<Insn>),
+    /// Adds to what it can change: bit i for the i-th of that.
+    Change(u8),
 }
 
 /// The programs of one controller.
@@ -99,7 +101,8 @@ fn maps() -> [MapSpec; 3] {
 }
 
 impl Does {
-    fn program(&self, n_args: i16, kind: ProgramKind) -> Verified {
+    fn program(&self, signature: &Signature, kind: ProgramKind) -> Verified {
+        let n_args = i16::try_from(signature.arg_words().count()).unwrap();
         let n_results = i16::from(kind == ProgramKind::Fexit);
         match self {
             Self::Count => counter(0),
@@ -108,6 +111,7 @@ impl Does {
             Self::Hash => hash(),
             Self::Stack => stack(),
             Self::Arithmetic(ops) => arithmetic(ops, n_args),
+            Self::Change(which) => change(*which, signature, kind),
         }
     }
 }
@@ -196,14 +200,32 @@ fn arithmetic(ops: &[Insn], n_args: i16) -> Verified {
     program(&p)
 }
 
+/// `if (ctx[i]) ctx[i] += 5;` for each bit of `which`, by turns all 8 bytes and the low 4.
+fn change(which: u8, signature: &Signature, kind: ProgramKind) -> Verified {
+    let mut p = vec![plain(insn(0xbf, 6, 1, 0, 0))];
+    let words = changeable(kind, signature).words();
+    for (i, word) in words.enumerate().filter(|(i, _)| which >> (i % 8) & 1 != 0) {
+        let offset = i16::try_from(8 * word).unwrap();
+        let region = Region::Ctx { offset_bytes: offset.into() };
+        let store = if i % 2 == 0 { 0x7b } else { 0x63 };
+        p.extend([
+            access(insn(0x79, 2, 6, offset, 0), region),
+            plain(insn(0x15, 2, 0, 2, 0)),
+            plain(insn(0x07, 2, 0, 0, 5)),
+            access(insn(store, 6, 2, offset, 0), region),
+        ]);
+    }
+    p.extend([plain(insn(0xb7, 0, 0, 0, 0)), plain(insn(0x95, 0, 0, 0, 0))]);
+    program(&p)
+}
+
 /// Links `case` and shows `look` the outcome.
 pub fn with_image(case: &Case, look: impl FnOnce(&Linked<'_>, &Skeleton)) {
-    let n_args = i16::try_from(case.signature.arg_words().count()).unwrap();
     let mut offset = BODY_FRAMES_OFFSET;
     let mut made = Vec::new();
     for controller in &case.controllers {
         offset += 8 * controller.hole_words;
-        let body = compile(&case.signature, controller, n_args, offset);
+        let body = compile(&case.signature, controller, offset);
         offset += 8 * body.frame_words;
         let sides = [&body.entry, &body.session, &body.modify, &body.exit];
         let resolved = sides.map(|code| code.as_ref().map(|c| c.resolve(address_of)));
@@ -225,6 +247,7 @@ pub fn with_image(case: &Case, look: impl FnOnce(&Linked<'_>, &Skeleton)) {
                 exit: refer(3),
                 reads: &body.reads,
                 saves: &body.saves,
+                changes: body.changes,
                 frame_words: body.frame_words,
                 frame_offset: *frame_offset,
             }
@@ -250,11 +273,11 @@ pub fn with_image(case: &Case, look: impl FnOnce(&Linked<'_>, &Skeleton)) {
     look(&Linked { request: &request, asked: case.asked }, &skeleton);
 }
 
-fn compile(signature: &Signature, controller: &Controller, n_args: i16, frame_offset: u32) -> Body {
+fn compile(signature: &Signature, controller: &Controller, frame_offset: u32) -> Body {
     let programs: Vec<(Verified, ProgramKind)> = controller
         .programs
         .iter()
-        .map(|(does, kind)| (does.program(n_args, *kind), *kind))
+        .map(|(does, kind)| (does.program(signature, *kind), *kind))
         .collect();
     let programs: Vec<ProgramUse<'_>> = (0u32..)
         .zip(&programs)
@@ -393,4 +416,25 @@ pub fn case() -> impl Strategy<Value = Case> {
             Case { signature, controllers, replaced, kind, stack_copy, stack_align_bytes, asked }
         },
     )
+}
+
+/// Any image with programs in it that change arguments and results.
+pub fn changing_case() -> impl Strategy<Value = Case> {
+    let kinds = [
+        ProgramKind::Fentry,
+        ProgramKind::Fsession,
+        ProgramKind::Fexit,
+        ProgramKind::Uprobe,
+        ProgramKind::Uretprobe,
+    ];
+    let change = (1u8.., proptest::sample::select(kinds.to_vec()), any::<usize>());
+    let changes = proptest::collection::vec(change, 1..4);
+    (case(), changes).prop_map(|(mut case, changes)| {
+        for (i, (which, kind, at)) in changes.into_iter().enumerate() {
+            let n_controllers = case.controllers.len();
+            let programs = &mut case.controllers[i % n_controllers].programs;
+            programs.insert(at % (programs.len() + 1), (Does::Change(which), kind));
+        }
+        case
+    })
 }

@@ -278,6 +278,7 @@ impl Rig {
                 exit: refs[3],
                 reads: &body.reads,
                 saves: &body.saves,
+                changes: body.changes,
                 frame_words: body.frame_words,
                 frame_offset: BODY_FRAMES_OFFSET,
             }],

@@ -61,6 +61,22 @@ pub struct Bucket {
 }
 
 impl Histogram {
+    /// Adds another one's values.
+    pub fn merge(&mut self, other: &Self) {
+        self.count = self.count.wrapping_add(other.count);
+        self.sum += other.sum;
+        self.min = self.min.into_iter().chain(other.min).min();
+        self.max = self.max.into_iter().chain(other.max).max();
+        for theirs in &other.buckets {
+            match self.buckets.binary_search_by_key(&theirs.min, |bucket| bucket.min) {
+                Ok(at) => {
+                    self.buckets[at].count = self.buckets[at].count.wrapping_add(theirs.count)
+                }
+                Err(at) => self.buckets.insert(at, *theirs),
+            }
+        }
+    }
+
     /// Adds up the per-thread values of one map element. Bytes that are no whole histogram
     /// are passed over: they come from the target's memory.
     pub(crate) fn read(per_thread: &[Vec<u8>], sign: Signedness) -> Self {

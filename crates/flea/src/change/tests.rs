@@ -82,6 +82,7 @@ fn add(registry: Registry, known: &mut HashMap<RemoteAddr, Vec<u8>>, when: When)
         arena: RemoteAddr(0x60_0000 + 0x1000 * u64::from(id)),
         programs: vec![],
         writes_target: false,
+        changes: 0,
         entry: matches!(when, When::Entry).then_some(placed),
         session: None,
         modify: None,

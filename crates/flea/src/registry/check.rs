@@ -14,6 +14,8 @@ const END_OF_ADDRESSES: u64 = 1 << 57;
 const MAX_CODE_BYTES: u64 = 2 << 30;
 /// A site is a few instructions of at most 15 bytes.
 const SITE_BYTES: std::ops::RangeInclusive<usize> = 5..=64;
+/// Six argument registers, and the result.
+const ALL_CHANGES: u32 = 0x1_003f;
 /// Far more than a skeleton has room for.
 const MAX_FRAME_BYTES: u32 = 1 << 20;
 /// Numbers are given out one by one: nobody gets here honestly.
@@ -124,6 +126,9 @@ fn check_function(registry: &Registry, f: &FunctionState) -> Result<(), String> 
             || n_words > MAX_FRAME_BYTES / 8
         {
             return Err(format!("body {} has {n_words} words at {offset}", body.id));
+        }
+        if body.changes & !ALL_CHANGES != 0 {
+            return Err(format!("body {} changes {:#x}", body.id, body.changes));
         }
         if let Some(save) = body.saves.iter().find(|save| !save.fits(n_words)) {
             return Err(format!("body {} has {n_words} words and saves {save:?}", body.id));

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use proptest::prelude::*;
 
+use flea_process::Memory;
+
 use super::*;
 use flea_image::{Saved, When};
 
@@ -66,6 +68,7 @@ fn sample() -> Registry {
         arena: RemoteAddr(0x50_0000),
         programs: vec![("fexit".into(), "p".into())],
         writes_target: true,
+        changes: 0x1_0021,
         entry: None,
         session: None,
         modify: None,

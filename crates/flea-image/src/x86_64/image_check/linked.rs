@@ -4,11 +4,12 @@ use flea_symbols::addr::RemoteAddr;
 use flea_symbols::signature::{ArgWord, RetWord};
 
 use super::value::Source;
-use super::{FrameWord, Holds, ImageUnderCheck, KnownCall, Moved, Runs, Trusted};
+use super::{FrameWord, Holds, ImageUnderCheck, InlineChanges, KnownCall, Moved, Runs, Trusted};
+use crate::changes::Changes;
 use crate::request::{BODY_FRAMES_OFFSET, Reads, Saved, When};
 use crate::skip::SkipResult;
 use crate::x86_64::find_fde::Question;
-use crate::x86_64::skeleton::{BodyRef, Skeleton, SkeletonBody, SkeletonRequest, Switch};
+use crate::x86_64::skeleton::{BodyRef, Changer, Skeleton, SkeletonBody, SkeletonRequest, Switch};
 use crate::x86_64::stack_copy::StackCopy;
 
 /// rdi, rsi, rdx, rcx, r8, r9 by hardware number.
@@ -45,6 +46,8 @@ impl<'a> ImageUnderCheck<'a> {
             calls: calls(request.bodies),
             frame: picture().into_iter().chain(request.bodies.iter().flat_map(saved)).collect(),
             frame_bytes: frame_bytes(request.bodies),
+            changers: skeleton.changers.iter().map(changer).collect(),
+            given_back: given_back(request.bodies),
             memory: Trusted::Immediates,
             runtime: Trusted::Immediates,
             switches: skeleton.switches.iter().map(switch).collect(),
@@ -70,12 +73,40 @@ fn calls(bodies: &[SkeletonBody<'_>]) -> Vec<KnownCall> {
                 Runs::Modifies => (body.modify, saved_at(body, When::Entry)),
                 Runs::AtExit => (body.exit, reads_at_exit(body)),
             };
+            let changes = match runs {
+                Runs::AtEntry | Runs::Modifies => Changes::NONE,
+                Runs::InFrame => Changes { result: false, ..body.changes },
+                Runs::AtExit => Changes { args: 0, ..body.changes },
+            };
             if let Some(BodyRef::Call(address)) = side {
-                calls.push(KnownCall { address, runs, reads });
+                calls.push(KnownCall { address, runs, reads, changes: words(changes) });
             }
         }
     }
     calls
+}
+
+/// Offsets below `rbp` of what is changed.
+fn words(changes: Changes) -> Vec<u32> {
+    let arguments = changes.arguments().map(|i| 40 + 8 * u32::from(i));
+    arguments.chain(changes.result.then_some(8)).collect()
+}
+
+fn changer(changer: &Changer) -> InlineChanges {
+    let Changer { from, to, changes } = *changer;
+    InlineChanges { code: from.0..to.0, words: words(changes) }
+}
+
+/// What is changed by a body that saves what the caller had there.
+fn given_back(bodies: &[SkeletonBody<'_>]) -> Vec<Source> {
+    let changed = bodies.iter().fold(Changes::NONE, |all, body| all.join(body.changes));
+    let is_saved = |source: &Source| {
+        bodies.iter().any(|body| {
+            let saves = (body.changes != Changes::NONE).then(|| saved(body));
+            saves.into_iter().flatten().any(|word| word.holds == Holds::Argument(*source))
+        })
+    };
+    changed.arguments().map(|i| Source::Gpr(ARGUMENTS[usize::from(i)])).filter(is_saved).collect()
 }
 
 /// The frame's picture in ARCHITECTURE.md, written down a second time on purpose.

@@ -19,6 +19,10 @@
 //! - nothing is written at or above the return address, nor through a pointer that is neither a
 //!   stack address nor comes from a constant that the image was given; nothing below `rsp` is
 //!   read; no MXCSR, direction flag, segment, upper half of a vector register changes;
+//! - what programs were allowed to change, and nothing else of it: each store to an argument's or
+//!   the result's word of the frame is by code that may, and behind it the register has that word's
+//!   value, at the original or at `ret`; argument registers have what the caller had there at
+//!   `ret`, unless the original has changed them;
 //! - what is read from the skeleton's frame is what the picture in ARCHITECTURE.md says;
 //! - the moved instructions are the original's, one by one.
 //!
@@ -66,6 +70,10 @@ pub struct ImageUnderCheck<'a> {
     pub frame: Vec<FrameWord>,
     /// Bytes below the skeleton's `rbp` that are its frame and its bodies' words.
     pub frame_bytes: u32,
+    /// Code in the image that may change words of the frame.
+    pub changers: Vec<InlineChanges>,
+    /// Argument registers that are changed, and that the caller gets back.
+    pub given_back: Vec<Source>,
     /// What may be written besides the stack.
     pub memory: Trusted<'a>,
     /// What may be called by register: the runtime.
@@ -105,6 +113,17 @@ pub struct KnownCall {
     pub runs: Runs,
     /// Offsets below `rbp` of the frame words that it reads.
     pub reads: Vec<u32>,
+    /// And of those that it changes.
+    pub changes: Vec<u32>,
+}
+
+/// A body that is part of the image, and changes words of the frame.
+#[derive(Clone, Debug)]
+pub struct InlineChanges {
+    /// Its code.
+    pub code: Range<u64>,
+    /// Offsets of those words below `rbp`.
+    pub words: Vec<u32>,
 }
 
 /// When a body runs.
@@ -222,6 +241,9 @@ pub enum Rule {
     /// By anyone who reads the frame.
     #[error("the frame word at rbp - {0} does not hold what is read there")]
     FrameWord(u32),
+    /// Arguments and the result are changed by programs that may do so, and saved by the skeleton.
+    #[error("changes the argument or result at rbp - {0}")]
+    ChangesWord(u32),
     /// The return address and everything above is the caller's.
     #[error("writes into the caller's frame")]
     WritesCaller,

@@ -24,11 +24,16 @@ pub(super) const FRAME: i64 = -8;
 /// The word of the result rax, which is a modify body's before there is a result.
 pub(super) const DECISION: i64 = FRAME - 8;
 
+/// The lowest word of the frame that an argument of a general register is in, below `rbp`.
+const LAST_HOME: u32 = 80;
+
 /// What does not change while an image is explored.
 pub(super) struct Surroundings<'a> {
     pub image: &'a ImageUnderCheck<'a>,
     /// The image's 64-bit immediates.
     pub immediates: HashSet<u64>,
+    /// The instruction that is followed.
+    pub ip: u64,
     /// What stands in front of the moved instructions is explored, not the image's entry.
     pub in_front: bool,
 }
@@ -40,6 +45,27 @@ impl Surroundings<'_> {
 
     pub fn is_runtime(&self, address: u64) -> bool {
         self.is_trusted(&self.image.runtime, address)
+    }
+
+    /// What the frame's word at `at` is for, if that is an argument or result of a general
+    /// register.
+    fn home(&self, at: i64) -> Option<(u32, Holds)> {
+        let below_rbp = u32::try_from(FRAME - at).ok().filter(|below| *below <= LAST_HOME)?;
+        let word = self.image.frame.iter().find(|word| word.below_rbp == below_rbp)?;
+        let (Holds::Argument(source) | Holds::Result(source)) = word.holds;
+        matches!(source, Source::Gpr(_)).then_some((below_rbp, word.holds))
+    }
+
+    /// Whether `address` is the frame's word of the argument `source`.
+    pub fn is_home(&self, address: Address, source: Source) -> bool {
+        let Address::Stack(at) = address else { return false };
+        self.home(at).is_some_and(|(_, holds)| holds == Holds::Argument(source))
+    }
+
+    /// Whether the instruction that is followed may change the frame's word `below_rbp`.
+    fn may_change(&self, below_rbp: u32) -> bool {
+        let mut changers = self.image.changers.iter();
+        changers.any(|c| c.code.contains(&self.ip) && c.words.contains(&below_rbp))
     }
 
     fn is_trusted(&self, trusted: &Trusted<'_>, address: u64) -> bool {
@@ -95,6 +121,10 @@ pub(super) struct State {
     pub tests_decision: bool,
     /// It was not 0: the original is skipped.
     pub skips: bool,
+    /// What [`DECISION`] holds or, once the frame is gone, held.
+    pub result: Value,
+    /// The flags say whether this argument register is as the original was given it.
+    pub tests_argument: Option<u8>,
     /// Where the first part of the caller's stack words was copied to.
     pub half_copied: Option<i64>,
 }
@@ -116,6 +146,8 @@ impl State {
             used_return: None,
             tests_decision: false,
             skips: false,
+            result: Value::Unknown,
+            tests_argument: None,
             half_copied: None,
         }
     }
@@ -224,6 +256,11 @@ impl State {
         let found = self.stack.get(&at).copied();
         let mut words = about.image.frame.iter().filter(|w| w.below_rbp == below_rbp);
         let good = match words.next().map(|w| w.holds) {
+            Some(Holds::Argument(source) | Holds::Result(source))
+                if found == Some(Value::Changed(source)) =>
+            {
+                true
+            }
             Some(Holds::Argument(source)) => found == Some(Value::Caller(source)),
             Some(Holds::Result(source)) if self.called => found == Some(self.left(source)),
             Some(Holds::Result(_)) => found.is_some(),
@@ -247,7 +284,7 @@ impl State {
         about: &Surroundings<'_>,
     ) -> Result<(), Rule> {
         match address {
-            Address::Stack(at) => self.write_stack(at, n_bytes, value),
+            Address::Stack(at) => self.write_stack(at, n_bytes, value, about),
             // The index was proved to stay in the body's own stack; its base is checked.
             Address::Near(at) if (self.rsp()?..0).contains(&at) => Ok(()),
             Address::Near(_) => Err(Rule::WritesCaller),
@@ -260,7 +297,13 @@ impl State {
         }
     }
 
-    fn write_stack(&mut self, at: i64, n_bytes: usize, value: Value) -> Result<(), Rule> {
+    fn write_stack(
+        &mut self,
+        at: i64,
+        n_bytes: usize,
+        value: Value,
+        about: &Surroundings<'_>,
+    ) -> Result<(), Rule> {
         let end = at.saturating_add(signed(n_bytes));
         if end > 0 {
             return Err(Rule::WritesCaller);
@@ -274,9 +317,91 @@ impl State {
         }
         for word in words_of(at, n_bytes).filter(|word| *word >= rsp) {
             let whole = n_bytes == 8 && at == word;
-            self.stack.insert(word, if whole { value } else { Value::Unknown });
+            let value = if whole { value } else { Value::Unknown };
+            match about.home(word).filter(|_| self.has_frame()) {
+                Some((below_rbp, _)) if about.may_change(below_rbp) => {
+                    self.change(below_rbp, about)?;
+                }
+                Some((below_rbp, holds)) if !self.may_save(holds, value) => {
+                    return Err(Rule::ChangesWord(below_rbp));
+                }
+                _ => self.insert(word, value),
+            }
         }
         Ok(())
+    }
+
+    fn insert(&mut self, word: i64, value: Value) {
+        if word == DECISION {
+            self.result = value;
+        }
+        self.stack.insert(word, value);
+    }
+
+    /// Whether `value` is what belongs into such a word without anybody's leave. Before there is a
+    /// result, its word is a modify body's.
+    fn may_save(&self, holds: Holds, value: Value) -> bool {
+        match holds {
+            Holds::Argument(source) => value == Value::Caller(source),
+            Holds::Result(source) => !self.called || value == self.left(source),
+        }
+    }
+
+    /// A program stores something into the frame's word `below_rbp`: whatever was known to be what
+    /// that holds is so no longer.
+    pub fn change(&mut self, below_rbp: u32, about: &Surroundings<'_>) -> Result<(), Rule> {
+        let at = FRAME - i64::from(below_rbp);
+        let Some((_, Holds::Argument(source) | Holds::Result(source))) = about.home(at) else {
+            return Err(Rule::ChangesWord(below_rbp));
+        };
+        // What nobody has saved has no value on the ways where nobody changes it.
+        if !self.stack.contains_key(&at) {
+            return Err(Rule::FrameWord(below_rbp));
+        }
+        let old = |value: &&mut Value| **value == Value::Changed(source);
+        let values = self.gpr.iter_mut().chain(self.vector.iter_mut().flatten());
+        values.chain(self.stack.values_mut()).filter(old).for_each(|v| *v = Value::Unknown);
+        self.insert(at, Value::Changed(source));
+        Ok(())
+    }
+
+    /// What an argument register has to hold in front of the original: what programs have made of
+    /// it, or what the caller left.
+    pub fn given(&self, source: Source, about: &Surroundings<'_>) -> Value {
+        let mut homes = about.image.frame.iter().filter(|word| word.below_rbp <= LAST_HOME);
+        let home = homes.find(|word| word.holds == Holds::Argument(source));
+        let held = home.and_then(|word| self.stack.get(&(FRAME - i64::from(word.below_rbp))));
+        let changed = held.filter(|value| **value == Value::Changed(source));
+        changed.copied().unwrap_or(Value::Caller(source))
+    }
+
+    /// Whether `value`, known on this way, is what the word at `home` holds.
+    fn is_in(&self, home: i64, value: Value) -> bool {
+        if home == DECISION { self.result == value } else { self.stack.get(&home) == Some(&value) }
+    }
+
+    /// What is known where `a`, on this way, meets `b`, on `other`: on both it may be what the same
+    /// word of the frame holds, which a program has changed on one of them.
+    fn join_changed(
+        &self,
+        a: Value,
+        other: &Self,
+        b: Value,
+        about: &Surroundings<'_>,
+    ) -> Option<Value> {
+        let (Value::Changed(source), unchanged) =
+            (if let Value::Changed(_) = a { (a, b) } else { (b, a) })
+        else {
+            return None;
+        };
+        let mut homes = about.image.frame.iter().filter(|word| word.below_rbp <= LAST_HOME);
+        let word = homes.find(|word| match word.holds {
+            Holds::Argument(of) => of == source && unchanged == Value::Caller(source),
+            Holds::Result(of) => of == source && unchanged != Value::Caller(source),
+        })?;
+        let home = FRAME - i64::from(word.below_rbp);
+        let both = self.is_in(home, a) && other.is_in(home, b);
+        both.then_some(Value::Changed(source))
     }
 
     /// `rep movsb` of the caller's stack words, or as many of them as are known to be mapped, to
@@ -303,9 +428,9 @@ impl State {
     /// What is known where a modify body's decision is, and where it is not, 0.
     pub fn decided(self) -> (Self, Self) {
         let mut skips = Self { skips: true, ..self.clone() };
-        skips.stack.insert(DECISION, Value::Decision);
+        skips.insert(DECISION, Value::Decision);
         let mut calls = self;
-        calls.stack.insert(DECISION, Value::Number(0));
+        calls.insert(DECISION, Value::Number(0));
         (calls, skips)
     }
 
@@ -321,7 +446,10 @@ impl State {
         if self.gpr[RSP] != other.gpr[RSP] || self.x87 != other.x87 {
             return Err(Rule::Uneven);
         }
-        let join = |a: Value, b: Value| a.join(b, |n| about.is_memory(n));
+        let join = |a: Value, b: Value| {
+            let changed = if a == b { None } else { self.join_changed(a, other, b, about) };
+            changed.unwrap_or_else(|| a.join(b, |n| about.is_memory(n)))
+        };
         let both = self.stack.iter().filter_map(|(at, value)| {
             other.stack.get(at).map(|theirs| (*at, join(*value, *theirs)))
         });
@@ -338,6 +466,10 @@ impl State {
             used_return: self.used_return.or(other.used_return),
             tests_decision: self.tests_decision && other.tests_decision,
             skips: self.skips && other.skips,
+            result: join(self.result, other.result),
+            tests_argument: self
+                .tests_argument
+                .filter(|_| self.tests_argument == other.tests_argument),
             half_copied: self.half_copied.filter(|at| other.half_copied == Some(*at)),
         })
     }

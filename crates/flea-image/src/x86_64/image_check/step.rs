@@ -4,13 +4,13 @@
 //! others make what they write unknown, after their memory operands were judged.
 
 use iced_x86::{
-    Code, CpuidFeature, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
-    RflagsBits, UsedMemory,
+    Code, ConditionCode, CpuidFeature, Instruction, InstructionInfoFactory, Mnemonic, OpAccess,
+    OpKind, Register, RflagsBits, UsedMemory,
 };
 
 use super::Rule;
-use super::state::{Address, DECISION, Operand, RBP, RSP, State, Surroundings, gpr_index};
-use super::value::Value;
+use super::state::{Address, DECISION, Operand, RBP, RSP, State, Surroundings, gpr_index, small};
+use super::value::{Source, Value};
 use super::vector;
 
 /// What images may be made of, besides what [`vector`] lets through.
@@ -39,6 +39,7 @@ pub(super) fn step(
     harmless(insn)?;
     if insn.rflags_modified() != 0 {
         state.tests_decision = false;
+        state.tests_argument = None;
     }
     let is_vector = insn.cpuid_features().iter().any(|f| !GENERAL.contains(f));
     if is_vector {
@@ -56,6 +57,9 @@ pub(super) fn step(
             align(state, insn)
         }
         Mnemonic::Cmp if is_test_of_word(insn) => compare_with_zero(state, insn, about),
+        Mnemonic::Cmp if is_gpr64(insn, 0) && insn.op1_kind() == OpKind::Memory => {
+            compare_with_given(state, insn, about)
+        }
         Mnemonic::Xor if is_zeroing(insn) => {
             set(state, insn.op0_register().full_register(), Value::Number(0))
         }
@@ -225,6 +229,23 @@ fn compare_with_zero(
     Ok(())
 }
 
+/// `cmp r64, [..]`: is an argument register as the original was given it?
+fn compare_with_given(
+    state: &mut State,
+    insn: &Instruction,
+    about: &Surroundings<'_>,
+) -> Result<(), Rule> {
+    fixed(insn)?;
+    let address = state.address(&Operand::of(insn)?, about);
+    let given = state.read(address, 8, about)?;
+    let register = insn.op0_register().number();
+    let source = Source::Gpr(small(register));
+    let untouched = [given, state.left(source)].contains(&state.gpr[register]);
+    let is_home = given == state.given(source, about) && about.is_home(address, source);
+    state.tests_argument = (untouched && is_home).then_some(small(register));
+    Ok(())
+}
+
 /// `and rsp, -16`: the entry's `rsp` is 8 more than a multiple of 16.
 fn align(state: &mut State, insn: &Instruction) -> Result<(), Rule> {
     let by_16 =
@@ -261,7 +282,15 @@ fn conditional_move(
             state.read(state.address(&Operand::of(insn)?, about), 8, about)?
         }
     };
-    let value = state.gpr[insn.op0_register().number()].join(other, |n| about.is_memory(n));
+    let register = insn.op0_register().number();
+    let source = Source::Gpr(small(register));
+    let gives_back = insn.condition_code() == ConditionCode::e
+        && state.tests_argument == Some(small(register))
+        && other == Value::Caller(source);
+    let value = match gives_back {
+        true => Value::GivenBack(source),
+        false => state.gpr[register].join(other, |n| about.is_memory(n)),
+    };
     set(state, insn.op0_register(), value)
 }
 

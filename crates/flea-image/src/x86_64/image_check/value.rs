@@ -56,6 +56,10 @@ pub(super) enum Value {
     Left(Source),
     /// What a modify body left, with which the original is skipped.
     Decision,
+    /// What the frame's word of this argument or result holds since a program has changed it.
+    Changed(Source),
+    /// What the original left there; where that is what it was given, what the caller left.
+    GivenBack(Source),
     /// The word at the entry's `rsp + 8 + 8 * this`.
     CallerWord(u32),
     /// The entry's `rsp` plus this.

@@ -72,7 +72,8 @@ pub(super) fn explore(image: &ImageUnderCheck<'_>, code: &Decoded) -> Result<(),
     let has_front = image.answer_bytes.is_some() || image.replacement.is_some();
     let starts = [(image.address.0, false), (image.original.0, true)];
     for (start, in_front) in starts.into_iter().filter(|(_, in_front)| !in_front || has_front) {
-        let about = Surroundings { image, immediates: immediates.clone(), in_front };
+        let immediates = immediates.clone();
+        let about = Surroundings { image, immediates, in_front, ip: image.address.0 };
         let mut walk = Walk {
             ways: Ways { image, about },
             code,
@@ -235,6 +236,7 @@ impl Walk<'_> {
     /// One instruction.
     fn one(&mut self, at: usize, state: &mut State) -> Result<Next, Rule> {
         let insn = &self.code.insns[at];
+        self.ways.about.ip = insn.ip();
         let was_used = state.used_return;
         let next = self.follow(insn, state)?;
         // While a call is inside the original, and only then, its return address is on a stack.

@@ -96,7 +96,7 @@ impl Ways<'_> {
         if state.called {
             return Err(Rule::CallsTwice);
         }
-        compare(state, Value::Caller, is_rbp)?;
+        compare(state, |source| state.given(source, &self.about), is_rbp)?;
         self.in_frame(state, self.image.stack_align_bytes)?;
         self.ran_before(state)?;
         let marker = self.image.original.0.wrapping_sub(8);
@@ -145,7 +145,7 @@ impl Ways<'_> {
             }
             Runs::InFrame | Runs::Modifies if state.called => return Err(Rule::WrongTime),
             Runs::InFrame | Runs::Modifies => {
-                compare(state, Value::Caller, is_rbp)?;
+                compare(state, |source| state.given(source, &self.about), is_rbp)?;
                 self.in_frame(state, 16)?;
                 self.frame_words(body, state)?;
                 let is_undecided = state.word(DECISION) != Value::Number(0);
@@ -164,6 +164,8 @@ impl Ways<'_> {
         push_value(state, Value::Number(insn.next_ip()), &self.about)?;
         state.set_rsp(Value::Stack(rsp))?;
         state.tests_decision = false;
+        state.tests_argument = None;
+        body.changes.iter().try_for_each(|below_rbp| state.change(*below_rbp, &self.about))?;
         if body.runs == Runs::Modifies {
             state.write(Address::Stack(DECISION), 8, Value::Unknown, &self.about)?;
         }
@@ -258,11 +260,22 @@ impl Ways<'_> {
         }
         compare(
             state,
-            |source| state.left(source),
+            |source| self.returned(state, source),
             |source| set.iter().any(|s| whole(*s) == whole(source)),
         )
     }
+
+    /// What has to be in a register at `ret`.
+    fn returned(&self, state: &State, source: Source) -> Value {
+        if self.image.given_back.contains(&source) {
+            return Value::GivenBack(source);
+        }
+        let changed = Value::Changed(source);
+        let is_result = source == RAX_SOURCE && state.result == changed;
+        if is_result { changed } else { state.left(source) }
+    }
 }
+
 /// All registers but `rsp` and those that are free hold what is expected, and the x87 stack is
 /// as it was.
 fn compare(
@@ -296,7 +309,8 @@ fn is_decided(state: &State, source: Source) -> bool {
         Source::Vector { reg, .. } => state.vector.get(usize::from(reg)).map(|words| &words[0]),
         Source::X87 { .. } => None,
     };
-    value == Some(&Value::Decision)
+    let changed = Value::Changed(source);
+    value == Some(&Value::Decision) || (state.result == changed && value == Some(&changed))
 }
 
 /// A register, whichever of its words is named.

@@ -28,6 +28,7 @@ use iced_x86::code_asm::{qword_ptr, rbp, rsp};
 use super::super::assemble::{Encoded, Place};
 use super::super::relocate;
 use super::{BodyRef, Emitter, LinkError, PATCH_BYTES, SkeletonBody, rel32};
+use crate::changes::Changes;
 
 const NOP5: [u8; PATCH_BYTES] = [0x0f, 0x1f, 0x44, 0x00, 0x00];
 const RET: u8 = 0xc3;
@@ -65,14 +66,14 @@ impl Emitter<'_> {
         let alone = bodies.iter().filter(|body| with_switch(body)).count() == 1;
         for (i, body) in bodies.iter().enumerate() {
             if alone || !with_switch(body) {
-                self.framed_body(body.exit)?;
+                self.exit_body(body)?;
                 continue;
             }
             let at = self.asm.here();
             let nop = relocate::decode(&NOP5, 0).map_err(LinkError::Inline)?;
             nop.into_iter().for_each(|insn| self.asm.push(insn));
             let trap_to = self.asm.here();
-            self.framed_body(body.exit)?;
+            self.exit_body(body)?;
             // A thread that arrives meanwhile may run it once more: what is behind it may be
             // about to change as well.
             self.switches.push(SwitchPlaces { body: i, at, to: self.asm.here(), trap_to });
@@ -80,13 +81,20 @@ impl Emitter<'_> {
         Ok(bodies.iter().position(with_switch).filter(|_| alone))
     }
 
+    fn exit_body(&mut self, body: &SkeletonBody<'_>) -> Result<(), LinkError> {
+        let changes = Changes { args: 0, ..body.changes };
+        self.changing_body(body.exit, changes)?;
+        self.changed_result(changes)
+    }
+
     /// What the only exit body's switch leads to.
     pub(super) fn drained(&mut self, body: Option<usize>) -> Result<(), LinkError> {
         let (Some(body), Some(at)) = (body, self.returns_to) else { return Ok(()) };
         let to = self.asm.here();
         self.switches.push(SwitchPlaces { body, at, to, trap_to: to });
+        self.code(|a| a.mov(qword_ptr(rsp - 8), rbp))?;
+        self.give_back()?;
         self.code(|a| {
-            a.mov(qword_ptr(rsp - 8), rbp)?;
             a.leave()?;
             a.ret()
         })

@@ -17,9 +17,10 @@ use flea_symbols::addr::RemoteAddr;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, OpKind};
 
 use super::{
-    BodyRef, FrameArena, LinkError, Question, SiteKind, Skeleton, SkeletonRequest, Switch,
-    assemble, check_request, link_skeleton, link_unwinder_skeleton, rel32,
+    BodyRef, Changer, FrameArena, LinkError, Question, SiteKind, Skeleton, SkeletonBody,
+    SkeletonRequest, Switch, assemble, check_request, link_skeleton, link_unwinder_skeleton, rel32,
 };
+use crate::changes::Changes;
 use crate::request::{Reads, Save};
 use crate::skip::SkipResult;
 use crate::x86_64::relocate;
@@ -123,6 +124,7 @@ struct BodyKey {
     sides: [Option<Vec<u8>>; 4],
     reads: Reads,
     saves: Vec<Save>,
+    changes: Changes,
     frame_words: u32,
     frame_offset: u32,
 }
@@ -134,14 +136,7 @@ impl Key {
         if request.replacement.is_some() || has_call(request) {
             return None;
         }
-        let body = |body: &super::SkeletonBody<'_>| BodyKey {
-            sides: Default::default(),
-            reads: body.reads.clone(),
-            saves: body.saves.to_vec(),
-            frame_words: body.frame_words,
-            frame_offset: body.frame_offset,
-        };
-        let mut bodies: Vec<BodyKey> = request.bodies.iter().map(body).collect();
+        let mut bodies: Vec<BodyKey> = request.bodies.iter().map(BodyKey::without_code).collect();
         let mut numbers = Vec::new();
         for side in 0..4 {
             for (key, body) in bodies.iter_mut().zip(request.bodies) {
@@ -154,9 +149,39 @@ impl Key {
                 }
             }
         }
-        let SkeletonRequest { kind, skip, stack_copy, stack_align_bytes, .. } = *request;
-        let replaced = request.replaced.to_vec();
+        // Each field by name: what is new in a request has to be here as well.
+        let SkeletonRequest {
+            site: _,
+            image_address: _,
+            replacement: _,
+            bodies: _,
+            replaced,
+            kind,
+            skip,
+            stack_copy,
+            stack_align_bytes,
+        } = *request;
+        let replaced = replaced.to_vec();
         Some((Self { replaced, kind, bodies, skip, stack_copy, stack_align_bytes }, numbers))
+    }
+}
+
+impl BodyKey {
+    fn without_code(body: &SkeletonBody<'_>) -> Self {
+        // As above.
+        let SkeletonBody {
+            entry: _,
+            session: _,
+            modify: _,
+            exit: _,
+            reads,
+            saves,
+            changes,
+            frame_words,
+            frame_offset,
+        } = *body;
+        let (sides, reads, saves) = (Default::default(), reads.clone(), saves.to_vec());
+        Self { sides, reads, saves, changes, frame_words, frame_offset }
     }
 }
 
@@ -231,7 +256,18 @@ impl Template {
         }
         let to = |at: RemoteAddr| RemoteAddr(at.0.wrapping_add(moved));
         let from = |at: RemoteAddr| RemoteAddr(at.0.wrapping_add(site_moved));
-        let Skeleton { original_entry, returns_to, switches, moves, rows, .. } = &self.skeleton;
+        let Skeleton {
+            bytes: _,
+            site_patch: _,
+            address: _,
+            original_entry,
+            returns_to,
+            switches,
+            changers,
+            moves,
+            rows,
+        } = &self.skeleton;
+        let changer = |c: &Changer| Changer { from: to(c.from), to: to(c.to), ..*c };
         let switch = |s: &Switch| Switch { at: to(s.at), trap_to: to(s.trap_to), ..*s };
         Some(Skeleton {
             bytes,
@@ -239,6 +275,7 @@ impl Template {
             original_entry: to(*original_entry),
             returns_to: returns_to.map(to),
             switches: switches.iter().map(switch).collect(),
+            changers: changers.iter().map(changer).collect(),
             moves: moves.iter().map(|(old, new)| (from(*old), to(*new))).collect(),
             rows: rows.clone(),
             address,
@@ -292,7 +329,6 @@ fn displacements(skeleton: &Skeleton) -> Option<Vec<u32>> {
 mod tests {
     use super::*;
     use crate::request::{BODY_FRAMES_OFFSET, When};
-    use crate::x86_64::skeleton::SkeletonBody;
 
     /// `push rbp; mov rbp, rsp; push rax; movabs rax, NUMBER; mov rax, [rax]; pop rax; pop rbp;
     /// ret`
@@ -319,6 +355,7 @@ mod tests {
                 exit: Some(BodyRef::Inline(&exit)),
                 reads: &reads,
                 saves: &saves,
+                changes: Changes::NONE,
                 frame_words: 1,
                 frame_offset: BODY_FRAMES_OFFSET,
             }];
@@ -375,6 +412,7 @@ mod tests {
             exit: None,
             reads: &reads,
             saves: &saves,
+            changes: Changes::NONE,
             frame_words: 0,
             frame_offset: BODY_FRAMES_OFFSET,
         };
@@ -408,6 +446,7 @@ mod tests {
                 exit: Some(BodyRef::Inline(&exit)),
                 reads,
                 saves,
+                changes: Changes::NONE,
                 frame_words: 2,
                 frame_offset,
             }];

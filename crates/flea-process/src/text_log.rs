@@ -1,0 +1,106 @@
+//! What has been written to the target's text since the window opened, and what was there
+//! before: for children that were forked meanwhile, whose copies have some of it.
+
+use std::collections::BTreeMap;
+
+use flea_symbols::addr::RemoteAddr;
+
+use crate::memory::{Memory, MemoryError};
+
+const PAGE_BYTES: usize = 4096;
+
+/// The bytes that were written, by page.
+#[derive(Debug, Default)]
+pub(crate) struct TextLog {
+    pages: BTreeMap<RemoteAddr, Page>,
+}
+
+#[derive(Debug)]
+struct Page {
+    original: Vec<u8>,
+    /// One for each byte.
+    is_written: Vec<bool>,
+}
+
+impl Page {
+    fn written(&self) -> impl Iterator<Item = usize> {
+        (0..PAGE_BYTES).filter(|&at| self.is_written[at])
+    }
+}
+
+impl TextLog {
+    /// To be called before these bytes are written.
+    pub(crate) fn note(
+        &mut self,
+        memory: &Memory,
+        at: RemoteAddr,
+        n_bytes: usize,
+    ) -> Result<(), MemoryError> {
+        for byte in at.0..at.0.saturating_add(n_bytes as u64) {
+            let offset = usize::try_from(byte % PAGE_BYTES as u64).unwrap_or(0);
+            let start = RemoteAddr(byte - offset as u64);
+            if !self.pages.contains_key(&start) {
+                let original = memory.read_vec(start, PAGE_BYTES)?;
+                let is_written = vec![false; PAGE_BYTES];
+                self.pages.insert(start, Page { original, is_written });
+            }
+            if let Some(page) = self.pages.get_mut(&start) {
+                page.is_written[offset] = true;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.pages.clear();
+    }
+
+    /// Gives `copy`, the memory of a forked child, the bytes that `parent` has now. Not where
+    /// it has none that were written: it was forked before the first write, though we hear of
+    /// it only now, and perhaps before the memory was there that new bytes lead to.
+    pub(crate) fn mirror(&self, parent: &Memory, copy: &Memory) {
+        let is_original = |(&start, page): (&RemoteAddr, &Page)| {
+            let bytes = copy.read_vec(start, PAGE_BYTES);
+            bytes.is_ok_and(|bytes| page.written().all(|at| bytes[at] == page.original[at]))
+        };
+        if self.pages.iter().all(is_original) {
+            return;
+        }
+        for (&start, page) in &self.pages {
+            // A page that either of them has not mapped (any more) is executed by neither.
+            let (Ok(wanted), Ok(found)) =
+                (parent.read_vec(start, PAGE_BYTES), copy.read_vec(start, PAGE_BYTES))
+            else {
+                continue;
+            };
+            for at in page.written().filter(|&at| wanted[at] != found[at]) {
+                let at_byte = RemoteAddr(start.0 + at as u64);
+                drop(copy.write(at_byte, &wanted[at..=at]));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn originals_are_kept_by_page() {
+        let memory = Memory::open(nix::unistd::gettid().as_raw()).expect("our own");
+        let mut page = vec![7u8; 3 * PAGE_BYTES];
+        let at = RemoteAddr((page.as_mut_ptr() as u64).next_multiple_of(PAGE_BYTES as u64) + 10);
+        let mut log = TextLog::default();
+        log.note(&memory, at, 3).expect("it is ours");
+        memory.write(at, &[1, 2, 3]).expect("it is ours");
+        log.note(&memory, at, 2).expect("noted already");
+        let start = RemoteAddr(at.0 - 10);
+        let noted = &log.pages[&start];
+        assert_eq!(noted.original[10..13], [7, 7, 7]);
+        assert_eq!(noted.written().collect::<Vec<_>>(), [10, 11, 12]);
+        log.note(&memory, RemoteAddr(start.0 + 4094), 4).expect("over the end");
+        assert_eq!(log.pages.len(), 2);
+        log.clear();
+        assert!(log.pages.is_empty());
+    }
+}
