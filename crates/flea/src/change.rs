@@ -1,6 +1,8 @@
 //! What a change of the attached bodies means for code and sites: computed over the registry,
 //! carried out by `transaction`. Touches no process.
 
+use std::collections::HashSet;
+
 use flea_image::{
     BodyRef, Changes, FrameArena, Linker, Reads, Skeleton, SkeletonBody, SkeletonRequest,
     SkipResult, StackCopy,
@@ -437,15 +439,11 @@ pub(crate) fn retire_all(f: Shared<FunctionState>) -> Vec<Retired> {
 /// a site meanwhile went on in the new code, and may be in it for as long as the function takes: it
 /// is retired.
 pub(crate) fn take_back(registry: &mut Registry, announced: Registry) {
-    let known = |code: Placed| move |other: Placed| other.at == code.at;
-    let is_old = |registry: &Registry, code: Placed| {
-        let functions = registry.functions.iter();
-        let mut old =
-            functions.flat_map(|f| f.bodies.iter().flat_map(BodyState::placed).chain(f.skeleton));
-        old.any(known(code))
-    };
+    let functions = registry.functions.iter();
+    let old = functions.flat_map(|f| f.bodies.iter().flat_map(BodyState::placed).chain(f.skeleton));
+    let old: HashSet<RemoteAddr> = old.map(|code| code.at).collect();
     let codes = announced.functions.into_iter().flat_map(retire_all);
-    let retired: Vec<_> = codes.filter(|retired| !is_old(registry, retired.code)).collect();
+    let retired: Vec<_> = codes.filter(|retired| !old.contains(&retired.code.at)).collect();
     registry.retired.extend(retired);
     registry.next_id = announced.next_id;
     for (arena, announced) in registry.code.iter_mut().zip(announced.code) {

@@ -16,7 +16,8 @@ use flea_image::Body;
 
 use crate::{
     error::AttachError,
-    object::{Loaded, Prepared, Shape},
+    object::Loaded,
+    prepared::{Prepared, Shape},
 };
 
 /// So many functions alike share their code. Compiling fewer takes a few milliseconds.

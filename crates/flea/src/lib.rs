@@ -51,6 +51,7 @@ mod object;
 mod own;
 mod patch;
 mod placement;
+mod prepared;
 mod program_array;
 mod rebuild;
 mod reclaim;

@@ -44,9 +44,10 @@ use crate::{
     function::Function,
     host::{self, Host},
     known_code::KnownCode,
-    object::{Loaded, Prepared},
+    object::Loaded,
     own::{self, HelperError},
     placement::{runs, taken},
+    prepared::Prepared,
     reclaim,
     registry::{
         BodyState, CodeArena, Controller, DataArena, FunctionState, Placed, Registry, Shared,
