@@ -64,6 +64,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     let attaches = attach::measure(flea.as_ref().ok());
     let multi = multi::measure();
     let pause = attach::pause(flea.as_ref().ok());
+    let stalls = attach::stalls(flea.as_ref().ok());
     let verifications = verify::measure();
     if options.json {
         println!(
@@ -74,6 +75,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
                 "attach": attaches.iter().map(table::attach_json).collect::<Vec<_>>(),
                 "bulk": table::multi_json(&multi),
                 "pause": table::pause_json(&pause),
+                "stalls": stalls.iter().map(table::stalls_json).collect::<Vec<_>>(),
                 "verify": verifications.iter().map(table::verification_json).collect::<Vec<_>>(),
             })
         );
@@ -87,6 +89,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     println!("{}", table::attaches(&attaches));
     println!("{}", table::multi(&multi));
     println!("{}\n", table::pause(&pause));
+    println!("{}", table::stalls(&stalls));
     println!("{}", table::verifications(&verifications));
     Ok(ExitCode::SUCCESS)
 }
