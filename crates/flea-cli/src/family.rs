@@ -3,13 +3,16 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use flea::{
     AttachError, Followed, Following, Function, Pid, Session,
     builtin::{Count, Histograms, Trace},
 };
 
-use crate::target::{Target, find_all};
+use crate::{
+    plain,
+    target::{Target, find_all},
+};
 
 /// What a command attaches to one program.
 pub trait Probe {
@@ -59,6 +62,8 @@ probe!(Trace);
 /// those forked from it share its maps.
 struct Image<P> {
     probe: P,
+    /// The one that executed it.
+    pid: Pid,
     members: BTreeSet<Pid>,
 }
 
@@ -205,10 +210,11 @@ impl<'a, P: Probe> Family<'a, P> {
                 self.part(pid, &mut finish)?;
                 let outcome = self.attach(following, pid);
                 following.release(pid);
-                match outcome {
-                    Ok(what) => eprintln!("flea: process {pid} has executed {what}"),
-                    Err(error) => eprintln!("flea: process {pid} is not traced: {error:#}"),
-                }
+                let told = match outcome {
+                    Ok(what) => format!("has executed {what}"),
+                    Err(error) => format!("is not traced: {error:#}"),
+                };
+                eprintln!("flea: process {pid} {}", plain::text(&told));
             }
         }
         Ok(())
@@ -259,23 +265,27 @@ impl<'a, P: Probe> Family<'a, P> {
         Ok(())
     }
 
-    /// Takes everything off and hands what is left to `finish`.
+    /// Takes everything off and hands what is left to `finish`. The second result is whether all
+    /// could be taken off: what was found out is printed also where not, since a debugger may
+    /// have come meanwhile.
     pub fn close(
         mut self,
         following: Option<&Following>,
         mut finish: impl FnMut(&mut P) -> Result<()>,
-    ) -> Result<Totals> {
+    ) -> Result<(Totals, Result<()>)> {
+        let mut all_off = Ok(());
         for image in &mut self.images {
-            image.probe.detach()?;
+            let detached = image.probe.detach();
+            all_off = all_off.and(detached.with_context(still_there(image.pid)));
         }
         if let Some(following) = following {
-            leave_all(following)?;
+            all_off = all_off.and(leave_all(following));
         }
         for mut image in std::mem::take(&mut self.images) {
             finish(&mut image.probe)?;
             self.totals.add(&image.probe);
         }
-        Ok(self.totals)
+        Ok((self.totals, all_off))
     }
 }
 
@@ -296,15 +306,19 @@ fn leave_all(following: &Following) -> Result<()> {
             return Ok(());
         }
         for pid in new {
-            following.leave(pid)?;
+            following.leave(pid).with_context(still_there(pid))?;
         }
     }
 }
 
 impl<P> Image<P> {
     fn new(probe: P, session: &Session) -> Self {
-        Self { probe, members: BTreeSet::from([session.pid()]) }
+        Self { probe, pid: session.pid(), members: BTreeSet::from([session.pid()]) }
     }
+}
+
+fn still_there(pid: Pid) -> impl FnOnce() -> String {
+    move || format!("what was attached is still there, and `flea detach {pid}` takes it off")
 }
 
 impl Totals {
