@@ -1,7 +1,7 @@
 //! The programs that a command has attached to: the target's, and with `--follow` those that it
 //! and its children execute, each with results of its own until they are added up.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::{Context as _, Result};
 use flea::{
@@ -62,7 +62,8 @@ probe!(Trace);
 /// those forked from it share its maps.
 struct Image<P> {
     probe: P,
-    session: Session,
+    /// The one that executed it.
+    pid: Pid,
     members: BTreeSet<Pid>,
 }
 
@@ -78,11 +79,12 @@ pub struct Totals {
 /// How a command attaches to a program.
 enum Way<'a, P> {
     /// What an object names; `None` where a program has nothing of it.
-    Object(Box<dyn Fn(&Session) -> Result<Option<P>> + 'a>),
+    Object(Again<'a, P>),
     /// To the functions of these patterns.
     Functions { patterns: &'a [String], start: Start<'a, P>, may_wait: bool },
 }
 
+type Again<'a, P> = Box<dyn Fn(&Session) -> Result<Option<P>> + 'a>;
 type Start<'a, P> = Box<dyn Fn(&Session, &[Function]) -> Result<P> + 'a>;
 
 /// Patterns of which a program has nothing yet.
@@ -273,7 +275,11 @@ impl<'a, P: Probe> Family<'a, P> {
     ) -> Result<(Totals, Result<()>)> {
         let mut all_off = Ok(());
         for image in &mut self.images {
-            all_off = all_off.and(image.take_off(following));
+            let detached = image.probe.detach();
+            all_off = all_off.and(detached.with_context(still_there(image.pid)));
+        }
+        if let Some(following) = following {
+            all_off = all_off.and(leave_all(following));
         }
         for mut image in std::mem::take(&mut self.images) {
             finish(&mut image.probe)?;
@@ -283,28 +289,36 @@ impl<'a, P: Probe> Family<'a, P> {
     }
 }
 
-impl<P> Image<P> {
-    fn new(probe: P, session: &Session) -> Self {
-        Self { probe, session: session.clone(), members: BTreeSet::from([session.pid()]) }
+/// Takes off what forked children have from their parents.
+fn leave_all(following: &Following) -> Result<()> {
+    let mut left = BTreeSet::new();
+    loop {
+        // The work on one is done after all that are known by then have been told of, so a round
+        // that finds nobody new is the last: who is born behind it has nothing of ours.
+        while let Some(event) = following.next_within(Duration::ZERO) {
+            if let Followed::Executed { pid, .. } = event {
+                following.release(pid);
+            }
+        }
+        let new: Vec<Pid> =
+            following.processes().into_iter().filter(|pid| left.insert(*pid)).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        for pid in new {
+            following.leave(pid).with_context(still_there(pid))?;
+        }
     }
 }
 
-impl<P: Probe> Image<P> {
-    fn take_off(&mut self, following: Option<&Following>) -> Result<()> {
-        let own = self.session.pid();
-        let still_there = |pid| {
-            move || {
-                format!("what was attached is still there, and `flea detach {pid}` takes it off")
-            }
-        };
-        self.probe.detach().with_context(still_there(own))?;
-        let Some(following) = following else { return Ok(()) };
-        // A child of which we have not heard yet has the same attached.
-        for &pid in self.members.iter().filter(|&&pid| pid != own) {
-            following.leave(pid).with_context(still_there(pid))?;
-        }
-        Ok(())
+impl<P> Image<P> {
+    fn new(probe: P, session: &Session) -> Self {
+        Self { probe, pid: session.pid(), members: BTreeSet::from([session.pid()]) }
     }
+}
+
+fn still_there(pid: Pid) -> impl FnOnce() -> String {
+    move || format!("what was attached is still there, and `flea detach {pid}` takes it off")
 }
 
 impl Totals {

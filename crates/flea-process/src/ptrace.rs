@@ -223,7 +223,9 @@ pub(crate) fn poll_news() -> Result<Option<News>, Errno> {
         return Ok(None);
     };
     // SAFETY: waitid has filled the child fields: it returned a child.
-    let (tid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    let tid = unsafe { info.si_pid() };
+    // SAFETY: as above.
+    let status = unsafe { info.si_status() };
     Ok(Some(match info.si_code {
         libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED => News::End(tid),
         _ => News::Stop(tid, decode(status)),
