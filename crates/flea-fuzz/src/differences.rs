@@ -22,7 +22,7 @@ const RANGES: [&str; 3] = [
     "unbounded memory access, make sure to bounds check",
 ];
 
-const ALL: [Knowledge; 5] = [
+const ALL: [Knowledge; 4] = [
     Knowledge {
         is_had: |insns| insns.iter().any(is_remainder),
         why: "bounds of quotients and remainders",
@@ -43,12 +43,16 @@ const ALL: [Knowledge; 5] = [
         why: "parts of a stored number",
         words: &[],
     },
-    Knowledge {
-        is_had: |insns| insns.iter().any(is_copy) && insns.iter().any(is_sum),
-        why: "a copied number plus a constant: Linux takes that for a pointer's offset, too",
-        words: &["pointer offset"],
-    },
 ];
+
+/// No knowledge of ours: Linux keeps the constant that is between two equal numbers where a pointer
+/// keeps its offset, and holds it to that one's bounds. It says so, and no branch hangs on it: this
+/// explains nothing else.
+const OFFSET: Knowledge = Knowledge {
+    is_had: has_far_copy,
+    why: "a copied number plus a constant: Linux takes that for a pointer's offset, too",
+    words: &["pointer offset"],
+};
 
 /// Linux wants a function that makes a tail call to return int, and types that say so. These
 /// programs have none, and we take any number from such a function.
@@ -62,7 +66,7 @@ pub fn by_reason(insns: &[Insn], reason: &str) -> Option<&'static str> {
     }
     let explains =
         |k: &&Knowledge| k.words.iter().any(|words| reason.contains(words)) && (k.is_had)(insns);
-    ALL.iter().find(explains).map(|k| k.why)
+    ALL.iter().chain([&OFFSET]).find(explains).map(|k| k.why)
 }
 
 /// What a program has that can explain any reason: where we know that a branch is not taken, the
@@ -94,11 +98,58 @@ fn is_copy(insn: &Insn) -> bool {
     [op::ALU | op::MOV | op::X, op::ALU64 | op::MOV | op::X].contains(&insn.opcode)
 }
 
-fn is_sum(insn: &Insn) -> bool {
+/// Somewhere behind a copy, a constant that no pointer's offset may have (BPF_MAX_VAR_OFF) is added
+/// to one of the two numbers.
+fn has_far_copy(insns: &[Insn]) -> bool {
+    let sums = |from: usize| insns[from..].iter().filter(|insn| is_far_sum(insn));
+    let copies = insns.iter().enumerate().filter(|(_, insn)| is_copy(insn));
+    copies.into_iter().any(|(i, copy)| {
+        let are_equal = [copy.dst, copy.src];
+        sums(i + 1).any(|sum| are_equal.contains(&sum.dst))
+            || jumps_back_over(insns, i) && sums(0).any(|sum| are_equal.contains(&sum.dst))
+    })
+}
+
+/// In a loop, what is in front of an instruction runs behind it as well.
+fn jumps_back_over(insns: &[Insn], at: usize) -> bool {
+    let mut jumps = insns.iter().enumerate().skip(at);
+    jumps.any(|(_, insn)| matches!(insn.class(), op::JMP | op::JMP32) && insn.off < 0)
+}
+
+fn is_far_sum(insn: &Insn) -> bool {
+    const MAX_OFFSET: u32 = 1 << 29;
     [op::ALU | op::ADD, op::ALU | op::SUB, op::ALU64 | op::ADD, op::ALU64 | op::SUB]
         .contains(&insn.opcode)
+        && insn.imm.unsigned_abs() >= MAX_OFFSET
 }
 
 fn is_narrow_load(insn: &Insn) -> bool {
     insn.class() == op::LDX && insn.access_bytes() < 8
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn insn(opcode: u8, dst: u8, src: u8, imm: i32) -> Insn {
+        Insn { opcode, dst, src, off: 0, imm }
+    }
+
+    #[test]
+    fn a_far_copy_explains_an_offset_and_nothing_else() {
+        let copy = insn(op::ALU64 | op::MOV | op::X, 2, 1, 0);
+        let far = |dst| insn(op::ALU64 | op::ADD, dst, 0, -(1 << 29));
+        let reason = "value -536870912 pointer offset is not allowed";
+        for dst in [1, 2] {
+            assert!(by_reason(&[copy, far(dst)], reason).is_some(), "r{dst}");
+        }
+        let near = insn(op::ALU64 | op::ADD, 2, 0, (1 << 29) - 1);
+        for unfit in [[copy, near], [copy, far(3)], [far(2), copy]] {
+            assert_eq!(by_reason(&unfit, reason), None, "{unfit:?}");
+        }
+        let back = Insn { off: -3, ..insn(op::JMP | op::JA, 0, 0, 0) };
+        assert!(by_reason(&[far(2), copy, back], reason).is_some());
+        assert_eq!(by_reason(&[copy, far(2)], "R1 invalid mem access 'scalar'"), None);
+        assert_eq!(by_instructions(&[copy, far(2)]), None);
+    }
 }

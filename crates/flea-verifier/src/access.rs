@@ -227,12 +227,13 @@ fn check_ctx(request: Request, p: &Pointer, given: Given) -> Result<Target, Faul
         return Err(Fault::new(text));
     }
     let size = i64::from(size_bytes);
+    // As raw_tp_prog_is_valid_access and kprobe_prog_is_valid_access: a naturally aligned part of
+    // any word.
     let (n_bytes, fits) = match given.context {
         Context::Tracing { n_args, n_results, .. } => {
             let n_words = u32::from(n_args) + u32::from(n_results);
-            (8 * n_words, at % 8 == 0 && (size == 8 || access == Access::Write))
+            (8 * n_words, at % size.max(1) == 0)
         }
-        // As kprobe_prog_is_valid_access: a naturally aligned part of any register.
         Context::PtRegs => (PT_REGS_BYTES, at % size.max(1) == 0),
         Context::Memory { .. } => (0, false),
     };
@@ -266,7 +267,7 @@ fn ctx_hint(context: Context, n_bytes: u32, can: CanChange) -> String {
     let shape = if are_registers {
         format!("the context is struct pt_regs here, {n_bytes} bytes to be read aligned")
     } else {
-        format!("the context is {} words of 8 bytes here, to be read whole", n_bytes / 8)
+        format!("the context is {} words of 8 bytes here, to be read aligned", n_bytes / 8)
     };
     match can {
         CanChange::Nothing => format!("{shape} and not written"),

@@ -1,11 +1,11 @@
 //! What a person is told whose program is too large: which loop took the instructions.
 
-use flea_object::spec::{MapSpec, Program};
+use flea_object::spec::Program;
 
 use crate::cfg::Successors;
 use crate::op::Op;
 use crate::precision::{Needs, Step};
-use crate::report::{Fault, show_value};
+use crate::report::{Fault, Named, show_value};
 use crate::state::State;
 
 /// A loop, known by its jump back.
@@ -34,7 +34,7 @@ impl Loop {
     pub(crate) fn describe(
         &self,
         program: &Program,
-        maps: &[MapSpec],
+        known: Named<'_>,
         steps: &[Step],
         rounds: Option<(&State, &Needs, &State)>,
     ) -> String {
@@ -50,7 +50,7 @@ impl Loop {
         if let Some((before, needed, after)) = rounds
             && let Some((reg, then, now)) = before.changed_register(after, needed)
         {
-            let (r, then, now) = (reg.index(), show_value(&then, maps), show_value(&now, maps));
+            let (r, then, now) = (reg.index(), show_value(&then, known), show_value(&now, known));
             text += &format!("; what differs from round to round is r{r}: {then}, later {now}");
         }
         text + ": give it a smaller bound"

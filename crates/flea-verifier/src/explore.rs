@@ -47,6 +47,7 @@ use crate::machine::{Flow, Machine};
 use crate::op::Op;
 use crate::precision::{Needs, Place, Precision};
 use crate::report::Fault;
+use crate::report::Named;
 use crate::state::{Rounds, State, Widening};
 use crate::story::Visit;
 use crate::trace::{self, Sink, Trace};
@@ -94,6 +95,9 @@ pub(crate) struct Explorer<'a> {
     cfg: &'a Cfg,
     live: &'a Liveness,
     nodes: Vec<Node>,
+    /// How many of them have a state, and had at once.
+    n_states: usize,
+    peak_states: usize,
     /// For each instruction.
     remembered: Vec<Remembered>,
     waiting: Vec<Path>,
@@ -177,6 +181,8 @@ impl<'a> Explorer<'a> {
             cfg,
             live,
             nodes: Vec::new(),
+            n_states: 0,
+            peak_states: 0,
             remembered: vec![Remembered::default(); n_insns],
             waiting: Vec::new(),
             precision,
@@ -206,11 +212,15 @@ impl<'a> Explorer<'a> {
         self.trace.map(Trace::into_path).unwrap_or_default()
     }
 
+    fn named(&self) -> Named<'a> {
+        Named { maps: self.machine.maps, types: self.machine.types() }
+    }
+
     /// Linux's last lines of a log: what the walk took.
     pub(crate) fn summary(&mut self, refusal: Option<&Refusal>) {
         let n_insns = self.precision.steps.len();
         let most = self.remembered.iter().map(|r| r.open.len() + r.closed.len()).max().unwrap_or(0);
-        let n_states = self.nodes.len();
+        let (n_states, peak) = (self.nodes.len(), self.peak_states);
         let depths: Vec<String> = self.machine.stack_bytes.iter().map(u32::to_string).collect();
         if let Some(trace) = &mut self.trace {
             if let Some(refusal) = refusal {
@@ -219,7 +229,7 @@ impl<'a> Explorer<'a> {
             trace.note(&format!("stack depth {}", depths.join("+")));
             trace.note(&format!(
                 "processed {n_insns} insns (limit {BUDGET}) max_states_per_insn {most} \
-                 total_states {n_states} peak_states {n_states} mark_read 0"
+                 total_states {n_states} peak_states {peak} mark_read 0"
             ));
         }
     }
@@ -309,8 +319,8 @@ impl<'a> Explorer<'a> {
                 self.beliefs = None;
             }
         }
-        let (program, ops, maps) = (self.program, self.machine.ops, self.machine.maps);
-        let seen = trace::Step { number: step, idx, prev, ops, program, maps };
+        let (program, ops, known) = (self.program, self.machine.ops, self.named());
+        let seen = trace::Step { number: step, idx, prev, ops, program, known };
         if let Some(trace) = &mut self.trace {
             trace.before(seen, &path.state);
         }
@@ -493,6 +503,8 @@ impl<'a> Explorer<'a> {
         let (parent, state) = (Some(path.node), Some(path.state.clone()));
         let (insn_idx, mark) = (path.idx, path.mark);
         self.nodes.push(Node { parent, open: 1, state, insn_idx, mark, n_rounds: 0 });
+        self.n_states += 1;
+        self.peak_states = self.peak_states.max(self.n_states);
         path.node = n;
         path.insns_since = 0;
         path.jumps_since = 0;
@@ -521,6 +533,7 @@ impl<'a> Explorer<'a> {
         if closed.len() > MAX_CLOSED {
             let oldest = closed.remove(0);
             self.nodes[oldest].state = None;
+            self.n_states -= 1;
         }
     }
 
@@ -545,7 +558,7 @@ impl<'a> Explorer<'a> {
             let rounds = before.zip(after.and_then(node)).map(|((before, mark), (after, _))| {
                 (before, self.precision.needed_at(mark), after)
             });
-            eater.describe(self.program, self.machine.maps, &self.precision.steps, rounds)
+            eater.describe(self.program, self.named(), &self.precision.steps, rounds)
         });
         budget::too_large(n_processed, eater)
     }

@@ -300,7 +300,7 @@ impl<'a> Machine<'a> {
             Target::StackWindow { frame, window } => {
                 state.frame_at(frame).stack.load_somewhere(window, place.size.bytes())
             }
-            Target::Other(Region::Ctx { offset_bytes }) => {
+            Target::Other(Region::Ctx { offset_bytes }) if place.size == Size::B8 => {
                 Ok(self.context_word(offset_bytes).unwrap_or(unknown_of(place.size)))
             }
             Target::Other(_) => Ok(unknown_of(place.size)),
@@ -371,9 +371,12 @@ impl<'a> Machine<'a> {
             stack.load_somewhere(window, place.size.bytes())?;
             stack.store_somewhere(window, None)?;
         }
+        // Nobody but the program writes to its stack, so what is fetched is what a load would find.
+        let mut old = unknown_of(place.size);
         if let Target::Stack { frame, span } = target {
             let stack = &mut state.frame_at_mut(frame).stack;
-            if matches!(stack.load(span)?, Value::Pointer(_)) {
+            old = stack.load(span)?;
+            if matches!(old, Value::Pointer(_)) {
                 return Err(Fault::new(format!(
                     "R{} atomic operation on a spilled pointer prohibited",
                     place.base.index()
@@ -383,7 +386,7 @@ impl<'a> Machine<'a> {
         }
         if fetch {
             let result = if op == Atomic::Cmpxchg { Reg::R0 } else { src };
-            state.set_reg(result, unknown_of(place.size));
+            state.set_reg(result, old);
         }
         Ok(())
     }

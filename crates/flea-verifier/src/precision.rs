@@ -400,12 +400,15 @@ fn undo(
             }
         }
         Op::Store { src, .. } => undo_store(needs, depth, step.touched, src),
-        // What it leaves in memory is any number.
+        // What it leaves in memory is any number; what it fetches is what was there.
         Op::Atomic { op, fetch, src, .. } => {
-            if op == Atomic::Cmpxchg {
-                frame.take(Reg::R0);
-            } else if fetch {
-                frame.take(src);
+            let result = if op == Atomic::Cmpxchg { Reg::R0 } else { src };
+            if (fetch || op == Atomic::Cmpxchg)
+                && frame.take(result)
+                && let Some(t) = step.touched
+                && let Some(frame) = needs.frames.get_mut(usize::from(t.frame))
+            {
+                frame.slots |= t.slots();
             }
         }
         Op::Goto { .. } => {}

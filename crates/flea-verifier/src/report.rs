@@ -3,12 +3,22 @@
 use std::fmt::Write as _;
 
 use flea_object::spec::MapSpec;
+use flea_object::types::Types;
 
 use crate::number::scalar::Scalar;
 use crate::op::Reg;
 use crate::stack::{Byte, Half, Slot};
 use crate::state::State;
+use crate::typed;
 use crate::value::{Id, Pointer, PointerKind, Value};
+
+/// What has a name in the log.
+#[derive(Clone, Copy)]
+pub(crate) struct Named<'a> {
+    pub(crate) maps: &'a [MapSpec],
+    /// What typed pointers lead to, where there are any.
+    pub(crate) types: Option<&'a Types>,
+}
 
 /// One thing that is wrong with an instruction.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,28 +52,28 @@ impl Fault {
 }
 
 /// `R1=ctx() R2=5 fp-8=scalar()`: the given registers, and the stack of the current function.
-pub(crate) fn registers(state: &State, regs: &[Reg], maps: &[MapSpec]) -> String {
+pub(crate) fn registers(state: &State, regs: &[Reg], known: Named<'_>) -> String {
     let mut out = String::new();
     for reg in regs {
         let value = state.reg(*reg);
         if *value != Value::NotInit {
-            let _ = write!(out, " R{}={}", reg.index(), show_value(value, maps));
+            let _ = write!(out, " R{}={}", reg.index(), show_value(value, known));
         }
     }
     out
 }
 
 /// The whole state of the current function.
-pub(crate) fn whole_state(state: &State, maps: &[MapSpec]) -> String {
+pub(crate) fn whole_state(state: &State, known: Named<'_>) -> String {
     let all: Vec<Reg> = Reg::all().collect();
     let mut out = match state.depth() {
         0 => String::new(),
         depth => format!(" frame{depth}:"),
     };
-    out += &registers(state, &all, maps);
+    out += &registers(state, &all, known);
     let stack = &state.frame().stack;
     for slot in 0..stack.n_slots() {
-        if let Some(text) = show_slot(stack.slot(slot), maps) {
+        if let Some(text) = show_slot(stack.slot(slot), known) {
             let _ = write!(out, " fp-{}={text}", 8 * (slot + 1));
         }
     }
@@ -71,7 +81,7 @@ pub(crate) fn whole_state(state: &State, maps: &[MapSpec]) -> String {
         let _ = write!(out, " refs={}", reference.id);
     }
     if let Some(lock) = state.lock() {
-        let name = maps.get(lock.map.0 as usize).map_or("?", |m| m.name.as_str());
+        let name = known.maps.get(lock.map.0 as usize).map_or("?", |m| m.name.as_str());
         let element = lock.element.map_or(0, Id::get);
         let _ = write!(out, " lock={name}:{element}");
     }
@@ -80,14 +90,14 @@ pub(crate) fn whole_state(state: &State, maps: &[MapSpec]) -> String {
 
 /// Eight bytes of stack: a register that was spilled there, or a letter per byte from the
 /// highest address down (`m` for anything, `?` for not written); or a number in each half.
-fn show_slot(slot: &Slot, maps: &[MapSpec]) -> Option<String> {
+fn show_slot(slot: &Slot, known: Named<'_>) -> Option<String> {
     let text = match slot {
         Slot::Spill(Value::NotInit) => return None,
-        Slot::Spill(value) => return Some(show_value(value, maps)),
+        Slot::Spill(value) => return Some(show_value(value, known)),
         Slot::Bytes(bytes) => bytes_text(bytes),
         Slot::Halves(halves) => {
             let half = |half: &Half| match half {
-                Half::Number(value) => show_value(value, maps),
+                Half::Number(value) => show_value(value, known),
                 Half::Bytes(bytes) => bytes_text(bytes),
             };
             format!("{}:{}", half(&halves[1]), half(&halves[0]))
@@ -106,7 +116,7 @@ fn bytes_text(bytes: &[Byte]) -> String {
 }
 
 /// A register's content.
-pub(crate) fn show_value(value: &Value, maps: &[MapSpec]) -> String {
+pub(crate) fn show_value(value: &Value, known: Named<'_>) -> String {
     match value {
         Value::NotInit => "?".into(),
         Value::Scalar(n) => match (n.set.as_const(), n.id) {
@@ -121,13 +131,13 @@ pub(crate) fn show_value(value: &Value, maps: &[MapSpec]) -> String {
                 format!("scalar({})", parts.join(","))
             }
         },
-        Value::Pointer(p) => show_pointer(p, maps),
+        Value::Pointer(p) => show_pointer(p, known),
     }
 }
 
-fn show_pointer(p: &Pointer, maps: &[MapSpec]) -> String {
+fn show_pointer(p: &Pointer, known: Named<'_>) -> String {
     let map_facts = |i: u32| {
-        maps.get(i as usize).map_or_else(Vec::new, |m| {
+        known.maps.get(i as usize).map_or_else(Vec::new, |m| {
             vec![
                 format!("map={}", m.name),
                 format!("ks={}", m.key_size_bytes),
@@ -167,7 +177,13 @@ fn show_pointer(p: &Pointer, maps: &[MapSpec]) -> String {
         Some(off) => parts.push(format!("off={}", off.cast_signed())),
         None => parts.extend(bounds(&p.off)),
     }
-    format!("{}({})", p.type_name(), parts.join(","))
+    let name = match (p.kind, known.types) {
+        (PointerKind::Target { ty }, Some(types)) => {
+            format!("{}{}", p.type_name(), typed::name(types, ty))
+        }
+        _ => p.type_name(),
+    };
+    format!("{name}({})", parts.join(","))
 }
 
 /// The bounds that say something, equal ones together: `smin=umin=1,smax=umax=8`.

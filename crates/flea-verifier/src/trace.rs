@@ -3,10 +3,10 @@
 use std::collections::BTreeSet;
 
 use flea_object::disasm::Disasm;
-use flea_object::spec::{MapSpec, Program, SourceLine};
+use flea_object::spec::{Program, SourceLine};
 
 use crate::op::Op;
-use crate::report::{registers, whole_state};
+use crate::report::{Named, registers, whole_state};
 use crate::state::State;
 use crate::story::Visit;
 
@@ -56,7 +56,7 @@ pub(crate) struct Step<'a> {
     pub(crate) prev: Option<(usize, usize)>,
     pub(crate) ops: &'a [Op],
     pub(crate) program: &'a Program,
-    pub(crate) maps: &'a [MapSpec],
+    pub(crate) known: Named<'a>,
 }
 
 impl<'s> Trace<'s> {
@@ -97,10 +97,10 @@ impl<'s> Trace<'s> {
         let idx = step.idx;
         match (self.last_step, step.prev) {
             (Some(last), Some((prev, _))) if last == prev => {}
-            (None, _) => self.line(&format!("{idx}:{}", whole_state(state, step.maps))),
+            (None, _) => self.line(&format!("{idx}:{}", whole_state(state, step.known))),
             (Some(_), prev) => {
                 let from = prev.map_or(0, |(_, idx)| idx);
-                let text = whole_state(state, step.maps);
+                let text = whole_state(state, step.known);
                 self.line("");
                 self.line(&format!("from {from} to {idx}:{text}"));
                 self.source_line = None;
@@ -121,7 +121,7 @@ impl<'s> Trace<'s> {
         }
         let text = instruction(step.idx, step.program);
         let regs = step.ops.get(step.idx).map(Op::registers).unwrap_or_default();
-        let shown = outcome.map(|state| registers(state, &regs, step.maps)).unwrap_or_default();
+        let shown = outcome.map(|state| registers(state, &regs, step.known)).unwrap_or_default();
         match shown.is_empty() {
             true => self.line(&text),
             false => self.line(&format!("{text:<COMMENT_COLUMN$};{shown}")),
@@ -132,7 +132,7 @@ impl<'s> Trace<'s> {
             && entered(state)
         {
             self.line("callee:");
-            self.line(whole_state(state, step.maps).trim_start());
+            self.line(whole_state(state, step.known).trim_start());
         }
     }
 

@@ -262,3 +262,32 @@ fn facts_of_typed_pointers() {
     // Whatever is loaded may be returned.
     assert_eq!(verified.return_range(), 0..=i64::from(u32::MAX));
 }
+
+#[test]
+fn the_log_names_what_pointers_lead_to_and_counts_states() {
+    let mut graph = Graph::parse(["struct foo 16 n:u32@0 next:*foo@8"].into_iter());
+    let slots = graph.slots("*foo -");
+    let lines = ["r1 = *(u64 *)(r1 + 0)", "r2 = *(u64 *)(r1 + 8)", "r0 = *(u32 *)(r2 + 0)", "exit"];
+    let program = program(&lines);
+    let context = Context::Tracing { n_args: 2, n_results: 0, session: false };
+    let target = Target { types: &graph.types, slots: &slots };
+    let mut log = Vec::new();
+    let verifier = Verifier::new(&program, &[], context).target(target);
+    verifier.verify_logged(&mut |line| log.push(line.to_owned())).unwrap();
+    let text = log.join("\n");
+    assert!(text.contains("R1=ptr_foo()") && text.contains("R2=ptr_foo()"), "{text}");
+
+    // A loop whose rounds are remembered, and forgotten again.
+    let lines = ["r0 = 0", "again:", "r0 += 1", "r2 = r0", "if r0 < 500 goto again", "exit"];
+    let program = self::program(&lines);
+    log.clear();
+    let verifier = Verifier::new(&program, &[], context);
+    verifier.verify_logged(&mut |line| log.push(line.to_owned())).unwrap();
+    let summary = log.iter().rev().find(|line| line.contains("peak_states")).unwrap();
+    let number = |name: &str| -> usize {
+        let mut words = summary.split(' ').skip_while(|word| *word != name);
+        words.nth(1).unwrap().parse().unwrap()
+    };
+    let (peak, total) = (number("peak_states"), number("total_states"));
+    assert!(0 < peak && peak < total, "{summary}");
+}

@@ -11,7 +11,7 @@ use flea_verifier::Rejection;
 use crate::{modules::OpenError, own::HelperError, registry::RegistryError};
 
 /// The programs that run in a frame of ours between a function and its caller.
-const FRAMED: &str = "an exit program (or an entry program that reads more than arguments)";
+const FRAMED: &str = "an exit program (or an entry program that changes arguments, or reads more)";
 /// Those that do not.
 const UNFRAMED: &str = "an entry program (fentry, `flea count`) can be attached";
 

@@ -250,9 +250,9 @@ PROGRAM(context_index_unknown)
 	return ctx[ctx[0] & 1];
 }
 
-PROGRAM(context_half_read)
+PROGRAM(context_between_words)
 {
-	return *(volatile u32 *)ctx;
+	return *(volatile u32 *)((char *)ctx + 6);
 }
 
 PROGRAM(context_written)
