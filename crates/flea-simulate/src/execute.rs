@@ -1,6 +1,5 @@
 //! One instruction, executed: the few that skeletons, bodies and our functions consist of.
 
-use flea_process::Trap;
 use iced_x86::{Decoder, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
 use crate::context::{Context, Doing, HANDLER, OUTSIDE, RBP, RSP};
@@ -117,11 +116,6 @@ impl Machine {
             self.returned(i);
         }
         Some(())
-    }
-
-    /// Whether a breakpoint is armed at `site`.
-    pub fn trap_at(&self, site: u64) -> Option<&Trap> {
-        self.traps.iter().find(|trap| trap.site.0 == site)
     }
 }
 

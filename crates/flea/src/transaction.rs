@@ -528,7 +528,7 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
         }
         registry.functions.push(f);
     }
-    let to_throw = forget_thrown(&mut registry, ground);
+    let to_throw = forget_thrown(&mut registry, ground)?;
     *ground.registry_mut() = registry;
     if unfinished.is_empty() && !to_throw {
         ground.set_made(true);
@@ -558,19 +558,25 @@ fn is_mapped_anew<H: Host>(ground: &H, f: &FunctionState, now: [u8; 5], maps: &[
 }
 
 /// Drops the switches that were thrown; whether there are others that should have been.
-fn forget_thrown<H: Host>(registry: &mut Registry, ground: &H) -> bool {
+fn forget_thrown<H: Host>(registry: &mut Registry, ground: &H) -> Result<bool, RemoteError> {
     let attached = registry.body_ids();
-    let mut to_throw = false;
+    let (mut to_throw, mut failed) = (false, None);
     for retired in &mut registry.retired {
         retired.switches.retain(|switch| {
             let mut now = [0; 5];
-            let gone = !attached.contains(&switch.body);
-            let thrown = gone && ground.read(switch.at, &mut now).is_ok() && now == switch.new;
-            to_throw |= gone && !thrown;
+            if attached.contains(&switch.body) {
+                return true;
+            }
+            if let Err(error) = ground.read(switch.at, &mut now) {
+                // Taken for one that was not, it would be thrown again.
+                failed.get_or_insert(error);
+            }
+            let thrown = now == switch.new;
+            to_throw |= !thrown;
             !thrown
         });
     }
-    to_throw
+    failed.map_or(Ok(to_throw), |error| Err(error.into()))
 }
 
 /// A controller that died between the two writes that open or close a function's door left
