@@ -25,7 +25,8 @@ usage: cargo xtask ci                         format, lints, tests, documentatio
        cargo xtask torture [--minutes N] [--seed S] [--only redis|cpp|postgres|rust] [--flea PATH]
                            [--seconds N] [--bout SECONDS] [--hang SECONDS] [--without PART]
                                               real programs, traced and disturbed at random
-       cargo xtask cycles [--count N]         on and off, with both sides' memory flat
+       cargo xtask cycles [--count N] [--threads N]
+                                              on and off, with both sides' memory flat
        cargo xtask vectors [--seconds N] FILE.jsonl
                                               a suite of eBPF programs: verdict and result of each";
 

@@ -1,15 +1,18 @@
 //! The programs that a command has attached to: the target's, and with `--follow` those that it
 //! and its children execute, each with results of its own until they are added up.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use flea::{
     AttachError, Followed, Following, Function, Pid, Session,
     builtin::{Count, Histograms, Trace},
 };
 
-use crate::target::{Target, find_all};
+use crate::{
+    plain,
+    target::{Target, find_all},
+};
 
 /// What a command attaches to one program.
 pub trait Probe {
@@ -59,7 +62,8 @@ probe!(Trace);
 /// those forked from it share its maps.
 struct Image<P> {
     probe: P,
-    session: Session,
+    /// The one that executed it.
+    pid: Pid,
     members: BTreeSet<Pid>,
 }
 
@@ -75,11 +79,12 @@ pub struct Totals {
 /// How a command attaches to a program.
 enum Way<'a, P> {
     /// What an object names; `None` where a program has nothing of it.
-    Object(Box<dyn Fn(&Session) -> Result<Option<P>> + 'a>),
+    Object(Again<'a, P>),
     /// To the functions of these patterns.
     Functions { patterns: &'a [String], start: Start<'a, P>, may_wait: bool },
 }
 
+type Again<'a, P> = Box<dyn Fn(&Session) -> Result<Option<P>> + 'a>;
 type Start<'a, P> = Box<dyn Fn(&Session, &[Function]) -> Result<P> + 'a>;
 
 /// Patterns of which a program has nothing yet.
@@ -205,10 +210,11 @@ impl<'a, P: Probe> Family<'a, P> {
                 self.part(pid, &mut finish)?;
                 let outcome = self.attach(following, pid);
                 following.release(pid);
-                match outcome {
-                    Ok(what) => eprintln!("flea: process {pid} has executed {what}"),
-                    Err(error) => eprintln!("flea: process {pid} is not traced: {error:#}"),
-                }
+                let told = match outcome {
+                    Ok(what) => format!("has executed {what}"),
+                    Err(error) => format!("is not traced: {error:#}"),
+                };
+                eprintln!("flea: process {pid} {}", plain::text(&told));
             }
         }
         Ok(())
@@ -259,32 +265,60 @@ impl<'a, P: Probe> Family<'a, P> {
         Ok(())
     }
 
-    /// Takes everything off and hands what is left to `finish`.
+    /// Takes everything off and hands what is left to `finish`. The second result is whether all
+    /// could be taken off: what was found out is printed also where not, since a debugger may
+    /// have come meanwhile.
     pub fn close(
         mut self,
         following: Option<&Following>,
         mut finish: impl FnMut(&mut P) -> Result<()>,
-    ) -> Result<Totals> {
+    ) -> Result<(Totals, Result<()>)> {
+        let mut all_off = Ok(());
         for image in &mut self.images {
-            image.probe.detach()?;
-            let Some(following) = following else { continue };
-            // A child of which we have not heard yet has the same attached.
-            for &pid in image.members.iter().filter(|&&pid| pid != image.session.pid()) {
-                following.leave(pid)?;
-            }
+            let detached = image.probe.detach();
+            all_off = all_off.and(detached.with_context(still_there(image.pid)));
+        }
+        if let Some(following) = following {
+            all_off = all_off.and(leave_all(following));
         }
         for mut image in std::mem::take(&mut self.images) {
             finish(&mut image.probe)?;
             self.totals.add(&image.probe);
         }
-        Ok(self.totals)
+        Ok((self.totals, all_off))
+    }
+}
+
+/// Takes off what forked children have from their parents.
+fn leave_all(following: &Following) -> Result<()> {
+    let mut left = BTreeSet::new();
+    loop {
+        // The work on one is done after all that are known by then have been told of, so a round
+        // that finds nobody new is the last: who is born behind it has nothing of ours.
+        while let Some(event) = following.next_within(Duration::ZERO) {
+            if let Followed::Executed { pid, .. } = event {
+                following.release(pid);
+            }
+        }
+        let new: Vec<Pid> =
+            following.processes().into_iter().filter(|pid| left.insert(*pid)).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        for pid in new {
+            following.leave(pid).with_context(still_there(pid))?;
+        }
     }
 }
 
 impl<P> Image<P> {
     fn new(probe: P, session: &Session) -> Self {
-        Self { probe, session: session.clone(), members: BTreeSet::from([session.pid()]) }
+        Self { probe, pid: session.pid(), members: BTreeSet::from([session.pid()]) }
     }
+}
+
+fn still_there(pid: Pid) -> impl FnOnce() -> String {
+    move || format!("what was attached is still there, and `flea detach {pid}` takes it off")
 }
 
 impl Totals {

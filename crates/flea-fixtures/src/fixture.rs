@@ -53,6 +53,8 @@ pub enum Fixture {
     Sleds,
     /// `c/bench_loop.c`: functions to be timed side by side in one process.
     BenchLoop,
+    /// `c/stalls.c`: ten thousand functions, and threads that notice how long each call takes.
+    Stalls,
     /// `cpp/torture.cpp`: checks all that it does, beside threads, forks, signals and a plug-in.
     /// Beside it are `libtorture_plugin.so` and a live patch, `torture_patch.so`.
     TortureCpp,
@@ -219,6 +221,7 @@ impl Fixture {
             Self::Entries(CBuild::Clang),
             Self::Sleds,
             Self::BenchLoop,
+            Self::Stalls,
             Self::TortureCpp,
             Self::TortureRust,
             Self::Many(100),
@@ -254,6 +257,7 @@ impl Fixture {
             Self::Entries(build) => format!("entries-{}", build.slug()),
             Self::Sleds => "sleds".into(),
             Self::BenchLoop => "bench_loop".into(),
+            Self::Stalls => "stalls".into(),
             Self::TortureCpp => "torture-cpp".into(),
             Self::TortureRust => "torture-rust".into(),
             Self::Many(n) => format!("many-{n}"),

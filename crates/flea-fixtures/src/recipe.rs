@@ -274,6 +274,12 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
         Fixture::BenchLoop => {
             (vec![source!("c", "bench_loop.c")], simple(&program, "bench_loop.c", ""))
         }
+        Fixture::Stalls => {
+            // Entries that are several instructions: who stands between them has to be moved.
+            let compile = "-O2 -fno-omit-frame-pointer";
+            let flags = Flags { tool: Tool::Gcc, compile, link: "" };
+            (vec![source!("c", "stalls.c")], c_steps(&flags, "stalls.c", "", &program))
+        }
         Fixture::TortureCpp => (
             vec![
                 source!("cpp", "torture.h"),

@@ -160,6 +160,11 @@ impl Running {
         self.stderr.recv_timeout(timeout).context("waiting for a line on stderr")
     }
 
+    /// The lines of stdout that have come and were not read.
+    pub fn lines_so_far(&mut self) -> Vec<String> {
+        self.stdout.try_iter().collect()
+    }
+
     /// The lines of stderr that have come and were not read.
     pub fn stderr_so_far(&mut self) -> Vec<String> {
         self.stderr.try_iter().collect()

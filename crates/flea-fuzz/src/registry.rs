@@ -183,8 +183,13 @@ fn change_this(value: &mut Value, random: &mut Random) {
             let near = old.wrapping_add(random.below(64)).wrapping_sub(32);
             let shifted = old ^ 1 << random.below(64);
             let edge = random.pick(&EDGES);
-            *value =
-                Value::from(random.pick(&[near, shifted, edge, old & !4095, old * 2 % (1 << 47)]));
+            *value = Value::from(random.pick(&[
+                near,
+                shifted,
+                edge,
+                old & !4095,
+                old.wrapping_mul(2) % (1 << 47),
+            ]));
         }
         Value::Bool(flag) => *flag = !*flag,
         Value::String(text) => match random.below(3) {

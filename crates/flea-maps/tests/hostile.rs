@@ -253,6 +253,19 @@ fn use_everything(arena: &Arena, turn: u64) {
     let _ = (arena.program_misses(0), arena.program_misses(1));
 }
 
+/// Found by `cargo xtask fuzz --only shared`: counting on from the largest number panicked.
+#[test]
+fn a_count_of_elements_that_cannot_be_is_a_full_map() {
+    let target = Target::new(&[spec(MapKind::Hash, 8, 8, 4)]);
+    let state = target.arena.plan().maps[0].header_offset + flea_runtime::map::STATE_OFFSET;
+    let used = target.base + state + flea_runtime::hash::state::USED * 8;
+    // SAFETY: inside the arena, which is mapped here.
+    unsafe { (used as *mut u64).write_volatile(u64::MAX) };
+    let map = target.arena.hash(MapIdx(0)).unwrap();
+    assert_eq!(map.update(&[1; 8], &[2; 8], Update::Any), Err(MapError::Full { max_entries: 4 }));
+    assert!(map.iter().count() <= 4);
+}
+
 fn memfd(flags: u32) -> OwnedFd {
     // SAFETY: a C string.
     let fd = unsafe { libc::memfd_create(c"test".as_ptr(), flags) };

@@ -219,6 +219,142 @@ fn children_come_and_go() {
     exercise("2", "v", 10, 5);
 }
 
+/// What a controller makes of batches.
+struct Batches<'a> {
+    tracer: &'a mut Tracer,
+    sites_at_once: usize,
+    /// Writes of text until one fails.
+    fails_in: Option<usize>,
+}
+
+impl PatchTarget for Batches<'_> {
+    type Error = TraceError;
+
+    fn read(&mut self, at: RemoteAddr, into: &mut [u8]) -> Result<(), TraceError> {
+        PatchTarget::read(self.tracer, at, into)
+    }
+
+    fn sites_at_once(&self) -> usize {
+        self.sites_at_once
+    }
+
+    fn look(&mut self, places: &[RemoteAddr]) -> Result<Vec<RemoteAddr>, TraceError> {
+        PatchTarget::look(self.tracer, places)
+    }
+
+    fn release(&mut self) -> Result<(), TraceError> {
+        self.tracer.release()
+    }
+
+    fn write_text(&mut self, at: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
+        self.fails_in = match self.fails_in {
+            Some(0) => {
+                self.fails_in = None;
+                return Err(TraceError::Stuck { tid: 0, waited_ms: 0 });
+            }
+            n => n.map(|n| n - 1),
+        };
+        self.tracer.write_text(at, bytes)
+    }
+
+    fn sync_core(&mut self) -> Result<(), TraceError> {
+        self.tracer.sync_core()
+    }
+
+    fn arm(&mut self, traps: &[Trap]) -> Result<(), TraceError> {
+        self.tracer.arm(traps)
+    }
+
+    fn disarm(&mut self) -> Result<(), TraceError> {
+        self.tracer.disarm()
+    }
+
+    fn evacuate(
+        &mut self,
+        moves: &[(RemoteAddr, RemoteAddr)],
+    ) -> Result<Vec<RemoteAddr>, TraceError> {
+        PatchTarget::evacuate(self.tracer, moves)
+    }
+
+    fn wait_a_moment(&mut self, duration: Duration) -> Result<(), TraceError> {
+        self.tracer.wait_a_moment(duration)
+    }
+
+    fn drain(&mut self) -> Result<(), TraceError> {
+        self.tracer.drain()
+    }
+}
+
+/// Changes one site at a time, to and fro, `n_times`; each time a later write fails first.
+fn exercise_batches(threads: &str, letters: &str, n_times: usize) -> String {
+    let target = Target::start("hot", &[threads, letters]);
+    let pid = target.pid();
+    let disposition = sigtrap_disposition(pid);
+    seize(pid, |tracer| {
+        let hot = Hot::new(tracer, &target.first_line);
+        let plan = hot.on(tracer);
+        for n in 0..n_times {
+            for plan in [&plan, &reverse(&plan)] {
+                // Nine writes make the change.
+                let fails_in = Some(n % 9);
+                let mut batches = Batches { tracer, sites_at_once: 1, fails_in };
+                let failed = commit(&mut batches, plan).unwrap_err();
+                assert!(matches!(failed, CommitError::Failed { .. }), "{failed}");
+                for poke in &plan.pokes {
+                    let text = tracer.memory().read_vec(poke.site, PATCH_BYTES).unwrap();
+                    assert_eq!(text, poke.expected[..PATCH_BYTES], "{n}: {}", poke.site);
+                }
+                let mut batches = Batches { tracer, sites_at_once: 1, fails_in: None };
+                assert_eq!(commit(&mut batches, plan).unwrap().n_batches, 3);
+                assert_eq!(sigtrap_disposition(pid), disposition, "{letters}: after a commit");
+            }
+        }
+    })
+    .unwrap();
+    target.finish()
+}
+
+#[test]
+fn a_batch_that_fails_takes_back_those_before() {
+    exercise_batches("4", "", 9);
+    exercise_batches("3", "fv", 9);
+    let text = exercise_batches("4", "u", 9);
+    assert!(number(&text, "handled") > 0);
+}
+
+#[test]
+fn each_sigtrap_of_its_own_is_handled_once() {
+    for letters in ["he", "heo"] {
+        let text = exercise_batches("4", letters, 9);
+        assert!(number(&text, "handled") > 0, "{letters}");
+    }
+}
+
+#[test]
+fn who_meets_one_breakpoint_again_and_again_gets_on() {
+    let target = Target::start("hot", &["1", ""]);
+    seize(target.pid(), |tracer| {
+        let plan = Hot::new(tracer, &target.first_line).on(tracer);
+        let poke = &plan.pokes[1];
+        let first = poke.expected[0];
+        tracer
+            .arm(&[Trap { site: poke.site, goes_to: poke.trap_to, starts_behind: false }])
+            .unwrap();
+        tracer.write_text(poke.site, &[0xcc]).unwrap();
+        let until = Instant::now() + Duration::from_secs(20);
+        while tracer.counts().traps < 50 {
+            assert!(Instant::now() < until, "{:?}", tracer.counts());
+            tracer.wait_a_moment(Duration::from_millis(1)).unwrap();
+        }
+        tracer.write_text(poke.site, &[first]).unwrap();
+        tracer.sync_core().unwrap();
+        tracer.drain().unwrap();
+        tracer.disarm().unwrap();
+    })
+    .unwrap();
+    target.finish();
+}
+
 /// A controller that is given no CPU for long after each step, on a machine that is not busy:
 /// everything that may happen while breakpoints are there has the time to.
 struct Slow<'a>(&'a mut Tracer);

@@ -32,7 +32,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use flea_symbols::addr::RemoteAddr;
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::Signal;
 
 use crate::apart::in_own_process;
 use crate::hub::{How, Hub, Newcomer};
@@ -42,7 +42,7 @@ use crate::proc::{self, Pid, Tid};
 use crate::ptrace::{self, News, Stop, Whose};
 use crate::seize::{SeizeError, attach};
 use crate::spawn::{SpawnError, Standing, run_to};
-use crate::tracer::{Pace, Task, TraceError, Tracer};
+use crate::tracer::{Task, TraceError, Tracer};
 use crate::window::Parked;
 
 /// Name of the follower's process: by it, another flea knows that waiting is no use.
@@ -97,7 +97,9 @@ struct Port {
     held: Mutex<BTreeSet<Pid>>,
 }
 
-type Job = Box<dyn FnOnce(Option<&mut Tracer>) + Send>;
+/// What is to be done with a followed process; `None` where it is not followed any more.
+type Work<'a> = dyn FnOnce(Option<&mut Tracer>) + Send + 'a;
+type Job = Box<Work<'static>>;
 
 enum Order {
     Work(Pid, Job),
@@ -235,7 +237,7 @@ impl Handle {
             // Whoever wants it waits below.
             let _ = done.send(result);
         };
-        let job: Box<dyn FnOnce(Option<&mut Tracer>) + Send + '_> = Box::new(job);
+        let job: Box<Work<'_>> = Box::new(job);
         // SAFETY: only the lifetime is changed. The follower runs or drops the job before it ends
         // or answers, and this function does not return before either, so what the job borrows
         // outlives it; a follower that was killed does neither, and never looks at it again.
@@ -318,7 +320,7 @@ impl Following {
                 break;
             }
             if is_idle {
-                nap();
+                ptrace::wait_for_any_stop(NAP);
             }
         }
         for mut tracer in self.hub.clear() {
@@ -406,14 +408,6 @@ impl Following {
     }
 }
 
-/// Sleeps until something happens, or for a while.
-fn nap() {
-    let set = SigSet::from(Signal::SIGCHLD);
-    let nap = libc::timespec { tv_sec: 0, tv_nsec: i64::from(NAP.subsec_nanos()) };
-    // SAFETY: both pointers are to live locals; nothing is to be written.
-    let _woken = unsafe { libc::sigtimedwait(set.as_ref(), std::ptr::null_mut(), &raw const nap) };
-}
-
 impl Parked {
     /// Until it is let go of.
     fn kept() -> Self {
@@ -439,6 +433,8 @@ impl Tracer {
             }
             self.resume(tid, 0)?;
         }
+        // What came for it meanwhile.
+        self.send_postponed();
         Ok(())
     }
 
@@ -448,7 +444,7 @@ impl Tracer {
         self.still_there(tid, "interrupting", asked)?;
         // It executes nothing more: the interrupt comes first.
         self.resume(tid, 0)?;
-        let mut pace = Pace::default();
+        let mut pace = self.pace();
         while Instant::now() < until {
             match self.poll(Whose::Any)? {
                 Some((who, Stop::Interrupted | Stop::Group(_))) if who == tid => {

@@ -149,6 +149,8 @@ impl Hub {
 
     pub(crate) fn put(&self, mut tracer: Tracer) {
         tracer.hub = Some(self.clone());
+        // The follower's process has seen to that.
+        tracer.hears_stops = true;
         self.0.borrow_mut().tracers.insert(tracer.pid, tracer);
     }
 
@@ -167,7 +169,10 @@ impl Hub {
     /// Takes out the tracers of processes that have ended; their numbers.
     pub(crate) fn bury(&self) -> Vec<Pid> {
         let mut inner = self.0.borrow_mut();
-        let gone = |tracer: &Tracer| tracer.tasks.is_empty();
+        // Its children are handed over first.
+        let gone = |tracer: &Tracer| {
+            tracer.tasks.is_empty() && tracer.expected.is_empty() && tracer.held.is_empty()
+        };
         let ended: Vec<Pid> =
             inner.tracers.iter().filter(|(_, t)| gone(t)).map(|(&pid, _)| pid).collect();
         let dead: Vec<Option<Tracer>> = ended.iter().map(|pid| inner.tracers.remove(pid)).collect();

@@ -85,6 +85,16 @@ impl Memory {
         self.read_part(at, into).0
     }
 
+    /// As [`Memory::read_prefix`], but only a hole may end it early: for one who has to know what
+    /// is not there.
+    pub fn read_to_hole(&self, at: RemoteAddr, into: &mut [u8]) -> Result<usize, MemoryError> {
+        let size_bytes = into.len();
+        match self.read_part(at, into) {
+            (done, Some(reason)) if reason.raw_os_error() == Some(libc::EIO) => Ok(done),
+            part => finish("reading", at, size_bytes, part).map(|()| size_bytes),
+        }
+    }
+
     /// A vector of `size_bytes` bytes from `at`.
     pub fn read_vec(&self, at: RemoteAddr, size_bytes: usize) -> Result<Vec<u8>, MemoryError> {
         let mut bytes = vec![0; size_bytes];

@@ -154,6 +154,8 @@ pub struct Status {
     pub seccomp: SeccompMode,
     /// The process has memory of its own (kernel threads and zombies have none).
     pub has_memory: bool,
+    /// Some of its memory may not be swapped out; and perhaps all that it maps from now on.
+    pub locks_memory: bool,
     /// The thread has a shadow stack: it may return only to where it was called from.
     pub shadow_stack: bool,
     /// Threads of the process, those that have ended and were not waited for included.
@@ -468,6 +470,7 @@ fn parse_status(text: &str) -> Option<Status> {
             _ => SeccompMode::Filter,
         },
         has_memory: field("VmSize").is_some(),
+        locks_memory: field("VmLck").is_some_and(|size| size != "0 kB"),
         shadow_stack: field("x86_Thread_features")
             .is_some_and(|features| features.split_whitespace().any(|f| f == "shstk")),
         n_threads: field("Threads")?.parse().ok()?,

@@ -15,6 +15,7 @@ use crate::x86_64::Registers;
 const EVENT_STOP: i32 = 128;
 const SECCOMP_GET_FILTER: u32 = 0x420c;
 const GET_RSEQ_CONFIGURATION: u32 = 0x420f;
+const GET_SYSCALL_USER_DISPATCH_CONFIG: u32 = 0x4211;
 /// `NT_X86_XSTATE` (<elf.h>).
 const NT_X86_XSTATE: usize = 0x202;
 /// More than any processor's: AMX tiles make it 11 KiB.
@@ -183,6 +184,16 @@ pub(crate) fn seccomp_filter(tid: Tid, index: usize) -> Result<Vec<FilterInsn>, 
     Ok(raw.into_iter().map(insn).collect())
 }
 
+/// Whether system calls of a stopped thread may be sent to it as SIGSYS, by where they are made
+/// (PR_SET_SYSCALL_USER_DISPATCH). Kernels before 6.4 do not say.
+pub(crate) fn dispatches_syscalls(tid: Tid) -> bool {
+    // struct ptrace_sud_config: mode, selector, offset, len.
+    let mut config = [0u64; 4];
+    let data = config.as_mut_ptr().cast();
+    let asked = request(GET_SYSCALL_USER_DISPATCH_CONFIG, tid, size_of_val(&config), data);
+    asked.is_ok() && config[0] != 0
+}
+
 /// The next stop that nobody has asked about yet; `None` where there is none at the moment.
 pub(crate) fn poll_stop(whose: Whose) -> Result<Option<(Tid, Stop)>, Errno> {
     let Some(info) = wait(whose, libc::WSTOPPED)? else {
@@ -212,7 +223,9 @@ pub(crate) fn poll_news() -> Result<Option<News>, Errno> {
         return Ok(None);
     };
     // SAFETY: waitid has filled the child fields: it returned a child.
-    let (tid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    let tid = unsafe { info.si_pid() };
+    // SAFETY: as above.
+    let status = unsafe { info.si_status() };
     Ok(Some(match info.si_code {
         libc::CLD_EXITED | libc::CLD_KILLED | libc::CLD_DUMPED => News::End(tid),
         _ => News::Stop(tid, decode(status)),

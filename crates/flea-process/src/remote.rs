@@ -74,6 +74,15 @@ pub enum RemoteError {
         /// The process.
         pid: Pid,
     },
+    /// Its own handler is asked about system calls.
+    #[error(
+        "process {pid} has its system calls sent to itself (PR_SET_SYSCALL_USER_DISPATCH, as Wine \
+         does), and would be asked about ours; such programs cannot be traced"
+    )]
+    Dispatches {
+        /// The process.
+        pid: Pid,
+    },
     /// A filter would judge the system calls of what is to be attached, and not let them pass.
     #[error(
         "seccomp {verdict} system calls that what is to be attached makes: {} (thread {tid} of \
@@ -110,6 +119,7 @@ fn name_of(number: i64) -> String {
     match number {
         libc::SYS_mmap => "mmap".to_owned(),
         libc::SYS_munmap => "munmap".to_owned(),
+        libc::SYS_munlock => "munlock".to_owned(),
         libc::SYS_mprotect => "mprotect".to_owned(),
         libc::SYS_madvise => "madvise".to_owned(),
         libc::SYS_memfd_create => "memfd_create".to_owned(),
@@ -131,6 +141,10 @@ fn advice(errno: Errno) -> &'static str {
         Errno::EMFILE => {
             " (it has as many files open as it may: raise `prlimit --nofile --pid PID`, for one \
              descriptor, which is closed again)"
+        }
+        Errno::EAGAIN => {
+            " (it locks all memory that it maps, by mlockall, and may lock no more: raise \
+             `prlimit --memlock --pid PID`)"
         }
         Errno::ENFILE => " (the system has as many files open as fs.file-max allows)",
         _ => "",
@@ -192,6 +206,7 @@ enum Taken {
     Loan(Box<Loan>),
     Unsuitable,
     Filtered,
+    Dispatches,
 }
 
 impl Tracer {
@@ -269,7 +284,7 @@ impl Tracer {
                 i64::from(request.fd).cast_unsigned(),
                 request.offset,
             ];
-            match self.remote_syscall(libc::SYS_mmap, args) {
+            match self.with_thread(|thread| thread.mmap(args)) {
                 // Kernels before 4.17 take the address as a hint.
                 Ok(at) if address != 0 && at != address => {
                     self.remote_syscall(libc::SYS_munmap, [at, request.size_bytes, 0, 0, 0, 0])?;
@@ -321,6 +336,7 @@ impl Tracer {
                     Taken::Loan(loan) => return Ok(*loan),
                     Taken::Unsuitable => {}
                     Taken::Filtered => filtered = true,
+                    Taken::Dispatches => return Err(RemoteError::Dispatches { pid: self.pid }),
                 }
             }
             if filtered {
@@ -394,6 +410,10 @@ impl Tracer {
         if status.deliverable() != SignalSet::default() || self.in_rseq_section(tid, &registers) {
             self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);
+        }
+        if ptrace::dispatches_syscalls(tid) {
+            self.unhalt(tid, stop)?;
+            return Ok(Taken::Dispatches);
         }
         let seccomp_suspended = status.seccomp != SeccompMode::Off;
         if seccomp_suspended && ptrace::set_options(tid, WITHOUT_SECCOMP).is_err() {
@@ -587,6 +607,31 @@ impl Borrowed<'_> {
             }
             _ => Ok(result),
         }
+    }
+
+    /// mmap, without what a target's `mlockall(MCL_FUTURE)` adds to it: memory for every page, at
+    /// once. What we map is mostly never touched, and larger than the target's limit for that.
+    ///
+    /// The kernel fetches no page that may not be accessed: so it is made accessible when it is
+    /// not locked any more.
+    pub fn mmap(&mut self, args: [u64; 6]) -> Result<u64, RemoteError> {
+        let tid = self.loan.tid;
+        let status = proc::thread_status(self.tracer.process_of(tid), tid);
+        if !status.is_ok_and(|status| status.locks_memory) {
+            return self.syscall(libc::SYS_mmap, args);
+        }
+        let [address, size_bytes, prot, flags, fd, offset] = args;
+        let none = u64::from(libc::PROT_NONE.cast_unsigned());
+        let at = self.syscall(libc::SYS_mmap, [address, size_bytes, none, flags, fd, offset])?;
+        let opened = self
+            .syscall(libc::SYS_munlock, [at, size_bytes, 0, 0, 0, 0])
+            .and_then(|_| self.syscall(libc::SYS_mprotect, [at, size_bytes, prot, 0, 0, 0]));
+        if let Err(error) = opened {
+            // What failed first is what is told.
+            let _ = self.syscall(libc::SYS_munmap, [at, size_bytes, 0, 0, 0, 0]);
+            return Err(error);
+        }
+        Ok(at)
     }
 
     /// Maps private anonymous memory for reading and writing.

@@ -168,7 +168,7 @@ impl<'a> Slots<'a> {
     }
 
     fn claim_new(&self, asking: Asking) -> Option<u64> {
-        let next = |n: u32| (n < self.n_slots).then_some(n + 1);
+        let next = |n: u32| (n < self.n_slots).then_some(n.wrapping_add(1));
         let index = self.used.fetch_update(AcqRel, Acquire, next).ok()?;
         let offset = self.offset(index);
         let slot = SlotWords::new(self.arena, offset)?;

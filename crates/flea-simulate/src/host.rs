@@ -358,18 +358,16 @@ impl Host for Hold<'_> {
         Ok(maps)
     }
 
-    fn read_prefix(&self, at: RemoteAddr, into: &mut [u8]) -> usize {
-        if self.op(Op::Read).is_err() {
-            return 0;
-        }
+    fn read_to_hole(&self, at: RemoteAddr, into: &mut [u8]) -> Result<usize, MemoryError> {
+        self.op(Op::Read).map_err(|d| memory_error(d, "reading", at, into.len()))?;
         let machine = self.machine();
         let Some(context) = machine.contexts().find(|context| context.stack().start == at.0) else {
-            return 0;
+            return Ok(0);
         };
         for (place, word) in into.chunks_exact_mut(8).zip(context.words()) {
             place.copy_from_slice(&word.to_le_bytes());
         }
-        into.len().min(8 * context.words().len())
+        Ok(into.len().min(8 * context.words().len()))
     }
 
     fn words_on_stacks(

@@ -18,6 +18,7 @@ pub struct Patcher<'h, 'w> {
     plan: &'h Plan,
     sites_at_once: usize,
     n_syncs: u32,
+    has_written: bool,
     has_failed: bool,
     /// What [`Fault::ArmLate`] keeps back.
     late: Vec<Trap>,
@@ -27,7 +28,8 @@ impl<'h, 'w> Patcher<'h, 'w> {
     /// For one commit of `plan`.
     pub fn new(hold: &'h Hold<'w>, plan: &'h Plan) -> Self {
         let sites_at_once = 1 + hold.machine().dice.index(4);
-        Self { hold, plan, sites_at_once, n_syncs: 0, has_failed: false, late: Vec::new() }
+        let late = Vec::new();
+        Self { hold, plan, sites_at_once, n_syncs: 0, has_written: false, has_failed: false, late }
     }
 
     fn op(&mut self, op: Op) -> Result<(), TraceError> {
@@ -66,6 +68,7 @@ impl Target for Patcher<'_, '_> {
     fn read(&mut self, at: RemoteAddr, into: &mut [u8]) -> Result<(), TraceError> {
         self.op(Op::Read)?;
         if self.hold.has(Fault::NoCompare)
+            && !self.has_written
             && let Some(poke) = self.plan.pokes.iter().find(|poke| poke.site == at)
             && poke.expected.len() == into.len()
         {
@@ -81,6 +84,7 @@ impl Target for Patcher<'_, '_> {
 
     fn write_text(&mut self, at: RemoteAddr, bytes: &[u8]) -> Result<(), TraceError> {
         self.op(Op::WriteText)?;
+        self.has_written = true;
         let fault = self.hold.fault();
         let is_breakpoint = bytes == [INT3] && self.poke_around(at.0).is_some_and(|p| p.site == at);
         match fault {

@@ -64,8 +64,8 @@ pub trait Host: Bytes {
     /// The memory map.
     fn maps(&self) -> Result<Vec<Mapping>, RemoteError>;
 
-    /// Fills as much of `into` as is mapped without a hole, and says how much.
-    fn read_prefix(&self, at: RemoteAddr, into: &mut [u8]) -> usize;
+    /// Fills as much of `into` as can be read without a hole, and says how much.
+    fn read_to_hole(&self, at: RemoteAddr, into: &mut [u8]) -> Result<usize, MemoryError>;
 
     /// All words in registers and on stacks, of all threads, that point into `ranges`.
     fn words_on_stacks(
@@ -144,8 +144,8 @@ impl Host for Ground<'_> {
         Ok(flea_process::maps(self.tracer.pid())?)
     }
 
-    fn read_prefix(&self, at: RemoteAddr, into: &mut [u8]) -> usize {
-        self.memory().read_prefix(at, into)
+    fn read_to_hole(&self, at: RemoteAddr, into: &mut [u8]) -> Result<usize, MemoryError> {
+        self.memory().read_to_hole(at, into)
     }
 
     fn words_on_stacks(

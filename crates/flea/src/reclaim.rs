@@ -45,7 +45,8 @@ pub(crate) fn run<H: Host>(ground: &mut H) -> Result<(), RemoteError> {
     if ground.registry().retired.is_empty() {
         return Ok(());
     }
-    let mut retired = std::mem::take(&mut ground.registry_mut().retired);
+    // A copy: where this fails, all of it stays retired.
+    let mut retired = ground.registry().retired.clone();
     retired.sort_unstable_by_key(|r| r.code.at);
     let ranges: Vec<_> = retired.iter().map(code_range).collect();
     let n = ranges.len();
@@ -62,11 +63,13 @@ pub(crate) fn run<H: Host>(ground: &mut H) -> Result<(), RemoteError> {
         one.is_only_returned_to();
     }
     keep_called(&retired, &mut in_use);
+    let registry = ground.registry_mut();
+    registry.retired.clear();
     for (one, used) in retired.into_iter().zip(in_use) {
         if used {
-            ground.registry_mut().retired.push(one);
+            registry.retired.push(one);
         } else {
-            ground.registry_mut().unplace(one.code);
+            registry.unplace(one.code);
         }
     }
     Ok(())
@@ -164,7 +167,7 @@ fn scan_memory<H: Host>(
         while at < mapping.end {
             let left = mapping.end.0 - at.0;
             let want = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
-            let got = ground.read_prefix(at, &mut buffer[..want]);
+            let got = ground.read_to_hole(at, &mut buffer[..want])?;
             for chunk in buffer[..got].chunks_exact(8) {
                 let word = u64::from_le_bytes(chunk.try_into().expect("chunks of 8"));
                 if (lowest..=highest).contains(&word)

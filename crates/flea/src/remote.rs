@@ -422,7 +422,7 @@ fn map_frames_file(
     let mapped = tracer.with_own_thread(|thread| {
         let fd = thread.syscall(libc::SYS_openat, [here, base.0, flags, 0, 0, 0])?;
         let args = [base.0, size_bytes, rx, map_flags, fd, 0];
-        let mapped = thread.syscall(libc::SYS_mmap, args);
+        let mapped = thread.mmap(args);
         thread.syscall(libc::SYS_close, [fd, 0, 0, 0, 0, 0])?;
         mapped
     });
@@ -503,7 +503,7 @@ impl NewFile {
         let rw = u64::from((libc::PROT_READ | libc::PROT_WRITE).cast_unsigned());
         let flags = u64::from((self.flags | libc::MAP_FIXED).cast_unsigned());
         let (at, size_bytes) = (self.at.0, self.size_bytes);
-        thread.syscall(libc::SYS_mmap, [at, size_bytes, rw, flags, fd, 0])?;
+        thread.mmap([at, size_bytes, rw, flags, fd, 0])?;
         thread.syscall(libc::SYS_madvise, [at, size_bytes, MADV_DONTDUMP, 0, 0, 0])?;
         Ok(Ok(file))
     }

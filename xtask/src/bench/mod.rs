@@ -62,6 +62,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     let rows::Measured { hits, goals } = rows::measure(flea.as_ref().ok(), options.n_rounds)?;
     let attaches = attach::measure(flea.as_ref().ok());
     let pause = attach::pause(flea.as_ref().ok());
+    let stalls = attach::stalls(flea.as_ref().ok());
     let verifications = verify::measure();
     if options.json {
         println!(
@@ -71,6 +72,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
                 "goals": goals.iter().map(table::goal_json).collect::<Vec<_>>(),
                 "attach": attaches.iter().map(table::attach_json).collect::<Vec<_>>(),
                 "pause": table::pause_json(&pause),
+                "stalls": stalls.iter().map(table::stalls_json).collect::<Vec<_>>(),
                 "verify": verifications.iter().map(table::verification_json).collect::<Vec<_>>(),
             })
         );
@@ -83,6 +85,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     println!("{}", table::goals(&goals));
     println!("{}", table::attaches(&attaches));
     println!("{}\n", table::pause(&pause));
+    println!("{}", table::stalls(&stalls));
     println!("{}", table::verifications(&verifications));
     Ok(ExitCode::SUCCESS)
 }

@@ -1,11 +1,12 @@
 //! The bench's results as text for people and as JSON.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use anyhow::{Error, Result};
 use serde_json::{Value, json};
 
-use super::attach::{Bulk, Pause};
+use super::attach::{Bulk, Pause, Stall, Stalls};
 use super::goals::Goal;
 use super::rows::{Hit, Times};
 use super::verify::{Cost, Verification};
@@ -93,6 +94,47 @@ pub fn pause(pause: &Result<Pause>) -> String {
         Err(e) => format!("not measured: {}", reason(e)),
     };
     format!("longest pause of a busy thread (median): {line}")
+}
+
+/// The longest calls of threads that run through what is attached to, a line per size.
+pub fn stalls(all: &[Stalls]) -> String {
+    let mut text = format!(
+        "longest call in ms, flea attaching and detaching: stopped, and with the wait for a CPU\n\
+         {:>10} {:>9} {:>9} {:>11} {:>9} {:>11} {:>9}\n",
+        "functions", "median", "with wait", "longest", "with wait", "idle median", "with wait"
+    );
+    let ms = |ns: i64| Duration::from_nanos(ns.max(0).unsigned_abs()).as_secs_f64() * 1e3;
+    for one in all {
+        let line = match &one.outcome {
+            Ok(times) => {
+                let [attach, longest, idle] = [times.attach, times.longest, times.idle]
+                    .map(|Stall { stopped_ns, all_ns }| (ms(stopped_ns), ms(all_ns)));
+                format!(
+                    "{:9.3} {:9.3} {:11.3} {:9.3} {:11.3} {:9.3}",
+                    attach.0, attach.1, longest.0, longest.1, idle.0, idle.1
+                )
+            }
+            Err(e) => format!("not measured: {}", reason(e)),
+        };
+        let _ = writeln!(text, "{:>10} {line}", one.n_functions);
+    }
+    text
+}
+
+/// The longest calls at one size as JSON.
+pub fn stalls_json(one: &Stalls) -> Value {
+    let n_functions = one.n_functions;
+    let stall =
+        |Stall { stopped_ns, all_ns }| json!({ "stopped_ns": stopped_ns, "all_ns": all_ns });
+    match &one.outcome {
+        Ok(times) => json!({
+            "n_functions": n_functions,
+            "idle": stall(times.idle),
+            "attach": stall(times.attach),
+            "longest": stall(times.longest),
+        }),
+        Err(e) => json!({ "n_functions": n_functions, "error": reason(e) }),
+    }
 }
 
 /// What verifying costs, a line per program.

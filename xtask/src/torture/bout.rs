@@ -96,7 +96,7 @@ pub struct Bout<'a> {
     interrupted: &'a Arc<AtomicBool>,
     machine: &'a Machine,
     /// A target that does not answer for so long hangs.
-    hang: Duration,
+    pub hang: Duration,
     stops: Excuses,
     deadline: Instant,
     /// What was done last, and when.
@@ -192,6 +192,17 @@ impl<'a> Bout<'a> {
         }
         events.push_back((from, Instant::now(), what()));
         result
+    }
+
+    /// What was done last, with the time since its end.
+    pub fn last_events(&self) -> Vec<String> {
+        let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+        let shown = |(a, b, what): &(Instant, Instant, String)| {
+            format!("{what} ({:.0?}, {:.0?} ago)", *b - *a, b.elapsed())
+        };
+        let mut last: Vec<_> = events.iter().rev().take(12).map(shown).collect();
+        last.reverse();
+        last
     }
 
     fn events_within(&self, from: Instant, to: Instant) -> Vec<String> {

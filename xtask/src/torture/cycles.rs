@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::process::{Command, ExitCode};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -18,9 +19,22 @@ use super::interrupted;
 use crate::bench::programs::{Programs, Work};
 
 /// Cycles before anything is measured: allocators and caches fill.
-const WARM_UP: u64 = 200;
+const WARM_UP: u64 = 40;
+/// `USER_HZ` is 100 on x86.
+const MS_PER_TICK: f64 = 10.0;
 /// Memory may grow by so much: an allocator's odd pages.
 const SLACK_KB: u64 = 2048;
+
+/// CPU time of this process and of those that it has started and waited for, in milliseconds: what
+/// cycles cost on a machine that others do not use.
+fn cpu_ms() -> Result<f64> {
+    let stat = fs::read_to_string("/proc/self/stat")?;
+    let (_, rest) = stat.rsplit_once(") ").context("a name in /proc/self/stat")?;
+    // Fields 14 to 17 (utime, stime, cutime, cstime), of which the third is the first here.
+    let ticks: Vec<u64> =
+        rest.split(' ').skip(11).take(4).map(str::parse).collect::<Result<_, _>>()?;
+    Ok(ticks.iter().sum::<u64>() as f64 * MS_PER_TICK)
+}
 
 /// What a process has.
 #[derive(Debug, Clone, Copy)]
@@ -59,50 +73,71 @@ fn compare(who: &str, first: Size, now: Size) -> Result<()> {
     Ok(())
 }
 
-/// Runs it; 1 where something grew.
+struct Options {
+    n_cycles: u64,
+    /// Of the target.
+    n_threads: String,
+}
+
+fn parse(args: &[&str]) -> Result<Options> {
+    let mut options = Options { n_cycles: 10_000, n_threads: "2".to_owned() };
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let value = args.next().with_context(|| format!("{arg} takes a value"))?;
+        match *arg {
+            "--count" => options.n_cycles = value.parse().context("--count N")?,
+            "--threads" => options.n_threads = (*value).to_owned(),
+            other => bail!("cycles does not know {other}"),
+        }
+    }
+    ensure!(options.n_cycles > 0, "at least one cycle");
+    Ok(options)
+}
+
+/// Runs it; fails where something grew.
 pub fn run(args: &[&str]) -> Result<ExitCode> {
-    let n_cycles: u64 = match args {
-        ["--count", n] => n.parse().context("--count N")?,
-        [] => 10_000,
-        _ => bail!("cycles knows --count N only"),
-    };
-    ensure!(n_cycles > 0, "at least one cycle");
+    let options = parse(args)?;
     let interrupted = interrupted()?;
     let program = try_build(Fixture::Spin)?.context("no C compiler")?;
-    let mut target = Running::start_group(Command::new(program).arg("2"))?;
+    let mut target = Running::start_group(Command::new(program).arg(&options.n_threads))?;
     target.expect_line("ready")?;
     let pid = target.pid().cast_signed();
     let session = Session::attach(pid)?;
     let functions = session.find("spin_step")?;
     let kept = Kept::new(&session, &functions)?;
-    for i in 0..WARM_UP {
-        kept.cycle(i)?;
-    }
-    let sizes = || -> Result<[Size; 2]> { Ok([size_of(pid)?, size_of(own_pid())?]) };
-    let first = sizes()?;
-    println!("target {:?}\ncontroller {:?}", first[0], first[1]);
-    let begun = Instant::now();
-    let marks = [1, 10, 50, 100].map(|percent| (n_cycles * percent / 100).max(1));
-    for i in 1..=n_cycles {
-        kept.cycle(i)?;
-        if interrupted.load(std::sync::atomic::Ordering::Relaxed) {
-            println!("interrupted after {i} cycles");
-            break;
-        }
-        if marks.contains(&i) {
-            let now = sizes()?;
-            let ms = begun.elapsed().as_secs_f64() * 1e3 / i as f64;
-            println!(
-                "{i} cycles, {ms:.2} ms each\n  target {:?}\n  controller {:?}",
-                now[0], now[1]
-            );
-            compare("the target", first[0], now[0])?;
-            compare("the controller", first[1], now[1])?;
-        }
-    }
+    (0..WARM_UP).try_for_each(|i| kept.cycle(i))?;
+    measure(&kept, pid, options.n_cycles, &interrupted)?;
     drop(kept);
     finish(target, pid)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// The cycles, with a look at both sides at 1, 10, 50 and 100 percent.
+fn measure(kept: &Kept<'_>, pid: Pid, n_cycles: u64, interrupted: &AtomicBool) -> Result<()> {
+    let sizes = || -> Result<[Size; 2]> { Ok([size_of(pid)?, size_of(own_pid())?]) };
+    let first = sizes()?;
+    println!("target {:?}\ncontroller {:?}", first[0], first[1]);
+    let (begun, cpu_before) = (Instant::now(), cpu_ms()?);
+    let marks = [1, 10, 50, 100].map(|percent| (n_cycles * percent / 100).max(1));
+    for i in 1..=n_cycles {
+        kept.cycle(i)?;
+        let ends = interrupted.load(Ordering::Relaxed);
+        if !ends && !marks.contains(&i) {
+            continue;
+        }
+        let now = sizes()?;
+        let ms = begun.elapsed().as_secs_f64() * 1e3 / i as f64;
+        let cpu = (cpu_ms()? - cpu_before) / i as f64;
+        println!("{i} cycles, {ms:.2} ms each ({cpu:.2} ms of CPU)");
+        println!("  target {:?}\n  controller {:?}", now[0], now[1]);
+        compare("the target", first[0], now[0])?;
+        compare("the controller", first[1], now[1])?;
+        if ends {
+            println!("interrupted");
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// What the cycles are made of.

@@ -11,7 +11,7 @@ use flea::{Function, Pid, Session};
 use super::bout::{Bout, Numbers};
 use super::calls::Calls;
 use super::random::Random;
-use super::refusals::is_alive;
+use super::refusals::{Refusals, is_alive};
 use super::target::Target;
 
 /// Sessions that are kept: reading symbols takes long.
@@ -25,6 +25,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub struct Library<'a> {
     bout: &'a Bout<'a>,
     target: &'a dyn Target,
+    refusals: &'a Refusals,
     random: Random,
     sessions: BTreeMap<Pid, Session>,
 }
@@ -38,24 +39,24 @@ enum Attached {
 
 impl<'a> Library<'a> {
     /// The actor.
-    pub fn new(bout: &'a Bout<'a>, target: &'a dyn Target) -> Self {
+    pub fn new(bout: &'a Bout<'a>, target: &'a dyn Target, refusals: &'a Refusals) -> Self {
         let random = Random::new(bout.seed, 50);
-        Self { bout, target, random, sessions: BTreeMap::new() }
+        Self { bout, target, refusals, random, sessions: BTreeMap::new() }
     }
 
     /// Works until the bout ends.
     pub fn run(&mut self) -> Result<()> {
         while self.bout.goes_on() {
-            if self.random.percent(25) {
-                self.compare()?;
-            } else {
-                let pid = *self.random.pick(&self.target.pids());
-                match self.round(pid) {
-                    Ok(()) => {}
-                    // A process of a server may end at any time.
-                    Err(_) if !is_alive(pid) => drop(self.sessions.remove(&pid)),
-                    Err(error) => return Err(error),
-                }
+            let is_known = self.random.percent(25);
+            let known = self.target.known().filter(|_| is_known).map(|known| known.pid);
+            let pid = known.unwrap_or_else(|| *self.random.pick(&self.target.pids()));
+            let outcome = if known.is_some() { self.compare() } else { self.round(pid) };
+            match outcome {
+                Ok(()) => {}
+                // A process of a server may end at any time; the one that is known does not.
+                Err(_) if known.is_none() && !is_alive(pid) => drop(self.sessions.remove(&pid)),
+                Err(error) if self.refusals.all_known(&[format!("{error:#}")]) => {}
+                Err(error) => return Err(error),
             }
             Numbers::add(&self.bout.numbers.n_rounds, 1);
         }

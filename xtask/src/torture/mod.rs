@@ -24,6 +24,7 @@ mod redis;
 mod refusals;
 mod resp;
 mod target;
+mod watch;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -138,7 +139,7 @@ fn start(name: &str, without: &[String]) -> Result<Option<Box<dyn Target>>> {
 /// Runs it all; 1 where something failed.
 pub fn run(args: &[&str]) -> Result<ExitCode> {
     let options = parse(args)?;
-    let (interrupted, machine) = (interrupted()?, Machine::watch()?);
+    let interrupted = interrupted()?;
     let targets: Vec<&str> = match &options.only {
         Some(only) => vec![only],
         None => TARGETS.to_vec(),
@@ -146,46 +147,59 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     let totals: Vec<Numbers> = targets.iter().map(|_| Numbers::default()).collect();
     let refusals = Refusals::default();
     let begun = Instant::now();
-    // Each target gets its turn, however short the run.
-    let turns = u32::try_from(targets.len())?;
-    let length = options.bout.min(options.length / turns).max(Duration::from_secs(1));
-    println!("torture: seed {}, bouts of {length:.0?}", options.seed);
-    let mut failed = false;
-    let mut seed = options.seed;
-    while begun.elapsed() < options.length && !failed && !interrupted.load(Ordering::Relaxed) {
-        for (name, total) in targets.iter().zip(&totals) {
-            let bout = Bout::new(
-                seed,
-                options.flea.clone(),
-                (length, options.hang),
-                &machine,
-                &interrupted,
-            );
-            let Some(outcome) = one(&bout, name, &options.without, &refusals) else { continue };
-            total.join(&bout.numbers);
-            if let Err(failure) = outcome {
-                println!(
-                    "FAILED: {name}: {failure}\n  again: cargo xtask torture --only {name} --seed {seed} --seconds {}",
-                    length.as_secs()
-                );
-                failed = true;
-            }
-            seed = seed.wrapping_add(1);
-            if failed || interrupted.load(Ordering::Relaxed) {
-                break;
-            }
-        }
-        // Where nothing could be started, nothing ever will.
-        if seed == options.seed {
-            break;
-        }
-    }
+    println!("torture: seed {}", options.seed);
+    let failure = bouts(&options, &targets, &totals, &refusals, &interrupted)?;
     println!("in {:.0?}:", begun.elapsed());
     for (name, total) in targets.iter().zip(&totals) {
         println!("{name:9} {total}");
     }
     println!("what controllers said:\n{refusals}");
-    Ok(if failed { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    let Some(failure) = failure else { return Ok(ExitCode::SUCCESS) };
+    println!("FAILED: {failure}");
+    Ok(ExitCode::FAILURE)
+}
+
+/// Bouts of all targets in turns, until the time is over; the first failure.
+fn bouts(
+    options: &Options,
+    targets: &[&str],
+    totals: &[Numbers],
+    refusals: &Refusals,
+    interrupted: &Arc<AtomicBool>,
+) -> Result<Option<String>> {
+    let machine = Machine::watch()?;
+    // Each target gets its turn, however short the run.
+    let turns = u32::try_from(targets.len())?;
+    let length = options.bout.min(options.length / turns).max(Duration::from_secs(1));
+    let (begun, mut seed) = (Instant::now(), options.seed);
+    while begun.elapsed() < options.length {
+        let mut n_started = 0;
+        for (name, total) in targets.iter().zip(totals) {
+            let times = (length, options.hang);
+            let bout = Bout::new(seed, options.flea.clone(), times, &machine, interrupted);
+            let Some(outcome) = one(&bout, name, &options.without, refusals) else { continue };
+            total.join(&bout.numbers);
+            if let Err(failure) = outcome {
+                let without = options.without.iter().map(|part| format!(" --without {part}"));
+                return Ok(Some(format!(
+                    "{name}: {failure}\n  again: cargo xtask torture --only {name} --seed {seed} \
+                     --seconds {}{}",
+                    length.as_secs(),
+                    without.collect::<String>(),
+                )));
+            }
+            if interrupted.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            seed = seed.wrapping_add(1);
+            n_started += 1;
+        }
+        // Where nothing could be started, nothing ever will.
+        if n_started == 0 {
+            break;
+        }
+    }
+    Ok(None)
 }
 
 /// One bout; `None` where the target is not installed.
@@ -204,7 +218,9 @@ fn one(
     let kept = finish(bout, &mut *target);
     let seed = bout.seed;
     if let Some(failure) = bout.failure() {
-        return Some(Err(failure));
+        let last = bout.last_events().join("\n    ");
+        let words = target.last_words();
+        return Some(Err(format!("{failure}\n  done last:\n    {last}\n  the target: {words}")));
     }
     let kept = kept.unwrap_or_default();
     println!("{name} (seed {seed}, {:.0?}): {}, {kept} keep memory", begun.elapsed(), bout.numbers);
@@ -226,7 +242,8 @@ fn all_at_once<'scope, 'env>(
             bout.guard("a controller", || Commands::new(bout, target, refusals, number).run());
         });
     }
-    scope.spawn(move || bout.guard("the library", || Library::new(bout, target).run()));
+    scope.spawn(move || bout.guard("the library", || Library::new(bout, target, refusals).run()));
+    scope.spawn(move || bout.guard("looking", || watch::run(bout, target)));
     scope.spawn(move || bout.guard("signals", || disturbance::run(bout, target)));
 }
 

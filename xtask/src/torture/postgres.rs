@@ -22,10 +22,10 @@ use super::calls::Calls;
 use super::pgwire::{Answer, Connection};
 use super::random::Random;
 use super::redis::remove;
-use super::target::{Known, Target};
+use super::target::{Known, Target, last_words_of};
 
 const PATTERNS: &[&str] = &[
-    "exec_simple_query",
+    "pg_parse_query",
     "Exec*",
     "heap_*",
     "bt*",
@@ -33,8 +33,8 @@ const PATTERNS: &[&str] = &[
     "palloc*",
     "pg_*",
     "Index*",
-    "ServerLoop",
-    "BackendStartup",
+    "ProcSleep",
+    "ProcSignal*",
     "errfinish",
     "Postgres*",
     "WaitEventSet*",
@@ -260,7 +260,7 @@ impl Target for Postgres {
             .collect()
     }
 
-    fn patterns(&self) -> &'static [&'static str] {
+    fn patterns(&self) -> &[&'static str] {
         PATTERNS
     }
 
@@ -271,7 +271,7 @@ impl Target for Postgres {
 
     fn known(&self) -> Option<Known<'_>> {
         let pid = self.first.load(Ordering::Relaxed);
-        (pid != 0).then_some(Known { function: "exec_simple_query", pid, calls: &self.calls })
+        (pid != 0).then_some(Known { function: "pg_parse_query", pid, calls: &self.calls })
     }
 
     fn n_clients(&self) -> usize {
@@ -301,6 +301,10 @@ impl Target for Postgres {
     fn quiet(&self, _: &Bout<'_>) -> Result<()> {
         // Its clients have gone; its own processes wait for work.
         Ok(())
+    }
+
+    fn last_words(&mut self) -> String {
+        last_words_of(self.running.get_mut().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn end(&mut self, _: &Bout<'_>) -> Result<()> {

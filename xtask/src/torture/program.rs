@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 
 use super::bout::{Bout, Numbers};
 use super::calls::Calls;
-use super::target::{Known, Target};
+use super::target::{Known, Target, last_words_of};
 
 const CPP_PATTERNS: &[&str] = &[
     "step",
@@ -36,9 +36,9 @@ const CPP_PATTERNS: &[&str] = &[
     "libc.so.6:dl*",
     "libc.so.6:mem*",
     "libc.so.6:write",
-    "libstdc++.so.6:__cxa_*",
-    "libstdc++.so.6:*basic_string*append*",
-    "libgcc_s.so.1:_Unwind_*",
+    "libstdc++:__cxa_*",
+    "libstdc++:*basic_string*append*",
+    "libgcc_s:_Unwind_*",
     "libtorture_plugin.so:plugin_*",
 ];
 const RUST_PATTERNS: &[&str] = &[
@@ -59,7 +59,7 @@ const RUST_PATTERNS: &[&str] = &[
     "libc.so.6:mem*",
     "libc.so.6:write",
     "libc.so.6:syscall",
-    "libgcc_s.so.1:_Unwind_*",
+    "libgcc_s:_Unwind_*",
 ];
 
 /// One of the two, running.
@@ -67,6 +67,7 @@ pub struct Program {
     running: Mutex<Running>,
     pid: Pid,
     fixture: Fixture,
+    patterns: Vec<&'static str>,
     path: PathBuf,
     calls: Calls,
     /// Time and births of the last beat.
@@ -77,12 +78,15 @@ impl Program {
     /// Starts it; `None` where its compiler is missing, which was said.
     pub fn start(fixture: Fixture, without: &[String]) -> Result<Option<Self>> {
         let Some(path) = try_build(fixture)? else { return Ok(None) };
+        let all = if fixture == Fixture::TortureCpp { CPP_PATTERNS } else { RUST_PATTERNS };
+        let is_there = |pattern: &&&str| !without.iter().any(|name| pattern.contains(&**name));
+        let patterns = all.iter().filter(is_there).copied().collect();
         let without = without.iter().map(|name| format!("without-{name}"));
         let mut running = Running::start_group(Command::new(&path).args(without))?;
         running.expect_line("ready")?;
         let pid = running.pid().cast_signed();
         let (running, calls, last) = (Mutex::new(running), Calls::default(), Mutex::default());
-        Ok(Some(Self { running, pid, fixture, path, calls, last }))
+        Ok(Some(Self { running, pid, fixture, patterns, path, calls, last }))
     }
 
     fn running(&self) -> MutexGuard<'_, Running> {
@@ -129,8 +133,8 @@ impl Target for Program {
         vec![self.pid]
     }
 
-    fn patterns(&self) -> &'static [&'static str] {
-        if self.fixture == Fixture::TortureCpp { CPP_PATTERNS } else { RUST_PATTERNS }
+    fn patterns(&self) -> &[&'static str] {
+        &self.patterns
     }
 
     fn signals(&self) -> &'static [Signal] {
@@ -166,6 +170,10 @@ impl Target for Program {
         self.running().send("quiet")?;
         while self.read(bout, Duration::from_secs(30))? {}
         Ok(())
+    }
+
+    fn last_words(&mut self) -> String {
+        last_words_of(self.running.get_mut().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn end(&mut self, _: &Bout<'_>) -> Result<()> {

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,7 +18,7 @@ use super::bout::{Bout, Numbers};
 use super::calls::Calls;
 use super::random::Random;
 use super::resp::{Connection, Reply};
-use super::target::{Known, Target};
+use super::target::{Known, Target, last_words_of};
 
 const PATTERNS: &[&str] = &[
     "processCommand",
@@ -50,6 +51,9 @@ const N_CLIENTS: usize = 3;
 /// An answer that takes longer never comes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Servers started: each has a directory of its own.
+static N_STARTED: AtomicU32 = AtomicU32::new(0);
+
 /// The server, in a directory of its own.
 pub struct Redis {
     running: Mutex<Running>,
@@ -62,11 +66,17 @@ impl Redis {
     /// Starts it; `None` where it is not installed, which was said.
     pub fn start() -> Result<Option<Self>> {
         let Some(server) = require(Tool::RedisServer) else { return Ok(None) };
-        let dir = std::env::temp_dir().join(format!("flea-torture-redis-{}", std::process::id()));
-        let _ = fs::remove_dir_all(&dir);
+        let dir = std::env::temp_dir().join(format!(
+            "flea-torture-redis-{}-{}",
+            std::process::id(),
+            N_STARTED.fetch_add(1, Ordering::Relaxed)
+        ));
+        remove(&dir);
         fs::DirBuilder::new().mode(0o700).create(&dir)?;
         let mut command = Command::new(server);
         command.args(["--port", "0", "--unixsocket", "socket", "--save", "", "--daemonize", "no"]);
+        // Its own report of a crash would run in the signal handler, and hide where it crashed.
+        command.args(["--crash-log-enabled", "no"]);
         command.args(["--enable-debug-command", "local", "--hz", "50"]).current_dir(&dir);
         let running = Running::start_group(&mut command)?;
         let pid = running.pid().cast_signed();
@@ -200,7 +210,7 @@ impl Target for Redis {
         vec![self.pid]
     }
 
-    fn patterns(&self) -> &'static [&'static str] {
+    fn patterns(&self) -> &[&'static str] {
         PATTERNS
     }
 
@@ -241,6 +251,10 @@ impl Target for Redis {
         Ok(())
     }
 
+    fn last_words(&mut self) -> String {
+        last_words_of(self.running.get_mut().unwrap_or_else(PoisonError::into_inner))
+    }
+
     fn end(&mut self, _: &Bout<'_>) -> Result<()> {
         // It closes the connection instead of an answer.
         let _ = self.connect()?.ask(&[b"SHUTDOWN", b"NOSAVE", b"FORCE"]);
@@ -260,7 +274,14 @@ impl Drop for Redis {
     }
 }
 
-/// Removes what a server wrote; what cannot be removed stays in the temporary directory.
+/// Removes what a server wrote, unless it has left a core file (`ulimit -c unlimited`). What
+/// cannot be removed stays in the temporary directory.
 pub fn remove(dir: &Path) {
+    let is_core = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with("core");
+    let mut entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    if entries.any(|entry| is_core(&entry.file_name())) {
+        println!("a core file is in {}", dir.display());
+        return;
+    }
     let _ = fs::remove_dir_all(dir);
 }

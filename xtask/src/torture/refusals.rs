@@ -9,13 +9,17 @@ use flea::Pid;
 const KNOWN: &[(&str, &str)] = &[
     ("nothing like that is attached", "another took it off before"),
     ("nothing was changed", "no function of the pattern can be attached to"),
-    ("matches", "a library that is not loaded at the moment has no functions"),
+    ("`libtorture_plugin.so:", "it is not loaded at the moment"),
     ("another flea (thread", "it waited ten seconds for its turn, on a busy machine"),
+    ("no thread of process", "all of them were stopped or had signals at that moment"),
     ("not attached:", "some functions cannot be attached to"),
     ("program runs were skipped", "a signal handler ran inside a program"),
     ("calls were entered and have not returned", "exceptions, and calls that go on"),
     ("attached to", "it was attached"),
 ];
+
+/// Parts of messages that are a failure, whatever else the line says.
+const NEVER: &[&str] = &["may have changed it", "restart the process", "panicked", "damaged"];
 
 /// Counts them.
 #[derive(Default)]
@@ -34,7 +38,10 @@ impl Refusals {
     /// Whether all lines are known refusals; counts them.
     pub fn all_known(&self, said: &[String]) -> bool {
         self.note(said);
-        said.iter().all(|line| KNOWN.iter().any(|(part, _)| line.contains(part)))
+        said.iter().all(|line| {
+            let is_in = |part: &&str| line.contains(part);
+            KNOWN.iter().any(|(part, _)| is_in(part)) && !NEVER.iter().any(is_in)
+        })
     }
 }
 

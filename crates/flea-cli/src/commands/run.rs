@@ -45,7 +45,7 @@ pub fn run(args: &Run) -> Result<u8> {
         print_lines(&object, &mut output)?;
         output.flush()
     })?;
-    let totals = family.close(target.following(), |_| Ok(()))?;
+    let (totals, all_off) = family.close(target.following(), |_| Ok(()))?;
     print_lines(&object, &mut output)?;
     for map in object.maps() {
         print_map(&object, map, &mut output)?;
@@ -54,6 +54,7 @@ pub fn run(args: &Run) -> Result<u8> {
     let (missed, lost) = (object.missed(), object.lost());
     summary(&mut output, Totals { missed, lost, ..totals })?;
     drop(object);
+    all_off?;
     target.finish()
 }
 

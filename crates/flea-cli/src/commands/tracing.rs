@@ -43,7 +43,7 @@ pub fn count(args: &Functions) -> Result<u8> {
         Some((following, event)) => family.meet(following, event, &mut add),
         None => family.look(),
     })?;
-    let totals = family.close(target.following(), add)?;
+    let (totals, all_off) = family.close(target.following(), add)?;
     let mut rows = rows.0;
     rows.sort_by_key(|row| std::cmp::Reverse(row.value));
     let n_rows = rows.len();
@@ -54,6 +54,7 @@ pub fn count(args: &Functions) -> Result<u8> {
         }
     }
     summary(&mut output, totals)?;
+    all_off?;
     target.finish()
 }
 
@@ -116,14 +117,15 @@ fn print_histograms(
         Some((following, event)) => family.meet(following, event, &mut add),
         None => family.look(),
     })?;
-    let totals = family.close(target.following(), add)?;
+    let (totals, all_off) = family.close(target.following(), add)?;
     let many = rows.0.len() > 10;
     for Row { module, name, value: (value, histogram), .. } in &rows.0 {
         if output.is_json() || histogram.count > 0 || !many {
             output.histogram(module, name, value, histogram)?;
         }
     }
-    summary(output, totals)
+    summary(output, totals)?;
+    all_off
 }
 
 /// `flea trace`
@@ -154,11 +156,12 @@ pub fn trace(args: &Functions) -> Result<u8> {
         }
         output.flush()
     })?;
-    let totals = family.close(target.following(), |trace| finish(trace, &mut output))?;
+    let (totals, all_off) = family.close(target.following(), |trace| finish(trace, &mut output))?;
     if n_open > 0 {
         eprintln!("flea: {n_open} calls were entered and have not returned");
     }
     summary(&mut output, totals)?;
+    all_off?;
     target.finish()
 }
 

@@ -114,7 +114,7 @@ fn a_command_that_becomes_another_program() -> Result<()> {
 #[test]
 fn threads_and_processes_by_the_hundred() -> Result<()> {
     const STORMS: u64 = 5;
-    const CYCLES: usize = 20;
+    const CYCLES: usize = 12;
     let Some(dir) = Dir::new()? else { return Ok(()) };
     let mut family = dir.start()?;
     let pid = family.pid();
@@ -122,7 +122,7 @@ fn threads_and_processes_by_the_hundred() -> Result<()> {
     let session = flea::Session::attach(pid.cast_signed())?;
     let functions = [session.find("work")?, session.find("other")?].concat();
     for _ in 0..STORMS {
-        family.0.send("storm 60 50")?;
+        family.0.send("storm 40 50")?;
         for _ in 0..CYCLES {
             let mut latency = Histograms::of_duration(&session, &functions)?;
             latency.detach()?;
@@ -131,7 +131,7 @@ fn threads_and_processes_by_the_hundred() -> Result<()> {
         family.0.expect_line("done")?;
     }
     let total = family.number("total")?;
-    assert_eq!(total, STORMS * 60 * 50 * (8 + 1 + 1));
+    assert_eq!(total, STORMS * 40 * 50 * (8 + 1 + 1));
     let records = tracing.stop()?;
     assert_eq!(number(&records.one("count", "work")?["count"])?, total);
     records.assert_complete()?;

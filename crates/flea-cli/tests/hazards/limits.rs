@@ -2,10 +2,13 @@
 
 use std::{fs, path::PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use nix::sys::signal::Signal;
 
-use crate::confined::{Confined, is_root};
+use crate::{
+    confined::{Confined, is_root},
+    permission::Nobody,
+};
 
 #[test]
 fn address_space_data_and_files() -> Result<()> {
@@ -31,6 +34,33 @@ fn the_size_of_files() -> Result<()> {
         target.end()?;
     }
     Ok(())
+}
+
+/// All that it maps is locked, and memory for every page of it is there at once.
+#[test]
+fn a_process_that_locks_its_memory() -> Result<()> {
+    if !is_root() {
+        return Ok(());
+    }
+    let Some(mut target) = Confined::start(&["locked"])? else { return Ok(()) };
+    let resident = || -> Result<u64> {
+        let status = fs::read_to_string(format!("/proc/{}/status", target.pid))?;
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        Ok(line.context("VmRSS")?.trim_end_matches("kB").trim().parse()?)
+    };
+    let before_kib = resident()?;
+    let tracing = target.attach("count", "confined_step")?;
+    let more_kib = resident()?.saturating_sub(before_kib);
+    assert!(more_kib < 2048, "attaching took {more_kib} KiB of memory");
+    target.go(10)?;
+    assert_eq!(tracing.stop()?[0]["count"], 10);
+    target.counts()?;
+    target.end()?;
+    // Without the right to lock more it is refused.
+    let nobody = Nobody::new()?;
+    let Some(mut target) = Nobody::confined(Some(&nobody), "locked=65536")? else { return Ok(()) };
+    target.refuses(&["mmap", "EAGAIN", "prlimit --memlock", "nothing was attached"])?;
+    target.end()
 }
 
 /// A control group of this test alone; whoever is in it when it goes is put back.

@@ -27,7 +27,7 @@ fn other_namespaces() -> Result<()> {
     }
     for words in NAMESPACES {
         let mut command = Command::new("unshare");
-        command.args(*words).arg(&program).arg("hot");
+        command.args(*words).arg(&program);
         let mut target = match words.contains(&"--fork") {
             true => Confined::start_below(&mut command)?,
             false => Confined::start_as(&mut command)?,
@@ -78,6 +78,19 @@ fn another_root() -> Result<()> {
     target.go(3)?;
     assert!(tracing.stop()?[0]["count"].as_u64() >= Some(1));
     target.end()
+}
+
+/// Addresses that are the same in every run, from the bottom up, and all memory executable.
+#[test]
+fn other_layouts_of_memory() -> Result<()> {
+    let Some(program) = program() else { return Ok(()) };
+    for flag in ["--addr-no-randomize", "--addr-compat-layout", "--read-implies-exec"] {
+        let mut command = Command::new("setarch");
+        let mut target = Confined::start_as(command.arg(flag).arg(&program))?;
+        target.counts().with_context(|| flag)?;
+        target.end()?;
+    }
+    Ok(())
 }
 
 /// Its file is deleted, or another one has its name: what is mapped counts.

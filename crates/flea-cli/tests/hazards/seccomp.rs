@@ -73,3 +73,32 @@ fn without_the_right_to_read_filters() -> Result<()> {
     target.refuses_by(nobody.as_ref().map_or_else(flea, Nobody::flea), "count", &parts)?;
     target.end()
 }
+
+/// A handler of its own would be asked about calls of ours.
+#[test]
+fn system_calls_that_are_dispatched() -> Result<()> {
+    let Some(mut target) = Confined::start(&["dispatch"])? else { return Ok(()) };
+    target.refuses(&[
+        "PR_SET_SYSCALL_USER_DISPATCH",
+        "cannot be traced",
+        "nothing was attached",
+    ])?;
+    target.end()
+}
+
+/// Our code is mapped executable, and never becomes so.
+#[test]
+fn memory_that_may_not_become_executable() -> Result<()> {
+    let mut target = match Confined::start(&["mdwe", "hot"]) {
+        Ok(Some(target)) => target,
+        Ok(None) => return Ok(()),
+        Err(error) if format!("{error:#}").contains("PR_SET_MDWE") => {
+            eprintln!("skipped: this kernel has no PR_SET_MDWE: {error:#}");
+            return Ok(());
+        }
+        Err(error) => return Err(error),
+    };
+    target.counts()?;
+    target.attach("latency", "hot_step")?.stop()?;
+    target.end()
+}

@@ -9,12 +9,16 @@ use std::{
 };
 
 use anyhow::Result;
+use flea_fixtures::{Running, Tool, require};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
-use crate::confined::Confined;
+use crate::{
+    confined::Confined,
+    support::{self, TempFile},
+};
 
 /// The states of its threads, one letter each.
 fn states(pid: u32) -> Result<Vec<char>> {
@@ -74,7 +78,7 @@ fn stops_and_their_ends_while_it_is_patched() -> Result<()> {
             }
             Ok(())
         });
-        let patched = (0..4).try_for_each(|_| -> Result<()> {
+        let patched = (0..2).try_for_each(|_| -> Result<()> {
             target.counts()?;
             target.attach("latency", "hot_step")?.stop().map(drop)
         });
@@ -100,9 +104,9 @@ fn a_process_whose_first_thread_has_ended() -> Result<()> {
     // `flea ps` and `flea detach` find what is there, too.
     let tracing = target.attach("count", "confined_step")?;
     let pid = target.pid.to_string();
-    let ps = crate::support::ask(&["ps", "-p", &pid])?;
+    let ps = support::ask(&["ps", "-p", &pid])?;
     assert_eq!(ps.of("attached").count(), 1);
-    let detached = crate::support::flea().args(["detach", &pid]).output()?;
+    let detached = support::flea().args(["detach", &pid]).output()?;
     assert!(detached.status.success(), "{detached:?}");
     tracing.stop()?;
     target.go(10)?;
@@ -127,14 +131,46 @@ fn a_thread_in_vfork() -> Result<()> {
     target.end()
 }
 
+/// A debugger comes while it is traced: what was found out is not lost, and what is left there is
+/// taken off when the debugger has gone.
+#[test]
+fn somebody_else_traces_it_meanwhile() -> Result<()> {
+    use nix::{sys::ptrace, sys::wait::waitpid};
+    let Some(mut target) = Confined::start(&[])? else { return Ok(()) };
+    let id = target.pid.to_string();
+    let out = TempFile::new("meanwhile");
+    let mut flea = support::flea();
+    flea.args(["count", "confined_step", "-p", &id, "--json", "--output"]).arg(&out.0);
+    let mut counting = Running::start(&mut flea)?;
+    while !counting.stderr_line_within(Duration::from_secs(60))?.contains("attached") {}
+    target.go(10)?;
+    let pid = Pid::from_raw(target.pid.cast_signed());
+    ptrace::seize(pid, ptrace::Options::empty())?;
+    counting.signal(Signal::SIGINT)?;
+    let status = counting.wait()?;
+    let said = counting.rest_of_stderr().join("\n");
+    assert_eq!(status.code(), Some(1), "{said}");
+    for part in ["still there", "is traced by", "flea detach"] {
+        assert!(said.contains(part), "{said}");
+    }
+    assert_eq!(out.records()?[0]["count"], 10);
+    target.go(10)?;
+    ptrace::interrupt(pid)?;
+    waitpid(pid, None)?;
+    ptrace::detach(pid, None)?;
+    let detached = support::flea().args(["detach", &id]).output()?;
+    assert!(detached.status.success(), "{detached:?}");
+    target.go(10)?;
+    target.assert_left_alone()?;
+    target.end()
+}
+
 /// Handlers of its own for the very signals that breakpoints and faults bring.
 #[test]
 fn handlers_of_its_own() -> Result<()> {
     let Some(mut target) = Confined::start(&["handlers", "hot"])? else { return Ok(()) };
-    for _ in 0..3 {
-        target.counts()?;
-        target.attach("latency", "hot_step")?.stop()?;
-    }
+    target.counts()?;
+    target.attach("latency", "hot_step")?.stop()?;
     let status = fs::read_to_string(format!("/proc/{}/status", target.pid))?;
     let caught = status.lines().find_map(|l| l.strip_prefix("SigCgt:\t")).unwrap_or_default();
     let caught = u64::from_str_radix(caught, 16)?;
@@ -147,7 +183,7 @@ fn handlers_of_its_own() -> Result<()> {
 /// The same for an interpreter that dumps its stack where one arrives.
 #[test]
 fn python_with_its_fault_handler() -> Result<()> {
-    let Some(python) = flea_fixtures::require(flea_fixtures::Tool::Python3) else { return Ok(()) };
+    let Some(python) = require(Tool::Python3) else { return Ok(()) };
     let script = "import hashlib, sys\n\
         h = b''\n\
         for i in range(20000): h = hashlib.sha256(h + bytes([i & 255])).digest()\n\
@@ -155,8 +191,8 @@ fn python_with_its_fault_handler() -> Result<()> {
     let python = python.to_string_lossy().into_owned();
     let words = [&python, "-X", "faulthandler", "-c", script];
     let alone = Command::new(words[0]).args(&words[1..]).output()?;
-    let out = crate::support::TempFile::new("python");
-    let traced = crate::support::flea()
+    let out = TempFile::new("python");
+    let traced = support::flea()
         .args(["latency", "libc.so.6:malloc", "libc.so.6:free", "--json", "--output"])
         .arg(&out.0)
         .arg("--")

@@ -8,6 +8,10 @@
  *   as=BYTES      RLIMIT_AS is what is mapped now and this much more; also data= (RLIMIT_DATA)
  *   fsize=BYTES   RLIMIT_FSIZE
  *   nofile        every file descriptor that it may have is open
+ *   locked        mlockall(MCL_CURRENT | MCL_FUTURE)
+ *   locked=BYTES  the same, and no more than this may be locked by who has no right to it
+ *   mdwe          prctl(PR_SET_MDWE): no memory becomes executable later
+ *   dispatch      its system calls could be dispatched to it by SIGSYS, as Wine has it
  *   undumpable    prctl(PR_SET_DUMPABLE, 0)
  *   tracer=any    prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)
  *   copied        its text moves to anonymous memory, as node's --use-largepages does it
@@ -261,9 +265,21 @@ static int restrict_to(const char *what)
         limit(RLIMIT_DATA, status_bytes("VmData") + strtoul(value, NULL, 0));
     else if (!strncmp(what, "fsize=", 6))
         limit(RLIMIT_FSIZE, strtoul(value, NULL, 0));
-    else if (!strcmp(what, "nofile"))
+    else if (!strncmp(what, "locked", 6)) {
+        if (mlockall(MCL_CURRENT | MCL_FUTURE))
+            fail("mlockall");
+        if (*value)
+            limit(RLIMIT_MEMLOCK, strtoul(value, NULL, 0));
+    } else if (!strcmp(what, "nofile"))
         use_up_descriptors();
-    else if (!strcmp(what, "undumpable"))
+    else if (!strcmp(what, "mdwe")) {
+        if (prctl(65 /* PR_SET_MDWE */, 1 /* PR_MDWE_REFUSE_EXEC_GAIN */, 0, 0, 0))
+            fail("PR_SET_MDWE");
+    } else if (!strcmp(what, "dispatch")) {
+        static char selector; /* SYSCALL_DISPATCH_FILTER_ALLOW */
+        if (prctl(59 /* PR_SET_SYSCALL_USER_DISPATCH */, 1, 0, 0, &selector))
+            fail("PR_SET_SYSCALL_USER_DISPATCH");
+    } else if (!strcmp(what, "undumpable"))
         prctl(PR_SET_DUMPABLE, 0, 0, 0, 0);
     else if (!strcmp(what, "tracer=any"))
         prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY, 0, 0, 0);

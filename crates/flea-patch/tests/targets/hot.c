@@ -6,7 +6,8 @@
      u  a storm of SIGUSR1 with a handler   c  threads are born and end all the time
      f  children are forked all the time    v  children are started by posix_spawn
      a  the handler runs on an alternate stack
-     t  a storm of SIGTRAP (with h or i)    o  every other worker blocks every signal */
+     t  a storm of SIGTRAP (with h or i)    o  every other worker blocks every signal
+     e  one SIGTRAP after the other, each of which must be handled once (with h) */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
@@ -93,6 +94,19 @@ static void *storm(void *arg) {
     return 0;
 }
 
+static void *one_by_one(void *arg) {
+    for (long sent = 1; !stop; sent++) {
+        kill(getpid(), SIGTRAP);
+        /* Held until the batch is done, which a busy machine makes long: this ends a test that hangs. */
+        for (long i = 0; handled < sent; i++) {
+            if (i == 300000) fail("a SIGTRAP was lost");
+            usleep(50);
+        }
+        if (handled > sent) fail("a SIGTRAP came twice");
+    }
+    return 0;
+}
+
 static void *churn(void *arg) {
     pthread_t t[4];
     while (!stop) {
@@ -138,6 +152,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < n; i++) pthread_create(&threads[i], 0, worker, 0);
     threads[63] = (pthread_t)argv[1];
     if (has('u') || has('t')) pthread_create(&more[n_more++], 0, storm, threads);
+    if (has('e')) pthread_create(&more[n_more++], 0, one_by_one, 0);
     if (has('c')) pthread_create(&more[n_more++], 0, churn, 0);
     if (has('f') || has('v')) pthread_create(&more[n_more++], 0, fork_churn, 0);
     printf("%lx %lx %lx %lx\n", (long)nops5, (long)nop5, (long)prologue, (long)&counter);

@@ -27,10 +27,11 @@ pub(crate) fn is_fork(number: u64) -> bool {
 }
 
 /// How well a thread that sleeps in this system call serves for running another one in it.
-/// 0: the kernel restarts it with nothing lost, not even time. 1: restarted by us or with its
-/// timeout started anew.
+/// 0: the kernel begins it again with nothing lost, not even time. 1: we do, and know of its time
+/// what the scheduler tells. 2: it may have done a part of what it was asked, and then returns with
+/// that, as for a signal: nobody can begin the rest for it.
 pub(crate) fn disturbance(number: u64) -> u32 {
-    const EXACT: [libc::c_long; 14] = [
+    const EXACT: [libc::c_long; 21] = [
         libc::SYS_futex,
         libc::SYS_nanosleep,
         libc::SYS_clock_nanosleep,
@@ -45,8 +46,36 @@ pub(crate) fn disturbance(number: u64) -> u32 {
         libc::SYS_wait4,
         libc::SYS_waitid,
         libc::SYS_restart_syscall,
+        libc::SYS_rt_sigsuspend,
+        libc::SYS_flock,
+        libc::SYS_fcntl,
+        libc::SYS_msgrcv,
+        libc::SYS_msgsnd,
+        libc::SYS_mq_timedreceive,
+        libc::SYS_mq_timedsend,
     ];
-    u32::from(!EXACT.iter().any(|&n| u64::try_from(n) == Ok(number)))
+    const IN_PARTS: [libc::c_long; 14] = [
+        libc::SYS_write,
+        libc::SYS_writev,
+        libc::SYS_sendto,
+        libc::SYS_sendmsg,
+        libc::SYS_sendmmsg,
+        libc::SYS_recvmmsg,
+        libc::SYS_sendfile,
+        libc::SYS_splice,
+        libc::SYS_tee,
+        libc::SYS_vmsplice,
+        libc::SYS_copy_file_range,
+        libc::SYS_io_uring_enter,
+        libc::SYS_io_getevents,
+        SYS_IO_PGETEVENTS,
+    ];
+    let is_in = |list: &[libc::c_long]| list.iter().any(|&n| u64::try_from(n) == Ok(number));
+    match () {
+        () if is_in(&EXACT) => 0,
+        () if is_in(&IN_PARTS) => 2,
+        () => 1,
+    }
 }
 
 /// Of a system call's arguments, those that a timeout may be in.

@@ -228,7 +228,9 @@ impl<'a> Table<'a> {
         }
         let used = self.word(state::USED)?;
         let max = u64::from(self.geometry.max_entries);
-        let index = used.fetch_update(Relaxed, Relaxed, |n| (n < max).then_some(n + 1)).ok()?;
+        // Scribbled over, it may be the largest number there is.
+        let next = |n: u64| (n < max).then_some(n.wrapping_add(1));
+        let index = used.fetch_update(Relaxed, Relaxed, next).ok()?;
         Some(Fresh { index: NodeIdx(low_half(index)), used_before: false })
     }
 
