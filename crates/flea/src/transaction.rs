@@ -339,9 +339,15 @@ fn attach_on(
     unwinders: &[Unwinder],
 ) -> Result<Vec<u32>, AttachError> {
     settle(&mut ground)?;
-    let runtime = ground.registry.own_runtime().ok_or_else(|| {
-        AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
-    })?;
+    let damaged = |what: &str| {
+        AttachError::Remote(RemoteError::Registry(ground.storage.damaged(what.into())))
+    };
+    // The tracer outlives a controller that is killed while it waits for its turn. Whoever was
+    // first found that the owner of this memory is dead, and took it away.
+    if !has_arena(&ground.registry, object.base, author.owner) {
+        return Err(damaged("the memory that these programs work on has gone"));
+    }
+    let runtime = ground.registry.own_runtime().ok_or_else(|| damaged("no runtime"))?;
     make_room(&mut ground, prepared, bodies);
     change_and_tidy(&mut ground, unwinders, |change| {
         // Taken out by site and put back at the end: ten thousand of them are looked up.
@@ -359,6 +365,13 @@ fn attach_on(
         change.registry.functions = functions.into_values().collect();
         Ok(ids)
     })
+}
+
+/// Whether the memory of `owner`'s object at `base` is there: the same address may be another's.
+fn has_arena(registry: &Registry, base: RemoteAddr, owner: Controller) -> bool {
+    let table = flea_layout::shared::THREAD_TABLE_BYTES as u64;
+    let is_it = |d: &DataArena| d.mapping.0 + table == base.0 && d.owner == owner && !d.released;
+    registry.data.iter().any(is_it)
 }
 
 /// Steps 2 to 5, and whatever came of it is written down.
