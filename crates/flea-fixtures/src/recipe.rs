@@ -276,7 +276,7 @@ pub(crate) fn recipe(fixture: Fixture) -> Recipe {
         }
         Fixture::Stalls => {
             // Entries that are several instructions: who stands between them has to be moved.
-            let compile = "-O2 -fno-omit-frame-pointer";
+            let compile = "-O1 -fno-omit-frame-pointer";
             let flags = Flags { tool: Tool::Gcc, compile, link: "" };
             (vec![source!("c", "stalls.c")], c_steps(&flags, "stalls.c", "", &program))
         }

@@ -33,7 +33,7 @@ use flea_verifier::Verified;
 use flea_verifier::facts::Fact;
 
 use crate::changes::{Changes, changes, is_given_back};
-use crate::clif::{self, symbol};
+use crate::clif::{self, Number, symbol};
 use crate::code::{Code, RelocTarget};
 use crate::guard::{self, Guard};
 use crate::request::{Body, BodyRequest, CompileError, ProgramUse, Reads, Saved, When};
@@ -52,23 +52,65 @@ use crate::x86_64::slim::slim;
 /// # Errors
 /// [`CompileError`]: nothing usable was made.
 pub fn compile_body(request: &BodyRequest<'_>) -> Result<Body, CompileError> {
-    check_request(request)?;
+    compile(&Job { request, sharing: Sharing::One })
+}
+
+/// The same, for any number of functions that differ in their addresses and cookies alone: those
+/// are left open, as [`RelocTarget::FunctionAddress`] and [`RelocTarget::Cookie`], and what
+/// `request` has of them is not looked at.
+///
+/// What is computed from a cookie (an array's element, most often) is then computed at each
+/// call, which takes a few instructions; compiling takes longer than all of the rest of
+/// attaching.
+///
+/// # Errors
+/// [`CompileError`]: nothing usable was made.
+pub fn compile_shared_body(request: &BodyRequest<'_>) -> Result<Body, CompileError> {
+    compile(&Job { request, sharing: Sharing::Many })
+}
+
+/// What is compiled, and for how many functions.
+struct Job<'a> {
+    request: &'a BodyRequest<'a>,
+    sharing: Sharing,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    /// Its numbers are known.
+    One,
+    /// They are left open.
+    Many,
+}
+
+impl Job<'_> {
+    fn number(&self, known: u64, open: RelocTarget) -> Number {
+        match self.sharing {
+            Sharing::One => Number::Known(known),
+            Sharing::Many => Number::Open(open),
+        }
+    }
+}
+
+fn compile(job: &Job<'_>) -> Result<Body, CompileError> {
+    check_request(job.request)?;
+    let request = job.request;
     let n_sessions = request.programs.iter().filter(|p| p.kind == ProgramKind::Fsession).count();
     // Session cookies first, then what the sides want saved, each knowing of those before.
     let mut saves = Saves::behind(u32::try_from(n_sessions).unwrap_or(u32::MAX));
     let saves_after = |side: &Option<(Code, Outcome)>, before: Saves| {
         side.as_ref().map_or(before, |(_, outcome)| outcome.saves.clone())
     };
-    let entry = compile_side(request, Side::Entry, &saves)?;
+    let entry = compile_side(job, Side::Entry, &saves)?;
     let changes = changes_of(request);
     for i in changes.arguments().filter(|i| is_given_back(*i, request.signature)) {
         saves.of(When::Entry, Saved::Gpr(ARGUMENTS[usize::from(i)]));
     }
-    let session = compile_side(request, Side::Session, &saves)?;
+    let session = compile_side(job, Side::Session, &saves)?;
     let saves = saves_after(&session, saves);
-    let modify = compile_side(request, Side::Modify, &saves)?;
+    let modify = compile_side(job, Side::Modify, &saves)?;
     let saves = saves_after(&modify, saves);
-    let exit = compile_side(request, Side::Exit, &saves)?;
+    let exit = compile_side(job, Side::Exit, &saves)?;
     let saves = saves_after(&exit, saves);
     let calls_runtime = [&entry, &session, &modify, &exit]
         .iter()
@@ -134,24 +176,27 @@ struct Chosen<'a> {
     verified: Cow<'a, Verified>,
     guard: Guard,
     takes_locks: bool,
+    cookie: Number,
     cookie_word: u32,
 }
 
 fn compile_side(
-    request: &BodyRequest<'_>,
+    job: &Job<'_>,
     side: Side,
     saves: &Saves,
 ) -> Result<Option<(Code, Outcome)>, CompileError> {
+    let request = job.request;
     let mut n_sessions = 0;
     let mut chosen = Vec::new();
-    for program in request.programs {
+    for (index, program) in (0..).zip(request.programs) {
         let cookie_word = n_sessions;
         n_sessions += u32::from(program.kind == ProgramKind::Fsession);
         if runs_on(side, program, request) {
             let verified = on_side(program, side);
             let guard = guard::of_program(&verified, request.plan);
             let takes_locks = guard::takes_locks(&verified, request.plan);
-            chosen.push(Chosen { program, verified, guard, takes_locks, cookie_word });
+            let cookie = job.number(program.cookie, RelocTarget::Cookie { program: index });
+            chosen.push(Chosen { program, verified, guard, takes_locks, cookie, cookie_word });
         }
     }
     if chosen.is_empty() {
@@ -162,13 +207,13 @@ fn compile_side(
     if chosen.iter().any(|c| c.guard == Guard::Needed) {
         guard_all_writers(&mut chosen);
     }
-    let made = build(request, side, &chosen, saves)?;
+    let made = build(job, side, &chosen, saves)?;
     let unproved = chosen.iter().any(|c| c.guard == Guard::UnlessMerged);
     if !unproved || guard::writes_are_single_instructions(&made.0.bytes) {
         return Ok(Some(made));
     }
     guard_all_writers(&mut chosen);
-    build(request, side, &chosen, saves).map(Some)
+    build(job, side, &chosen, saves).map(Some)
 }
 
 fn guard_all_writers(chosen: &mut [Chosen<'_>]) {
@@ -180,11 +225,12 @@ fn guard_all_writers(chosen: &mut [Chosen<'_>]) {
 }
 
 fn build(
-    request: &BodyRequest<'_>,
+    job: &Job<'_>,
     side: Side,
     chosen: &[Chosen<'_>],
     saves: &Saves,
 ) -> Result<(Code, Outcome), CompileError> {
+    let request = job.request;
     let probes = match chosen.iter().any(|c| c.program.kind == ProgramKind::Uprobe) {
         true => Probes::Some,
         false => Probes::None,
@@ -215,7 +261,7 @@ fn build(
     let env = Env {
         plan: request.plan,
         printk_map: request.printk_map,
-        function_address: request.function_address.0,
+        function_address: job.number(request.function_address.0, RelocTarget::FunctionAddress),
         frame_offset: request.frame_offset,
         args,
         has_runtime: true,
@@ -332,7 +378,7 @@ fn emit_program(
     let members = Use::members(Use {
         verified: &chosen.verified,
         kind: Some(program.kind),
-        cookie: program.cookie,
+        cookie: chosen.cookie,
         cookie_word: chosen.cookie_word,
         given_up: given_up.map(|(_, block)| block),
     });

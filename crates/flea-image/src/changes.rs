@@ -86,11 +86,13 @@ impl Changes {
 /// rax behind a function that returns nothing. Argument registers are given back.
 #[must_use]
 pub fn changeable(kind: ProgramKind, signature: &Signature) -> Changeable {
-    let can = |what| match (kind, what) {
-        (ProgramKind::Fentry | ProgramKind::Uprobe, Changed::Argument(_)) => true,
-        (ProgramKind::Fexit | ProgramKind::Uretprobe, Changed::Result) => true,
-        (ProgramKind::Fsession, _) => true,
-        _ => false,
+    let can = |what| {
+        matches!(
+            (kind, what),
+            (ProgramKind::Fentry | ProgramKind::Uprobe, Changed::Argument(_))
+                | (ProgramKind::Fexit | ProgramKind::Uretprobe, Changed::Result)
+                | (ProgramKind::Fsession, _)
+        )
     };
     let is_changeable = |word: &i32| match changed_word(kind, signature, *word) {
         Some(Changed::Result) if !has_result(signature) => false,

@@ -25,6 +25,8 @@ const NS_VDSO: u32 = 2;
 const NS_THREAD_POINTER: u32 = 3;
 const NS_CONSTANT: u32 = 4;
 const NS_SKELETON_FRAME: u32 = 5;
+const NS_FUNCTION: u32 = 6;
+const NS_COOKIE: u32 = 7;
 
 /// The x86-64 back end. No AVX on any CPU: the upper halves of vector registers, which
 /// `PreserveAll` does not save, are never touched.
@@ -188,6 +190,8 @@ fn target_of(func: &Function, name: &ExternalName, addend: i64) -> Option<RelocT
         NS_THREAD_POINTER if addend == 0 => Some(RelocTarget::ThreadPointer),
         NS_SKELETON_FRAME if addend == 0 => Some(RelocTarget::SkeletonFrame),
         NS_CONSTANT => Some(RelocTarget::Constant(addend.cast_unsigned())),
+        NS_FUNCTION if addend == 0 => Some(RelocTarget::FunctionAddress),
+        NS_COOKIE if addend == 0 => Some(RelocTarget::Cookie { program: name.index }),
         _ => None,
     }
 }
@@ -211,6 +215,8 @@ fn global_of(func: &mut Function, target: RelocTarget) -> GlobalValue {
         RelocTarget::Constant(value) => {
             (UserExternalName::new(NS_CONSTANT, 0), value.cast_signed())
         }
+        RelocTarget::FunctionAddress => (UserExternalName::new(NS_FUNCTION, 0), 0),
+        RelocTarget::Cookie { program } => (UserExternalName::new(NS_COOKIE, program), 0),
     };
     let name = func.declare_imported_user_function(name);
     let data = GlobalValueData::Symbol {
@@ -228,6 +234,23 @@ pub(crate) fn constant(b: &mut FunctionBuilder<'_>, value: i64) -> Value {
         return b.ins().iconst(types::I64, value);
     }
     symbol(b, RelocTarget::Constant(value.cast_unsigned()))
+}
+
+/// A number that is one function's alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Number {
+    /// As it is: it can be folded into what is computed from it.
+    Known(u64),
+    /// Left open: functions that share the code have different ones.
+    Open(RelocTarget),
+}
+
+/// The value of `number`.
+pub(crate) fn number(b: &mut FunctionBuilder<'_>, number: Number) -> Value {
+    match number {
+        Number::Known(value) => constant(b, value.cast_signed()),
+        Number::Open(target) => symbol(b, target),
+    }
 }
 
 /// `condition ? a : b`. A conditional move has no immediate operand, so Cranelift would take

@@ -52,6 +52,13 @@ pub enum RelocTarget {
     VdsoClockGettime,
     /// A number that is known already; see `clif::constant`.
     Constant(u64),
+    /// The traced function's address, in bodies that many functions share.
+    FunctionAddress,
+    /// The attach cookie of [`crate::BodyRequest::programs`] number so-and-so, likewise.
+    Cookie {
+        /// Index of the program.
+        program: u32,
+    },
     /// The thread pointer: no address, see [`RelocKind::ThreadPointer`].
     ThreadPointer,
     /// The skeleton's rbp: no address, see [`RelocKind::SkeletonFrame`].

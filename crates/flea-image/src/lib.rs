@@ -28,7 +28,7 @@ mod translate;
 pub mod unwind;
 pub mod x86_64;
 
-pub use body::compile_body;
+pub use body::{compile_body, compile_shared_body};
 pub use changes::{Changes, changeable};
 pub use code::{Code, Reloc, RelocKind, RelocTarget};
 pub use plain::{PlainRequest, compile_function, compile_plain};
@@ -43,7 +43,8 @@ pub use x86_64::image_check::{ImageError, ImageUnderCheck, check_image};
 pub use x86_64::listing::listing;
 pub use x86_64::relocate::RelocateError;
 pub use x86_64::skeleton::{
-    BodyRef, Changer, LinkError, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody, SkeletonRequest,
-    Switch, UnwindRow, UnwindRule, call_patch, link_skeleton, link_unwinder_skeleton,
+    BodyRef, Changer, Draft, LinkError, Linker, PATCH_BYTES, SiteKind, Skeleton, SkeletonBody,
+    SkeletonRequest, Switch, UnwindRow, UnwindRule, call_patch, link_skeleton,
+    link_unwinder_skeleton,
 };
 pub use x86_64::stack_copy::StackCopy;

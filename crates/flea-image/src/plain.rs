@@ -7,7 +7,7 @@ use flea_layout::plan::ArenaPlan;
 use flea_verifier::Verified;
 
 use crate::body::{find_slot, uses_slot};
-use crate::clif;
+use crate::clif::{self, Number};
 use crate::code::Code;
 use crate::request::{CompileError, Cpu};
 use crate::translate::{Arguments, Env, Outcome, Translator, Use};
@@ -59,14 +59,14 @@ pub fn compile_function(request: &PlainRequest<'_>) -> Result<Code, CompileError
     let env = Env {
         plan: request.plan.unwrap_or(&no_maps),
         printk_map: None,
-        function_address: 0,
+        function_address: Number::Known(0),
         frame_offset: 0,
         args: Arguments::plain((request.context_words > 0).then_some(r1), request.context_words),
         has_runtime: request.plan.is_some(),
         slot,
     };
     let given_up = Some(without_slot);
-    let used = Use { verified, kind: None, cookie: 0, cookie_word: 0, given_up };
+    let used = Use { verified, kind: None, cookie: Number::Known(0), cookie_word: 0, given_up };
     let members = Use::members(used);
     let result = Translator::new(&mut b, &env, &members, &mut outcome).program(r1, r2)?;
     b.ins().return_(&[result]);

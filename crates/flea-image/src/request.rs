@@ -85,7 +85,7 @@ pub struct Body {
 }
 
 /// Registers that must have been saved in the skeleton's frame; sorted, each once.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Reads {
     /// Register arguments, [`ArgWord::Gpr`] and [`ArgWord::Xmm`] alone: stack words stay in the
     /// caller's frame, and for all else there is [`Body::saves`].

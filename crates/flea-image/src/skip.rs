@@ -8,7 +8,7 @@
 use flea_symbols::signature::{ArgWord, RetWord, Signature, Type};
 
 /// Where a skipped function's result goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SkipResult {
     /// The function returns nothing.
     Nowhere,

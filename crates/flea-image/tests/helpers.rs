@@ -35,6 +35,22 @@ fn out(word: i16, reg: u8) -> Part {
 
 /// Runs `parts` with r9 at array 0 (of 16 words) and r6 = ctx; returns the array.
 fn run(kind: ProgramKind, more_maps: &[MapSpec], parts: &[Part]) -> (Rig, Vec<u64>) {
+    run_as(Sharing::One, kind, more_maps, parts)
+}
+
+/// For how many functions bodies are compiled.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    One,
+    Many,
+}
+
+fn run_as(
+    sharing: Sharing,
+    kind: ProgramKind,
+    more_maps: &[MapSpec],
+    parts: &[Part],
+) -> (Rig, Vec<u64>) {
     let mut all = lddw_value(9, 0, 0).to_vec();
     all.push(plain(insn(0xbf, 6, 1, 0, 0)));
     all.extend_from_slice(parts);
@@ -43,7 +59,8 @@ fn run(kind: ProgramKind, more_maps: &[MapSpec], parts: &[Part]) -> (Rig, Vec<u6
     let verified = program(&all);
     let mut maps = vec![map(MapKind::Array, 128, 1)];
     maps.extend_from_slice(more_maps);
-    let rig = Rig::new(&maps, true);
+    let mut rig = Rig::new(&maps, true);
+    rig.shared = sharing == Sharing::Many;
     rig.attach(&signature(), &[(&verified, kind)], SiteKind::Relocated, Placing::Inline, 4);
     let input = Registers::pattern();
     assert!(rig.call(&input) == untraced(SiteKind::Relocated, &input));
@@ -143,8 +160,10 @@ fn facts_about_the_function() {
             call(Helper::TracePrintk, None),
             out(5, 0),
         ]);
-        let (rig, seen) = run(kind, &[], &parts);
-        assert_eq!(seen[..6], [value, status, 5, rig.code.address(), 7, negative(22)]);
+        for sharing in [Sharing::One, Sharing::Many] {
+            let (rig, seen) = run_as(sharing, kind, &[], &parts);
+            assert_eq!(seen[..6], [value, status, 5, rig.code.address(), 7, negative(22)]);
+        }
     }
 }
 

@@ -15,7 +15,7 @@ const INT_SIGNED: u32 = 1;
 const INT_BOOL: u32 = 4;
 
 /// Why type information cannot be read.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum BtfError {
     /// It ends in the middle of something.
     #[error("damaged BTF: {what} is cut off")]

@@ -380,6 +380,15 @@ pub fn module_file_path(pid: Pid, mapping: &Mapping) -> Result<PathBuf, ProcErro
     Err(explain(pid, &exact, reason))
 }
 
+/// Whether `/proc/PID/stat` is about a thread of the kernel: field 9 has the flags, of which
+/// `PF_KTHREAD` is one (include/linux/sched.h).
+fn is_kernel_thread(stat: &str) -> bool {
+    const PF_KTHREAD: u64 = 0x0020_0000;
+    // The second field is the name in parentheses and may itself hold any of ") (".
+    let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(6));
+    flags.and_then(|flags| flags.parse().ok()).is_some_and(|flags: u64| flags & PF_KTHREAD != 0)
+}
+
 /// Whether `pid` is a live 64-bit program of this machine.
 pub fn check_traceable(pid: Pid) -> Result<Status, ProcError> {
     let status = status(pid)?;
@@ -394,7 +403,12 @@ pub fn check_traceable(pid: Pid) -> Result<Status, ProcError> {
         return if alive { Ok(status) } else { Err(ProcError::Zombie { pid }) };
     }
     if !status.has_memory {
-        return Err(ProcError::KernelThread { pid, comm: status.name });
+        // A process that is ending gives its memory back before it becomes a zombie.
+        let is_thread = read_text(pid, "stat").is_ok_and(|stat| is_kernel_thread(&stat));
+        return Err(match is_thread {
+            true => ProcError::KernelThread { pid, comm: status.name },
+            false => ProcError::Zombie { pid },
+        });
     }
     let path = format!("/proc/{}/exe", stand_in(pid));
     let mut header = [0u8; 20];
@@ -562,6 +576,15 @@ mod tests {
             let refused = check_traceable(2).expect_err("a kernel thread");
             assert!(matches!(refused, ProcError::KernelThread { .. }), "{refused}");
         }
+    }
+
+    /// One that ends has no memory either, for a moment.
+    #[test]
+    fn kernel_threads_are_known_by_their_flag() {
+        assert!(is_kernel_thread("2 (kthreadd) S 0 0 0 0 -1 2129984 0 0"));
+        assert!(!is_kernel_thread("77 (a) b) R 1 77 77 0 -1 4194308 0 0"));
+        let own = read_text(std::process::id().cast_signed(), "stat").expect("it is there");
+        assert!(!is_kernel_thread(&own));
     }
 
     #[test]

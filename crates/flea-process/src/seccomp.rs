@@ -18,8 +18,6 @@ mod filter;
 pub(crate) use filter::Insn as FilterInsn;
 pub use filter::{SystemCall, Verdict};
 
-use std::time::Duration;
-
 use nix::errno::Errno;
 
 use crate::proc::{self, Tid};
@@ -27,8 +25,6 @@ use crate::ptrace;
 use crate::remote::RemoteError;
 use crate::tracer::{TraceError, Tracer};
 
-/// A thread that does not stop by then sleeps uninterruptibly.
-const STOP_PATIENCE: Duration = Duration::from_millis(100);
 /// The kernel allows 32768 instructions in all filters of a thread together.
 const MOST_FILTERS: usize = 1 << 15;
 
@@ -67,7 +63,13 @@ impl Tracer {
 
     /// The worst that any filter of the thread does to each of the calls.
     fn judge(&mut self, tid: Tid, calls: &[SystemCall]) -> Result<Vec<Verdict>, RemoteError> {
-        let Some(stop) = self.halt(tid, STOP_PATIENCE)? else { return Ok(Vec::new()) };
+        let Some(stop) = self.halt_unless_asleep(tid)? else {
+            if self.tasks.contains_key(&tid) {
+                // Asleep where it cannot be asked: what its filters do is not known.
+                return Err(RemoteError::NoThread { pid: self.pid });
+            }
+            return Ok(Vec::new());
+        };
         let filters = self.filters(tid);
         self.unhalt(tid, stop)?;
         let filters = filters?;

@@ -2,6 +2,7 @@
 //! before: for children that were forked meanwhile, whose copies have some of it.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 
 use flea_symbols::addr::RemoteAddr;
 
@@ -39,14 +40,14 @@ impl TextLog {
         for byte in at.0..at.0.saturating_add(n_bytes as u64) {
             let offset = usize::try_from(byte % PAGE_BYTES as u64).unwrap_or(0);
             let start = RemoteAddr(byte - offset as u64);
-            if !self.pages.contains_key(&start) {
-                let original = memory.read_vec(start, PAGE_BYTES)?;
-                let is_written = vec![false; PAGE_BYTES];
-                self.pages.insert(start, Page { original, is_written });
-            }
-            if let Some(page) = self.pages.get_mut(&start) {
-                page.is_written[offset] = true;
-            }
+            let page = match self.pages.entry(start) {
+                Entry::Occupied(known) => known.into_mut(),
+                Entry::Vacant(new) => {
+                    let original = memory.read_vec(start, PAGE_BYTES)?;
+                    new.insert(Page { original, is_written: vec![false; PAGE_BYTES] })
+                }
+            };
+            page.is_written[offset] = true;
         }
         Ok(())
     }

@@ -411,7 +411,7 @@ impl Hold<'_> {
         let differs = |f: &flea::registry::FunctionState| {
             machine.text.from(f.site.0).is_some_and(|now| now[..5] != f.patched)
         };
-        self.registry.functions.iter().any(differs)
+        self.registry.functions.iter().any(|f| differs(f))
     }
 
     fn bytes_of(&self, plan: &Plan) -> Vec<Option<Vec<u8>>> {

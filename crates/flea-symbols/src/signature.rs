@@ -1,10 +1,12 @@
 //! A function's signature (Linux: function model): which words it takes, and where its ABI
 //! puts them. Knows nothing of images or programs.
 
+use std::hash::{Hash, Hasher};
+
 use flea_object::BtfError;
 
 /// How a function is called on x86-64 System V, one entry per `ctx` slot.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Signature {
     /// Parameters in source order.
     pub params: Vec<Param>,
@@ -24,7 +26,7 @@ pub struct Signature {
 }
 
 /// Where a signature was learnt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SignatureSource {
     /// The module's DWARF.
     Dwarf,
@@ -36,7 +38,7 @@ pub enum SignatureSource {
 
 /// How many words of stack arguments a call carries. An exit program's image calls the
 /// original from a frame of its own and must pass these on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StackWords {
     /// Exactly this many, from the debug information.
     Known(u32),
@@ -47,7 +49,7 @@ pub enum StackWords {
 }
 
 /// One parameter.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Param {
     /// Its name in the source, if it has one.
     pub name: Option<String>,
@@ -61,7 +63,7 @@ pub struct Param {
 }
 
 /// Why a parameter, or a result, of a known type has no words.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Absent {
     /// The compiler changed the function's parameters, and this one is in no place at entry.
     #[error("optimized out")]
@@ -132,7 +134,7 @@ pub enum Choice {
 }
 
 /// Why debug information does not say how a function is called.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum Doubt {
     /// None describes the function.
     #[error("no debug information")]
@@ -204,7 +206,7 @@ pub enum ArgWord {
 }
 
 /// What a function leaves for its caller.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Return {
     /// The type.
     pub ty: Type,
@@ -245,7 +247,7 @@ pub enum RetWord {
 }
 
 /// A C type, as far as programs and printing need it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Type {
     /// `void`, or a type of size zero.
     Void,
@@ -313,8 +315,135 @@ impl Signature {
         self.source != SignatureSource::Guessed
     }
 
+    /// The same without what only people look at: names, and where it was learnt.
+    #[must_use]
+    pub fn without_names(&self) -> Self {
+        let param = |param: &Param| Param { name: None, ty: param.ty.unnamed(), ..param.clone() };
+        Self {
+            params: self.params.iter().map(param).collect(),
+            ret: Return { ty: self.ret.ty.unnamed(), ..self.ret.clone() },
+            source: SignatureSource::Guessed,
+            doubt: None,
+            ..*self
+        }
+    }
+
     /// The `ctx` slots in order: every word of every parameter.
     pub fn arg_words(&self) -> impl Iterator<Item = ArgWord> + '_ {
         self.params.iter().flat_map(|p| p.words.iter().copied())
+    }
+}
+
+/// A signature that is compared without what [`Signature::without_names`] leaves out: equal where
+/// functions are called alike.
+#[derive(Clone, Copy, Debug)]
+pub struct Unnamed<'a>(pub &'a Signature);
+
+impl Unnamed<'_> {
+    /// What is compared of the signature itself, and of its result.
+    fn whole(&self) -> impl Hash + PartialEq + '_ {
+        let Signature {
+            params,
+            ret,
+            variadic,
+            stack_words,
+            stack_align_bytes,
+            source: _,
+            doubt: _,
+        } = self.0;
+        let Return { ty, words, absent } = ret;
+        (params.len(), ty.shape(), words, absent, variadic, stack_words, stack_align_bytes)
+    }
+
+    /// What is compared of each parameter.
+    fn params(&self) -> impl Iterator<Item = impl Hash + PartialEq + '_> + '_ {
+        self.0.params.iter().map(|Param { name: _, ty, words, absent }| (ty.shape(), words, absent))
+    }
+}
+
+impl PartialEq for Unnamed<'_> {
+    fn eq(&self, other: &Self) -> bool {
+        let (one, two) = (Unnamed(self.0), Unnamed(other.0));
+        one.whole() == two.whole() && one.params().eq(two.params())
+    }
+}
+
+impl Eq for Unnamed<'_> {}
+
+impl Hash for Unnamed<'_> {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.whole().hash(state);
+        self.params().for_each(|param| param.hash(state));
+    }
+}
+
+impl Type {
+    /// Which it is, its size and its flag: all but the name.
+    fn shape(&self) -> (u8, u32, bool) {
+        match *self {
+            Self::Void => (0, 0, false),
+            Self::Int { size_bytes, signed, .. } => (1, size_bytes, signed),
+            Self::Float { size_bytes, .. } => (2, size_bytes, false),
+            Self::Pointer { to_char, .. } => (3, 0, to_char),
+            Self::Aggregate { size_bytes, .. } => (4, size_bytes, false),
+            Self::Unknown => (5, 0, false),
+        }
+    }
+
+    fn unnamed(&self) -> Self {
+        let name = String::new();
+        match *self {
+            Self::Void => Self::Void,
+            Self::Unknown => Self::Unknown,
+            Self::Int { size_bytes, signed, .. } => Self::Int { name, size_bytes, signed },
+            Self::Float { size_bytes, .. } => Self::Float { name, size_bytes },
+            Self::Pointer { to_char, .. } => Self::Pointer { name, to_char },
+            Self::Aggregate { size_bytes, .. } => Self::Aggregate { name, size_bytes },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn int(name: &str, size_bytes: u32) -> Type {
+        Type::Int { name: name.to_owned(), size_bytes, signed: true }
+    }
+
+    fn hash(signature: &Signature) -> u64 {
+        let mut hasher = std::hash::DefaultHasher::new();
+        Unnamed(signature).hash(&mut hasher);
+        hasher.finish()
+    }
+
+    #[test]
+    fn names_alone_make_no_difference() {
+        let plain = Signature::guessed(StackWords::Known(0));
+        let like = |change: fn(&mut Signature)| {
+            let mut other = plain.clone();
+            change(&mut other);
+            let is_like = Unnamed(&plain) == Unnamed(&other);
+            assert_eq!(is_like, plain.without_names() == other.without_names());
+            assert!(!is_like || hash(&plain) == hash(&other));
+            is_like
+        };
+        assert!(like(|s| s.params[0].name = Some("x".into())));
+        assert!(like(|s| (s.source, s.doubt) = (SignatureSource::Dwarf, None)));
+        assert!(!like(|s| s.params[0].ty = int("int", 4)));
+        assert!(!like(|s| s.params[1].words = vec![ArgWord::Stack(0)]));
+        assert!(!like(|s| s.params[1].absent = Some(Absent::OptimizedOut)));
+        assert!(!like(|s| s.params.truncate(5)));
+        assert!(!like(|s| s.ret.words.clear()));
+        assert!(!like(|s| s.ret.ty = Type::Void));
+        assert!(!like(|s| s.ret.absent = Some(Absent::MayBeDropped)));
+        assert!(!like(|s| s.variadic = true));
+        assert!(!like(|s| s.stack_words = StackWords::Proved(0)));
+        assert!(!like(|s| s.stack_align_bytes = 32));
+        let (mut int4, mut other) = (plain.clone(), plain.clone());
+        (int4.ret.ty, other.ret.ty) = (int("int", 4), int("pid_t", 4));
+        assert!(Unnamed(&int4) == Unnamed(&other));
+        other.ret.ty = int("long", 8);
+        assert!(Unnamed(&int4) != Unnamed(&other));
     }
 }

@@ -37,6 +37,8 @@ pub(crate) fn run(
         // Without a vDSO's address the runtime makes system calls.
         RelocTarget::VdsoClockGettime
         | RelocTarget::Constant(_)
+        | RelocTarget::FunctionAddress
+        | RelocTarget::Cookie { .. }
         | RelocTarget::ThreadPointer
         | RelocTarget::SkeletonFrame => 0,
     });

@@ -1,11 +1,11 @@
 //! What a change of the attached bodies means for code and sites: computed over the registry,
 //! carried out by `transaction`. Touches no process.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
 
 use flea_image::{
-    BodyRef, Changes, FrameArena, Reads, Skeleton, SkeletonBody, SkeletonRequest, SkipResult,
-    StackCopy,
+    BodyRef, Changes, FrameArena, Linker, Reads, Skeleton, SkeletonBody, SkeletonRequest,
+    SkipResult, StackCopy,
 };
 use flea_layout::shared::RuntimeFn;
 use flea_patch::Poke;
@@ -16,9 +16,10 @@ use flea_symbols::{
 
 use crate::{
     error::AttachError,
+    known_code::KnownCode,
     registry::{
         BodyState, CodeArena, FunctionState, Placed, Question, Registry, ReplacementState, Retired,
-        SiteKind, Skip, StackArgs, Switch,
+        Shared, SiteKind, Skip, StackArgs, Switch,
     },
 };
 
@@ -44,14 +45,22 @@ pub(crate) struct Change {
     /// Code that is not entered once the sites are swapped.
     pub(crate) retired: Vec<Retired>,
     /// Bytes of code placed earlier, as read from the target.
-    known_code: HashMap<RemoteAddr, Vec<u8>>,
+    known_code: KnownCode,
+    linker: Linker,
 }
 
 impl Change {
     /// Starts from what is there. `known_code` has the bytes of every body in `registry` that
     /// the change may copy.
-    pub(crate) fn new(registry: Registry, known_code: HashMap<RemoteAddr, Vec<u8>>) -> Self {
-        Self { registry, writes: Vec::new(), pokes: Vec::new(), retired: Vec::new(), known_code }
+    pub(crate) fn new(registry: Registry, known_code: impl Into<KnownCode>) -> Self {
+        Self {
+            registry,
+            writes: Vec::new(),
+            pokes: Vec::new(),
+            retired: Vec::new(),
+            known_code: known_code.into(),
+            linker: Linker::default(),
+        }
     }
 
     /// Places `bytes` within reach of `near`.
@@ -76,19 +85,20 @@ impl Change {
         let mut removed = Vec::new();
         let mut functions = std::mem::take(&mut self.registry.functions);
         for f in &mut functions {
+            let body_goes = f.bodies.iter().any(|body| gone(Attached::Body(body)));
+            let mut others = f.replacements.iter();
+            if !body_goes && !others.any(|one| gone(Attached::Replacement(one))) {
+                continue;
+            }
             let arenas = arenas(f);
             let (out, stay): (Vec<_>, Vec<_>) =
                 f.bodies.drain(..).partition(|body| gone(Attached::Body(body)));
             f.bodies = stay;
-            let n_removed = removed.len();
             f.replacements.retain(|one| {
                 let goes = gone(Attached::Replacement(one));
                 removed.extend(goes.then_some(one.id));
                 !goes
             });
-            if out.is_empty() && removed.len() == n_removed {
-                continue;
-            }
             for body in out {
                 removed.push(body.id);
                 let plain = |code| Retired::plain(code, vec![body.arena]);
@@ -217,41 +227,29 @@ impl Change {
             let source = flea_image::LinkError::Encode { image_address: f.site, message };
             AttachError::Link { function: f.name.clone(), source }
         })?;
-        let link = |at| {
-            let request = SkeletonRequest {
-                site: f.site,
-                replaced: &f.original,
-                kind: match f.kind {
-                    SiteKind::Nop => flea_image::SiteKind::Nops,
-                    SiteKind::Relocated => flea_image::SiteKind::Relocated,
-                },
-                image_address: at,
-                bodies: &bodies,
-                skip: f.skip.map(SkipResult::from),
-                stack_copy,
-                stack_align_bytes: f.stack.align_bytes,
-                replacement: f.replacements.first().map(|newest| newest.entry),
-            };
-            flea_image::link_unwinder_skeleton(&request, question, &arenas)
-                .map_err(|source| AttachError::Link { function: f.name.clone(), source })
-        };
-        // The length does not depend on the place (all far branches are rel32), so a first
-        // link near the site tells it.
+        let failed = |source| AttachError::Link { function: f.name.clone(), source };
         let near = self.draft_address(f.site);
-        let draft = link(near.ok_or(AttachError::NoRoom { near: f.site, bytes: 0 })?)?;
-        let len = u32::try_from(draft.bytes.len()).expect("a skeleton is far below 4 GiB");
+        let request = SkeletonRequest {
+            site: f.site,
+            replaced: &f.original,
+            kind: match f.kind {
+                SiteKind::Nop => flea_image::SiteKind::Nops,
+                SiteKind::Relocated => flea_image::SiteKind::Relocated,
+            },
+            image_address: near.ok_or(AttachError::NoRoom { near: f.site, bytes: 0 })?,
+            bodies: &bodies,
+            skip: f.skip.map(SkipResult::from),
+            stack_copy,
+            stack_align_bytes: f.stack.align_bytes,
+            replacement: f.replacements.first().map(|newest| newest.entry),
+        };
+        let draft = self.linker.draft(&request, question, &arenas).map_err(failed)?;
+        let len = u32::try_from(draft.n_bytes()).expect("a skeleton is far below 4 GiB");
         let placed = self
             .registry
             .place(f.site, len)
             .ok_or(AttachError::NoRoom { near: f.site, bytes: len })?;
-        let skeleton = link(placed.at)?;
-        if skeleton.bytes.len() != draft.bytes.len() {
-            // Instructions whose length depends on the place: none that a site consists of,
-            // but these bytes may have come from a registry that was scribbled over.
-            let message = "its length depends on its place".to_owned();
-            let source = flea_image::LinkError::Encode { image_address: placed.at, message };
-            return Err(AttachError::Link { function: f.name.clone(), source });
-        }
+        let skeleton = draft.at(placed.at).map_err(failed)?;
         self.writes.push((placed.at, skeleton.bytes.clone()));
         f.skeleton = Some(placed);
         Ok(skeleton)
@@ -316,13 +314,13 @@ fn door_poke(
 }
 
 fn skeleton_body<'a>(
-    known_code: &'a HashMap<RemoteAddr, Vec<u8>>,
+    known_code: &'a KnownCode,
     f: &FunctionState,
     b: &'a BodyState,
     reads: &'a Reads,
 ) -> SkeletonBody<'a> {
     let refer = |placed: Option<Placed>| {
-        placed.map(|p| match known_code.get(&p.at) {
+        placed.map(|p| match known_code.get(p) {
             Some(bytes) if f.bodies.len() <= MAX_INLINE_BODIES => BodyRef::Inline(bytes),
             _ => BodyRef::Call(p.at),
         })
@@ -418,7 +416,8 @@ fn unpack_reads(bits: u32) -> Reads {
 }
 
 /// All code of a function that nobody can enter any more: its module has been unmapped.
-pub(crate) fn retire_all(f: FunctionState) -> Vec<Retired> {
+pub(crate) fn retire_all(f: Shared<FunctionState>) -> Vec<Retired> {
+    let f = f.into_inner();
     let arenas = arenas(&f);
     let calls_original = f.calls_original;
     let skeleton = f.skeleton.map(|code| Retired {
@@ -440,15 +439,11 @@ pub(crate) fn retire_all(f: FunctionState) -> Vec<Retired> {
 /// a site meanwhile went on in the new code, and may be in it for as long as the function takes: it
 /// is retired.
 pub(crate) fn take_back(registry: &mut Registry, announced: Registry) {
-    let known = |code: Placed| move |other: Placed| other.at == code.at;
-    let is_old = |registry: &Registry, code: Placed| {
-        let functions = registry.functions.iter();
-        let mut old =
-            functions.flat_map(|f| f.bodies.iter().flat_map(BodyState::placed).chain(f.skeleton));
-        old.any(known(code))
-    };
+    let functions = registry.functions.iter();
+    let old = functions.flat_map(|f| f.bodies.iter().flat_map(BodyState::placed).chain(f.skeleton));
+    let old: HashSet<RemoteAddr> = old.map(|code| code.at).collect();
     let codes = announced.functions.into_iter().flat_map(retire_all);
-    let retired: Vec<_> = codes.filter(|retired| !is_old(registry, retired.code)).collect();
+    let retired: Vec<_> = codes.filter(|retired| !old.contains(&retired.code.at)).collect();
     registry.retired.extend(retired);
     registry.next_id = announced.next_id;
     for (arena, announced) in registry.code.iter_mut().zip(announced.code) {

@@ -35,6 +35,7 @@
 pub mod attached;
 pub mod builtin;
 mod change;
+mod compile;
 mod error;
 mod file_bytes;
 mod fit;
@@ -43,12 +44,14 @@ pub mod frames_file;
 mod function;
 mod given;
 mod host;
+mod known_code;
 mod link;
 mod modules;
 mod object;
 mod own;
 mod patch;
 mod placement;
+mod prepared;
 mod program_array;
 mod rebuild;
 mod reclaim;
@@ -59,6 +62,7 @@ mod session;
 #[cfg(feature = "simulate")]
 #[doc(hidden)]
 pub mod simulate;
+mod sites;
 mod slots;
 mod system_calls;
 mod transaction;

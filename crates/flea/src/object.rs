@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, RwLock},
 };
 
-use flea_image::{Body, BodyRequest, Cpu, ProgramUse, RelocTarget, SkipResult};
+use flea_image::RelocTarget;
 use flea_layout::plan::ArenaPlan;
 use flea_object::{
     helper::Helper,
@@ -15,7 +15,7 @@ use flea_object::{
     spec::{MapIdx, MapKind, MapSpec, Object as Spec, ProgramKind},
     types::{Type, TypeId, Types},
 };
-use flea_symbols::{Site, addr::RemoteAddr, signature::Signature};
+use flea_symbols::addr::RemoteAddr;
 use flea_verifier::{
     Changeable, Context, Permissions, Rejection, Target, Verified, Verifier, targets,
 };
@@ -26,12 +26,15 @@ use crate::{
     function::Function,
     given::{Given, stack_args},
     link::Link,
+    prepared::Prepared,
     program_array::{Attached, ProgramArray},
     registry::StackArgs,
-    session::{Inner, Session, lock},
+    session::{Inner, lock},
     slots::Slots,
     transaction,
 };
+
+mod share;
 
 /// Bytes of the ring buffer behind `bpf_printk`.
 const PRINTK_BYTES: u32 = 1 << 20;
@@ -75,13 +78,15 @@ pub struct Object {
 pub(crate) struct Loaded {
     pub(crate) session: Arc<Inner>,
     pub(crate) spec: Spec,
-    plan: ArenaPlan,
+    pub(crate) plan: ArenaPlan,
     pub(crate) arena: flea_maps::Arena,
     /// The arena's base in the target.
     pub(crate) base: RemoteAddr,
-    printk: Option<MapIdx>,
+    pub(crate) printk: Option<MapIdx>,
     printk_reader: Arc<Mutex<Option<flea_maps::RingBuf>>>,
     permissions: Permissions,
+    /// Programs that can change the target's memory.
+    writers: HashSet<usize>,
     fits: Fits,
     verified: Mutex<HashMap<ProofKey, Arc<Verified>>>,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
@@ -145,24 +150,14 @@ pub struct Attachment {
     cookie: u64,
 }
 
-/// Everything about one function that the transaction needs.
-pub(crate) struct Prepared {
-    pub(crate) function: Function,
-    pub(crate) site: Site,
-    pub(crate) stack: StackArgs,
-    /// Some program of `uses` needs the skeleton's frame, so the original runs inside it.
-    pub(crate) has_frame: bool,
-    /// (program index, cookie), newest first.
-    pub(crate) uses: Vec<(usize, u64)>,
-    verified: Vec<Arc<Verified>>,
-    signature: Signature,
-}
-
 impl Object {
     pub(crate) fn load(session: &Arc<Inner>, mut spec: Spec) -> Result<Self, LoadError> {
         let slots = RwLock::new(Slots::of(&spec)?);
         let printk = add_printk_map(&mut spec);
         let n_programs = u32::try_from(spec.programs.len()).expect("an object is far smaller");
+        let writes =
+            |index: &usize| calls(&spec.programs[*index].insns, &[Helper::ProbeWriteUser as u32]);
+        let writers = (0..spec.programs.len()).filter(writes).collect();
         let plan = ArenaPlan::new(&spec.maps, n_programs);
         let (arena, base) = transaction::create_arena(session, &plan, &spec.maps)?;
         let printk_reader = printk.and_then(|index| arena.ringbuf(index).ok());
@@ -177,39 +172,11 @@ impl Object {
                 printk,
                 printk_reader,
                 permissions: session.permissions(),
+                writers,
                 fits: Fits::default(),
                 verified: Mutex::default(),
                 attached: Mutex::default(),
                 slots,
-                links: Mutex::default(),
-            }),
-        })
-    }
-
-    /// The same object in another process, as [`crate::Following`] finds them: its programs can be
-    /// attached there as well, and work on the same maps. What this one's programs print and miss
-    /// is told by either.
-    ///
-    /// # Errors
-    /// Memory in that process cannot be set up.
-    pub fn share_with(&self, session: &Session) -> Result<Self, LoadError> {
-        let loaded = &self.inner;
-        let session = session.inner();
-        let base = transaction::share_arena(session, &loaded.arena)?;
-        Ok(Self {
-            inner: Arc::new(Loaded {
-                session: Arc::clone(session),
-                spec: loaded.spec.clone(),
-                plan: loaded.plan.clone(),
-                arena: loaded.arena.clone(),
-                base,
-                printk: loaded.printk,
-                printk_reader: Arc::clone(&loaded.printk_reader),
-                permissions: loaded.permissions,
-                fits: Fits::default(),
-                verified: Mutex::default(),
-                attached: Mutex::default(),
-                slots: RwLock::new(self.slots().clone()),
                 links: Mutex::default(),
             }),
         })
@@ -384,8 +351,8 @@ impl Object {
             }
             let one = &mut prepared[at];
             let kind = self.inner.spec.programs[a.program].kind;
-            if flea_image::needs_frame(kind, &verified, &one.signature) {
-                one.stack = stack_args(&a.function, &one.signature)?;
+            if flea_image::needs_frame(kind, &verified, a.function.signature()) {
+                one.stack = stack_args(&a.function, a.function.signature())?;
                 one.has_frame = true;
             }
             one.uses.insert(0, (a.program, a.cookie));
@@ -405,7 +372,6 @@ impl Object {
             has_frame: false,
             uses: Vec::new(),
             verified: Vec::new(),
-            signature: function.signature().clone(),
         })
     }
 }
@@ -683,56 +649,13 @@ impl Program {
     }
 }
 
-impl Prepared {
-    /// The site's first byte in the target.
-    pub(crate) fn site_address(&self) -> RemoteAddr {
-        self.function.site_address(&self.site)
-    }
-
-    /// Where the value of a program goes that skips the function.
-    pub(crate) fn skip(&self) -> Option<SkipResult> {
-        flea_image::skip_result(&self.signature).ok()
-    }
-
-    /// Compiles the programs on this function, for a frame that starts at `frame_offset`.
-    pub(crate) fn compile(&self, object: &Loaded, frame_offset: u32) -> Result<Body, AttachError> {
-        let programs: Vec<ProgramUse<'_>> = self
-            .uses
-            .iter()
-            .zip(&self.verified)
-            .map(|(&(index, cookie), verified)| ProgramUse {
-                verified,
-                kind: object.spec.programs[index].kind,
-                cookie,
-                state_index: u32::try_from(index).expect("an object is far smaller"),
-            })
-            .collect();
-        flea_image::compile_body(&BodyRequest {
-            signature: &self.signature,
-            programs: &programs,
-            maps: &object.spec.maps,
-            plan: &object.plan,
-            function_address: self.function.address(),
-            frame_offset,
-            printk_map: object.printk,
-            cpu: cpu(),
-        })
-        .map_err(|source| AttachError::Compile { function: self.function.name(), source })
-    }
-}
-
-/// What this machine can do, which is the target's as well.
-fn cpu() -> Cpu {
-    Cpu { lzcnt: std::arch::is_x86_feature_detected!("lzcnt") }
-}
-
 /// Types, and which of them a context's words have.
 type TypesOf<'f> = (Cow<'f, Types>, Cow<'f, [Option<TypeId>]>);
 
 impl Loaded {
     /// Whether the program with this index can change the target's memory.
     pub(crate) fn writes_target(&self, index: usize) -> bool {
-        calls(&self.spec.programs[index].insns, &[Helper::ProbeWriteUser as u32])
+        self.writers.contains(&index)
     }
 
     fn proof(&self, key: ProofKey) -> Option<Arc<Verified>> {
@@ -743,8 +666,14 @@ impl Loaded {
         Arc::clone(lock(&self.verified).entry(key).or_insert(Arc::new(verified)))
     }
 
-    /// The address behind a relocation, with the runtime at `runtime`.
-    pub(crate) fn resolve(&self, runtime: RemoteAddr, target: RelocTarget) -> u64 {
+    /// The address or number behind a relocation in a body for `prepared`, with the runtime at
+    /// `runtime`.
+    pub(crate) fn resolve(
+        &self,
+        runtime: RemoteAddr,
+        prepared: &Prepared,
+        target: RelocTarget,
+    ) -> u64 {
         match target {
             RelocTarget::Arena { addend } => self.base.offset(addend).0,
             RelocTarget::Runtime(function) => {
@@ -754,6 +683,11 @@ impl Loaded {
                 self.session.vdso_clock_gettime().map_or(0, |address| address.0)
             }
             RelocTarget::Constant(value) => value,
+            RelocTarget::FunctionAddress => prepared.function.address().0,
+            RelocTarget::Cookie { program } => {
+                let found = prepared.uses.get(program as usize);
+                found.map_or(0, |&(_, cookie)| cookie)
+            }
             RelocTarget::ThreadPointer | RelocTarget::SkeletonFrame => 0,
         }
     }

@@ -9,6 +9,7 @@ use crate::registry::{CodeArena, Placed, Registry};
 const REACH_BYTES: u64 = (1 << 31) - (64 << 20);
 /// Entry points on a cache line of their own: see ARCHITECTURE.md, "What a hit costs".
 const ALIGN: u64 = 64;
+const INT3: u8 = 0xcc;
 
 impl CodeArena {
     /// A fresh arena.
@@ -30,6 +31,17 @@ impl CodeArena {
     pub(crate) fn reaches(&self, near: RemoteAddr) -> bool {
         let far = near.0.abs_diff(self.base.0).max(near.0.abs_diff(self.end().0));
         far < REACH_BYTES
+    }
+
+    /// Whether the byte at `at` is in it.
+    pub(crate) fn holds(&self, at: RemoteAddr) -> bool {
+        (self.base..self.end()).contains(&at)
+    }
+
+    /// The longest stretch that is free.
+    pub(crate) fn room(&self) -> u64 {
+        let unplaced = self.end().0.saturating_sub(self.next.0);
+        self.free.iter().map(|&(_, bytes)| bytes).fold(unplaced, u64::max)
     }
 
     fn take(&mut self, len: u64) -> Option<RemoteAddr> {
@@ -70,6 +82,29 @@ impl CodeArena {
     }
 }
 
+/// What a stretch of `len` bytes takes in an arena.
+pub(crate) fn taken(len: usize) -> u64 {
+    (len as u64).next_multiple_of(ALIGN)
+}
+
+/// The same writes with those that follow each other in memory made one. What lies between two is
+/// the rest of what the first one has taken, and becomes breakpoints.
+pub(crate) fn runs(mut writes: Vec<(RemoteAddr, Vec<u8>)>) -> Vec<(RemoteAddr, Vec<u8>)> {
+    writes.sort_unstable_by_key(|(at, _)| *at);
+    let mut runs: Vec<(RemoteAddr, Vec<u8>)> = Vec::new();
+    for (at, bytes) in writes {
+        match runs.last_mut() {
+            Some((start, run)) if start.0 + taken(run.len()) == at.0 => {
+                let n_taken = usize::try_from(at.0 - start.0).expect("a run is in memory");
+                run.resize(n_taken, INT3);
+                run.extend(bytes);
+            }
+            _ => runs.push((at, bytes)),
+        }
+    }
+    runs
+}
+
 impl Registry {
     /// Room for `len` bytes within reach of `near`, if an arena has it.
     pub(crate) fn place(&mut self, near: RemoteAddr, len: u32) -> Option<Placed> {
@@ -84,8 +119,7 @@ impl Registry {
     /// Gives a stretch back: nobody can be in it.
     pub(crate) fn unplace(&mut self, placed: Placed) {
         let bytes = u64::from(placed.len).next_multiple_of(ALIGN);
-        let home =
-            self.code.iter_mut().find(|arena| arena.base <= placed.at && placed.at < arena.end());
+        let home = self.code.iter_mut().find(|arena| arena.holds(placed.at));
         if let Some(arena) = home {
             arena.give_back(placed.at, bytes);
         }
@@ -130,6 +164,25 @@ mod tests {
             }
             assert_eq!(r, registry(), "{order:?}");
         }
+    }
+
+    #[test]
+    fn what_lies_in_a_row_is_written_at_once() {
+        let mut r = registry();
+        let near = RemoteAddr(0x20_0000);
+        let places = [40, 64, 100, 1].map(|len| r.place(near, len).unwrap());
+        let write = |i: usize| (places[i].at, vec![i as u8; places[i].len as usize]);
+        let all = runs(vec![write(2), write(0), write(3), write(1)]);
+        let [(at, bytes)] = all.as_slice() else { panic!("{all:?}") };
+        assert_eq!(*at, places[0].at);
+        for (i, place) in places.iter().enumerate() {
+            let from = (place.at.0 - at.0) as usize;
+            assert_eq!(bytes[from..from + place.len as usize], write(i).1);
+        }
+        assert_eq!(bytes[40..64], [INT3; 24]);
+        assert_eq!(bytes.len(), 64 + 64 + 128 + 1);
+        assert_eq!(runs(vec![write(3), write(0)]), [write(0), write(3)], "with a gap between");
+        assert_eq!(runs(vec![]), []);
     }
 
     #[test]

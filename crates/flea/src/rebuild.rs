@@ -14,9 +14,11 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     change::{Change, FIRST_FRAME_OFFSET, arenas},
+    compile,
     error::{AttachError, RemoteError},
-    object::{Loaded, Prepared},
+    object::Loaded,
     own,
+    prepared::Prepared,
     registry::{BodyState, Controller, FunctionState, Registry, Retired},
     remote::Ground,
     system_calls,
@@ -70,7 +72,7 @@ fn rebuild_living(object: &Loaded, what: &Rebuild) -> Result<(), AttachError> {
         let unwinders = if has_frames { unwinder::find(&object.session)? } else { Vec::new() };
         let offset = |id| lay.free_offsets.get(id).copied().unwrap_or(FIRST_FRAME_OFFSET);
         let offsets: Vec<u32> = what.ids.iter().map(offset).collect();
-        let bodies = transaction::compile(object, &what.prepared, &offsets)?;
+        let bodies = compile::all(object, &what.prepared, &offsets)?;
         let may_be_fewer = what.prepared.iter().any(|p| p.stack.may_be_fewer);
         let calls = system_calls::of(&bodies, may_be_fewer);
         let news = what.ids.iter().zip(&what.prepared).zip(bodies.iter().zip(&offsets));
@@ -128,7 +130,8 @@ fn rebuild_on(
     })?;
     transaction::change_and_tidy(&mut ground, unwinders, |change| {
         let mut functions = std::mem::take(&mut change.registry.functions);
-        for function in &mut functions {
+        let is_meant = |f: &FunctionState| f.bodies.iter().any(|b| news.contains_key(&b.id));
+        for function in functions.iter_mut().filter(|f| is_meant(f)) {
             replace_bodies(change, object, function, (runtime, news))?;
         }
         change.registry.functions = functions;

@@ -19,6 +19,7 @@ mod check;
 mod hex;
 mod replaced;
 mod saves;
+mod shared;
 
 use std::{collections::HashSet, sync::OnceLock};
 
@@ -28,6 +29,7 @@ use flea_symbols::addr::RemoteAddr;
 use serde::{Deserialize, Serialize};
 
 pub use self::replaced::{LoadedObject, ReplacementState};
+pub use self::shared::Shared;
 use crate::host::Bytes;
 
 /// The memfd's name: `/proc/PID/maps` shows `/memfd:flea (deleted)`.
@@ -45,7 +47,12 @@ const MADE_OFFSET: i64 = 32;
 const MAX_LOADS: u32 = 64;
 const JMP_REL8: u8 = 0xeb;
 /// Header word 0: "flea\0reg" with the format's version in the last byte.
-const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x09");
+const MAGIC: u64 = u64::from_le_bytes(*b"flea-re\x0a");
+
+/// Whether a field says nothing: then it is left out of the text, most of which that would be.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
 
 /// All that is attached in one process.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -61,7 +68,7 @@ pub struct Registry {
     /// Shared objects of ours, whose functions replace some of the target's.
     pub objects: Vec<LoadedObject>,
     /// The functions that are patched.
-    pub functions: Vec<FunctionState>,
+    pub functions: Vec<Shared<FunctionState>>,
     /// Code that no function enters any more and that some thread may still be in.
     pub retired: Vec<Retired>,
 }
@@ -123,12 +130,13 @@ pub struct FunctionState {
     /// The function's address.
     pub address: RemoteAddr,
     /// What is mapped at the site. Builds that know nothing of it leave it out.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub file: Option<SiteFile>,
     /// The first patched byte (behind an `endbr64`).
     pub site: RemoteAddr,
     /// Where a short jump back to `site` stands while that is patched: the site is nops before
     /// the function's entry.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub door: Option<RemoteAddr>,
     /// Nop or relocated.
     pub kind: SiteKind,
@@ -146,26 +154,36 @@ pub struct FunctionState {
     #[serde(with = "hex")]
     pub previous: [u8; 5],
     /// The skeleton, unless the site calls a body directly.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub skeleton: Option<Placed>,
     /// Where the value goes with which an fmod_ret program skips it, where one is attached and
     /// may.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub skip: Option<Skip>,
     /// The stack arguments to pass on, where an exit program is attached.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub stack: StackArgs,
     /// The skeleton calls the original from a frame of its own.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub calls_original: bool,
     /// What unwinders ask it for; its skeleton tells them of such frames. It need not have
     /// bodies.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub finds_frames: Option<Question>,
     /// Where the original returns to then.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub returns_to: Option<RemoteAddr>,
     /// The bodies that the skeleton calls, as opposed to holding copies of them.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub calls: Vec<RemoteAddr>,
     /// How the skeleton is made to jump over the exit bodies of those that go.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub switches: Vec<Switch>,
     /// Newest first.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub bodies: Vec<BodyState>,
     /// Newest first: calls go to the first one.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub replacements: Vec<ReplacementState>,
 }
 
@@ -230,6 +248,12 @@ pub struct StackArgs {
     pub align_bytes: u32,
 }
 
+impl Default for StackArgs {
+    fn default() -> Self {
+        Self::NONE
+    }
+}
+
 impl StackArgs {
     /// No stack arguments.
     pub const NONE: Self = Self { n_words: 0, may_be_fewer: false, align_bytes: 16 };
@@ -278,29 +302,35 @@ pub struct BodyState {
     pub programs: Vec<(String, String)>,
     /// They can change the target's memory. Only to be shown: builds that know nothing of it
     /// leave it out.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub writes_target: bool,
     /// Bit i: the session side changes integer argument i; bit 16: the exit side changes the
     /// result rax.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub changes: u32,
     /// Fentry programs.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub entry: Option<Placed>,
     /// Fsession programs, entry side.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub session: Option<Placed>,
     /// Fmod_ret programs.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub modify: Option<Placed>,
     /// Fexit programs, and fsession programs, exit side.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub exit: Option<Placed>,
     /// First word of its frame, below the skeleton's own words.
     pub frame_offset: u32,
     /// Words of its frame.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub frame_words: u32,
     /// Bit i: the exit side reads integer argument i; bit 8 + i: xmm argument i; bits 16 to
     /// 19: results rax, rdx, xmm0, xmm1.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub reads: u32,
     /// What else the skeleton stores, into its frame's words.
-    #[serde(with = "saves")]
+    #[serde(default, skip_serializing_if = "is_default", with = "saves")]
     pub saves: Vec<Save>,
 }
 
@@ -333,14 +363,19 @@ pub struct Retired {
     pub code: Placed,
     /// It calls the original, so a thread can be inside it for as long as it likes, also one
     /// whose stack is switched away.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub calls_original: bool,
     /// Where the original returns to, for a skeleton that calls it.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub returns_to: Option<RemoteAddr>,
     /// The bodies that threads in it may yet call.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub calls: Vec<RemoteAddr>,
     /// The data arenas that threads in it may yet work on.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub arenas: Vec<RemoteAddr>,
     /// Exit bodies that it still runs when the original returns.
+    #[serde(default, skip_serializing_if = "is_default")]
     pub switches: Vec<Switch>,
 }
 
@@ -390,7 +425,7 @@ impl Registry {
     /// The sites have been swapped and the switches thrown: what is only there for one who
     /// would have had to do it again can go.
     pub(crate) fn committed(&mut self) {
-        self.functions.retain(FunctionState::is_in_use);
+        self.functions.retain(|f| f.is_in_use());
         let attached = self.body_ids();
         for retired in &mut self.retired {
             retired.switches.retain(|switch| attached.contains(&switch.body));

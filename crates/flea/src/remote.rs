@@ -23,6 +23,7 @@ use crate::{
 
 /// Bytes of the first code arena near a module; later ones are twice as large.
 const CODE_ARENA_BYTES: u64 = 2 << 20;
+const MAX_CODE_ARENA_BYTES: u64 = 256 << 20;
 /// What the runtime, a small registry and the kernel's own tables for them take, and some more.
 const GROUND_BYTES: u64 = 1 << 20;
 /// `MADV_WIPEONFORK`: a forked child's thread table is empty.
@@ -169,8 +170,19 @@ impl<'t> Ground<'t> {
 
     /// More room for code near `near`.
     pub(crate) fn add_code_arena(&mut self, near: RemoteAddr) -> Result<(), RemoteError> {
+        self.add_code_arena_of(near, 0)
+    }
+
+    /// The same, with room for at least so many bytes, if that is less than the largest arena
+    /// has.
+    pub(crate) fn add_code_arena_of(
+        &mut self,
+        near: RemoteAddr,
+        n_bytes: u64,
+    ) -> Result<(), RemoteError> {
         let largest = self.registry.code.iter().map(|a| a.size_bytes).max().unwrap_or(0);
-        let size_bytes = (largest * 2).clamp(CODE_ARENA_BYTES, 256 << 20);
+        let wanted = (n_bytes + HEAD_BYTES).next_multiple_of(CODE_ARENA_BYTES);
+        let size_bytes = (largest * 2).max(wanted).clamp(CODE_ARENA_BYTES, MAX_CODE_ARENA_BYTES);
         let arena = map_code(self.tracer, near, size_bytes)?;
         self.registry.code.push(arena);
         self.store()

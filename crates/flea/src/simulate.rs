@@ -101,7 +101,8 @@ pub fn attach<H: Host>(
         for (fresh, body) in bodies {
             let functions = &mut change.registry.functions;
             let known = functions.iter().position(|f| f.site == fresh.site);
-            let mut function = known.map_or_else(|| fresh.clone(), |at| functions.remove(at));
+            let mut function =
+                known.map_or_else(|| fresh.clone(), |at| functions.remove(at).into_inner());
             let before = arenas(&function);
             let id = change.registry.next_id;
             change.registry.next_id += 1;
@@ -111,7 +112,7 @@ pub fn attach<H: Host>(
             let (entry, exit) = (place(&body.entry)?, place(&body.exit)?);
             function.bodies.insert(0, state(id, body, entry, exit));
             change.relink(&mut function, before)?;
-            change.registry.functions.push(function);
+            change.registry.functions.push(function.into());
             ids.push(id);
         }
         Ok(ids)

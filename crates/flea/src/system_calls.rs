@@ -1,7 +1,10 @@
 //! The system calls that attached code makes in the target, long after the controller has gone:
 //! to be judged by the target's seccomp filters before the code is put there.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+};
 
 use flea_image::{Body, RelocTarget};
 use flea_layout::shared::RuntimeFn;
@@ -67,8 +70,11 @@ fn made_by(function: RuntimeFn) -> &'static [SystemCall] {
 
 /// All that these bodies may make. Those that are called with stack arguments whose number is
 /// not known have them read by the runtime.
-pub(crate) fn of(bodies: &[Body], may_read_stack: bool) -> Vec<SystemCall> {
-    let codes = bodies.iter().flat_map(|b| [&b.entry, &b.session, &b.modify, &b.exit]).flatten();
+pub(crate) fn of(bodies: &[Arc<Body>], may_read_stack: bool) -> Vec<SystemCall> {
+    // Of ten thousand, most are the same one.
+    let mut seen = HashSet::new();
+    let distinct = bodies.iter().filter(|body| seen.insert(Arc::as_ptr(body)));
+    let codes = distinct.flat_map(|b| [&b.entry, &b.session, &b.modify, &b.exit]).flatten();
     let called = codes.flat_map(|code| &code.relocs).filter_map(|reloc| match reloc.target {
         RelocTarget::Runtime(function) => Some(function),
         _ => None,

@@ -22,6 +22,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     fmt::Display,
     os::fd::{FromRawFd as _, OwnedFd},
+    sync::Arc,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -38,19 +39,23 @@ use crate::{
         Attached, Change, FIRST_FRAME_OFFSET, arenas, pack_changes, pack_reads, retire_all,
         take_back,
     },
+    compile,
     error::{AttachError, LoadError, RemoteError},
     function::Function,
     host::{self, Host},
-    object::{Loaded, Prepared},
+    known_code::KnownCode,
+    object::Loaded,
     own::{self, HelperError},
+    placement::{runs, taken},
+    prepared::Prepared,
     reclaim,
     registry::{
-        BodyState, Controller, DataArena, FunctionState, Placed, Registry, SiteFile, SiteKind,
-        Skip, StackArgs, Storage,
+        BodyState, CodeArena, Controller, DataArena, FunctionState, Placed, Registry, Shared,
+        SiteFile, SiteKind, Skip, StackArgs, Storage,
     },
     remote::{self, FileGoesTo, Ground},
     session::Inner,
-    system_calls, unload,
+    sites, system_calls, unload,
     unwinder::{self, Unwinder},
 };
 
@@ -190,7 +195,7 @@ pub(crate) fn attach(object: &Loaded, prepared: &[Prepared]) -> Result<Vec<u32>,
     let author = Author::now();
     for _ in 0..MAX_ATTEMPTS {
         let offsets = ground.frame_offsets;
-        let bodies = compile(object, prepared, &offsets)?;
+        let bodies = compile::all(object, prepared, &offsets)?;
         let calls = system_calls::of(&bodies, prepared.iter().any(|p| p.stack.may_be_fewer));
         let outcome = seized(pid, |tracer| {
             tracer.check_system_calls(&calls).map_err(RemoteError::Seccomp)?;
@@ -314,7 +319,7 @@ pub(crate) fn is_own(pid: Pid) -> bool {
 /// First free frame offset on each function.
 fn frame_offsets(registry: &Registry, prepared: &[Prepared]) -> Vec<u32> {
     let by_site: HashMap<RemoteAddr, &FunctionState> =
-        registry.functions.iter().map(|f| (f.site, f)).collect();
+        registry.functions.iter().map(|f| (f.site, &**f)).collect();
     let end = |f: &FunctionState| {
         let ends = f.bodies.iter().map(|b| b.frame_offset + 8 * b.frame_words);
         ends.max().unwrap_or(FIRST_FRAME_OFFSET).max(FIRST_FRAME_OFFSET)
@@ -325,39 +330,11 @@ fn frame_offsets(registry: &Registry, prepared: &[Prepared]) -> Vec<u32> {
         .collect()
 }
 
-/// Compiles on every CPU: functions are independent of each other.
-pub(crate) fn compile(
-    object: &Loaded,
-    prepared: &[Prepared],
-    offsets: &[u32],
-) -> Result<Vec<Body>, AttachError> {
-    let n_workers = std::thread::available_parallelism().map_or(1, usize::from);
-    let chunk = prepared.len().div_ceil(n_workers).max(1);
-    let compile_chunk = |(prepared, offsets): (&[Prepared], &[u32])| {
-        prepared.iter().zip(offsets).map(|(p, offset)| p.compile(object, *offset)).collect()
-    };
-    let chunks = || prepared.chunks(chunk).zip(offsets.chunks(chunk));
-    if prepared.len() <= n_workers {
-        return chunks().map(compile_chunk).collect::<Result<Vec<Vec<_>>, _>>().map(|v| v.concat());
-    }
-    std::thread::scope(|scope| {
-        let workers: Vec<_> =
-            chunks().map(|work| scope.spawn(move || compile_chunk(work))).collect();
-        let mut bodies = Vec::with_capacity(prepared.len());
-        for worker in workers {
-            let done: Result<Vec<Body>, AttachError> =
-                worker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            bodies.extend(done?);
-        }
-        Ok(bodies)
-    })
-}
-
 fn attach_on(
     mut ground: Ground<'_>,
     object: &Loaded,
     prepared: &[Prepared],
-    bodies: &[Body],
+    bodies: &[Arc<Body>],
     (offsets, author): (&[u32], Author),
     unwinders: &[Unwinder],
 ) -> Result<Vec<u32>, AttachError> {
@@ -365,9 +342,10 @@ fn attach_on(
     let runtime = ground.registry.own_runtime().ok_or_else(|| {
         AttachError::Remote(RemoteError::Registry(ground.storage.damaged("no runtime".to_owned())))
     })?;
+    make_room(&mut ground, prepared, bodies);
     change_and_tidy(&mut ground, unwinders, |change| {
         // Taken out by site and put back at the end: ten thousand of them are looked up.
-        let mut functions: BTreeMap<RemoteAddr, FunctionState> =
+        let mut functions: BTreeMap<RemoteAddr, Shared<FunctionState>> =
             change.registry.functions.drain(..).map(|f| (f.site, f)).collect();
         let mut ids = Vec::with_capacity(prepared.len());
         for ((p, body), offset) in prepared.iter().zip(bodies).zip(offsets) {
@@ -403,6 +381,29 @@ pub(crate) fn change_and_tidy<H: Host, R>(
 /// made nor be taken back, `settle` has to find out: what was to be retired may be entered.
 pub(crate) fn is_known<R>(outcome: &Result<R, AttachError>) -> bool {
     !matches!(outcome, Err(AttachError::Commit(error)) if !error.is_undone())
+}
+
+/// Maps the memory for many functions at once, where it is clear that there is not enough: else
+/// the change would be begun again for each arena. What goes wrong here goes wrong again when a
+/// body is placed, and is told then.
+fn make_room(ground: &mut Ground<'_>, prepared: &[Prepared], bodies: &[Arc<Body>]) {
+    let Some(first) = prepared.first() else { return };
+    let near = first.site_address();
+    let wanted: u64 = bodies.iter().map(|body| room_for(body)).sum();
+    let reached = ground.registry.code.iter().filter(|arena| arena.reaches(near));
+    if reached.map(CodeArena::room).max().is_none_or(|room| room < wanted) {
+        let _ = ground.add_code_arena_of(near, wanted);
+    }
+}
+
+/// What a body and its skeleton take, or somewhat more.
+fn room_for(body: &Body) -> u64 {
+    /// Of a skeleton, besides its copies of bodies.
+    const SKELETON_BYTES: usize = 192;
+    let codes = [&body.entry, &body.session, &body.modify, &body.exit].into_iter().flatten();
+    let lens: Vec<usize> = codes.map(|code| code.bytes.len()).collect();
+    let bodies: u64 = lens.iter().map(|len| taken(*len)).sum();
+    bodies + taken(lens.iter().sum::<usize>() + SKELETON_BYTES)
 }
 
 /// Step 5: frees what no thread can be in, and leaves unwinders alone once no frame is left
@@ -443,7 +444,7 @@ fn change_once<H: Host, R>(
     ground: &mut H,
     edit: impl FnOnce(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
-    let known_code = read_bodies(ground)?;
+    let known_code = KnownCode::read(ground.registry(), ground)?;
     let mut change = Change::new(ground.registry().clone(), known_code);
     let result = edit(&mut change)?;
     change.switch_off();
@@ -481,7 +482,7 @@ fn carry_out<H: Host>(ground: &mut H, change: Change) -> Result<(), AttachError>
 /// Steps 2 and 3: all but what the target's threads could notice. What is left is step 4.
 fn announce<H: Host>(ground: &mut H, change: Change) -> Result<Plan, AttachError> {
     let Change { mut registry, writes, pokes, retired, .. } = change;
-    for (at, bytes) in &writes {
+    for (at, bytes) in &runs(writes) {
         ground.write(*at, bytes).map_err(RemoteError::from)?;
     }
     // Until the sites are swapped, what is to be retired is still entered. Nobody frees it:
@@ -508,21 +509,22 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
     // A copy: where this fails, nobody is to think that nothing is attached.
     let mut registry = ground.registry().clone();
     let mut unfinished = Vec::new();
-    for mut f in std::mem::take(&mut registry.functions) {
-        let mut now = [0; 5];
-        match ground.read(f.site, &mut now) {
+    let functions = std::mem::take(&mut registry.functions);
+    let places: Vec<RemoteAddr> = functions.iter().map(|f| f.site).collect();
+    for (mut f, now) in functions.into_iter().zip(sites::read(ground, &places)) {
+        match now {
             Err(MemoryError::Unmapped { .. }) if !is_mapped(f.site) => {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
             Err(error) => return Err(RemoteError::from(error).into()),
-            Ok(()) if now != f.patched && is_mapped_anew(ground, &f, now, &maps) => {
+            Ok(now) if now != f.patched && is_mapped_anew(ground, &f, now, &maps) => {
                 registry.retired.extend(retire_all(f));
                 continue;
             }
-            Ok(()) if now != f.patched && now == f.previous => unfinished.push(f.site),
-            Ok(()) if close_up(ground, &mut f)? => unfinished.push(f.site),
-            Ok(()) => {}
+            Ok(now) if now != f.patched && now == f.previous => unfinished.push(f.site),
+            Ok(_) if f.door.is_some() && close_up(ground, &mut f)? => unfinished.push(f.site),
+            Ok(_) => {}
         }
         registry.functions.push(f);
     }
@@ -591,19 +593,6 @@ fn close_up<H: Host>(ground: &H, f: &mut FunctionState) -> Result<bool, AttachEr
     Ok(false)
 }
 
-/// The bytes of all bodies: a new skeleton may hold copies of them.
-fn read_bodies<H: Host>(ground: &H) -> Result<HashMap<RemoteAddr, Vec<u8>>, AttachError> {
-    let mut known = HashMap::new();
-    for body in ground.registry().functions.iter().flat_map(|f| &f.bodies) {
-        for placed in body.placed() {
-            let mut bytes = vec![0; placed.len as usize];
-            ground.read(placed.at, &mut bytes).map_err(RemoteError::from)?;
-            known.insert(placed.at, bytes);
-        }
-    }
-    Ok(known)
-}
-
 /// Who attaches, and when: the same for all bodies of one transaction. Never the forked helper
 /// of a process that traces itself.
 #[derive(Clone, Copy)]
@@ -658,7 +647,7 @@ pub(crate) fn place_body(
     let NewBody { body, runtime, author, .. } = *new;
     let mut place = |code: &Option<flea_image::Code>| -> Result<Option<Placed>, AttachError> {
         let Some(code) = code else { return Ok(None) };
-        let bytes = code.resolve(|target| object.resolve(runtime, target));
+        let bytes = code.resolve(|target| object.resolve(runtime, p, target));
         change.place(function.site, bytes).map(Some)
     };
     let (entry, session) = (place(&body.entry)?, place(&body.session)?);
@@ -692,7 +681,7 @@ fn program_label(object: &Loaded, index: usize) -> (String, String) {
 }
 
 /// A function that nothing is attached to yet.
-pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
+pub(crate) fn new_function(function: &Function, site: &Site) -> Shared<FunctionState> {
     let original = site.original.clone();
     let first: [u8; 5] = original[..5].try_into().expect("a site has at least five bytes");
     let mut insn_lens = Vec::new();
@@ -701,7 +690,7 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         let end = end.unwrap_or_else(|| u8::try_from(original.len()).unwrap_or(u8::MAX));
         insn_lens.push(end - start);
     }
-    FunctionState {
+    Shared::from(FunctionState {
         module: function.module().to_owned(),
         name: function.name(),
         address: function.address(),
@@ -726,5 +715,5 @@ pub(crate) fn new_function(function: &Function, site: &Site) -> FunctionState {
         switches: Vec::new(),
         bodies: Vec::new(),
         replacements: Vec::new(),
-    }
+    })
 }

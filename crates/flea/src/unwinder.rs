@@ -129,7 +129,9 @@ impl Change {
         let mut sites = Vec::new();
         for f in functions.iter_mut() {
             let told = unwinders.iter().find(|u| u.site_address() == f.site);
-            f.finds_frames = told.map(|u| u.question).or(f.finds_frames);
+            if let Some(told) = told {
+                f.finds_frames = Some(told.question);
+            }
             if f.finds_frames.is_some() {
                 sites.push(f.site);
             }

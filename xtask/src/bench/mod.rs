@@ -4,12 +4,13 @@
 //! longest pause; then what verifying costs. A row that cannot be measured prints why and does not stop the others.
 //!
 //! `rows.rs` says what is measured, `goals.rs` what is wanted of it, `harness.rs` talks to `bench_loop.c`, `controller.rs`
-//! runs the command `flea` beside it, `programs.rs` attaches what no command does, `steps.rs` counts instructions, `verify.rs` verifies, `table.rs` prints.
+//! runs the command `flea` beside it, `programs.rs` attaches what no command does, `multi.rs` ten thousand functions beside the kernel's link, `steps.rs` counts instructions, `verify.rs` verifies, `table.rs` prints.
 
 mod attach;
 mod controller;
 mod goals;
 mod harness;
+mod multi;
 pub mod programs;
 mod rows;
 mod site;
@@ -61,6 +62,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     let flea = find_flea(options.flea);
     let rows::Measured { hits, goals } = rows::measure(flea.as_ref().ok(), options.n_rounds)?;
     let attaches = attach::measure(flea.as_ref().ok());
+    let multi = multi::measure();
     let pause = attach::pause(flea.as_ref().ok());
     let stalls = attach::stalls(flea.as_ref().ok());
     let verifications = verify::measure();
@@ -71,6 +73,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
                 "hits": hits.iter().map(table::hit_json).collect::<Vec<_>>(),
                 "goals": goals.iter().map(table::goal_json).collect::<Vec<_>>(),
                 "attach": attaches.iter().map(table::attach_json).collect::<Vec<_>>(),
+                "bulk": table::multi_json(&multi),
                 "pause": table::pause_json(&pause),
                 "stalls": stalls.iter().map(table::stalls_json).collect::<Vec<_>>(),
                 "verify": verifications.iter().map(table::verification_json).collect::<Vec<_>>(),
@@ -84,6 +87,7 @@ pub fn run(args: &[&str]) -> Result<ExitCode> {
     println!("{}", table::hits(&hits, options.n_rounds));
     println!("{}", table::goals(&goals));
     println!("{}", table::attaches(&attaches));
+    println!("{}", table::multi(&multi));
     println!("{}\n", table::pause(&pause));
     println!("{}", table::stalls(&stalls));
     println!("{}", table::verifications(&verifications));

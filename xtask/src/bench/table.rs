@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 
 use super::attach::{Bulk, Pause, Stall, Stalls};
 use super::goals::Goal;
+use super::multi::Multi;
 use super::rows::{Hit, Times};
 use super::verify::{Cost, Verification};
 
@@ -82,6 +83,39 @@ pub fn attaches(bulks: &[Bulk]) -> String {
         let _ = writeln!(text, "{:>10} {line}", bulk.n_functions);
     }
     text
+}
+
+/// Ten thousand functions at once beside the kernel's link, a line each.
+pub fn multi(all: &Result<Vec<Result<Multi>>>) -> String {
+    let mut text = format!(
+        "10 000 functions at once, medians; images included, reading symbols not\n\
+         {:<20} {:>12} {:>12}\n",
+        "", "on ms", "off ms"
+    );
+    let _ = match all {
+        Err(e) => writeln!(text, "not measured: {}", reason(e)),
+        Ok(rows) => rows.iter().try_for_each(|row| match row {
+            Ok(Multi { what, on_ms, off_ms }) => {
+                writeln!(text, "{what:<20} {on_ms:12.2} {off_ms:12.2}")
+            }
+            Err(e) => writeln!(text, "not measured: {}", reason(e)),
+        }),
+    };
+    text
+}
+
+/// The same as JSON.
+pub fn multi_json(all: &Result<Vec<Result<Multi>>>) -> Value {
+    let row = |row: &Result<Multi>| match row {
+        Ok(Multi { what, on_ms, off_ms }) => {
+            json!({ "what": what, "on_ms": on_ms, "off_ms": off_ms })
+        }
+        Err(e) => json!({ "error": reason(e) }),
+    };
+    match all {
+        Ok(rows) => rows.iter().map(row).collect(),
+        Err(e) => json!({ "error": reason(e) }),
+    }
 }
 
 /// The longest pause, in a line.

@@ -56,8 +56,8 @@ impl std::fmt::Display for Refusals {
     }
 }
 
-/// Whether the process has not ended.
+/// Whether the process has not ended: one that is ending has given its memory back already.
 pub fn is_alive(pid: Pid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status.lines().any(|line| line.starts_with("VmSize:"))
 }

@@ -349,7 +349,7 @@ impl Translator<'_, '_> {
     pub(super) fn context_slot(&mut self, slot: i32) -> Option<Value> {
         let n_args = self.env.args.n_args();
         match slot {
-            -2 => Some(self.iconst(self.env.function_address.cast_signed())),
+            -2 => Some(self.number(self.env.function_address)),
             -1 => {
                 let is_return = u64::from(self.env.args.side == Side::Exit) << 63;
                 let n_args = u64::try_from(n_args).unwrap_or(u64::MAX) & 0xff;

@@ -101,8 +101,8 @@ impl Translator<'_, '_> {
             }
             // Only the verifier knows the difference.
             Helper::RdonlyCast => Ok(r1),
-            Helper::GetFuncIp => Ok(self.iconst(self.env.function_address.cast_signed())),
-            Helper::GetAttachCookie => Ok(self.iconst(self.used.cookie.cast_signed())),
+            Helper::GetFuncIp => Ok(self.number(self.env.function_address)),
+            Helper::GetAttachCookie => Ok(self.number(self.used.cookie)),
             Helper::GetFuncArgCnt => {
                 Ok(self.iconst(i64::try_from(self.env.args.n_args()).unwrap_or(i64::MAX)))
             }

@@ -29,7 +29,7 @@ use flea_object::spec::{MapIdx, MapKind, ProgramKind};
 use flea_verifier::Verified;
 use flea_verifier::facts::Fact;
 
-use crate::clif::{constant, known_constant, symbol};
+use crate::clif::{Number, constant, known_constant, number, symbol};
 use crate::code::RelocTarget;
 use crate::frame::Frame;
 use crate::request::{CompileError, Reads};
@@ -52,7 +52,7 @@ const MAX_CALL_DEPTH: u32 = 8;
 pub(crate) struct Use<'a> {
     pub verified: &'a Verified,
     pub kind: Option<ProgramKind>,
-    pub cookie: u64,
+    pub cookie: Number,
     /// Word of this body's frame that holds the program's session cookie.
     pub cookie_word: u32,
     /// Where a run goes that cannot get a lock; `None` where the program takes none.
@@ -63,7 +63,7 @@ pub(crate) struct Use<'a> {
 pub(crate) struct Env<'a> {
     pub plan: &'a ArenaPlan,
     pub printk_map: Option<MapIdx>,
-    pub function_address: u64,
+    pub function_address: Number,
     pub frame_offset: u32,
     pub args: Arguments,
     /// Helpers may be called: false in a plain function without an arena.
@@ -451,6 +451,10 @@ impl<'a, 'b> Translator<'a, 'b> {
 
     fn iconst(&mut self, value: i64) -> Value {
         constant(self.b, value)
+    }
+
+    fn number(&mut self, value: Number) -> Value {
+        number(self.b, value)
     }
 
     fn reg(&mut self, scope: &Scope, reg: u8) -> Value {

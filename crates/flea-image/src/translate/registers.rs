@@ -99,7 +99,7 @@ impl Translator<'_, '_> {
         match register(word)? {
             Register::Constant(value) => Some(self.iconst(value)),
             Register::Rip if side == Side::Exit => self.frame_word(8),
-            Register::Rip => Some(self.iconst(self.env.function_address.cast_signed())),
+            Register::Rip => Some(self.number(self.env.function_address)),
             Register::Rbp => Some(self.fixed_word(rbp.unwrap_or(body_rbp), 0)),
             Register::Rsp => {
                 let (base, offset) = match (side, rbp) {

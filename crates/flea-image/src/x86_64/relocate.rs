@@ -159,8 +159,9 @@ fn indirect_jump(call: &Instruction) -> Option<Instruction> {
     Some(jump)
 }
 
-/// Appends a body's instructions with each `ret` turned into a jump behind the last one.
-pub(crate) fn inline_body(out: &mut Assembly, bytes: &[u8]) -> Result<(), RelocateError> {
+/// Appends a body's instructions with each `ret` turned into a jump behind the last one. Returns
+/// the places of those that load a 64-bit number ([`numbers`]).
+pub(crate) fn inline_body(out: &mut Assembly, bytes: &[u8]) -> Result<Vec<Place>, RelocateError> {
     // Any address will do: a body has no reference to its own position.
     let ip = 0x1000;
     let mut insns = decode(bytes, ip)?;
@@ -171,7 +172,11 @@ pub(crate) fn inline_body(out: &mut Assembly, bytes: &[u8]) -> Result<(), Reloca
     let places: Vec<(u64, Place)> =
         insns.iter().enumerate().map(|(i, insn)| (insn.ip(), out.after(i.min(n_kept)))).collect();
     insns.truncate(n_kept);
+    let mut numbers = Vec::new();
     for mut insn in insns {
+        if insn.code() == Code::Mov_r64_imm64 {
+            numbers.push(out.here());
+        }
         let not_inline = RelocateError::NotInline { offset: offset_of(&insn, ip) };
         match insn.flow_control() {
             FlowControl::Next if !insn.is_ip_rel_memory_operand() => {}
@@ -191,7 +196,18 @@ pub(crate) fn inline_body(out: &mut Assembly, bytes: &[u8]) -> Result<(), Reloca
         }
         out.push(insn);
     }
-    Ok(())
+    Ok(numbers)
+}
+
+/// Bytes of `movabs reg, imm64` before the number.
+pub(super) const NUMBER_OFFSET: u32 = 2;
+
+/// Offsets of the 64-bit numbers in the instructions `bytes`: whatever they are, the instructions
+/// are as long and do the same with them.
+pub(super) fn numbers(bytes: &[u8]) -> impl Iterator<Item = usize> + '_ {
+    let insns = Decoder::new(64, bytes, DecoderOptions::NONE).into_iter();
+    let loads = insns.filter(|insn| insn.code() == Code::Mov_r64_imm64);
+    loads.filter_map(|insn| usize::try_from(insn.ip() + u64::from(NUMBER_OFFSET)).ok())
 }
 
 fn is_ret(insn: &Instruction) -> bool {

@@ -73,9 +73,11 @@ use crate::skip::SkipResult;
 mod changes;
 mod skip;
 mod switch;
+mod template;
 
 pub use switch::Switch;
 use switch::SwitchPlaces;
+pub use template::{Draft, Linker};
 
 /// Bytes of `jmp rel32` and `call rel32`: what a site gives up at least.
 pub const PATCH_BYTES: usize = 5;
@@ -114,7 +116,7 @@ pub struct SkeletonRequest<'a> {
 }
 
 /// What a site's bytes are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SiteKind {
     /// No-operations: they are not needed again.
     Nops,
@@ -351,6 +353,23 @@ pub fn link_unwinder_skeleton(
     question: Question,
     arenas: &[FrameArena],
 ) -> Result<Skeleton, LinkError> {
+    let (skeleton, _) = assemble(request, question, arenas)?;
+    // Ten thousand of these are made in one attach, so a release build does without; the tests
+    // show that what is made here is right whatever goes in.
+    if cfg!(debug_assertions) {
+        let asked = (!arenas.is_empty()).then_some(question);
+        check_image(&ImageUnderCheck::of(request, asked, &skeleton)).map_err(LinkError::Check)?;
+    }
+    Ok(skeleton)
+}
+
+/// The skeleton, and where in it the numbers of inlined bodies are: entry, session, modify and
+/// exit bodies one after another.
+fn assemble(
+    request: &SkeletonRequest<'_>,
+    question: Question,
+    arenas: &[FrameArena],
+) -> Result<(Skeleton, Vec<u32>), LinkError> {
     check_request(request)?;
     let mut emitter = Emitter {
         asm: Assembly::default(),
@@ -358,6 +377,7 @@ pub fn link_unwinder_skeleton(
         rows: vec![],
         returns_to: None,
         switches: vec![],
+        numbers: vec![],
         changers: vec![],
     };
     let has_frame = request.bodies.iter().any(SkeletonBody::needs_frame);
@@ -371,14 +391,7 @@ pub fn link_unwinder_skeleton(
     find_fde::emit(&mut emitter.asm, question, arenas).map_err(|e| emitter.failed(&e))?;
     emitter.replacement()?;
     let moves = emitter.original()?;
-    let skeleton = emitter.finish(original, &moves)?;
-    // Ten thousand of these are made in one attach, so a release build does without; the tests
-    // show that what is made here is right whatever goes in.
-    if cfg!(debug_assertions) {
-        let asked = (!arenas.is_empty()).then_some(question);
-        check_image(&ImageUnderCheck::of(request, asked, &skeleton)).map_err(LinkError::Check)?;
-    }
-    Ok(skeleton)
+    emitter.finish(original, &moves)
 }
 
 fn check_request(request: &SkeletonRequest<'_>) -> Result<(), LinkError> {
@@ -445,6 +458,8 @@ struct Emitter<'a> {
     rows: Vec<(Place, UnwindRule)>,
     returns_to: Option<Place>,
     switches: Vec<SwitchPlaces>,
+    /// Where inlined bodies load numbers.
+    numbers: Vec<Place>,
     changers: Vec<(Place, Place, Changes)>,
 }
 
@@ -492,16 +507,20 @@ impl Emitter<'_> {
                     // It may read stack words by its frame pointer, and expects its return
                     // address between its frame and ours.
                     self.code(|a| a.lea(rsp, ptr(rsp - 8)))?;
-                    relocate::inline_body(&mut self.asm, bytes).map_err(LinkError::Inline)?;
+                    self.inline(bytes)?;
                     self.code(|a| a.lea(rsp, ptr(rsp + 8)))?;
                 }
-                Some(BodyRef::Inline(bytes)) => {
-                    relocate::inline_body(&mut self.asm, bytes).map_err(LinkError::Inline)?;
-                }
+                Some(BodyRef::Inline(bytes)) => self.inline(bytes)?,
                 Some(BodyRef::Call(address)) => self.branch(Code::Call_rel32_64, address.0)?,
                 None => {}
             }
         }
+        Ok(())
+    }
+
+    fn inline(&mut self, bytes: &[u8]) -> Result<(), LinkError> {
+        let numbers = relocate::inline_body(&mut self.asm, bytes).map_err(LinkError::Inline)?;
+        self.numbers.extend(numbers);
         Ok(())
     }
 
@@ -558,9 +577,7 @@ impl Emitter<'_> {
 
     fn framed_body(&mut self, body: Option<BodyRef<'_>>) -> Result<(), LinkError> {
         match body {
-            Some(BodyRef::Inline(bytes)) => {
-                relocate::inline_body(&mut self.asm, bytes).map_err(LinkError::Inline)
-            }
+            Some(BodyRef::Inline(bytes)) => self.inline(bytes),
             Some(BodyRef::Call(address)) => self.branch(Code::Call_rel32_64, address.0),
             None => Ok(()),
         }
@@ -657,15 +674,20 @@ impl Emitter<'_> {
         self.asm.branch(code, target).map_err(|e| self.failed(&e))
     }
 
-    fn finish(&self, original: Place, moves: &[(u64, Place)]) -> Result<Skeleton, LinkError> {
+    fn finish(
+        &self,
+        original: Place,
+        moves: &[(u64, Place)],
+    ) -> Result<(Skeleton, Vec<u32>), LinkError> {
         let address = self.request.image_address;
         let encoded = self.asm.encode(address).map_err(|e| self.failed(&e))?;
         let offset = |place| self.offset(&encoded, place);
         let at = |place| Ok(address.offset(i64::from(offset(place)?)));
         let site = self.request.site;
+        let numbers = self.numbers.iter().map(|place| offset(*place)).collect::<Result<_, _>>()?;
         let site_patch =
             rel32(0xe9, site, address).ok_or(LinkError::OutOfReach { from: site, to: address })?;
-        Ok(Skeleton {
+        let skeleton = Skeleton {
             site_patch,
             original_entry: at(original)?,
             returns_to: self.returns_to.map(at).transpose()?,
@@ -686,7 +708,8 @@ impl Emitter<'_> {
                 .collect::<Result<_, LinkError>>()?,
             bytes: encoded.bytes,
             address,
-        })
+        };
+        Ok((skeleton, numbers))
     }
 
     fn offset(&self, encoded: &Encoded, place: Place) -> Result<u32, LinkError> {

@@ -42,7 +42,7 @@ pub(crate) const MAX_STACK_WORDS: u32 = PAGE_BYTES / 8 - 1;
 const PAGE_BYTES: u32 = 4096;
 
 /// The words of stack arguments that the original is to find above its return address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum StackCopy {
     /// So many are there.
     Exactly(u32),

@@ -88,6 +88,8 @@ pub fn address_of(target: RelocTarget) -> u64 {
             RUNTIME + 64 * RuntimeFn::ALL.iter().position(|g| *g == f).unwrap() as u64
         }
         RelocTarget::VdsoClockGettime => 0x7fff_0000_1000,
+        RelocTarget::FunctionAddress => SITE.0,
+        RelocTarget::Cookie { program } => 1 + u64::from(program),
         RelocTarget::Constant(_) | RelocTarget::ThreadPointer | RelocTarget::SkeletonFrame => {
             unreachable!()
         }

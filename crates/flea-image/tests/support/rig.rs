@@ -3,7 +3,8 @@
 
 use flea_image::{
     BODY_FRAMES_OFFSET, Body, BodyRef, BodyRequest, Cpu, ProgramUse, RelocTarget, SiteKind,
-    SkeletonBody, SkeletonRequest, StackCopy, call_patch, compile_body, link_skeleton, skip_result,
+    SkeletonBody, SkeletonRequest, StackCopy, call_patch, compile_body, compile_shared_body,
+    link_skeleton, skip_result,
 };
 use flea_layout::plan::ArenaPlan;
 use flea_layout::shared::{ArenaHeader, RuntimeFn, THREAD_TABLE_BYTES};
@@ -138,6 +139,8 @@ pub struct Rig {
     pub data: Pages,
     pub plan: ArenaPlan,
     pub slot_found: bool,
+    /// Bodies are compiled for many functions alike.
+    pub shared: bool,
 }
 
 impl Rig {
@@ -152,7 +155,7 @@ impl Rig {
     pub fn new(maps: &[MapSpec], slot_found: bool) -> Self {
         let plan = plan(maps);
         let data = Pages::new(THREAD_TABLE_BYTES + plan.size_bytes as usize);
-        let rig = Self { code: Pages::new(CODE_BYTES), data, plan, slot_found };
+        let rig = Self { code: Pages::new(CODE_BYTES), data, plan, slot_found, shared: false };
         rig.write_stubs();
         rig.code.write(HARNESS, &harness(rig.code.address() + HARNESS as u64));
         rig
@@ -202,6 +205,8 @@ impl Rig {
                 self.code.address() + (STUBS + 64 * i) as u64
             }
             RelocTarget::VdsoClockGettime => 0,
+            RelocTarget::FunctionAddress => self.code.address(),
+            RelocTarget::Cookie { .. } => 7,
             RelocTarget::Constant(_) | RelocTarget::ThreadPointer | RelocTarget::SkeletonFrame => {
                 unreachable!()
             }
@@ -237,7 +242,8 @@ impl Rig {
             .map(|(i, p)| ProgramUse { verified: p.0, kind: p.1, cookie: 7, state_index: i })
             .collect();
         let site = RemoteAddr(self.code.address());
-        let body = compile_body(&BodyRequest {
+        let compile = if self.shared { compile_shared_body } else { compile_body };
+        let body = compile(&BodyRequest {
             signature,
             programs: &programs,
             maps: &[],

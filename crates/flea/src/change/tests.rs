@@ -1,5 +1,7 @@
 //! What changes of a registry do to code and sites, without a process.
 
+use std::collections::HashMap;
+
 use super::*;
 use crate::registry::{CodeArena, Controller};
 
@@ -53,7 +55,7 @@ fn prologue() -> FunctionState {
 
 fn registry(f: FunctionState) -> Registry {
     let code = vec![CodeArena::new(CODE, 0x10000)];
-    Registry { code, functions: vec![f], ..Registry::default() }
+    Registry { code, functions: vec![f.into()], ..Registry::default() }
 }
 
 /// The registry behind a change, the sites swapped.

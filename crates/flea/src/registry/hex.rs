@@ -7,9 +7,13 @@ pub(super) fn serialize<S: Serializer>(
     bytes: &impl AsRef<[u8]>,
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
-    let digit = |n: u8| char::from_digit(u32::from(n), 16).unwrap_or('?');
-    let text = bytes.as_ref().iter().flat_map(|byte| [digit(byte >> 4), digit(byte & 15)]);
-    serializer.serialize_str(&text.collect::<String>())
+    let digit = |n: u8| char::from(b"0123456789abcdef"[usize::from(n & 15)]);
+    let bytes = bytes.as_ref();
+    let mut text = String::with_capacity(2 * bytes.len());
+    for byte in bytes {
+        text.extend([digit(byte >> 4), digit(*byte)]);
+    }
+    serializer.serialize_str(&text)
 }
 
 pub(super) fn deserialize<'de, D, T>(deserializer: D) -> Result<T, D::Error>

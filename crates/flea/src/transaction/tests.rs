@@ -57,7 +57,7 @@ fn announce_and_die(
 ) -> Result<(), AttachError> {
     seized(pid, |tracer| {
         let mut ground = Ground::find(tracer)?.expect("something is attached");
-        let known = read_bodies(&ground)?;
+        let known = KnownCode::read(&ground.registry, &ground)?;
         let mut change = Change::new(ground.registry.clone(), known);
         edit(&mut change)?;
         change.switch_off();
