@@ -174,7 +174,8 @@ impl Text {
     /// Other code is written there that nobody executes yet.
     pub fn forget(&mut self, range: &Range<u64>) {
         let outside = |at: u64| !range.contains(&at);
-        self.changing.retain(|other| outside(other.start));
+        // Also where it began in code that was freed with this, and is not written to.
+        self.changing.retain(|other| other.end <= range.start || other.start >= range.end);
         self.legal.retain(|legal| outside(legal.at));
     }
 

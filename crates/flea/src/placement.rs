@@ -171,12 +171,12 @@ mod tests {
         let mut r = registry();
         let near = RemoteAddr(0x20_0000);
         let places = [40, 64, 100, 1].map(|len| r.place(near, len).unwrap());
-        let write = |i: usize| (places[i].at, vec![i as u8; places[i].len as usize]);
+        let write = |i: usize| (places[i].at, vec![i.to_le_bytes()[0]; places[i].len as usize]);
         let all = runs(vec![write(2), write(0), write(3), write(1)]);
         let [(at, bytes)] = all.as_slice() else { panic!("{all:?}") };
         assert_eq!(*at, places[0].at);
         for (i, place) in places.iter().enumerate() {
-            let from = (place.at.0 - at.0) as usize;
+            let from = usize::try_from(place.at.0 - at.0).unwrap();
             assert_eq!(bytes[from..from + place.len as usize], write(i).1);
         }
         assert_eq!(bytes[40..64], [INT3; 24]);

@@ -64,7 +64,7 @@ mod tests {
         sites.push(RemoteAddr(16));
         let found = read(&memory, &sites);
         for (at, bytes) in offsets.iter().zip(&found) {
-            let at = *at as usize;
+            let at = usize::try_from(*at).unwrap();
             assert_eq!(bytes.as_ref().unwrap(), &text[at..at + 5], "{at}");
         }
         assert!(matches!(found[offsets.len()], Err(MemoryError::Unmapped { .. })));

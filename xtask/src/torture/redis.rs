@@ -101,7 +101,7 @@ struct Client<'a> {
     connection: Connection,
     name: String,
     random: Random,
-    values: HashMap<u32, Vec<u8>>,
+    values: HashMap<usize, Vec<u8>>,
     list: Vec<Vec<u8>>,
     counter: i64,
 }
@@ -133,7 +133,7 @@ impl Client<'_> {
     /// One command, its answer checked.
     fn step(&mut self) -> Result<()> {
         let ok = Reply::Status("OK".into());
-        let number = self.random.below(200) as u32;
+        let number = self.random.below(200);
         let key = format!("{}:{number}", self.name).into_bytes();
         match self.random.below(100) {
             0..30 => {
@@ -175,8 +175,8 @@ impl Client<'_> {
     }
 
     /// In Lua: the interpreter's stack, and errors, which leave by longjmp.
-    fn step_script(&mut self, key: &[u8], number: u32) -> Result<()> {
-        if number % 4 == 0 {
+    fn step_script(&mut self, key: &[u8], number: usize) -> Result<()> {
+        if number.is_multiple_of(4) {
             let reply = self.ask(&[b"EVAL", b"error('on purpose')", b"0"])?;
             ensure!(
                 matches!(&reply, Reply::Error(text) if text.contains("on purpose")),
