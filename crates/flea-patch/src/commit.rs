@@ -44,10 +44,11 @@ use flea_process::Trap;
 use flea_symbols::addr::RemoteAddr;
 
 use crate::error::CommitError;
+use crate::gate::{Barrier, Gate};
 use crate::plan::{Plan, Poke};
 use crate::target::Target;
 
-const INT3: u8 = 0xcc;
+pub(crate) const INT3: u8 = 0xcc;
 /// How often a batch is begun, and before that, how often to look whether a handler has
 /// interrupted a thread inside one.
 const ATTEMPTS: u32 = 9;
@@ -56,7 +57,12 @@ const PAUSE_OUTSIDE: Duration = Duration::from_millis(5);
 /// How long they may run while breakpoints are there, between two looks. The n-th attempt has
 /// 2^n looks: a handler that takes longer than a quarter of a second is given up on.
 const PAUSE_INSIDE: Duration = Duration::from_micros(500);
+/// The n-th attempt has so many times 2^n looks at whether the loader is at work: two seconds in
+/// all.
+const LOOKS_AT_LOADER: u32 = 4;
 const EVACUATING: &str = "moving threads out of the replaced bytes";
+const COMPARING: &str = "comparing";
+const SHUTTING: &str = "waiting for the loader";
 
 /// What a commit did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,23 +80,44 @@ pub struct Report {
     pub elapsed: Duration,
 }
 
-/// Makes the changes of `plan`, all of them or none.
+/// As [`commit_behind`], for a process that has no gate.
 pub fn commit<T: Target>(target: &mut T, plan: &Plan) -> Result<Report, CommitError<T::Error>> {
+    commit_behind(target, plan, None)
+}
+
+/// Makes the changes of `plan`, all of them or none; each batch behind the shut gate, if there is
+/// one that can be shut.
+pub fn commit_behind<T: Target>(
+    target: &mut T,
+    plan: &Plan,
+    gate: Option<Gate>,
+) -> Result<Report, CommitError<T::Error>> {
     let started = Instant::now();
     plan.check()?;
-    compare(target, plan)?;
     if plan.pokes.is_empty() {
         return Ok(Report::default());
     }
-    let mut commit =
-        Commit { target, plan, live: Vec::new(), is_armed: false, report: Report::default() };
+    let failed = |source| CommitError::Failed { step: COMPARING, source };
+    compare(target, &plan.pokes).map_err(|setback| setback.into_error(Ok(())))?;
+    let barrier = gate.map(|gate| Barrier::new(target, gate, plan)).transpose().map_err(failed)?;
+    let mut commit = Commit {
+        target,
+        plan,
+        barrier: barrier.flatten(),
+        live: Vec::new(),
+        is_armed: false,
+        overwritten: None,
+        report: Report::default(),
+    };
     let outcome = commit.forward();
-    let mut report = commit.report;
+    let (mut report, overwritten) = (commit.report, commit.overwritten.take());
     if let Err(setback) = outcome {
         let undone = commit.undo();
         return Err(setback.into_error(undone));
     }
-    read_back(target, plan)?;
+    if let Some((site, written, found)) = overwritten {
+        return Err(CommitError::ReadBack { site, written, found });
+    }
     report.n_sites = plan.pokes.len();
     report.elapsed = started.elapsed();
     Ok(report)
@@ -105,28 +132,65 @@ fn trap(poke: &Poke) -> Trap {
 /// Why it does not go on.
 enum Setback<E> {
     Busy(RemoteAddr),
+    /// The loader is at work; the gate.
+    Loading(RemoteAddr),
+    /// Other bytes are there than those expected.
+    Differs {
+        site: RemoteAddr,
+        expected: Vec<u8>,
+        found: Vec<u8>,
+    },
     Error(&'static str, E),
 }
 
 /// Why it does not go back.
 enum Stuck<E> {
     Inside(RemoteAddr),
+    Loading,
     Error(E),
 }
 
 impl<E: std::error::Error + 'static> Setback<E> {
     fn into_error(self, undone: Result<(), Stuck<E>>) -> CommitError<E> {
-        match (self, undone) {
-            (Self::Busy(site), Ok(())) => CommitError::Busy { site },
-            (Self::Busy(site), Err(Stuck::Error(undo))) => CommitError::Stranded { site, undo },
-            (Self::Busy(_), Err(Stuck::Inside(site))) => {
-                CommitError::Kept { step: EVACUATING, site }
+        let stuck = match (undone, self) {
+            (Ok(()), setback) => return setback.into_undone(),
+            (Err(Stuck::Error(undo)), Self::Error(step, source)) => {
+                return CommitError::Broken { step, source, undo };
             }
-            (Self::Error(step, source), Ok(())) => CommitError::Failed { step, source },
-            (Self::Error(step, source), Err(Stuck::Error(undo))) => {
-                CommitError::Broken { step, source, undo }
+            (Err(stuck), setback) => (stuck, setback.step(), setback.site()),
+        };
+        match stuck {
+            (Stuck::Inside(site), step, _) => CommitError::Kept { step, site },
+            (Stuck::Loading, step, _) => CommitError::LoadingKept { step },
+            (Stuck::Error(undo), step, site) => CommitError::Stranded { step, site, undo },
+        }
+    }
+
+    fn into_undone(self) -> CommitError<E> {
+        match self {
+            Self::Busy(site) => CommitError::Busy { site },
+            Self::Loading(_) => CommitError::Loading,
+            Self::Differs { site, expected, found } => {
+                CommitError::Mismatch { site, expected, found }
             }
-            (Self::Error(step, _), Err(Stuck::Inside(site))) => CommitError::Kept { step, site },
+            Self::Error(step, source) => CommitError::Failed { step, source },
+        }
+    }
+
+    fn step(&self) -> &'static str {
+        match self {
+            Self::Busy(_) => EVACUATING,
+            Self::Loading(_) => SHUTTING,
+            Self::Differs { .. } => COMPARING,
+            Self::Error(step, _) => step,
+        }
+    }
+
+    fn site(&self) -> RemoteAddr {
+        match *self {
+            Self::Busy(site) | Self::Loading(site) | Self::Differs { site, .. } => site,
+            // Such a one has a source instead.
+            Self::Error(..) => RemoteAddr(0),
         }
     }
 }
@@ -134,6 +198,8 @@ impl<E: std::error::Error + 'static> Setback<E> {
 /// What of a batch may have been written.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
+    /// The gate's breakpoint only.
+    Gate,
     Breakpoints,
     Tails,
     FirstBytes,
@@ -149,9 +215,13 @@ struct Batch {
 struct Commit<'a, T> {
     target: &'a mut T,
     plan: &'a Plan,
+    barrier: Option<Barrier>,
     /// Batches of which something may be in the text, the newest last.
     live: Vec<Batch>,
     is_armed: bool,
+    /// A site that had other bytes than those written as soon as they were: where, those written,
+    /// those found.
+    overwritten: Option<(RemoteAddr, Vec<u8>, Vec<u8>)>,
     report: Report,
 }
 
@@ -195,7 +265,7 @@ impl<T: Target> Commit<'_, T> {
     fn change(&mut self, sites: &Range<usize>) -> Result<(), Setback<T::Error>> {
         for attempt in 1.. {
             match self.attempt(sites, attempt) {
-                Err(Setback::Busy(_)) if attempt < ATTEMPTS => self.retreat()?,
+                Err(Setback::Busy(_) | Setback::Loading(_)) if attempt < ATTEMPTS => self.retreat()?,
                 outcome => return outcome,
             }
         }
@@ -212,17 +282,21 @@ impl<T: Target> Commit<'_, T> {
             return Err(match stuck {
                 Stuck::Error(error) => Setback::Error(step, error),
                 Stuck::Inside(site) => Setback::Busy(site),
+                Stuck::Loading => Setback::Loading(self.plan.pokes[0].site),
             });
         }
         self.target.wait_a_moment(PAUSE_OUTSIDE).map_err(at(step))
     }
 
     fn attempt(&mut self, sites: &Range<usize>, attempt: u32) -> Result<(), Setback<T::Error>> {
-        let traps: Vec<Trap> = self.plan.pokes[sites.clone()].iter().map(trap).collect();
+        let mut traps: Vec<Trap> = self.plan.pokes[sites.clone()].iter().map(trap).collect();
+        traps.extend(self.barrier.as_ref().map(Barrier::trap));
         self.target.arm(&traps).map_err(at("arming"))?;
         self.is_armed = true;
+        self.live.push(Batch { sites: sites.clone(), stage: Stage::Gate });
+        self.shut_gate(sites, LOOKS_AT_LOADER << attempt)?;
         let opened = Instant::now();
-        self.live.push(Batch { sites: sites.clone(), stage: Stage::Breakpoints });
+        self.reach(Stage::Breakpoints);
         self.write(sites, |_| INT3.into()).map_err(at("setting breakpoints"))?;
         self.target.sync_core().map_err(at("synchronising after the breakpoints"))?;
         self.evacuate(sites, 1 << attempt)?;
@@ -232,9 +306,50 @@ impl<T: Target> Commit<'_, T> {
         self.target.sync_core().map_err(at("synchronising after the tails"))?;
         self.reach(Stage::FirstBytes);
         self.write(sites, |poke| poke.new[0].into()).map_err(at("writing first bytes"))?;
+        self.read_back(sites);
+        self.open_gate().map_err(at("letting the loader go on"))?;
         self.target.sync_core().map_err(at("synchronising after the first bytes"))?;
         self.report.window = self.report.window.max(opened.elapsed());
         self.target.release().map_err(at("letting threads go on"))
+    }
+
+    /// Keeps the loader from unmapping libraries, waits until it is doing so nowhere, and sees that
+    /// the sites are still what they were.
+    fn shut_gate(&mut self, sites: &Range<usize>, looks: u32) -> Result<(), Setback<T::Error>> {
+        let Some(barrier) = &mut self.barrier else { return Ok(()) };
+        barrier.shut(self.target).map_err(at("keeping the loader waiting"))?;
+        let pokes = &self.plan.pokes[sites.clone()];
+        let places: Vec<RemoteAddr> = pokes.iter().map(|poke| poke.site).collect();
+        for _ in 0..looks {
+            if barrier.is_quiet(self.target).map_err(at(SHUTTING))? {
+                compare(self.target, pokes)?;
+                if self.target.are_executable(&places).map_err(at(SHUTTING))? {
+                    return Ok(());
+                }
+            }
+            self.target.wait_a_moment(PAUSE_INSIDE).map_err(at(SHUTTING))?;
+        }
+        Err(Setback::Loading(barrier.stop()))
+    }
+
+    fn open_gate(&mut self) -> Result<(), T::Error> {
+        self.barrier.as_mut().map_or(Ok(()), |barrier| barrier.open(self.target))
+    }
+
+    /// Notes the first site that does not have what has just been written.
+    fn read_back(&mut self, sites: &Range<usize>) {
+        for pokes in self.plan.pokes[sites.clone()].chunks(READ_AT_ONCE) {
+            let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.n_bytes())).collect();
+            for (poke, found) in pokes.iter().zip(self.target.read_each(&parts)) {
+                // Where there is no gate, a library may have been closed: its bytes do not matter.
+                if let Ok(found) = found
+                    && found != poke.new_bytes()
+                {
+                    let written = poke.new_bytes().to_vec();
+                    self.overwritten.get_or_insert((poke.site, written, found));
+                }
+            }
+        }
     }
 
     fn reach(&mut self, stage: Stage) {
@@ -254,6 +369,9 @@ impl<T: Target> Commit<'_, T> {
         while let Some(batch) = self.live.pop() {
             undone = undone.and(self.undo_batch(&batch));
         }
+        if let Err(error) = self.reopen() {
+            undone = undone.and(Err(Stuck::Error(error)));
+        }
         match undone {
             // Whoever runs into a breakpoint that is left is still answered, as long as we live.
             Err(Stuck::Error(error)) => Err(Stuck::Error(error)),
@@ -262,10 +380,54 @@ impl<T: Target> Commit<'_, T> {
         }
     }
 
+    /// Where it could not be opened with the last batch.
+    fn reopen(&mut self) -> Result<(), T::Error> {
+        if !self.barrier.as_ref().is_some_and(Barrier::is_shut) {
+            return Ok(());
+        }
+        self.open_gate()?;
+        self.target.sync_core()?;
+        self.target.release()
+    }
+
+    /// Shuts the gate once more for sites that are complete, and keeps those that are still there.
+    fn shut_again(&mut self, sites: &mut Sites<T::Error>) -> Result<(), Stuck<T::Error>> {
+        let Some(barrier) = self.barrier.as_mut().filter(|barrier| !barrier.is_shut()) else {
+            return Ok(());
+        };
+        barrier.shut(self.target).map_err(Stuck::Error)?;
+        let mut n_looks = 0;
+        while !barrier.is_quiet(self.target).map_err(Stuck::Error)? {
+            n_looks += 1;
+            if n_looks > LOOKS_AT_LOADER << ATTEMPTS {
+                self.reopen().map_err(Stuck::Error)?;
+                return Err(Stuck::Loading);
+            }
+            self.target.wait_a_moment(PAUSE_INSIDE).map_err(Stuck::Error)?;
+        }
+        let pokes: Vec<&Poke> = sites.left.iter().map(|&site| &self.plan.pokes[site]).collect();
+        let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.n_bytes())).collect();
+        let found = self.target.read_each(&parts);
+        let mut found = found.into_iter().zip(&pokes);
+        sites.left.retain(|_| match found.next() {
+            Some((Ok(found), poke)) => found == poke.new_bytes(),
+            Some((Err(error), _)) => {
+                sites.failed.get_or_insert(error);
+                false
+            }
+            None => false,
+        });
+        Ok(())
+    }
+
     fn undo_batch(&mut self, batch: &Batch) -> Result<(), Stuck<T::Error>> {
         let mut sites = Sites { left: batch.sites.clone().collect(), failed: None };
         let mut kept = None;
+        if batch.stage == Stage::Gate {
+            sites.left.clear();
+        }
         if batch.stage == Stage::FirstBytes {
+            self.shut_again(&mut sites)?;
             self.write_each(&mut sites, |_| INT3.into());
             match self.leave_new_bytes(&sites.left) {
                 Ok(stay) => {
@@ -279,14 +441,16 @@ impl<T: Target> Commit<'_, T> {
                 }
             }
         }
-        if batch.stage != Stage::Breakpoints {
+        if matches!(batch.stage, Stage::Tails | Stage::FirstBytes) {
             let tail = |poke: &Poke| Part { skip: 1, bytes: poke.old()[1..].to_vec() };
             self.write_each(&mut sites, tail);
             // Without it a breakpoint is the better thing to run into.
             self.target.sync_core().map_err(Stuck::Error)?;
         }
         self.write_each(&mut sites, |poke| poke.old()[0].into());
-        let released = self.target.sync_core().and_then(|()| self.target.release());
+        let opened = self.open_gate();
+        let released = opened.and_then(|()| self.target.sync_core());
+        let released = released.and_then(|()| self.target.release());
         match (sites.failed.or(released.err()), kept) {
             (Some(error), _) => Err(Stuck::Error(error)),
             (None, Some(site)) => Err(Stuck::Inside(site)),
@@ -400,31 +564,14 @@ impl From<u8> for Part {
 /// Sites are compared this many at a time, so that what was read is a moment old.
 const READ_AT_ONCE: usize = 1024;
 
-fn compare<T: Target>(target: &mut T, plan: &Plan) -> Result<(), CommitError<T::Error>> {
-    for pokes in plan.pokes.chunks(READ_AT_ONCE) {
+fn compare<T: Target>(target: &mut T, pokes: &[Poke]) -> Result<(), Setback<T::Error>> {
+    for pokes in pokes.chunks(READ_AT_ONCE) {
         let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.expected.len())).collect();
         for (poke, found) in pokes.iter().zip(target.read_each(&parts)) {
-            let found =
-                found.map_err(|source| CommitError::Failed { step: "comparing", source })?;
+            let found = found.map_err(at(COMPARING))?;
             if found != poke.expected {
                 let expected = poke.expected.clone();
-                return Err(CommitError::Mismatch { site: poke.site, expected, found });
-            }
-        }
-    }
-    Ok(())
-}
-
-fn read_back<T: Target>(target: &mut T, plan: &Plan) -> Result<(), CommitError<T::Error>> {
-    for pokes in plan.pokes.chunks(READ_AT_ONCE) {
-        let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.n_bytes())).collect();
-        for (poke, found) in pokes.iter().zip(target.read_each(&parts)) {
-            // Unmapped by now: the library has been closed, and its bytes do not matter.
-            if let Ok(found) = found
-                && found != poke.new_bytes()
-            {
-                let written = poke.new_bytes().to_vec();
-                return Err(CommitError::ReadBack { site: poke.site, written, found });
+                return Err(Setback::Differs { site: poke.site, expected, found });
             }
         }
     }

@@ -32,6 +32,20 @@ pub enum CommitError<E: std::error::Error + 'static> {
         /// The site.
         site: RemoteAddr,
     },
+    /// The target's loader is at work for longer than we wait. Everything has been put back.
+    #[error(
+        "the process is loading or unloading a library, and does not come to an end with it; nothing was changed; try again"
+    )]
+    Loading,
+    /// Something failed when new bytes were live already, and then the target's loader was at
+    /// work for longer than we wait.
+    #[error(
+        "{step} failed, and the process is loading or unloading a library and does not come to an end with it: not everything was put back"
+    )]
+    LoadingKept {
+        /// What was being done.
+        step: &'static str,
+    },
     /// An operation on the process failed; everything has been put back.
     #[error("{step}: {source}; everything was put back")]
     Failed {
@@ -51,11 +65,12 @@ pub enum CommitError<E: std::error::Error + 'static> {
         /// Why putting back failed.
         undo: E,
     },
-    /// As [`CommitError::Busy`], but then putting things back failed.
-    #[error(
-        "a thread stays inside the bytes at {site}, and putting the old bytes back failed: {undo}"
-    )]
+    /// As [`CommitError::Busy`], [`CommitError::Loading`] or [`CommitError::Mismatch`], but then
+    /// putting things back failed.
+    #[error("{step} at {site} failed, and putting the old bytes back as well: {undo}")]
     Stranded {
+        /// What was being done.
+        step: &'static str,
         /// The site.
         site: RemoteAddr,
         /// Why putting back failed.
@@ -91,8 +106,13 @@ impl<E: std::error::Error + 'static> CommitError<E> {
     #[must_use]
     pub fn is_undone(&self) -> bool {
         match self {
-            Self::Plan(_) | Self::Mismatch { .. } | Self::Busy { .. } | Self::Failed { .. } => true,
-            Self::Broken { .. }
+            Self::Plan(_)
+            | Self::Mismatch { .. }
+            | Self::Busy { .. }
+            | Self::Loading
+            | Self::Failed { .. } => true,
+            Self::LoadingKept { .. }
+            | Self::Broken { .. }
             | Self::Stranded { .. }
             | Self::Kept { .. }
             | Self::ReadBack { .. } => false,

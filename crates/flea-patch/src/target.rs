@@ -65,6 +65,18 @@ pub trait Target {
         moves: &[(RemoteAddr, RemoteAddr)],
     ) -> Result<Vec<RemoteAddr>, Self::Error>;
 
+    /// Whether a thread waits at a gate, a breakpoint that leads to where it stands. It does so
+    /// until [`Target::release`].
+    fn is_gate_taken(&mut self) -> Result<bool, Self::Error> {
+        Ok(false)
+    }
+
+    /// Whether the memory at all of these addresses may be executed.
+    fn are_executable(&mut self, sites: &[RemoteAddr]) -> Result<bool, Self::Error> {
+        let _ = sites;
+        Ok(true)
+    }
+
     /// Lets the target run for a moment.
     fn wait_a_moment(&mut self, duration: Duration) -> Result<(), Self::Error>;
 

@@ -22,7 +22,9 @@
 //! when [`Tracer::release`] says that no breakpoint is left in the text, or after
 //! [`PARKED_AT_MOST`]. Who changes many sites does so in batches that take not much longer than
 //! that ([`Tracer::sites_at_once`]): then a thread waits once per batch that it runs into. A parked
-//! thread is the first to be borrowed for system calls: it is stopped already.
+//! thread is the first to be borrowed for system calls: it is stopped already. At a *gate*
+//! ([`Trap::is_gate`]) a thread is not to pass while the breakpoint is there: it stays parked until
+//! `release`, for as long as that takes.
 //!
 //! # Why `drain` is enough
 //!
@@ -86,6 +88,8 @@ pub(crate) struct Parked {
     pub(crate) has_own: bool,
     /// Kept where it stands until it is let go of, whatever becomes of windows: see `follow`.
     pub(crate) is_kept: bool,
+    /// It stands at a gate: see [`Trap::is_gate`].
+    pub(crate) at_gate: bool,
 }
 
 /// How CPUs are made to refetch instructions.
@@ -124,6 +128,13 @@ impl Tracer {
             return Err(error);
         }
         Ok(())
+    }
+
+    /// Whether a thread of the target waits at a gate. It does so until [`Tracer::release`].
+    #[must_use]
+    pub fn is_gate_taken(&self) -> bool {
+        let at_gate = |task: &Task| !task.foreign && task.parked.is_some_and(|p| p.at_gate);
+        self.tasks.values().any(at_gate)
     }
 
     /// How many sites to change next, so that threads wait no longer than they must.
@@ -444,6 +455,7 @@ impl Tracer {
             has_left_its_stop,
             has_own: false,
             is_kept: false,
+            at_gate: goes_to == regs.pc().offset(-1),
         };
         if let Some(task) = self.tasks.get_mut(&tid) {
             task.parked = Some(parked);
@@ -456,6 +468,9 @@ impl Tracer {
     fn has_certainly_trapped(&self, tid: Tid, pc: RemoteAddr) -> bool {
         let seen_outside = self.tasks.get(&tid).is_some_and(|task| task.seen_outside);
         let mut at_site = [0];
+        if self.traps.is_certain_gate_behind(pc) {
+            return true;
+        }
         (seen_outside || self.traps.leads_behind(pc))
             && self.memory.read(pc.offset(-1), &mut at_site).is_ok()
             && never_falls_behind_itself(at_site[0])
@@ -494,7 +509,8 @@ impl Tracer {
         if self.traps.is_empty() {
             return Ok(());
         }
-        self.unpark_where(|parked| !parked.has_own && parked.since.elapsed() > PARKED_AT_MOST)
+        let may_go_on = |parked: Parked| !parked.has_own && !parked.at_gate;
+        self.unpark_where(|parked| may_go_on(parked) && parked.since.elapsed() > PARKED_AT_MOST)
     }
 
     fn unpark_where(&mut self, due: impl Fn(Parked) -> bool) -> Result<(), TraceError> {
