@@ -7,7 +7,8 @@
 //! By: a breakpoint on the first byte while the others change, and the proof that nobody
 //! stands behind it.
 //!
-//! 1. Every site is compared with what is expected. From here on nothing may differ.
+//! 1. Every site is compared with what is expected. From here on nothing may differ: where the
+//!    target's loader has a *gate*, it is shut, and the sites are compared again (see `gate`).
 //! 2. *Breakpoints* on all first bytes. A thread that arrives goes on at `trap_to`.
 //! 3. *Sync*: no CPU executes an old first byte any more.
 //! 4. *Evacuation*: threads that stand at an inner instruction are moved to its copy; signal
@@ -15,15 +16,15 @@
 //!    the only way in is the breakpoint.
 //! 5. *Tails*: the bytes behind the breakpoint. 6. *Sync*.
 //! 7. *First bytes*: from this instant, site by site, the new code runs. 8. *Sync*.
+//!    Before it, what was written is read back, and the gate is opened.
 //! 9. *Drain*: no trap is on its way any more; breakpoints are forgotten.
-//! 10. What was written is read back.
 //!
 //! # Batches
 //!
-//! Steps 2 to 8 are done for as many sites at a time as [`Target::sites_at_once`] says. Ten
+//! The gate and steps 2 to 8 are done for as many sites at a time as [`Target::sites_at_once`] says. Ten
 //! thousand sites take tens of milliseconds to write, and a thread that runs into a breakpoint
-//! waits for, or is slow in, no more than its own batch. A batch has three syncs, so that the
-//! whole takes little longer than it would in one.
+//! waits for, or is slow in, no more than its own batch. A batch has three syncs, four with a gate,
+//! so that the whole takes little longer than it would in one.
 //!
 //! Where a thread stays in a handler that interrupted it inside a site, the batch is taken back
 //! and tried again, each time with more patience: breakpoints that stay while one waits would
@@ -34,8 +35,9 @@
 //! A batch that fails is taken back, and then those before it, the last one first. A site at
 //! which the new first byte has not been written has nobody inside; one at which it may have
 //! been gets its breakpoint again, and whoever stands inside new instructions (a plan that
-//! restores a function) is waited for. A site that cannot be written, its library closed, does
-//! not keep the others from being put back.
+//! restores a function) is waited for. The gate is shut again for batches that were complete: a
+//! site that has other bytes by then, its library closed, is left alone. One that cannot be
+//! written does not keep the others from being put back.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -43,7 +45,7 @@ use std::time::{Duration, Instant};
 use flea_process::Trap;
 use flea_symbols::addr::RemoteAddr;
 
-use crate::error::CommitError;
+use crate::error::{COMPARING, CommitError};
 use crate::gate::{Barrier, Gate};
 use crate::plan::{Plan, Poke};
 use crate::target::Target;
@@ -61,7 +63,6 @@ const PAUSE_INSIDE: Duration = Duration::from_micros(500);
 /// all.
 const LOOKS_AT_LOADER: u32 = 4;
 const EVACUATING: &str = "moving threads out of the replaced bytes";
-const COMPARING: &str = "comparing";
 const SHUTTING: &str = "waiting for the loader";
 
 /// What a commit did.
@@ -265,7 +266,9 @@ impl<T: Target> Commit<'_, T> {
     fn change(&mut self, sites: &Range<usize>) -> Result<(), Setback<T::Error>> {
         for attempt in 1.. {
             match self.attempt(sites, attempt) {
-                Err(Setback::Busy(_) | Setback::Loading(_)) if attempt < ATTEMPTS => self.retreat()?,
+                Err(Setback::Busy(_) | Setback::Loading(_)) if attempt < ATTEMPTS => {
+                    self.retreat()?
+                }
                 outcome => return outcome,
             }
         }

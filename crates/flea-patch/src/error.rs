@@ -4,6 +4,9 @@ use flea_symbols::addr::RemoteAddr;
 
 use crate::plan::PlanError;
 
+/// The step in which sites are found to be other ones than expected.
+pub(crate) const COMPARING: &str = "comparing";
+
 /// Why a commit was not made. Unless it says otherwise, the text is as it was before.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError<E: std::error::Error + 'static> {
@@ -102,6 +105,13 @@ pub enum CommitError<E: std::error::Error + 'static> {
 }
 
 impl<E: std::error::Error + 'static> CommitError<E> {
+    /// Whether the sites were found to be other ones than the plan says, or not to be there, before
+    /// anything was changed.
+    #[must_use]
+    pub fn is_found_changed(&self) -> bool {
+        matches!(self, Self::Mismatch { .. } | Self::Failed { step: COMPARING, .. })
+    }
+
     /// Whether every site is as it was before.
     #[must_use]
     pub fn is_undone(&self) -> bool {
