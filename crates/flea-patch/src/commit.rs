@@ -135,6 +135,8 @@ enum Setback<E> {
     Busy(RemoteAddr),
     /// The loader is at work; the gate.
     Loading(RemoteAddr),
+    /// What was written to a site has gone with its library.
+    Reopened(RemoteAddr),
     /// Other bytes are there than those expected.
     Differs {
         site: RemoteAddr,
@@ -171,6 +173,7 @@ impl<E: std::error::Error + 'static> Setback<E> {
         match self {
             Self::Busy(site) => CommitError::Busy { site },
             Self::Loading(_) => CommitError::Loading,
+            Self::Reopened(site) => CommitError::Reopened { site },
             Self::Differs { site, expected, found } => {
                 CommitError::Mismatch { site, expected, found }
             }
@@ -182,14 +185,15 @@ impl<E: std::error::Error + 'static> Setback<E> {
         match self {
             Self::Busy(_) => EVACUATING,
             Self::Loading(_) => SHUTTING,
-            Self::Differs { .. } => COMPARING,
+            Self::Reopened(_) | Self::Differs { .. } => COMPARING,
             Self::Error(step, _) => step,
         }
     }
 
     fn site(&self) -> RemoteAddr {
         match *self {
-            Self::Busy(site) | Self::Loading(site) | Self::Differs { site, .. } => site,
+            Self::Busy(site) | Self::Loading(site) | Self::Reopened(site) => site,
+            Self::Differs { site, .. } => site,
             // Such a one has a source instead.
             Self::Error(..) => RemoteAddr(0),
         }
@@ -325,6 +329,10 @@ impl<T: Target> Commit<'_, T> {
         let places: Vec<RemoteAddr> = pokes.iter().map(|poke| poke.site).collect();
         for _ in 0..looks {
             if barrier.is_quiet(self.target).map_err(at(SHUTTING))? {
+                let (_, before) = self.live.split_last().expect("this batch is the last");
+                for batch in before {
+                    is_still_there(self.target, &self.plan.pokes[batch.sites.clone()])?;
+                }
                 compare(self.target, pokes)?;
                 if self.target.are_executable(&places).map_err(at(SHUTTING))? {
                     return Ok(());
@@ -414,6 +422,7 @@ impl<T: Target> Commit<'_, T> {
         let mut found = found.into_iter().zip(&pokes);
         sites.left.retain(|_| match found.next() {
             Some((Ok(found), poke)) => found == poke.new_bytes(),
+            Some((Err(error), _)) if T::is_unmapped(&error) => false,
             Some((Err(error), _)) => {
                 sites.failed.get_or_insert(error);
                 false
@@ -575,6 +584,24 @@ fn compare<T: Target>(target: &mut T, pokes: &[Poke]) -> Result<(), Setback<T::E
             if found != poke.expected {
                 let expected = poke.expected.clone();
                 return Err(Setback::Differs { site: poke.site, expected, found });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Fails where one of these, which have been changed, has other bytes: its library has been closed.
+/// One part of a change must not be made where the other has gone.
+fn is_still_there<T: Target>(target: &mut T, pokes: &[Poke]) -> Result<(), Setback<T::Error>> {
+    for pokes in pokes.chunks(READ_AT_ONCE) {
+        let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.n_bytes())).collect();
+        for (poke, found) in pokes.iter().zip(target.read_each(&parts)) {
+            match found {
+                Ok(found) if found == poke.new_bytes() => {}
+                Err(error) if !T::is_unmapped(&error) => {
+                    return Err(Setback::Error(COMPARING, error));
+                }
+                _ => return Err(Setback::Reopened(poke.site)),
             }
         }
     }

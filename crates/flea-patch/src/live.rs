@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use flea_process::{TraceError, Tracer, Trap};
+use flea_process::{MemoryError, TraceError, Tracer, Trap};
 use flea_symbols::addr::RemoteAddr;
 
 use crate::target::Target;
@@ -52,6 +52,10 @@ impl Target for Tracer {
         moves: &[(RemoteAddr, RemoteAddr)],
     ) -> Result<Vec<RemoteAddr>, TraceError> {
         Ok(Self::evacuate(self, moves)?.into_iter().map(|word| word.value).collect())
+    }
+
+    fn is_unmapped(error: &TraceError) -> bool {
+        matches!(error, TraceError::Memory(MemoryError::Unmapped { .. }))
     }
 
     fn is_gate_taken(&mut self) -> Result<bool, TraceError> {

@@ -65,6 +65,12 @@ pub trait Target {
         moves: &[(RemoteAddr, RemoteAddr)],
     ) -> Result<Vec<RemoteAddr>, Self::Error>;
 
+    /// Whether an operation failed because no memory is there.
+    fn is_unmapped(error: &Self::Error) -> bool {
+        let _ = error;
+        false
+    }
+
     /// Whether a thread waits at a gate, a breakpoint that leads to where it stands. It does so
     /// until [`Target::release`].
     fn is_gate_taken(&mut self) -> Result<bool, Self::Error> {

@@ -248,12 +248,15 @@ impl Case {
 
     /// Whether something was the matter that a controller may fail of.
     fn explains(&self, error: &AttachError, trouble: &Trouble) -> bool {
+        let has_reopened = self.world.machine.loader.has_reopened_any(self.began);
         let lasts = matches!(trouble.what, What::Fails { for_ever: true, .. });
         match error {
             AttachError::Commit(CommitError::Busy { .. } | CommitError::Kept { .. }) => true,
-            AttachError::Commit(CommitError::Mismatch { .. }) => {
-                self.foreign.is_some() || self.world.machine.loader.has_reopened_any(self.began)
+            AttachError::Commit(CommitError::Mismatch { .. } | CommitError::Reopened { .. }) => {
+                self.foreign.is_some() || has_reopened
             }
+            // The loader is a reason for a first failure, and the trouble for the second.
+            AttachError::Commit(CommitError::Stranded { .. }) if has_reopened => trouble.has_struck,
             AttachError::Commit(CommitError::Broken { .. } | CommitError::Stranded { .. }) => {
                 trouble.has_struck && lasts
             }

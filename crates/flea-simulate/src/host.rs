@@ -284,7 +284,8 @@ impl Host for Hold<'_> {
         drop(machine);
         let before = self.bytes_of(plan);
         self.trouble.borrow_mut().begin_commit();
-        let (began, gate) = (self.machine().now, self.gate());
+        let began = self.machine().now;
+        let gate = self.gate();
         let outcome =
             flea_patch::commit_behind(&mut Patcher::new(self, plan), plan, gate).map(drop);
         self.trouble.borrow_mut().in_commit = false;
