@@ -8,7 +8,7 @@
 //! stands behind it.
 //!
 //! 1. Every site is compared with what is expected. From here on nothing may differ: where the
-//!    target's loader has a *gate*, it is shut, and the sites are compared again (see `gate`).
+//!    target's loader has a *gate*, it is shut first, and they are compared again (see `gate`).
 //! 2. *Breakpoints* on all first bytes. A thread that arrives goes on at `trap_to`.
 //! 3. *Sync*: no CPU executes an old first byte any more.
 //! 4. *Evacuation*: threads that stand at an inner instruction are moved to its copy; signal
@@ -16,15 +16,17 @@
 //!    the only way in is the breakpoint.
 //! 5. *Tails*: the bytes behind the breakpoint. 6. *Sync*.
 //! 7. *First bytes*: from this instant, site by site, the new code runs. 8. *Sync*.
-//!    Before it, what was written is read back, and the gate is opened.
-//! 9. *Drain*: no trap is on its way any more; breakpoints are forgotten.
+//!    Before it, what was written is read back.
+//! 9. The gate is opened. *Drain*: no trap is on its way any more; breakpoints are forgotten.
 //!
 //! # Batches
 //!
-//! The gate and steps 2 to 8 are done for as many sites at a time as [`Target::sites_at_once`] says. Ten
+//! Steps 2 to 8 are done for as many sites at a time as [`Target::sites_at_once`] says. Ten
 //! thousand sites take tens of milliseconds to write, and a thread that runs into a breakpoint
-//! waits for, or is slow in, no more than its own batch. A batch has three syncs, four with a gate,
-//! so that the whole takes little longer than it would in one.
+//! waits for, or is slow in, no more than its own batch. A batch has three syncs, so that the
+//! whole takes little longer than it would in one. The gate stays shut for all of them: a library
+//! that came back between two batches would have the changes of one of them only, and what one
+//! batch wrote may be what the file has.
 //!
 //! Where a thread stays in a handler that interrupted it inside a site, the batch is taken back
 //! and tried again, each time with more patience: breakpoints that stay while one waits would
@@ -35,9 +37,8 @@
 //! A batch that fails is taken back, and then those before it, the last one first. A site at
 //! which the new first byte has not been written has nobody inside; one at which it may have
 //! been gets its breakpoint again, and whoever stands inside new instructions (a plan that
-//! restores a function) is waited for. The gate is shut again for batches that were complete: a
-//! site that has other bytes by then, its library closed, is left alone. One that cannot be
-//! written does not keep the others from being put back.
+//! restores a function) is waited for. A site that cannot be written, its memory gone, does not
+//! keep the others from being put back.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -135,8 +136,6 @@ enum Setback<E> {
     Busy(RemoteAddr),
     /// The loader is at work; the gate.
     Loading(RemoteAddr),
-    /// What was written to a site has gone with its library.
-    Reopened(RemoteAddr),
     /// Other bytes are there than those expected.
     Differs {
         site: RemoteAddr,
@@ -149,7 +148,6 @@ enum Setback<E> {
 /// Why it does not go back.
 enum Stuck<E> {
     Inside(RemoteAddr),
-    Loading,
     Error(E),
 }
 
@@ -164,7 +162,6 @@ impl<E: std::error::Error + 'static> Setback<E> {
         };
         match stuck {
             (Stuck::Inside(site), step, _) => CommitError::Kept { step, site },
-            (Stuck::Loading, step, _) => CommitError::LoadingKept { step },
             (Stuck::Error(undo), step, site) => CommitError::Stranded { step, site, undo },
         }
     }
@@ -173,7 +170,6 @@ impl<E: std::error::Error + 'static> Setback<E> {
         match self {
             Self::Busy(site) => CommitError::Busy { site },
             Self::Loading(_) => CommitError::Loading,
-            Self::Reopened(site) => CommitError::Reopened { site },
             Self::Differs { site, expected, found } => {
                 CommitError::Mismatch { site, expected, found }
             }
@@ -185,14 +181,14 @@ impl<E: std::error::Error + 'static> Setback<E> {
         match self {
             Self::Busy(_) => EVACUATING,
             Self::Loading(_) => SHUTTING,
-            Self::Reopened(_) | Self::Differs { .. } => COMPARING,
+            Self::Differs { .. } => COMPARING,
             Self::Error(step, _) => step,
         }
     }
 
     fn site(&self) -> RemoteAddr {
         match *self {
-            Self::Busy(site) | Self::Loading(site) | Self::Reopened(site) => site,
+            Self::Busy(site) | Self::Loading(site) => site,
             Self::Differs { site, .. } => site,
             // Such a one has a source instead.
             Self::Error(..) => RemoteAddr(0),
@@ -247,6 +243,7 @@ impl<T: Target> Commit<'_, T> {
             self.report.n_batches += 1;
             start = end;
         }
+        self.open_gate().map_err(at("letting the loader go on"))?;
         self.close().map_err(at("closing the window"))
     }
 
@@ -289,8 +286,10 @@ impl<T: Target> Commit<'_, T> {
             return Err(match stuck {
                 Stuck::Error(error) => Setback::Error(step, error),
                 Stuck::Inside(site) => Setback::Busy(site),
-                Stuck::Loading => Setback::Loading(self.plan.pokes[0].site),
             });
+        }
+        if self.live.is_empty() {
+            self.open_gate().map_err(at(step))?;
         }
         self.target.wait_a_moment(PAUSE_OUTSIDE).map_err(at(step))
     }
@@ -301,7 +300,7 @@ impl<T: Target> Commit<'_, T> {
         self.target.arm(&traps).map_err(at("arming"))?;
         self.is_armed = true;
         self.live.push(Batch { sites: sites.clone(), stage: Stage::Gate });
-        self.shut_gate(sites, LOOKS_AT_LOADER << attempt)?;
+        self.shut_gate(LOOKS_AT_LOADER << attempt)?;
         let opened = Instant::now();
         self.reach(Stage::Breakpoints);
         self.write(sites, |_| INT3.into()).map_err(at("setting breakpoints"))?;
@@ -314,25 +313,21 @@ impl<T: Target> Commit<'_, T> {
         self.reach(Stage::FirstBytes);
         self.write(sites, |poke| poke.new[0].into()).map_err(at("writing first bytes"))?;
         self.read_back(sites);
-        self.open_gate().map_err(at("letting the loader go on"))?;
         self.target.sync_core().map_err(at("synchronising after the first bytes"))?;
         self.report.window = self.report.window.max(opened.elapsed());
         self.target.release().map_err(at("letting threads go on"))
     }
 
     /// Keeps the loader from unmapping libraries, waits until it is doing so nowhere, and sees that
-    /// the sites are still what they were.
-    fn shut_gate(&mut self, sites: &Range<usize>, looks: u32) -> Result<(), Setback<T::Error>> {
-        let Some(barrier) = &mut self.barrier else { return Ok(()) };
+    /// all sites are still what they were. They stay that until the gate is opened.
+    fn shut_gate(&mut self, looks: u32) -> Result<(), Setback<T::Error>> {
+        let barrier = self.barrier.as_mut().filter(|barrier| !barrier.is_shut());
+        let Some(barrier) = barrier else { return Ok(()) };
         barrier.shut(self.target).map_err(at("keeping the loader waiting"))?;
-        let pokes = &self.plan.pokes[sites.clone()];
+        let pokes = &self.plan.pokes;
         let places: Vec<RemoteAddr> = pokes.iter().map(|poke| poke.site).collect();
         for _ in 0..looks {
             if barrier.is_quiet(self.target).map_err(at(SHUTTING))? {
-                let (_, before) = self.live.split_last().expect("this batch is the last");
-                for batch in before {
-                    is_still_there(self.target, &self.plan.pokes[batch.sites.clone()])?;
-                }
                 compare(self.target, pokes)?;
                 if self.target.are_executable(&places).map_err(at(SHUTTING))? {
                     return Ok(());
@@ -343,6 +338,7 @@ impl<T: Target> Commit<'_, T> {
         Err(Setback::Loading(barrier.stop()))
     }
 
+    /// Lets the loader go on, where it was kept from that.
     fn open_gate(&mut self) -> Result<(), T::Error> {
         self.barrier.as_mut().map_or(Ok(()), |barrier| barrier.open(self.target))
     }
@@ -380,7 +376,7 @@ impl<T: Target> Commit<'_, T> {
         while let Some(batch) = self.live.pop() {
             undone = undone.and(self.undo_batch(&batch));
         }
-        if let Err(error) = self.reopen() {
+        if let Err(error) = self.open_gate() {
             undone = undone.and(Err(Stuck::Error(error)));
         }
         match undone {
@@ -391,47 +387,6 @@ impl<T: Target> Commit<'_, T> {
         }
     }
 
-    /// Where it could not be opened with the last batch.
-    fn reopen(&mut self) -> Result<(), T::Error> {
-        if !self.barrier.as_ref().is_some_and(Barrier::is_shut) {
-            return Ok(());
-        }
-        self.open_gate()?;
-        self.target.sync_core()?;
-        self.target.release()
-    }
-
-    /// Shuts the gate once more for sites that are complete, and keeps those that are still there.
-    fn shut_again(&mut self, sites: &mut Sites<T::Error>) -> Result<(), Stuck<T::Error>> {
-        let Some(barrier) = self.barrier.as_mut().filter(|barrier| !barrier.is_shut()) else {
-            return Ok(());
-        };
-        barrier.shut(self.target).map_err(Stuck::Error)?;
-        let mut n_looks = 0;
-        while !barrier.is_quiet(self.target).map_err(Stuck::Error)? {
-            n_looks += 1;
-            if n_looks > LOOKS_AT_LOADER << ATTEMPTS {
-                self.reopen().map_err(Stuck::Error)?;
-                return Err(Stuck::Loading);
-            }
-            self.target.wait_a_moment(PAUSE_INSIDE).map_err(Stuck::Error)?;
-        }
-        let pokes: Vec<&Poke> = sites.left.iter().map(|&site| &self.plan.pokes[site]).collect();
-        let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.n_bytes())).collect();
-        let found = self.target.read_each(&parts);
-        let mut found = found.into_iter().zip(&pokes);
-        sites.left.retain(|_| match found.next() {
-            Some((Ok(found), poke)) => found == poke.new_bytes(),
-            Some((Err(error), _)) if T::is_unmapped(&error) => false,
-            Some((Err(error), _)) => {
-                sites.failed.get_or_insert(error);
-                false
-            }
-            None => false,
-        });
-        Ok(())
-    }
-
     fn undo_batch(&mut self, batch: &Batch) -> Result<(), Stuck<T::Error>> {
         let mut sites = Sites { left: batch.sites.clone().collect(), failed: None };
         let mut kept = None;
@@ -439,7 +394,6 @@ impl<T: Target> Commit<'_, T> {
             sites.left.clear();
         }
         if batch.stage == Stage::FirstBytes {
-            self.shut_again(&mut sites)?;
             self.write_each(&mut sites, |_| INT3.into());
             match self.leave_new_bytes(&sites.left) {
                 Ok(stay) => {
@@ -460,9 +414,7 @@ impl<T: Target> Commit<'_, T> {
             self.target.sync_core().map_err(Stuck::Error)?;
         }
         self.write_each(&mut sites, |poke| poke.old()[0].into());
-        let opened = self.open_gate();
-        let released = opened.and_then(|()| self.target.sync_core());
-        let released = released.and_then(|()| self.target.release());
+        let released = self.target.sync_core().and_then(|()| self.target.release());
         match (sites.failed.or(released.err()), kept) {
             (Some(error), _) => Err(Stuck::Error(error)),
             (None, Some(site)) => Err(Stuck::Inside(site)),
@@ -584,24 +536,6 @@ fn compare<T: Target>(target: &mut T, pokes: &[Poke]) -> Result<(), Setback<T::E
             if found != poke.expected {
                 let expected = poke.expected.clone();
                 return Err(Setback::Differs { site: poke.site, expected, found });
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Fails where one of these, which have been changed, has other bytes: its library has been closed.
-/// One part of a change must not be made where the other has gone.
-fn is_still_there<T: Target>(target: &mut T, pokes: &[Poke]) -> Result<(), Setback<T::Error>> {
-    for pokes in pokes.chunks(READ_AT_ONCE) {
-        let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.n_bytes())).collect();
-        for (poke, found) in pokes.iter().zip(target.read_each(&parts)) {
-            match found {
-                Ok(found) if found == poke.new_bytes() => {}
-                Err(error) if !T::is_unmapped(&error) => {
-                    return Err(Setback::Error(COMPARING, error));
-                }
-                _ => return Err(Setback::Reopened(poke.site)),
             }
         }
     }

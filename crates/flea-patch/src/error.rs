@@ -40,22 +40,6 @@ pub enum CommitError<E: std::error::Error + 'static> {
         "the process is loading or unloading a library, and does not come to an end with it; nothing was changed; try again"
     )]
     Loading,
-    /// A library was closed, and perhaps opened again, after some of its sites had been changed. Those
-    /// that are still there have been put back.
-    #[error("the library at {site} was closed meanwhile; nothing is changed; try again")]
-    Reopened {
-        /// A site in it.
-        site: RemoteAddr,
-    },
-    /// Something failed when new bytes were live already, and then the target's loader was at
-    /// work for longer than we wait.
-    #[error(
-        "{step} failed, and the process is loading or unloading a library and does not come to an end with it: not everything was put back"
-    )]
-    LoadingKept {
-        /// What was being done.
-        step: &'static str,
-    },
     /// An operation on the process failed; everything has been put back.
     #[error("{step}: {source}; everything was put back")]
     Failed {
@@ -115,10 +99,7 @@ impl<E: std::error::Error + 'static> CommitError<E> {
     /// Whether sites were found to be other ones than the plan says, or not to be there.
     #[must_use]
     pub fn is_found_changed(&self) -> bool {
-        matches!(
-            self,
-            Self::Mismatch { .. } | Self::Reopened { .. } | Self::Failed { step: COMPARING, .. }
-        )
+        matches!(self, Self::Mismatch { .. } | Self::Failed { step: COMPARING, .. })
     }
 
     /// Whether every site is as it was before.
@@ -129,10 +110,8 @@ impl<E: std::error::Error + 'static> CommitError<E> {
             | Self::Mismatch { .. }
             | Self::Busy { .. }
             | Self::Loading
-            | Self::Reopened { .. }
             | Self::Failed { .. } => true,
-            Self::LoadingKept { .. }
-            | Self::Broken { .. }
+            Self::Broken { .. }
             | Self::Stranded { .. }
             | Self::Kept { .. }
             | Self::ReadBack { .. } => false,

@@ -101,12 +101,15 @@ impl Barrier {
         target.sync_core()
     }
 
-    /// Threads may go through again once that is synced and they are released.
+    /// Threads go through again.
     pub(crate) fn open<T: Target>(&mut self, target: &mut T) -> Result<(), T::Error> {
-        if self.is_shut {
-            target.write_text(self.gate.stop, &[self.first_byte])?;
-            self.is_shut = false;
+        if !self.is_shut {
+            return Ok(());
         }
+        target.write_text(self.gate.stop, &[self.first_byte])?;
+        target.sync_core()?;
+        target.open_gate()?;
+        self.is_shut = false;
         Ok(())
     }
 

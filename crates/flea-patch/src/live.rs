@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use flea_process::{MemoryError, TraceError, Tracer, Trap};
+use flea_process::{TraceError, Tracer, Trap};
 use flea_symbols::addr::RemoteAddr;
 
 use crate::target::Target;
@@ -54,8 +54,8 @@ impl Target for Tracer {
         Ok(Self::evacuate(self, moves)?.into_iter().map(|word| word.value).collect())
     }
 
-    fn is_unmapped(error: &TraceError) -> bool {
-        matches!(error, TraceError::Memory(MemoryError::Unmapped { .. }))
+    fn open_gate(&mut self) -> Result<(), TraceError> {
+        Self::open_gate(self)
     }
 
     fn is_gate_taken(&mut self) -> Result<bool, TraceError> {

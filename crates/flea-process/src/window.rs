@@ -24,7 +24,7 @@
 //! that ([`Tracer::sites_at_once`]): then a thread waits once per batch that it runs into. A parked
 //! thread is the first to be borrowed for system calls: it is stopped already. At a *gate*
 //! ([`Trap::is_gate`]) a thread is not to pass while the breakpoint is there: it stays parked until
-//! `release`, for as long as that takes.
+//! `open_gate`, for as long as that takes.
 //!
 //! # Why `drain` is enough
 //!
@@ -120,6 +120,7 @@ impl Tracer {
         }
         // From here on SIGTRAPs are held, so that those let go before are the last ones.
         self.traps.add(traps);
+        self.is_gate_shut |= traps.iter().any(Trap::is_gate);
         self.tasks.values_mut().for_each(|task| task.seen_outside = false);
         if let Err(error) = self.finish_sigtraps() {
             if opens {
@@ -130,7 +131,14 @@ impl Tracer {
         Ok(())
     }
 
-    /// Whether a thread of the target waits at a gate. It does so until [`Tracer::release`].
+    /// Lets threads go on that wait at a gate, or because of one. To be called when its breakpoint
+    /// has been overwritten and synced.
+    pub fn open_gate(&mut self) -> Result<(), TraceError> {
+        self.is_gate_shut = false;
+        self.release()
+    }
+
+    /// Whether a thread of the target waits at a gate. It does so until [`Tracer::open_gate`].
     #[must_use]
     pub fn is_gate_taken(&self) -> bool {
         let at_gate = |task: &Task| !task.foreign && task.parked.is_some_and(|p| p.at_gate);
@@ -144,10 +152,14 @@ impl Tracer {
     }
 
     /// Lets threads go on that wait, though the window stays open. To be called when all
-    /// breakpoints have been overwritten and synced, before others are written.
+    /// breakpoints but a gate's have been overwritten and synced, before others are written.
     pub fn release(&mut self) -> Result<(), TraceError> {
         self.batch.end();
         self.pump()?;
+        if self.is_gate_shut {
+            // Whoever runs into the gate resets the disposition.
+            return self.unpark_where(|parked| !parked.has_own && !parked.at_gate);
+        }
         self.unpark_all()?;
         let holds_own = |task: &Task| task.parked.is_some_and(|parked| parked.has_own);
         if !self.tasks.values().any(holds_own) {
@@ -162,6 +174,7 @@ impl Tracer {
 
     /// Closes the window. To be called after [`Tracer::drain`].
     pub fn disarm(&mut self) -> Result<(), TraceError> {
+        self.is_gate_shut = false;
         self.unpark_all()?;
         self.put_back_ignored()?;
         if !self.traps.is_empty() {

@@ -252,7 +252,7 @@ impl Case {
         let lasts = matches!(trouble.what, What::Fails { for_ever: true, .. });
         match error {
             AttachError::Commit(CommitError::Busy { .. } | CommitError::Kept { .. }) => true,
-            AttachError::Commit(CommitError::Mismatch { .. } | CommitError::Reopened { .. }) => {
+            AttachError::Commit(CommitError::Mismatch { .. }) => {
                 self.foreign.is_some() || has_reopened
             }
             // The loader is a reason for a first failure, and the trouble for the second.

@@ -123,6 +123,10 @@ impl Target for Patcher<'_, '_> {
     }
 
     fn release(&mut self) -> Result<(), TraceError> {
+        self.op(Op::Release)
+    }
+
+    fn open_gate(&mut self) -> Result<(), TraceError> {
         self.op(Op::Release)?;
         self.hold.machine().loader.let_go();
         Ok(())
@@ -136,9 +140,9 @@ impl Target for Patcher<'_, '_> {
     fn sync_core(&mut self) -> Result<(), TraceError> {
         self.op(Op::Sync)?;
         self.n_syncs += 1;
-        // One with the gate of each batch, then three.
-        let which = (self.n_syncs - 1) % 4;
-        if which.checked_sub(1).is_some_and(|which| self.hold.has(Fault::NoSync(which))) {
+        // One with the gate, then three for each batch.
+        let which = self.n_syncs.checked_sub(2).map(|behind| behind % 3);
+        if which.is_some_and(|which| self.hold.has(Fault::NoSync(which))) {
             return Ok(());
         }
         let mut machine = self.hold.machine();

@@ -29,7 +29,7 @@ use std::{
 use flea_image::Body;
 use flea_layout::plan::ArenaPlan;
 use flea_object::spec::MapSpec;
-use flea_patch::{CommitError, Plan};
+use flea_patch::Plan;
 use flea_process::{Mapping, Memory, MemoryError, Pid, SeizeError, Tracer};
 use flea_symbols::{Site, SiteKind as SymbolSiteKind, addr::RemoteAddr};
 use serde::{Serialize, de::DeserializeOwned};
@@ -445,11 +445,9 @@ fn change_settled<H: Host, R>(
         if !matches!(&outcome, Err(AttachError::Commit(error)) if error.is_found_changed()) {
             return outcome;
         }
-        let is_reopened =
-            matches!(&outcome, Err(AttachError::Commit(CommitError::Reopened { .. })));
         let n_functions = ground.registry().functions.len();
         settle(ground)?;
-        if !is_reopened && ground.registry().functions.len() == n_functions {
+        if ground.registry().functions.len() == n_functions {
             return outcome;
         }
     }
