@@ -117,6 +117,9 @@ pub fn commit_behind<T: Target>(
         let undone = commit.undo();
         return Err(setback.into_error(undone));
     }
+    if commit.barrier.is_some() {
+        commit.end()?;
+    }
     if let Some((site, written, found)) = overwritten {
         return Err(CommitError::ReadBack { site, written, found });
     }
@@ -231,7 +234,7 @@ fn at<E>(step: &'static str) -> impl Fn(E) -> Setback<E> {
 }
 
 impl<T: Target> Commit<'_, T> {
-    /// Steps 2 to 9.
+    /// Steps 2 to 9; up to the gate's opening, where there is one.
     fn forward(&mut self) -> Result<(), Setback<T::Error>> {
         self.wait_for_handlers()?;
         let n_sites = self.plan.pokes.len();
@@ -243,8 +246,10 @@ impl<T: Target> Commit<'_, T> {
             self.report.n_batches += 1;
             start = end;
         }
-        self.open_gate().map_err(at("letting the loader go on"))?;
-        self.close().map_err(at("closing the window"))
+        match &mut self.barrier {
+            None => self.close().map_err(at("closing the window")),
+            Some(barrier) => barrier.unlock(self.target).map_err(at("letting the loader go on")),
+        }
     }
 
     /// Waits, before the first breakpoint, for handlers that interrupted a thread inside.
@@ -362,6 +367,19 @@ impl<T: Target> Commit<'_, T> {
     fn reach(&mut self, stage: Stage) {
         let newest = self.live.last_mut().expect("it was pushed when its breakpoints were set");
         newest.stage = stage;
+    }
+
+    /// What is left when all is changed and the gate unlocked. From here on nothing can be taken
+    /// back: a library may have been closed, and who knows what has come in its place.
+    fn end(&mut self) -> Result<(), CommitError<T::Error>> {
+        let step = "closing the window when all had been changed";
+        let Err(source) = self.open_and_close() else { return Ok(()) };
+        self.open_and_close().map_err(|undo| CommitError::Broken { step, source, undo })
+    }
+
+    fn open_and_close(&mut self) -> Result<(), T::Error> {
+        self.open_gate()?;
+        self.close()
     }
 
     fn close(&mut self) -> Result<(), T::Error> {

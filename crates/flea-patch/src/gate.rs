@@ -57,12 +57,21 @@ pub struct Gate {
     pub r_debug: RemoteAddr,
 }
 
+/// How far a gate is open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Open,
+    Shut,
+    /// The breakpoint has been overwritten; threads may still wait.
+    Unlocked,
+}
+
 /// A gate that can be shut.
 #[derive(Debug)]
 pub(crate) struct Barrier {
     gate: Gate,
     first_byte: u8,
-    is_shut: bool,
+    state: State,
 }
 
 impl Barrier {
@@ -78,7 +87,7 @@ impl Barrier {
         let mut first = [0];
         target.read(gate.stop, &mut first)?;
         let [first_byte] = first;
-        Ok((first_byte != INT3).then_some(Self { gate, first_byte, is_shut: false }))
+        Ok((first_byte != INT3).then_some(Self { gate, first_byte, state: State::Open }))
     }
 
     pub(crate) fn stop(&self) -> RemoteAddr {
@@ -86,7 +95,7 @@ impl Barrier {
     }
 
     pub(crate) fn is_shut(&self) -> bool {
-        self.is_shut
+        self.state == State::Shut
     }
 
     pub(crate) fn trap(&self) -> Trap {
@@ -96,20 +105,28 @@ impl Barrier {
 
     /// From now on nobody gets through. Who did is seen by [`Barrier::is_quiet`].
     pub(crate) fn shut<T: Target>(&mut self, target: &mut T) -> Result<(), T::Error> {
-        self.is_shut = true;
+        self.state = State::Shut;
         target.write_text(self.gate.stop, &[INT3])?;
         target.sync_core()
     }
 
-    /// Threads go through again.
-    pub(crate) fn open<T: Target>(&mut self, target: &mut T) -> Result<(), T::Error> {
-        if !self.is_shut {
-            return Ok(());
+    /// Takes the breakpoint away. From now on threads may go through.
+    pub(crate) fn unlock<T: Target>(&mut self, target: &mut T) -> Result<(), T::Error> {
+        if self.state == State::Shut {
+            target.write_text(self.gate.stop, &[self.first_byte])?;
+            self.state = State::Unlocked;
         }
-        target.write_text(self.gate.stop, &[self.first_byte])?;
-        target.sync_core()?;
-        target.open_gate()?;
-        self.is_shut = false;
+        Ok(())
+    }
+
+    /// Has all threads go through again.
+    pub(crate) fn open<T: Target>(&mut self, target: &mut T) -> Result<(), T::Error> {
+        self.unlock(target)?;
+        if self.state == State::Unlocked {
+            target.sync_core()?;
+            target.open_gate()?;
+            self.state = State::Open;
+        }
         Ok(())
     }
 
