@@ -417,6 +417,7 @@ impl Parked {
             has_left_its_stop: false,
             has_own: false,
             is_kept: true,
+            at_gate: false,
         }
     }
 }

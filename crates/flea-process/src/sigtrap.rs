@@ -118,6 +118,7 @@ impl Tracer {
             has_left_its_stop: false,
             has_own: true,
             is_kept: false,
+            at_gate: false,
         });
         true
     }

@@ -166,6 +166,8 @@ pub struct Tracer {
     /// Forked children with memory of their own, stopped before their first instruction.
     pub(crate) held: BTreeSet<Pid>,
     pub(crate) traps: TrapTable,
+    /// There may be a gate among them that threads are not to pass.
+    pub(crate) is_gate_shut: bool,
     pub(crate) text_log: TextLog,
     /// What [`Tracer::look`] has looked for last, ascending.
     pub(crate) looked_for: Vec<RemoteAddr>,
@@ -199,6 +201,7 @@ impl Tracer {
             expected: BTreeSet::new(),
             held: BTreeSet::new(),
             traps: TrapTable::default(),
+            is_gate_shut: false,
             text_log: TextLog::default(),
             looked_for: Vec::new(),
             sigtrap: SigtrapAction::default(),

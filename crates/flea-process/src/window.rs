@@ -22,7 +22,9 @@
 //! when [`Tracer::release`] says that no breakpoint is left in the text, or after
 //! [`PARKED_AT_MOST`]. Who changes many sites does so in batches that take not much longer than
 //! that ([`Tracer::sites_at_once`]): then a thread waits once per batch that it runs into. A parked
-//! thread is the first to be borrowed for system calls: it is stopped already.
+//! thread is the first to be borrowed for system calls: it is stopped already. At a *gate*
+//! ([`Trap::is_gate`]) a thread is not to pass while the breakpoint is there: it stays parked until
+//! `open_gate`, for as long as that takes.
 //!
 //! # Why `drain` is enough
 //!
@@ -86,6 +88,8 @@ pub(crate) struct Parked {
     pub(crate) has_own: bool,
     /// Kept where it stands until it is let go of, whatever becomes of windows: see `follow`.
     pub(crate) is_kept: bool,
+    /// It stands at a gate: see [`Trap::is_gate`].
+    pub(crate) at_gate: bool,
 }
 
 /// How CPUs are made to refetch instructions.
@@ -116,6 +120,7 @@ impl Tracer {
         }
         // From here on SIGTRAPs are held, so that those let go before are the last ones.
         self.traps.add(traps);
+        self.is_gate_shut |= traps.iter().any(Trap::is_gate);
         self.tasks.values_mut().for_each(|task| task.seen_outside = false);
         if let Err(error) = self.finish_sigtraps() {
             if opens {
@@ -126,6 +131,20 @@ impl Tracer {
         Ok(())
     }
 
+    /// Lets threads go on that wait at a gate, or because of one. To be called when its breakpoint
+    /// has been overwritten and synced.
+    pub fn open_gate(&mut self) -> Result<(), TraceError> {
+        self.is_gate_shut = false;
+        self.release()
+    }
+
+    /// Whether a thread of the target waits at a gate. It does so until [`Tracer::open_gate`].
+    #[must_use]
+    pub fn is_gate_taken(&self) -> bool {
+        let at_gate = |task: &Task| !task.foreign && task.parked.is_some_and(|p| p.at_gate);
+        self.tasks.values().any(at_gate)
+    }
+
     /// How many sites to change next, so that threads wait no longer than they must.
     #[must_use]
     pub fn sites_at_once(&self) -> usize {
@@ -133,10 +152,14 @@ impl Tracer {
     }
 
     /// Lets threads go on that wait, though the window stays open. To be called when all
-    /// breakpoints have been overwritten and synced, before others are written.
+    /// breakpoints but a gate's have been overwritten and synced, before others are written.
     pub fn release(&mut self) -> Result<(), TraceError> {
         self.batch.end();
         self.pump()?;
+        if self.is_gate_shut {
+            // Whoever runs into the gate resets the disposition.
+            return self.unpark_where(|parked| !parked.has_own && !parked.at_gate);
+        }
         self.unpark_all()?;
         let holds_own = |task: &Task| task.parked.is_some_and(|parked| parked.has_own);
         if !self.tasks.values().any(holds_own) {
@@ -151,6 +174,7 @@ impl Tracer {
 
     /// Closes the window. To be called after [`Tracer::drain`].
     pub fn disarm(&mut self) -> Result<(), TraceError> {
+        self.is_gate_shut = false;
         self.unpark_all()?;
         self.put_back_ignored()?;
         if !self.traps.is_empty() {
@@ -444,6 +468,7 @@ impl Tracer {
             has_left_its_stop,
             has_own: false,
             is_kept: false,
+            at_gate: goes_to == regs.pc().offset(-1),
         };
         if let Some(task) = self.tasks.get_mut(&tid) {
             task.parked = Some(parked);
@@ -456,6 +481,9 @@ impl Tracer {
     fn has_certainly_trapped(&self, tid: Tid, pc: RemoteAddr) -> bool {
         let seen_outside = self.tasks.get(&tid).is_some_and(|task| task.seen_outside);
         let mut at_site = [0];
+        if self.traps.is_certain_gate_behind(pc) {
+            return true;
+        }
         (seen_outside || self.traps.leads_behind(pc))
             && self.memory.read(pc.offset(-1), &mut at_site).is_ok()
             && never_falls_behind_itself(at_site[0])
@@ -494,7 +522,8 @@ impl Tracer {
         if self.traps.is_empty() {
             return Ok(());
         }
-        self.unpark_where(|parked| !parked.has_own && parked.since.elapsed() > PARKED_AT_MOST)
+        let may_go_on = |parked: Parked| !parked.has_own && !parked.at_gate;
+        self.unpark_where(|parked| may_go_on(parked) && parked.since.elapsed() > PARKED_AT_MOST)
     }
 
     fn unpark_where(&mut self, due: impl Fn(Parked) -> bool) -> Result<(), TraceError> {

@@ -13,6 +13,7 @@ use flea_symbols::addr::RemoteAddr;
 
 use crate::{
     error::RemoteError,
+    gate,
     registry::{self, Controller, DataArena, Registry},
     remote::Ground,
 };
@@ -46,7 +47,7 @@ pub trait Host: Bytes {
     /// It has: written into the process as well.
     fn note_made(&mut self) -> Result<(), RemoteError>;
 
-    /// Swaps the sites: [`flea_patch::commit`].
+    /// Swaps the sites: [`flea_patch::commit_behind`].
     fn commit(&mut self, plan: &Plan) -> Result<(), CommitError<TraceError>>;
 
     /// More room for code near `near`.
@@ -120,7 +121,9 @@ impl Host for Ground<'_> {
     }
 
     fn commit(&mut self, plan: &Plan) -> Result<(), CommitError<TraceError>> {
-        flea_patch::commit(self.tracer, plan).map(drop)
+        // A process of which that cannot be told has none that we know of.
+        let gate = gate::find(self.tracer.pid(), self.tracer.memory()).unwrap_or_default();
+        flea_patch::commit_behind(self.tracer, plan, gate).map(drop)
     }
 
     fn add_code_arena(&mut self, near: RemoteAddr) -> Result<(), RemoteError> {

@@ -42,6 +42,7 @@ mod fit;
 mod follow;
 pub mod frames_file;
 mod function;
+mod gate;
 mod given;
 mod host;
 mod known_code;
