@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use flea_symbols::addr::RemoteAddr;
 
@@ -307,7 +307,7 @@ pub fn comm(tid: Tid) -> Result<String, ProcError> {
 
 /// The process that started this one, or who has taken it over since.
 pub(crate) fn parent(pid: Pid) -> Option<Pid> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let stat = read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name may itself hold any of ") (".
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_whitespace().nth(1)?.parse().ok()
@@ -316,7 +316,7 @@ pub(crate) fn parent(pid: Pid) -> Option<Pid> {
 /// Where thread `tid` of process `pid` is right now.
 #[must_use]
 pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
-    match fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")) {
+    match read_to_string(format!("/proc/{pid}/task/{tid}/syscall")) {
         Ok(text) => parse_whereabouts(&text).unwrap_or(Whereabouts::Running),
         Err(_) => Whereabouts::Gone,
     }
@@ -325,20 +325,20 @@ pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
 /// How often a thread has been given a CPU, where the kernel counts that. One that has the same
 /// number later has not run in between.
 pub fn n_runs(pid: Pid, tid: Tid) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+    let text = read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
     // Time on a CPU, time waited for one, and the number. All are 0 where nothing is counted.
     text.split_whitespace().nth(2)?.parse().ok().filter(|&n| n > 0)
 }
 
 /// When a thread that is off its CPU was last on it. Kernels before 6.15 may not tell.
 pub(crate) fn last_run(pid: Pid, tid: Tid) -> Option<LastRun> {
-    parse_last_run(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/sched")).ok()?)
+    parse_last_run(&read_to_string(format!("/proc/{pid}/task/{tid}/sched")).ok()?)
 }
 
 /// Reads the auxiliary vector.
 pub fn auxv(pid: Pid) -> Result<AuxVector, ProcError> {
     let path = format!("/proc/{}/auxv", stand_in(pid));
-    let bytes = fs::read(&path).map_err(|e| explain(pid, &path, e))?;
+    let bytes = read_whole(&path).map_err(|e| explain(pid, &path, e))?;
     let mut found = AuxVector::default();
     for pair in bytes.chunks_exact(16) {
         let (key, value) = pair.split_at(8);
@@ -423,10 +423,40 @@ pub fn check_traceable(pid: Pid) -> Result<Status, ProcError> {
     }
 }
 
+/// All of a file that the kernel makes up as it is read. It says no size beforehand, and a buffer
+/// that grows from a few bytes takes ten system calls where three do.
+fn read_whole(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
+    /// More than most of them have.
+    const FIRST_BYTES: usize = 8 << 10;
+    let mut file = fs::File::open(path)?;
+    let mut bytes = vec![0; FIRST_BYTES];
+    let mut len = 0;
+    loop {
+        match file.read(&mut bytes[len..]) {
+            Ok(0) => break,
+            Ok(n) => len += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        if len == bytes.len() {
+            bytes.resize(2 * len, 0);
+        }
+    }
+    bytes.truncate(len);
+    Ok(bytes)
+}
+
+/// The same, of a file that is text.
+pub(crate) fn read_to_string(path: impl AsRef<Path>) -> io::Result<String> {
+    let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+    String::from_utf8(read_whole(path)?).map_err(invalid)
+}
+
 fn read_text(pid: Pid, file: &str) -> Result<String, ProcError> {
     let path = format!("/proc/{pid}/{file}");
-    let bytes = fs::read(&path).map_err(|e| explain(pid, &path, e))?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    let bytes = read_whole(&path).map_err(|e| explain(pid, &path, e))?;
+    Ok(String::from_utf8(bytes)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
 }
 
 /// Whether the kernel keeps process `pid` from its own user: files in its directory, though not
