@@ -1,5 +1,6 @@
 //! What `/proc/PID` says of a process and its threads: read and parsed, never changed.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt as _;
@@ -485,24 +486,42 @@ fn explain(pid: Pid, path: &str, reason: io::Error) -> ProcError {
 }
 
 fn parse_status(text: &str) -> Option<Status> {
+    // Looked for in the order of the lines, most of which are not wanted: each search goes on
+    // behind the last one, and begins anew where the kernel has another order.
+    let at = Cell::new(0);
     let field = |name: &str| {
-        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+        let from = |start: usize| {
+            let mut end = start;
+            text[start..].split_inclusive('\n').find_map(|line| {
+                end += line.len();
+                let value = line.strip_prefix(name)?.strip_prefix(':')?;
+                at.set(end);
+                Some(value.trim())
+            })
+        };
+        from(at.get()).or_else(|| from(0))
     };
     let set = |name| u64::from_str_radix(field(name)?, 16).ok().map(SignalSet);
     let count = |name| field(name).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-    let mut uids = [0; 4];
-    for (uid, word) in uids.iter_mut().zip(field("Uid")?.split_whitespace()) {
-        *uid = word.parse().ok()?;
-    }
+    let numbers = |line: &str| -> Option<[u32; 4]> {
+        let mut uids = [0; 4];
+        for (uid, word) in uids.iter_mut().zip(line.split_whitespace()) {
+            *uid = word.parse().ok()?;
+        }
+        Some(uids)
+    };
     Some(Status {
         name: field("Name")?.to_owned(),
         state: field("State")?.chars().next()?,
         tgid: field("Tgid")?.parse().ok()?,
         tracer_tid: field("TracerPid")?.parse().ok()?,
-        uids,
+        uids: numbers(field("Uid")?)?,
         ns_pids: field("NSpid")
             .map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect())
             .unwrap_or_default(),
+        has_memory: field("VmSize").is_some(),
+        locks_memory: field("VmLck").is_some_and(|size| size != "0 kB"),
+        n_threads: field("Threads")?.parse().ok()?,
         pending: set("SigPnd")?,
         shared_pending: set("ShdPnd")?,
         blocked: set("SigBlk")?,
@@ -513,11 +532,8 @@ fn parse_status(text: &str) -> Option<Status> {
             1 => SeccompMode::Strict,
             _ => SeccompMode::Filter,
         },
-        has_memory: field("VmSize").is_some(),
-        locks_memory: field("VmLck").is_some_and(|size| size != "0 kB"),
         shadow_stack: field("x86_Thread_features")
             .is_some_and(|features| features.split_whitespace().any(|f| f == "shstk")),
-        n_threads: field("Threads")?.parse().ok()?,
         switches: count("voluntary_ctxt_switches") + count("nonvoluntary_ctxt_switches"),
     })
 }
@@ -594,6 +610,27 @@ mod tests {
         let expected = status.shadow_stack
             || std::env::var("GLIBC_TUNABLES").is_ok_and(|t| t.contains("shstk"));
         assert_eq!(may_use_shadow_stack(pid).expect("we live"), expected);
+    }
+
+    /// Kernels have not always had this order.
+    #[test]
+    fn a_status_may_have_any_order() {
+        let pid = i32::try_from(std::process::id()).expect("a pid is an i32");
+        let text = read_text(pid, "status").expect("we have one");
+        let backwards: Vec<&str> = text.lines().rev().collect();
+        let status = parse_status(&text).expect("it is a status");
+        assert_eq!(parse_status(&backwards.join("\n")), Some(status));
+        assert_eq!(parse_status(&text.replace("\nTracerPid:", "\nTracer:")), None);
+    }
+
+    #[test]
+    fn files_are_read_to_their_end() {
+        let path = std::env::current_exe().expect("we have one");
+        let expected = fs::read(&path).expect("readable");
+        assert!(read_whole(&path).expect("readable") == expected, "a file of many buffers");
+        assert_eq!(read_whole("/dev/null").expect("readable"), b"");
+        let missing = read_whole("/proc/self/none").expect_err("there is none");
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]
