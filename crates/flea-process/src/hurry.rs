@@ -5,6 +5,8 @@
 //! time where the others use their slices up. All of this is no more than a wish: what the
 //! system refuses is not asked for again, and everything works without.
 
+use std::time::{Duration, Instant};
+
 /// A slice that short has a thread that wakes up served before those with longer ones (since
 /// Linux 6.12, and without any right).
 const SLICE_NS: u64 = 100_000;
@@ -12,11 +14,17 @@ const SLICE_NS: u64 = 100_000;
 /// interrupt threads.
 const PRIORITY: u32 = 10;
 
+/// What takes longer than this is no longer urgent: nothing of ours may keep a CPU from the rest of
+/// the machine.
+const AT_MOST: Duration = Duration::from_millis(10);
+
 /// The scheduling of the tracer's thread.
 #[derive(Debug, Default)]
 pub(crate) struct Urgency {
     /// Reasons to hurry.
     n_reasons: u32,
+    /// Until when it is served first; `None` where it is not.
+    until: Option<Instant>,
     is_refused: bool,
 }
 
@@ -26,14 +34,28 @@ impl Urgency {
         self.n_reasons += 1;
         if self.n_reasons == 1 && !self.is_refused {
             self.is_refused = !is_ordinary() || !set(libc::SCHED_FIFO, PRIORITY, 0);
+            self.until = (!self.is_refused).then(|| Instant::now() + AT_MOST);
+        }
+    }
+
+    /// To be called now and then: gives way where it took too long.
+    pub(crate) fn relax(&mut self) {
+        if self.until.is_some_and(|until| Instant::now() > until) {
+            self.give_way();
+        }
+    }
+
+    fn give_way(&mut self) {
+        if self.until.take().is_some() {
+            set(libc::SCHED_OTHER, 0, SLICE_NS);
         }
     }
 
     /// One reason less to hurry.
     pub(crate) fn ease(&mut self) {
         self.n_reasons = self.n_reasons.saturating_sub(1);
-        if self.n_reasons == 0 && !self.is_refused {
-            set(libc::SCHED_OTHER, 0, SLICE_NS);
+        if self.n_reasons == 0 {
+            self.give_way();
         }
     }
 }
@@ -93,6 +115,13 @@ mod tests {
         assert_eq!(policy(), urgent);
         urgency.ease();
         assert_eq!(policy(), urgent, "there is one more reason");
+        urgency.ease();
+        assert_eq!(policy(), before);
+        urgency.press();
+        std::thread::sleep(AT_MOST);
+        assert_eq!(policy(), urgent);
+        urgency.relax();
+        assert_eq!(policy(), before, "it took too long");
         urgency.ease();
         assert_eq!(policy(), before);
     }

@@ -556,6 +556,8 @@ fn parse_whereabouts(text: &str) -> Option<Whereabouts> {
     let words: Vec<&str> = text.split_whitespace().collect();
     let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
     match words.as_slice() {
+        // It has no stack any more: it has ended, and waits to be collected.
+        ["-1", "0x0", "0x0"] => Some(Whereabouts::Gone),
         ["-1", sp, pc] => {
             Some(Whereabouts::Elsewhere { sp: RemoteAddr(hex(sp)?), pc: RemoteAddr(hex(pc)?) })
         }
@@ -683,5 +685,6 @@ mod tests {
             parse_whereabouts("-1 0x7ffe10 0x7f20\n"),
             Some(Whereabouts::Elsewhere { sp: RemoteAddr(0x7ffe10), pc: RemoteAddr(0x7f20) })
         );
+        assert_eq!(parse_whereabouts("-1 0x0 0x0\n"), Some(Whereabouts::Gone));
     }
 }

@@ -192,6 +192,9 @@ impl Tracer {
         // Threads born while we look are looked at as well; a new one's stack is its parent's
         // doing, and its parent may have been looked at before it was born.
         loop {
+            // Where threads are born and end all the time, those that have ended would otherwise
+            // become ever more, and looking at them take longer than others take to be born.
+            self.reap_ended();
             let new: Vec<Tid> = self.tasks.keys().copied().filter(|&t| seen.insert(t)).collect();
             if new.is_empty() {
                 break;

@@ -253,6 +253,7 @@ impl Tracer {
             self.answer(tid, stop)?;
         }
         self.unpark_overdue()?;
+        self.urgency.relax();
         self.last_pump = Instant::now();
         self.check_alive()
     }

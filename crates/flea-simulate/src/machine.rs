@@ -1,7 +1,7 @@
 //! The made-up process: threads that call functions, sleep, are interrupted by signals, switch
 //! stacks, end and begin, one step at a time, in an order that the seed says.
 //!
-//! It executes the bytes that are there ([`crate::execute`]) and remembers the first thing that
+//! It executes the bytes that are there (`execute.rs`) and remembers the first thing that
 //! must not happen. Who changes it knows nothing of that.
 
 use std::ops::Range;
