@@ -272,7 +272,8 @@ impl Tracer {
     }
 
     pub(crate) fn pace(&self) -> Pace {
-        Pace { rests: 0, hears_stops: self.hears_stops }
+        let is_open = !self.traps.is_empty();
+        Pace { rests: 0, hears_stops: self.hears_stops, is_open }
     }
 
     /// Does what threads of the target have to wait for.
@@ -607,17 +608,24 @@ pub(crate) fn shares_memory(a: Pid, b: Pid) -> bool {
 pub(crate) struct Pace {
     rests: u32,
     hears_stops: bool,
+    /// Threads may wait at breakpoints, and must not for longer than they said: that is told by no
+    /// signal.
+    is_open: bool,
 }
 
 impl Pace {
     const IMMEDIATE: u32 = 4;
     const SHORT: u32 = 60;
+    /// The longest wait for a signal, which is for what no signal tells: that time is up, or a
+    /// thread has fallen asleep.
+    const SELDOM_MICROS: u64 = 1000;
 
     pub(crate) fn rest(&mut self) {
         self.rests += 1;
         let behind = |bound: u32| u64::from(self.rests.saturating_sub(bound));
         let micros = if self.hears_stops {
-            (behind(Self::IMMEDIATE) * 50).min(PUMP_EVERY_MICROS)
+            let most = if self.is_open { PUMP_EVERY_MICROS } else { Self::SELDOM_MICROS };
+            (behind(Self::IMMEDIATE) * 50).min(most)
         } else if self.rests > Self::SHORT {
             behind(Self::SHORT).min(20) * 25
         } else {

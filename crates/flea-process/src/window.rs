@@ -47,6 +47,7 @@
 //! that the parent has. `drain` also interrupts threads that sleep inside fork itself: such a
 //! thread stops only when the child exists and is known to us.
 
+use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use flea_symbols::addr::RemoteAddr;
@@ -72,6 +73,9 @@ const MEMBARRIER_SYNC_CORE: u64 = 32;
 const MEMBARRIER_REGISTER_SYNC_CORE: u64 = 64;
 /// Which registrations there are (since Linux 6.3).
 const MEMBARRIER_GET_REGISTRATIONS: u64 = 512;
+/// The process that was registered last. No more than a guess, for another one may have that number
+/// by now, or it another program: then the kernel refuses to synchronise it.
+static REGISTERED: AtomicI32 = AtomicI32::new(0);
 /// Threads that are interrupted one by one in a moment.
 const FEW_THREADS: usize = 4;
 
@@ -219,6 +223,9 @@ impl Tracer {
             ) => give_up(error),
             Err(RemoteError::NoThread { .. }) => self.sync_by_interrupts(),
             Err(_) => {
+                // It has executed another program since, perhaps. Registering that one has to
+                // wait until no breakpoint is in its text.
+                let _other = REGISTERED.compare_exchange(self.pid, 0, Relaxed, Relaxed);
                 self.sync = SyncMethod::Interrupts;
                 self.sync_by_interrupts()
             }
@@ -229,8 +236,15 @@ impl Tracer {
     /// kernel's RCU needs for a grace period, milliseconds, if it has several threads: so it is
     /// done before the first breakpoint, in a thread that sleeps anyway. Where none does and
     /// interrupting all of them is as quick, that will do this time.
+    ///
+    /// Nor is one asked twice in a row: borrowing a thread for it is a fifth of what a small change
+    /// takes.
     fn prepare_sync(&mut self) -> Result<(), TraceError> {
         if self.sync != SyncMethod::Unknown {
+            return Ok(());
+        }
+        if REGISTERED.load(Relaxed) == self.pid {
+            self.sync = SyncMethod::Membarrier;
             return Ok(());
         }
         let register = MEMBARRIER_REGISTER_SYNC_CORE;
@@ -248,7 +262,10 @@ impl Tracer {
             }
         };
         self.sync = match done {
-            Ok(true) => SyncMethod::Membarrier,
+            Ok(true) => {
+                REGISTERED.store(self.pid, Relaxed);
+                SyncMethod::Membarrier
+            }
             Err(
                 error @ RemoteError::Trace(TraceError::Gone { .. } | TraceError::Execed { .. }),
             ) => return give_up(error),

@@ -363,6 +363,10 @@ impl Host for Hold<'_> {
         Ok(maps)
     }
 
+    fn written(&self, _: &Mapping, range: Range<u64>) -> Vec<Range<u64>> {
+        vec![range]
+    }
+
     fn read_to_hole(&self, at: RemoteAddr, into: &mut [u8]) -> Result<usize, MemoryError> {
         self.op(Op::Read).map_err(|d| memory_error(d, "reading", at, into.len()))?;
         let machine = self.machine();

@@ -14,6 +14,7 @@ use flea_symbols::addr::RemoteAddr;
 use crate::{
     error::RemoteError,
     gate,
+    pages::Pages,
     registry::{self, Controller, DataArena, Registry},
     remote::Ground,
 };
@@ -64,6 +65,10 @@ pub trait Host: Bytes {
 
     /// The memory map.
     fn maps(&self) -> Result<Vec<Mapping>, RemoteError>;
+
+    /// The stretches of `range`, which is in `mapping`, that can hold something that was written:
+    /// all of it, where that is not known.
+    fn written(&self, mapping: &Mapping, range: Range<u64>) -> Vec<Range<u64>>;
 
     /// Fills as much of `into` as can be read without a hole, and says how much.
     fn read_to_hole(&self, at: RemoteAddr, into: &mut [u8]) -> Result<usize, MemoryError>;
@@ -145,6 +150,10 @@ impl Host for Ground<'_> {
 
     fn maps(&self) -> Result<Vec<Mapping>, RemoteError> {
         Ok(flea_process::maps(self.tracer.pid())?)
+    }
+
+    fn written(&self, mapping: &Mapping, range: Range<u64>) -> Vec<Range<u64>> {
+        self.pages.get_or_init(|| Pages::open(self.tracer.pid())).existing(mapping, range)
     }
 
     fn read_to_hole(&self, at: RemoteAddr, into: &mut [u8]) -> Result<usize, MemoryError> {

@@ -50,6 +50,7 @@ mod link;
 mod modules;
 mod object;
 mod own;
+mod pages;
 mod patch;
 mod placement;
 mod prepared;
