@@ -39,7 +39,7 @@ const ALL: [Knowledge; 4] = [
         words: &[],
     },
     Knowledge {
-        is_had: |insns| insns.iter().any(is_stored) && insns.iter().any(is_narrow_load),
+        is_had: |insns| insns.iter().any(is_stored) && insns.iter().any(is_narrow_read),
         why: "parts of a stored number",
         words: &[],
     },
@@ -123,8 +123,11 @@ fn is_far_sum(insn: &Insn) -> bool {
         && insn.imm.unsigned_abs() >= MAX_OFFSET
 }
 
-fn is_narrow_load(insn: &Insn) -> bool {
-    insn.class() == op::LDX && insn.access_bytes() < 8
+/// A load, or an atomic operation that fetches what was there.
+fn is_narrow_read(insn: &Insn) -> bool {
+    let fetches = || insn.mode() == op::ATOMIC && insn.imm & op::ATOMIC_FETCH != 0;
+    let reads = insn.class() == op::LDX || (insn.class() == op::STX && fetches());
+    reads && insn.access_bytes() < 8
 }
 
 #[cfg(test)]
@@ -133,6 +136,18 @@ mod tests {
 
     fn insn(opcode: u8, dst: u8, src: u8, imm: i32) -> Insn {
         Insn { opcode, dst, src, off: 0, imm }
+    }
+
+    #[test]
+    fn parts_are_loaded_or_fetched() {
+        let stored = insn(op::ST | op::MEM | op::DW, 10, 0, 71);
+        let fetched = |size: u8, imm: i32| {
+            let or = insn(op::STX | op::ATOMIC | size, 10, 3, imm);
+            by_instructions(&[stored, or])
+        };
+        assert!(fetched(op::W, op::ATOMIC_OR | op::ATOMIC_FETCH).is_some());
+        assert!(fetched(op::W, op::ATOMIC_OR).is_none());
+        assert!(fetched(op::DW, op::ATOMIC_OR | op::ATOMIC_FETCH).is_none());
     }
 
     #[test]

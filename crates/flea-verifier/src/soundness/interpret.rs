@@ -524,14 +524,19 @@ impl<'a> Interpreter<'a> {
                 }
                 Ok((self.numbers)())
             }
-            Helper::ProbeReadUser | Helper::ProbeReadUserStr => {
+            Helper::ProbeReadUser
+            | Helper::ProbeRead
+            | Helper::ProbeReadKernel
+            | Helper::ProbeReadUserStr
+            | Helper::ProbeReadStr
+            | Helper::ProbeReadKernelStr => {
                 for i in 0..args[1] {
                     let byte = (self.numbers)() as u8;
                     self.write(args[0] + i, &[byte])?;
                 }
                 Ok(match (helper, self.below(2)) {
                     (_, 0) => -14i64 as u64,
-                    (Helper::ProbeReadUser, _) => 0,
+                    (Helper::ProbeReadUser | Helper::ProbeRead | Helper::ProbeReadKernel, _) => 0,
                     _ => self.below(args[1] + 1),
                 })
             }
