@@ -174,6 +174,8 @@ pub struct Tracer {
     pub(crate) looked_for: Vec<RemoteAddr>,
     pub(crate) sigtrap: SigtrapAction,
     pub(crate) sync: SyncMethod,
+    /// Threads that run do not stop at once, for there are more of them than CPUs.
+    pub(crate) has_slow_stops: bool,
     pub(crate) syscall_insn: Option<RemoteAddr>,
     pub(crate) execed: bool,
     /// Signals that came for a borrowed thread and could not be blocked.
@@ -208,6 +210,7 @@ impl Tracer {
             looked_for: Vec::new(),
             sigtrap: SigtrapAction::default(),
             sync: SyncMethod::default(),
+            has_slow_stops: false,
             syscall_insn: None,
             execed: false,
             postponed: Vec::new(),
