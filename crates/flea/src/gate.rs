@@ -6,19 +6,19 @@ use flea_symbols::addr::RemoteAddr;
 
 use crate::error::RemoteError;
 
-/// Bytes of a program header, and what is where in it.
-const PHDR_BYTES: i64 = 56;
-const P_VADDR_OFFSET: i64 = 16;
-const P_MEMSZ_OFFSET: i64 = 40;
+/// Words of a program header, and which is where in it.
+const PHDR_WORDS: usize = 7;
+const P_VADDR_WORD: usize = 2;
+const P_MEMSZ_WORD: usize = 5;
 const PT_DYNAMIC: u64 = 2;
 const PT_PHDR: u64 = 6;
 /// No linker makes as many.
-const MAX_PHDRS: i64 = 64;
-/// Bytes of an entry of the dynamic section: a tag and a word.
-const DYN_BYTES: u64 = 16;
+const MAX_PHDRS: usize = 64;
+/// Words of an entry of the dynamic section: a tag and another.
+const DYN_WORDS: usize = 2;
 const DT_NULL: u64 = 0;
 const DT_DEBUG: u64 = 21;
-const MAX_DYN: u64 = 512;
+const MAX_DYN: usize = 512;
 /// `r_brk` in `struct r_debug` (<link.h>).
 const R_BRK_OFFSET: i64 = 16;
 
@@ -28,9 +28,10 @@ pub(crate) fn find(pid: Pid, memory: &Memory) -> Result<Option<Gate>, RemoteErro
     let auxv = flea_process::auxv(pid)?;
     let (Some(loader), Some(phdrs)) = (auxv.base, auxv.phdr) else { return Ok(None) };
     let Some(r_debug) = r_debug(memory, phdrs) else { return Ok(None) };
-    let Some(stop) = word(memory, r_debug.offset(R_BRK_OFFSET)).map(RemoteAddr) else {
+    let Some(&stop) = words(memory, r_debug.offset(R_BRK_OFFSET), 1).first() else {
         return Ok(None);
     };
+    let stop = RemoteAddr(stop);
     let maps = flea_process::maps(pid)?;
     Ok(is_code_of(&maps, loader, stop).then_some(Gate { stop, r_debug }))
 }
@@ -45,30 +46,29 @@ fn is_code_of(maps: &[Mapping], base: RemoteAddr, at: RemoteAddr) -> bool {
 /// The address that the loader has left in the program's dynamic section.
 fn r_debug(memory: &Memory, phdrs: RemoteAddr) -> Option<RemoteAddr> {
     let mut bias = None;
-    let dynamic = (0..MAX_PHDRS).find_map(|index| {
-        let header = phdrs.offset(index * PHDR_BYTES);
-        let address = word(memory, header.offset(P_VADDR_OFFSET))?;
-        match word(memory, header)? & 0xffff_ffff {
+    let headers = words(memory, phdrs, MAX_PHDRS * PHDR_WORDS);
+    let dynamic = headers.chunks_exact(PHDR_WORDS).find_map(|header| {
+        let address = header[P_VADDR_WORD];
+        match header[0] & 0xffff_ffff {
             // It comes before all that is loaded.
             PT_PHDR => bias = Some(phdrs.0.wrapping_sub(address)),
-            PT_DYNAMIC => return Some((address, word(memory, header.offset(P_MEMSZ_OFFSET))?)),
+            PT_DYNAMIC => return Some((address, header[P_MEMSZ_WORD])),
             _ => {}
         }
         None
     });
     let (address, n_bytes) = dynamic?;
-    let start = address.wrapping_add(bias?);
-    for index in 0..(n_bytes / DYN_BYTES).min(MAX_DYN) {
-        let entry = RemoteAddr(start.wrapping_add(index * DYN_BYTES));
-        match word(memory, entry)? {
-            DT_NULL => return None,
-            DT_DEBUG => return word(memory, entry.offset(8)).map(RemoteAddr),
-            _ => {}
-        }
-    }
-    None
+    let start = RemoteAddr(address.wrapping_add(bias?));
+    let n_words = usize::try_from(n_bytes / 8).unwrap_or(usize::MAX).min(MAX_DYN * DYN_WORDS);
+    let entries = words(memory, start, n_words);
+    let entries = entries.chunks_exact(DYN_WORDS).take_while(|entry| entry[0] != DT_NULL);
+    let mut debug = entries.filter(|entry| entry[0] == DT_DEBUG);
+    debug.next().map(|entry| RemoteAddr(entry[1]))
 }
 
-fn word(memory: &Memory, at: RemoteAddr) -> Option<u64> {
-    memory.read_u64(at).ok().filter(|_| at.0 != 0)
+/// The words from `at` on, `n_words` at most, as far as they can be read.
+fn words(memory: &Memory, at: RemoteAddr, n_words: usize) -> Vec<u64> {
+    let mut bytes = vec![0; n_words * size_of::<u64>()];
+    let n_read = memory.read_prefix(at, &mut bytes);
+    bytes[..n_read].as_chunks().0.iter().map(|word| u64::from_le_bytes(*word)).collect()
 }

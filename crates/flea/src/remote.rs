@@ -89,6 +89,11 @@ impl<'t> Ground<'t> {
     /// What is there; `None` where nothing is.
     pub(crate) fn find(tracer: &'t mut Tracer) -> Result<Option<Self>, RemoteError> {
         let Some(base) = find_registry(tracer.pid())? else { return Ok(None) };
+        Self::at(tracer, base).map(Some)
+    }
+
+    /// What is there, with a registry at `base`.
+    fn at(tracer: &'t mut Tracer, base: RemoteAddr) -> Result<Self, RemoteError> {
         let storage = Storage::at(base);
         let registry = storage.load(tracer.memory())?;
         let stored = Some(registry.clone());
@@ -96,7 +101,7 @@ impl<'t> Ground<'t> {
         let pages = OnceCell::new();
         let mut ground = Self { tracer, storage, registry, stored, is_made, pages };
         ground.bring_runtime()?;
-        Ok(Some(ground))
+        Ok(ground)
     }
 
     /// Another build of Flea may have been here first.
@@ -115,10 +120,8 @@ impl<'t> Ground<'t> {
 
     /// What is there, made where nothing is.
     pub(crate) fn open(tracer: &'t mut Tracer) -> Result<Self, RemoteError> {
-        // Looked for first and apart: the borrow checker cannot see that `find` gives the
-        // tracer back with `None`.
-        if find_registry(tracer.pid())?.is_some() {
-            return Self::find(tracer)?.ok_or_else(|| local("finding the registry"));
+        if let Some(base) = find_registry(tracer.pid())? {
+            return Self::at(tracer, base);
         }
         Self::found(tracer)
     }
