@@ -37,9 +37,11 @@ impl TextLog {
         at: RemoteAddr,
         n_bytes: usize,
     ) -> Result<(), MemoryError> {
-        for byte in at.0..at.0.saturating_add(n_bytes as u64) {
-            let offset = usize::try_from(byte % PAGE_BYTES as u64).unwrap_or(0);
-            let start = RemoteAddr(byte - offset as u64);
+        let end = at.0.saturating_add(n_bytes as u64);
+        let mut from = at.0;
+        while from < end {
+            let offset = usize::try_from(from % PAGE_BYTES as u64).unwrap_or(0);
+            let start = RemoteAddr(from - offset as u64);
             let page = match self.pages.entry(start) {
                 Entry::Occupied(known) => known.into_mut(),
                 Entry::Vacant(new) => {
@@ -47,7 +49,10 @@ impl TextLog {
                     new.insert(Page { original, is_written: vec![false; PAGE_BYTES] })
                 }
             };
-            page.is_written[offset] = true;
+            let next = end.min(start.0.saturating_add(PAGE_BYTES as u64));
+            let n_here = usize::try_from(next - from).unwrap_or(0);
+            page.is_written[offset..offset + n_here].fill(true);
+            from = next;
         }
         Ok(())
     }
