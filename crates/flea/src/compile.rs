@@ -5,23 +5,28 @@
 //! compiled one by one, with their numbers folded into the code.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
 };
 
 use flea_image::Body;
+use flea_symbols::{addr::RemoteAddr, signature::Signature};
+use flea_verifier::Verified;
 
 use crate::{
     error::AttachError,
     object::Loaded,
     prepared::{Prepared, Shape},
+    session::lock,
 };
 
 /// So many functions alike share their code. Compiling fewer takes a few milliseconds.
 const MANY: usize = 64;
+/// How many bodies an object keeps for when they are attached again.
+const MOST_KNOWN: usize = 16;
 
 /// One compilation, and the functions that it is for.
 enum Job<'a> {
@@ -37,13 +42,16 @@ pub(crate) fn all(
 ) -> Result<Vec<Arc<Body>>, AttachError> {
     let jobs = jobs(prepared, offsets);
     let compile = |job: &Job<'_>| match job {
-        Job::One(index) => prepared[*index].compile(object, offsets[*index]),
-        Job::Shared(shape, members) => prepared[members[0]].compile_shared(object, shape),
+        Job::One(index) => object.compiled.body(&prepared[*index], offsets[*index], || {
+            prepared[*index].compile(object, offsets[*index])
+        }),
+        Job::Shared(shape, members) => {
+            prepared[members[0]].compile_shared(object, shape).map(Arc::new)
+        }
     };
     let made = on_every_cpu(&jobs, compile)?;
     let mut bodies: Vec<Option<Arc<Body>>> = vec![None; prepared.len()];
     for (job, body) in jobs.iter().zip(made) {
-        let body = Arc::new(body);
         let members = match job {
             Job::One(index) => std::slice::from_ref(index),
             Job::Shared(_, members) => members,
@@ -53,6 +61,69 @@ pub(crate) fn all(
         }
     }
     Ok(bodies.into_iter().map(|body| body.expect("each function is in one job")).collect())
+}
+
+/// The bodies that an object had compiled last: what is attached to a function now and then is
+/// compiled once.
+#[derive(Default)]
+pub(crate) struct Compiled {
+    /// The newest last.
+    known: Mutex<VecDeque<Known>>,
+}
+
+/// A body, and what decided how it was compiled.
+struct Known {
+    function: RemoteAddr,
+    signature: Signature,
+    uses: Vec<(usize, u64)>,
+    verified: Vec<Arc<Verified>>,
+    frame_offset: u32,
+    body: Arc<Body>,
+}
+
+impl Known {
+    fn is_for(&self, one: &Prepared, frame_offset: u32) -> bool {
+        // Proofs are kept here, so no other one has the address of one of them.
+        let is_same = |(a, b): (&Arc<Verified>, &Arc<Verified>)| Arc::ptr_eq(a, b);
+        self.function == one.function.address()
+            && self.frame_offset == frame_offset
+            && self.uses == one.uses
+            && self.verified.len() == one.verified.len()
+            && self.verified.iter().zip(&one.verified).all(is_same)
+            && self.signature == *one.function.signature()
+    }
+}
+
+impl Compiled {
+    /// The body of `one`, compiled by `compile` where it is not known.
+    fn body(
+        &self,
+        one: &Prepared,
+        frame_offset: u32,
+        compile: impl FnOnce() -> Result<Body, AttachError>,
+    ) -> Result<Arc<Body>, AttachError> {
+        let known = lock(&self.known)
+            .iter()
+            .find(|k| k.is_for(one, frame_offset))
+            .map(|known| Arc::clone(&known.body));
+        if let Some(body) = known {
+            return Ok(body);
+        }
+        let body = Arc::new(compile()?);
+        let mut known = lock(&self.known);
+        if known.len() >= MOST_KNOWN {
+            known.pop_front();
+        }
+        known.push_back(Known {
+            function: one.function.address(),
+            signature: one.function.signature().clone(),
+            uses: one.uses.clone(),
+            verified: one.verified.clone(),
+            frame_offset,
+            body: Arc::clone(&body),
+        });
+        Ok(body)
+    }
 }
 
 fn jobs<'a>(prepared: &'a [Prepared], offsets: &[u32]) -> Vec<Job<'a>> {

@@ -21,6 +21,7 @@ use flea_verifier::{
 };
 
 use crate::{
+    compile::Compiled,
     error::{AttachError, LoadError},
     fit::{Fits, Fitted, ModuleKey},
     function::Function,
@@ -89,6 +90,7 @@ pub(crate) struct Loaded {
     writers: HashSet<usize>,
     fits: Fits,
     verified: Mutex<HashMap<ProofKey, Arc<Verified>>>,
+    pub(crate) compiled: Compiled,
     attached: Mutex<HashSet<(usize, RemoteAddr)>>,
     /// Read for as long as programs are compiled and attached, so that none is with old contents
     /// once they have been changed.
@@ -175,6 +177,7 @@ impl Object {
                 writers,
                 fits: Fits::default(),
                 verified: Mutex::default(),
+                compiled: Compiled::default(),
                 attached: Mutex::default(),
                 slots,
                 links: Mutex::default(),

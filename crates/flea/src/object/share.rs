@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, RwLock};
 
-use super::{Fits, Loaded, Object};
+use super::{Compiled, Fits, Loaded, Object};
 use crate::{error::LoadError, session::Session, transaction};
 
 impl Object {
@@ -29,6 +29,7 @@ impl Object {
                 writers: loaded.writers.clone(),
                 fits: Fits::default(),
                 verified: Mutex::default(),
+                compiled: Compiled::default(),
                 attached: Mutex::default(),
                 slots: RwLock::new(self.slots().clone()),
                 links: Mutex::default(),
