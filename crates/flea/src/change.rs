@@ -115,11 +115,17 @@ impl Change {
     ///
     /// Nothing is switched off by attaching: what those that are inside the original were
     /// promised at their entry still holds when they leave it.
-    pub(crate) fn switch_off(&mut self) {
+    ///
+    /// If there are more than `most`, none is: whether that is.
+    pub(crate) fn switch_off(&mut self, most: usize) -> bool {
         let attached = self.registry.body_ids();
         let retired = self.registry.retired.iter().chain(&self.retired);
         let switches = retired.flat_map(|retired| &retired.switches);
-        let pokes = switches.filter(|switch| !attached.contains(&switch.body)).map(|s| Poke {
+        let off = switches.filter(|switch| !attached.contains(&switch.body));
+        if off.clone().nth(most).is_some() {
+            return false;
+        }
+        let pokes = off.map(|s| Poke {
             site: s.at,
             expected: s.expected.to_vec(),
             new: s.new,
@@ -127,6 +133,7 @@ impl Change {
             moves: Vec::new(),
         });
         self.pokes.extend(pokes);
+        true
     }
 
     /// Makes the site of `f` enter exactly `f.bodies` and the newest of `f.replacements`. Once

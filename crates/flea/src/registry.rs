@@ -422,14 +422,27 @@ impl Registry {
         self.functions.iter().flat_map(|f| &f.bodies).map(|b| b.id).collect()
     }
 
-    /// The sites have been swapped and the switches thrown: what is only there for one who
-    /// would have had to do it again can go.
-    pub(crate) fn committed(&mut self) {
+    /// The sites have been swapped: what is only there for one who would have had to do it again
+    /// can go; switches as well, if they were thrown.
+    pub(crate) fn committed(&mut self, is_thrown: bool) {
         self.functions.retain(|f| f.is_in_use());
+        if !is_thrown {
+            return;
+        }
         let attached = self.body_ids();
         for retired in &mut self.retired {
             retired.switches.retain(|switch| attached.contains(&switch.body));
         }
+    }
+
+    /// Whether exit bodies that are attached no longer have not been switched off.
+    pub(crate) fn has_switches_to_throw(&self) -> bool {
+        let mut switches = self.retired.iter().flat_map(|r| &r.switches).peekable();
+        if switches.peek().is_none() {
+            return false;
+        }
+        let attached = self.body_ids();
+        switches.any(|switch| !attached.contains(&switch.body))
     }
 
     /// Whether a frame of ours may be on a stack, now or as soon as a function is called.

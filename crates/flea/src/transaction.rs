@@ -69,6 +69,9 @@ const BYTES_PER_FUNCTION: u64 = 16 << 10;
 const MAX_NEW_ARENAS: usize = 64;
 /// How often another controller may be faster.
 pub(crate) const MAX_ATTEMPTS: usize = 16;
+/// Exit bodies that are switched off together with the swap of their sites. Of more it is found out
+/// first which ones somebody is in: mostly it is nobody.
+const FEW_SWITCHES: usize = 2;
 /// How often a library may be closed while a change is made, one time after the other.
 const MAX_CLOSED: usize = 16;
 /// How long a detach waits for threads to leave what was taken off.
@@ -421,10 +424,14 @@ fn room_for(body: &Body) -> u64 {
     bodies + taken(lens.iter().sum::<usize>() + SKELETON_BYTES)
 }
 
-/// Step 5: frees what no thread can be in, and leaves unwinders alone once no frame is left
-/// that they have to be told of.
+/// Step 5: frees what no thread can be in, switches off exit bodies that are still in use for all
+/// that, and leaves unwinders alone once no frame is left that they have to be told of.
 pub(crate) fn tidy<H: Host>(ground: &mut H) -> Result<(), AttachError> {
     reclaim::run(ground)?;
+    if ground.registry().has_switches_to_throw() {
+        change_switching(ground, |_| Ok(()), usize::MAX)?;
+        reclaim::run(ground)?;
+    }
     let registry = ground.registry();
     if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames.is_some()) {
         return Ok(());
@@ -480,15 +487,25 @@ fn change_once<H: Host, R>(
     ground: &mut H,
     edit: impl FnOnce(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
+    change_switching(ground, edit, FEW_SWITCHES)
+}
+
+/// One change; exit bodies are switched off with it if there are at most so many. Others are by
+/// [`tidy`], or by whoever comes after our death ([`settle`]).
+fn change_switching<H: Host, R>(
+    ground: &mut H,
+    edit: impl FnOnce(&mut Change) -> Result<R, AttachError>,
+    most_switches: usize,
+) -> Result<R, AttachError> {
     let known_code = KnownCode::read(ground.registry(), ground)?;
     let mut change = Change::new(ground.registry().clone(), known_code);
     let result = edit(&mut change)?;
-    change.switch_off();
-    carry_out(ground, change)?;
+    let is_thrown = change.switch_off(most_switches);
+    carry_out(ground, change, is_thrown)?;
     Ok(result)
 }
 
-fn carry_out<H: Host>(ground: &mut H, change: Change) -> Result<(), AttachError> {
+fn carry_out<H: Host>(ground: &mut H, change: Change, is_thrown: bool) -> Result<(), AttachError> {
     let (before, was_made) = (ground.registry().clone(), ground.is_made());
     let plan = match announce(ground, change) {
         Ok(plan) => plan,
@@ -511,7 +528,7 @@ fn carry_out<H: Host>(ground: &mut H, change: Change) -> Result<(), AttachError>
         return Err(error.into());
     }
     ground.note_made()?;
-    ground.registry_mut().committed();
+    ground.registry_mut().committed(is_thrown);
     Ok(ground.store()?)
 }
 
@@ -568,7 +585,7 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
     *ground.registry_mut() = registry;
     if unfinished.is_empty() && !to_throw {
         ground.set_made(true);
-        ground.registry_mut().committed();
+        ground.registry_mut().committed(true);
         return Ok(());
     }
     let is_unfinished: HashSet<RemoteAddr> = unfinished.iter().copied().collect();

@@ -62,7 +62,7 @@ fn registry(f: FunctionState) -> Registry {
 fn done(change: Change) -> Registry {
     let mut registry = change.registry;
     registry.retired.extend(change.retired);
-    registry.committed();
+    registry.committed(true);
     registry
 }
 
@@ -95,14 +95,14 @@ fn add(registry: Registry, known: &mut HashMap<RemoteAddr, Vec<u8>>, when: When)
     f.bodies.insert(0, body);
     change.relink(&mut f, before).unwrap();
     change.registry.functions.push(f);
-    change.switch_off();
+    assert!(change.switch_off(usize::MAX));
     change
 }
 
 fn remove(registry: Registry, known: &HashMap<RemoteAddr, Vec<u8>>, id: u32) -> (Change, Vec<u32>) {
     let mut change = Change::new(registry, known.clone());
     let removed = change.remove(numbered(id)).unwrap();
-    change.switch_off();
+    assert!(change.switch_off(usize::MAX));
     (change, removed)
 }
 
@@ -243,7 +243,7 @@ fn several_go_at_once() {
     }
     let mut change = Change::new(now, known);
     change.remove(|_| true).unwrap();
-    change.switch_off();
+    assert!(change.switch_off(usize::MAX));
     // The site; three, two and one in the skeletons of three, two and one.
     assert_eq!(change.pokes.len(), 1 + 3 + 2 + 1);
     assert_eq!(flea_patch::Plan { pokes: change.pokes.clone() }.check(), Ok(()));

@@ -60,7 +60,7 @@ fn announce_and_die(
         let known = KnownCode::read(&ground.registry, &ground)?;
         let mut change = Change::new(ground.registry.clone(), known);
         edit(&mut change)?;
-        change.switch_off();
+        assert!(change.switch_off(usize::MAX));
         change.registry.data.iter_mut().for_each(|arena| arena.released = true);
         announce(&mut ground, change).map(drop)
     })
