@@ -425,7 +425,8 @@ fn room_for(body: &Body) -> u64 {
 }
 
 /// Step 5: frees what no thread can be in, switches off exit bodies that are still in use for all
-/// that, and leaves unwinders alone once no frame is left that they have to be told of.
+/// that, and leaves unwinders alone once no frame is left that they have to be told of, and nobody
+/// is there who may attach the next one: they would be told again and again.
 pub(crate) fn tidy<H: Host>(ground: &mut H) -> Result<(), AttachError> {
     reclaim::run(ground)?;
     if ground.registry().has_switches_to_throw() {
@@ -433,7 +434,11 @@ pub(crate) fn tidy<H: Host>(ground: &mut H) -> Result<(), AttachError> {
         reclaim::run(ground)?;
     }
     let registry = ground.registry();
-    if registry.has_frames() || !registry.functions.iter().any(|f| f.finds_frames.is_some()) {
+    let is_needed = |arena: &DataArena| !arena.released && ground.is_alive(&arena.owner);
+    if registry.has_frames()
+        || !registry.functions.iter().any(|f| f.finds_frames.is_some())
+        || registry.data.iter().any(is_needed)
+    {
         return Ok(());
     }
     change_once(ground, Change::leave_unwinders)?;

@@ -16,7 +16,8 @@
 //!    that leads into a skeleton with a frame ([`Change::tell_unwinders`]);
 //! 2. an arena added later is told of before anything is placed in it;
 //! 3. unwinders are left alone again after the last skeleton with a frame has been freed,
-//!    which is when nobody has its address on a stack (`reclaim`).
+//!    which is when nobody has its address on a stack (`reclaim`), and when no controller that
+//!    lives has an object loaded: what it attaches next need not tell them again.
 //!
 //! Not covered: an unwinder loaded later (dlopen) that asks `dl_iterate_phdr`, as libgcc's did
 //! before gcc 12 and glibc 2.35, or that comes where another is; until the next change.
