@@ -110,6 +110,22 @@ impl Change {
         Ok(removed)
     }
 
+    /// Does what was announced of the functions at these sites, where the bytes of before still
+    /// stand.
+    pub(crate) fn begin_again(
+        &mut self,
+        unfinished: &HashSet<RemoteAddr>,
+    ) -> Result<(), AttachError> {
+        let mut functions = std::mem::take(&mut self.registry.functions);
+        for f in functions.iter_mut().filter(|f| unfinished.contains(&f.site)) {
+            f.patched = f.previous;
+            let arenas = arenas(f);
+            self.relink(f, arenas)?;
+        }
+        self.registry.functions = functions;
+        Ok(())
+    }
+
     /// Makes skeletons that nobody enters any more jump over exit bodies that are attached no
     /// longer. In those that are entered there are none: each change makes them anew.
     ///

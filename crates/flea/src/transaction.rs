@@ -593,16 +593,9 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
         ground.registry_mut().committed(true);
         return Ok(());
     }
-    let is_unfinished: HashSet<RemoteAddr> = unfinished.iter().copied().collect();
-    change(ground, &[], |change| {
-        // Only now: where this fails, whoever comes next has to find it as it was announced.
-        for f in &mut change.registry.functions {
-            if is_unfinished.contains(&f.site) {
-                f.patched = f.previous;
-            }
-        }
-        unfinished.iter().try_for_each(|site| change.relink_site(*site))
-    })
+    let unfinished: HashSet<RemoteAddr> = unfinished.into_iter().collect();
+    // Only now: where this fails, whoever comes next has to find it as it was announced.
+    change(ground, &[], |change| change.begin_again(&unfinished))
 }
 
 /// Whether the module of `f`, where `now` stands instead of our jump, is not the one that was
