@@ -34,7 +34,8 @@ use crate::x86_64::{Registers, SYSCALL, disturbance};
 
 /// A system call of ours that has not ended by then never will.
 const CALL_PATIENCE: Duration = Duration::from_secs(10);
-/// Threads that do not stop by then sleep uninterruptibly; another one is taken.
+/// Threads that do not stop by then sleep uninterruptibly, or get no CPU; another one is tried. The
+/// next time each has twice as long: one that stops while another is waited for is let go.
 const BORROW_PATIENCE: Duration = Duration::from_millis(30);
 /// How long to look for a thread that can be borrowed.
 const SEARCH_PATIENCE: Duration = Duration::from_secs(2);
@@ -329,10 +330,12 @@ impl Tracer {
         let until = Instant::now() + SEARCH_PATIENCE;
         let mut pace = self.pace();
         let mut filtered = false;
+        let mut patience = BORROW_PATIENCE;
         while Instant::now() < until {
+            let begun = Instant::now();
             self.pump()?;
             for tid in self.candidates(lender) {
-                match self.take(tid)? {
+                match self.take(tid, patience)? {
                     Taken::Loan(loan) => return Ok(*loan),
                     Taken::Unsuitable => {}
                     Taken::Filtered => filtered = true,
@@ -350,6 +353,9 @@ impl Tracer {
                 break;
             }
             pace.rest();
+            if begun.elapsed() >= patience {
+                patience *= 2;
+            }
         }
         Err(RemoteError::NoThread { pid: self.pid })
     }
@@ -391,8 +397,8 @@ impl Tracer {
         ranked.into_iter().map(|(_, tid)| tid).collect()
     }
 
-    fn take(&mut self, tid: Tid) -> Result<Taken, TraceError> {
-        let stop = match self.halt_past_trap(tid, BORROW_PATIENCE) {
+    fn take(&mut self, tid: Tid, patience: Duration) -> Result<Taken, TraceError> {
+        let stop = match self.halt_past_trap(tid, patience) {
             Ok(Some(stop)) => stop,
             Ok(None) | Err(TraceError::Stuck { .. }) => return Ok(Taken::Unsuitable),
             Err(error) => return Err(error),

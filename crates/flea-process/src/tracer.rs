@@ -81,6 +81,15 @@ pub enum TraceError {
         /// How long we waited.
         waited_ms: u64,
     },
+    /// No thread could be had for a system call without which nothing may be changed.
+    #[error(
+        "no thread of process {pid} can run a system call now, which keeps what it does on \
+         SIGTRAP; try again"
+    )]
+    NoThread {
+        /// Its number.
+        pid: Pid,
+    },
     /// Its memory could not be read or written.
     #[error(transparent)]
     Memory(#[from] MemoryError),
