@@ -18,7 +18,7 @@ use crate::follow;
 use crate::hurry::hurry;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, Tid};
-use crate::ptrace;
+use crate::ptrace::{self, Whose};
 use crate::thread::on_own_thread;
 use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer};
 
@@ -411,8 +411,9 @@ impl Tracer {
     /// Before the thread ends and the kernel lets go of everything: no interrupt of ours may
     /// be on its way, for a thread woken by it and not stopped any more would see `EINTR`.
     pub(crate) fn leave(&mut self) {
-        // Where closing the window fails, the process has ended.
-        drop(self.disarm());
+        if self.disarm().is_err() {
+            self.leave_children();
+        }
         let until = Instant::now() + LEAVE_PATIENCE;
         let mut pace = self.pace();
         loop {
@@ -424,6 +425,28 @@ impl Tracer {
             self.reap_ended();
             pace.rest();
         }
+    }
+
+    /// The program that was traced is no more. Its children are, which were forked while breakpoints
+    /// were there: they have them in their text, and get back what was there before.
+    fn leave_children(&mut self) {
+        let until = Instant::now() + LEAVE_PATIENCE;
+        let mut pace = self.pace();
+        while !self.traps.is_empty() && !self.expected.is_empty() && Instant::now() < until {
+            match self.poll(Whose::Any) {
+                // What cannot be answered has ended.
+                Ok(Some((tid, stop))) => drop(self.answer(tid, stop)),
+                Ok(None) => {
+                    self.reap_ended();
+                    pace.rest();
+                }
+                Err(_) => break,
+            }
+        }
+        // As above.
+        drop(self.release_held());
+        self.traps.clear();
+        self.text_log.clear();
     }
 }
 
