@@ -10,6 +10,7 @@ use flea::{
 };
 
 use crate::{
+    output::n_functions,
     plain,
     target::{Target, find_all},
 };
@@ -20,8 +21,8 @@ pub trait Probe {
     fn n_attached(&self) -> usize;
     /// Functions that could not be.
     fn n_refused(&self) -> usize;
-    /// Why the first of those could not.
-    fn why_not(&self) -> Option<String>;
+    /// Why those could not; `most` of them.
+    fn reasons(&self, most: usize) -> Vec<String>;
     /// Program runs that were skipped.
     fn missed(&self) -> u64;
     /// Records for which there was no room.
@@ -39,8 +40,8 @@ macro_rules! probe {
             fn n_refused(&self) -> usize {
                 self.refused().len()
             }
-            fn why_not(&self) -> Option<String> {
-                self.refused().first().map(|refused| refused.reason.to_string())
+            fn reasons(&self, most: usize) -> Vec<String> {
+                self.refused().iter().take(most).map(|refused| refused.reason.to_string()).collect()
             }
             fn missed(&self) -> u64 {
                 self.missed()
@@ -163,10 +164,10 @@ impl<'a, P: Probe> Family<'a, P> {
         waiting.patterns = missing.into_iter().map(|(pattern, _)| pattern).collect();
         let (probe, pid) = (start(session, &functions)?, session.pid());
         let n = probe.n_attached();
-        let more = probe.why_not().map(|reason| format!("; not attached: {reason}"));
-        let plural = if n == 1 { "" } else { "s" };
+        let more = probe.reasons(1).pop().map(|reason| format!("; not attached: {reason}"));
         eprintln!(
-            "flea: process {pid} has loaded a library: attached to {n} function{plural}{}",
+            "flea: process {pid} has loaded a library: attached to {}{}",
+            n_functions(n),
             more.unwrap_or_default()
         );
         self.images.push(Image::new(probe, session));
@@ -240,12 +241,11 @@ impl<'a, P: Probe> Family<'a, P> {
             return Ok(format!("{path}, which has none of the functions"));
         };
         let n = probe.n_attached();
-        if let (0, Some(reason)) = (n, probe.why_not()) {
+        if let (0, Some(reason)) = (n, probe.reasons(1).pop()) {
             return Ok(format!("{path}: not attached: {reason}"));
         }
         self.images.push(Image::new(probe, &session));
-        let plural = if n == 1 { "" } else { "s" };
-        Ok(format!("{path}: attached to {n} function{plural}"))
+        Ok(format!("{path}: attached to {}", n_functions(n)))
     }
 
     /// A process has no part in any of them any more.

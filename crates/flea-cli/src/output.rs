@@ -16,6 +16,11 @@ use crate::{
     record::{BucketRecord, Record},
 };
 
+/// A number of functions, in words.
+pub fn n_functions(n: usize) -> String {
+    format!("{n} function{}", if n == 1 { "" } else { "s" })
+}
+
 /// The result stream.
 pub struct Output {
     to: BufWriter<Box<dyn Write>>,

@@ -30,6 +30,7 @@ mod restart;
 mod seccomp;
 mod seize;
 mod sigtrap;
+mod sleep;
 mod spawn;
 mod survey;
 mod text_log;

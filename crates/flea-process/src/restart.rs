@@ -5,11 +5,8 @@
 //! start anew: interrupted often enough, it would never end. So the time that the thread has slept
 //! is taken off.
 //!
-//! *How long it has slept* is what the scheduler says: the thread's last instant on a CPU, before
-//! the interrupt and at the stop. That is exact, holds whoever traced the process before, and is
-//! believed only where the thread has been on that CPU once in between, to stop: the clock of
-//! another CPU is another one, and a thread that slept twice has made another call. What is not
-//! known is 0, and the call then waits longer than it was told, never shorter.
+//! *How long it has slept* is what [`crate::sleep`] finds out. What is not known is 0, and the call
+//! then waits longer than it was told, never shorter.
 //!
 //! *Where the new timeout goes*: into the argument's register, or into memory below the stack,
 //! where nothing lives that outlasts a signal. The register is changed only where the code behind
@@ -17,12 +14,12 @@
 //!
 //! Not here: a socket's own timeout (`SO_RCVTIMEO`) is no argument, and begins anew.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use flea_symbols::addr::RemoteAddr;
 
 use crate::memory::Memory;
-use crate::proc::{self, LastRun, Tid, Whereabouts};
+use crate::proc::Tid;
 use crate::tracer::Tracer;
 use crate::x86_64::{Argument, Registers, SYS_IO_PGETEVENTS, is_dead_behind, red_zone_end};
 
@@ -65,35 +62,12 @@ fn timeout_of(number: u64) -> Option<Timeout> {
     })
 }
 
+/// Whether a system call of this number may give up with `EINTR` and take a timeout.
+pub(crate) fn has_timeout(number: u64) -> bool {
+    timeout_of(number).is_some()
+}
+
 impl Tracer {
-    /// To be called before a thread is interrupted.
-    pub(crate) fn note_sleep(&mut self, tid: Tid) {
-        let last_run = match self.whereabouts(tid) {
-            Whereabouts::Syscall { number, .. } => {
-                timeout_of(number).and_then(|_| proc::last_run(self.process_of(tid), tid))
-            }
-            _ => None,
-        };
-        if let Some(task) = self.tasks.get_mut(&tid) {
-            task.last_run = last_run;
-            task.asleep_since = None;
-        }
-    }
-
-    /// To be called when its registers have been read at the stop: it is off its CPU then.
-    pub(crate) fn measure_sleep(&mut self, tid: Tid) {
-        let Some(before) = self.tasks.get_mut(&tid).and_then(|task| task.last_run.take()) else {
-            return;
-        };
-        let now = Instant::now();
-        let slept = proc::last_run(self.process_of(tid), tid)
-            .and_then(|after| slept_between(&before, &after))
-            .and_then(|slept| now.checked_sub(slept));
-        if let Some(task) = self.tasks.get_mut(&tid) {
-            task.asleep_since = slept;
-        }
-    }
-
     /// `regs` rewound to before the system call, with as much less to wait as it has waited.
     pub(crate) fn begun_again(&mut self, tid: Tid, regs: &Registers) -> Registers {
         let task = self.tasks.get_mut(&tid);
@@ -102,14 +76,6 @@ impl Tracer {
         self.counts.shortened += u64::from(shorter.is_some());
         shorter.unwrap_or(*regs).rewound()
     }
-}
-
-/// How long a thread slept that has run once since, if that is certain.
-fn slept_between(before: &LastRun, after: &LastRun) -> Option<Duration> {
-    let only_to_stop = after.n_switches == before.n_switches + 1;
-    let same_clock = after.n_migrations == before.n_migrations;
-    let nanos = after.at_ns.checked_sub(before.at_ns)?;
-    (only_to_stop && same_clock && before.at_ns > 0).then(|| Duration::from_nanos(nanos))
 }
 
 fn shortened(memory: &Memory, regs: &Registers, slept: Duration) -> Option<Registers> {
@@ -194,22 +160,6 @@ fn scratch(regs: &Registers) -> Option<RemoteAddr> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_sleep_is_believed_only_where_nothing_else_happened() {
-        let before = LastRun { at_ns: 5_000_000, n_switches: 7, n_migrations: 2 };
-        let after = LastRun { at_ns: 9_000_000, n_switches: 8, n_migrations: 2 };
-        assert_eq!(slept_between(&before, &after), Some(Duration::from_millis(4)));
-        let wrong = [
-            LastRun { n_switches: 9, ..after },
-            LastRun { n_switches: 7, ..after },
-            LastRun { n_migrations: 3, ..after },
-            LastRun { at_ns: 4_000_000, ..after },
-        ];
-        for after in wrong {
-            assert_eq!(slept_between(&before, &after), None, "{after:?}");
-        }
-    }
 
     #[test]
     fn milliseconds_are_an_int() {

@@ -28,9 +28,10 @@ use crate::batch::Batch;
 use crate::hub::{How, Hub};
 use crate::hurry::Urgency;
 use crate::memory::{Memory, MemoryError};
-use crate::proc::{self, LastRun, Pid, ProcError, SignalSet, Tid};
+use crate::proc::{self, Pid, ProcError, SignalSet, Tid};
 use crate::ptrace::{self, Stop, Whose};
 use crate::sigtrap::SigtrapAction;
+use crate::sleep::{Asleep, CpuClocks};
 use crate::text_log::TextLog;
 use crate::traps::TrapTable;
 use crate::window::{Parked, SyncMethod};
@@ -129,8 +130,8 @@ pub(crate) struct Task {
     pub(crate) mask: SignalSet,
     /// It was rewound, and has not been seen elsewhere since.
     pub(crate) rewound: Option<Rewound>,
-    /// Its last instant on a CPU before it was interrupted in a system call with a timeout.
-    pub(crate) last_run: Option<LastRun>,
+    /// What it had done before it was interrupted in a system call with a timeout.
+    pub(crate) asleep: Option<Asleep>,
     /// Since when it had been asleep when it was interrupted there, if that is known.
     pub(crate) asleep_since: Option<Instant>,
     /// It waits at one of our breakpoints for the window to close, or for its patience to end.
@@ -183,6 +184,7 @@ pub struct Tracer {
     /// SIGCHLD is blocked, is not ignored, and is nobody else's: each stop shows in it.
     pub(crate) hears_stops: bool,
     pub(crate) batch: Batch,
+    pub(crate) clocks: CpuClocks,
     pub(crate) counts: TracerCounts,
     /// Shared with the tracers of other processes, where one thread follows several.
     pub(crate) hub: Option<Hub>,
@@ -211,6 +213,7 @@ impl Tracer {
             urgency: Urgency::default(),
             hears_stops: false,
             batch: Batch::default(),
+            clocks: CpuClocks::default(),
             counts: TracerCounts::default(),
             hub: None,
             _not_send: PhantomData,

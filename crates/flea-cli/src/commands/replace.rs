@@ -8,7 +8,7 @@ use flea::Function;
 
 use crate::{
     args::{self, Replace},
-    output::{Output, basename},
+    output::{Output, basename, n_functions},
     record::Record,
     target::Target,
 };
@@ -34,17 +34,13 @@ pub fn replace(args: &Replace) -> Result<u8> {
     let borrowed: Vec<_> = pairs.iter().map(|(f, symbol)| (f, symbol.as_str())).collect();
     let replacement = patch.replace_all(&borrowed).map_err(unchanged)?;
     let ids = print(&target, args, &pairs, replacement.ids(), &mut output)?;
-    let plural = if ids.len() == 1 { "" } else { "s" };
+    let replaced = n_functions(ids.len());
     if args.target.pid.is_some() && args.duration.is_none() {
         replacement.keep();
-        eprintln!(
-            "flea: replaced {} function{plural}; undo with: flea detach {}",
-            ids.len(),
-            ids.join(" ")
-        );
+        eprintln!("flea: replaced {replaced}; undo with: flea detach {}", ids.join(" "));
         return Ok(0);
     }
-    eprintln!("flea: replaced {} function{plural}", ids.len());
+    eprintln!("flea: replaced {replaced}");
     target.run(|| Ok(()))?;
     replacement.detach()?;
     target.finish()

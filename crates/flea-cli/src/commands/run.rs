@@ -82,8 +82,8 @@ impl Probe for Running {
     fn n_refused(&self) -> usize {
         self.n_left_out
     }
-    fn why_not(&self) -> Option<String> {
-        None
+    fn reasons(&self, _most: usize) -> Vec<String> {
+        Vec::new()
     }
     fn missed(&self) -> u64 {
         0
@@ -99,17 +99,20 @@ impl Probe for Running {
 /// Attaches the same object to a program that is met later: those of its programs whose functions
 /// are there.
 fn again(object: &Object, session: &Session) -> Result<Option<Running>> {
-    let wanted = |program: &Program| {
-        let found = program.target().map(|pattern| session.find(pattern));
-        program.autoload() && matches!(found, Some(Ok(_)))
+    let found = |program: Program| {
+        let pattern = program.target().filter(|_| program.autoload())?;
+        session.find(pattern).ok()
     };
-    if !object.programs().any(|program| wanted(&program)) {
+    let functions: Vec<_> = object.programs().map(found).collect();
+    if functions.iter().all(Option::is_none) {
         return Ok(None);
     }
     let shared = object.share_with(session)?;
     let mut chosen = Chosen::default();
-    for program in shared.programs().filter(wanted) {
-        choose_for(session, &program, false, &mut chosen)?;
+    for (program, functions) in shared.programs().zip(functions) {
+        if let Some(functions) = functions {
+            choose_among(&program, &functions, false, &mut chosen)?;
+        }
     }
     Running::start(shared, &chosen).map(Some)
 }
@@ -148,10 +151,19 @@ fn choose_for(
     };
     let functions =
         session.find(pattern).with_context(|| format!("program `{}`", program.name()))?;
+    choose_among(program, &functions, verbose, chosen)
+}
+
+fn choose_among(
+    program: &Program,
+    functions: &[Function],
+    verbose: bool,
+    chosen: &mut Chosen,
+) -> Result<()> {
     if program.multi() {
-        return choose_possible(program, &functions, verbose, chosen);
+        return choose_possible(program, functions, verbose, chosen);
     }
-    for function in &functions {
+    for function in functions {
         check(program, function, verbose)?;
         chosen.attachments.push(program.on(function, 0));
     }

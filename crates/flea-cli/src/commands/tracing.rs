@@ -5,14 +5,14 @@ use std::collections::HashMap;
 use anyhow::{Result, bail};
 use flea::{
     Function,
-    builtin::{Call, Count, Expr, Histogram, Histograms, Refused, Trace, Word},
+    builtin::{Call, Count, Expr, Histogram, Histograms, Trace, Word},
 };
 use serde_json::{Value, json};
 
 use crate::{
     args::{Functions, Hist},
-    family::{Family, Totals},
-    output::{Output, basename, nanoseconds},
+    family::{Family, Probe, Totals},
+    output::{Output, basename, n_functions, nanoseconds},
     plain,
     record::Record,
     target::Target,
@@ -25,25 +25,16 @@ const MAX_REASONS: usize = 5;
 pub fn count(args: &Functions) -> Result<u8> {
     let mut output = Output::open(&args.common)?;
     let mut target = Target::open(&args.target, &args.span)?;
-    let mut family =
+    let family =
         Family::of_functions(&target, &args.patterns, args.wait.pending, |session, functions| {
             Ok(Count::start(session, functions)?)
         })?;
-    match family.first() {
-        Some(first) => report_start(first.functions(), first.refused())?,
-        None => say_attached(0),
-    }
     let mut rows: Rows<u64> = Rows::default();
-    let mut add = |count: &mut Count| {
+    let (totals, all_off) = measure(family, &mut target, |count| {
         let read = count.read();
         rows.add(count.functions(), read, |sum, n| *sum = sum.wrapping_add(n));
         Ok(())
-    };
-    target.run_meeting(|met| match met {
-        Some((following, event)) => family.meet(following, event, &mut add),
-        None => family.look(),
     })?;
-    let (totals, all_off) = family.close(target.following(), add)?;
     let mut rows = rows.0;
     rows.sort_by_key(|row| std::cmp::Reverse(row.value));
     let n_rows = rows.len();
@@ -95,16 +86,12 @@ pub fn hist(args: &Hist) -> Result<u8> {
 }
 
 fn print_histograms(
-    mut family: Family<'_, Histograms>,
+    family: Family<'_, Histograms>,
     target: &mut Target,
     output: &mut Output,
 ) -> Result<()> {
-    match family.first() {
-        Some(first) => report_start(first.functions(), first.refused())?,
-        None => say_attached(0),
-    }
     let mut rows: Rows<(String, Histogram)> = Rows::default();
-    let mut add = |histograms: &mut Histograms| {
+    let (totals, all_off) = measure(family, target, |histograms| {
         let value = histograms.value();
         let read = histograms.read().into_iter().map(|one| (value.to_owned(), one)).collect();
         rows.add(histograms.functions(), read, |sum, one| {
@@ -112,12 +99,7 @@ fn print_histograms(
             sum.1.merge(&one.1);
         });
         Ok(())
-    };
-    target.run_meeting(|met| match met {
-        Some((following, event)) => family.meet(following, event, &mut add),
-        None => family.look(),
     })?;
-    let (totals, all_off) = family.close(target.following(), add)?;
     let many = rows.0.len() > 10;
     for Row { module, name, value: (value, histogram), .. } in &rows.0 {
         if output.is_json() || histogram.count > 0 || !many {
@@ -136,10 +118,7 @@ pub fn trace(args: &Functions) -> Result<u8> {
         Family::of_functions(&target, &args.patterns, args.wait.pending, |session, functions| {
             Ok(Trace::start(session, functions)?)
         })?;
-    match family.first() {
-        Some(first) => report_start(first.functions(), first.refused())?,
-        None => say_attached(0),
-    }
+    report_start(&family)?;
     let mut n_open = 0;
     let mut finish = |trace: &mut Trace, output: &mut Output| -> Result<()> {
         trace.drain(|call| print_call(output, &call))?;
@@ -163,6 +142,21 @@ pub fn trace(args: &Functions) -> Result<u8> {
     summary(&mut output, totals)?;
     all_off?;
     target.finish()
+}
+
+/// Lets the target run, and hands what each program had to `add`. The results are those of
+/// [`Family::close`].
+fn measure<P: Probe>(
+    mut family: Family<'_, P>,
+    target: &mut Target,
+    mut add: impl FnMut(&mut P) -> Result<()>,
+) -> Result<(Totals, Result<()>)> {
+    report_start(&family)?;
+    target.run_meeting(|met| match met {
+        Some((following, event)) => family.meet(following, event, &mut add),
+        None => family.look(),
+    })?;
+    family.close(target.following(), add)
 }
 
 /// What was measured of a function, in whichever program it was.
@@ -259,29 +253,34 @@ fn json_value(value: &Word) -> Value {
     }
 }
 
-/// Says what was attached to; fails where that is nothing.
-fn report_start(attached: &[Function], refused: &[Refused]) -> Result<()> {
-    if let ([], [first, rest @ ..]) = (attached, refused) {
-        let more = match rest.len() {
+/// Says what was attached to; fails where that is nothing, unless it is only waited for.
+fn report_start(family: &Family<'_, impl Probe>) -> Result<()> {
+    let Some(probe) = family.first() else {
+        say_attached(0);
+        return Ok(());
+    };
+    let (n_attached, n_refused) = (probe.n_attached(), probe.n_refused());
+    let reasons = probe.reasons(MAX_REASONS);
+    if let (0, Some(reason)) = (n_attached, reasons.first()) {
+        let more = match n_refused - 1 {
             0 => String::new(),
             n => format!(" (and {n} more functions were refused; see `flea list`)"),
         };
-        bail!("{}{more}; nothing was changed", first.reason);
+        bail!("{reason}{more}; nothing was changed");
     }
-    for one in refused.iter().take(MAX_REASONS) {
-        eprintln!("flea: not attached: {}", plain::text(&one.reason.to_string()));
+    for reason in &reasons {
+        eprintln!("flea: not attached: {}", plain::text(reason));
     }
-    if let Some(more @ 1..) = refused.len().checked_sub(MAX_REASONS) {
+    if let Some(more @ 1..) = n_refused.checked_sub(MAX_REASONS) {
         eprintln!("flea: not attached: {more} more; `flea list` says why");
     }
-    say_attached(attached.len());
+    say_attached(n_attached);
     Ok(())
 }
 
 /// Says, on standard error, that everything is in place: scripts wait for this line.
-pub fn say_attached(n_functions: usize) {
-    let plural = if n_functions == 1 { "" } else { "s" };
-    eprintln!("flea: attached to {n_functions} function{plural}");
+pub fn say_attached(n_attached: usize) {
+    eprintln!("flea: attached to {}", n_functions(n_attached));
 }
 
 /// The last line of every tracing command.
