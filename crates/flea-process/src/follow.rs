@@ -281,11 +281,6 @@ fn prepare(pid: Pid, port: &Port) -> Result<Tracer, SeizeError> {
     let name = CString::new(FOLLOWER_NAME).expect("it has no NUL");
     let named = nix::sys::prctl::set_name(&name);
     debug_assert!(named.is_ok(), "the name is readable");
-    // The controller may ignore it, or hear of ends alone; dispositions are this process's own.
-    // SAFETY: SIG_DFL runs no code of ours.
-    let set =
-        unsafe { nix::sys::signal::signal(Signal::SIGCHLD, nix::sys::signal::SigHandler::SigDfl) };
-    debug_assert!(set.is_ok(), "SIGCHLD has dispositions");
     hurry();
     let tracer = attach(pid)?;
     lock(&port.held).insert(pid);
