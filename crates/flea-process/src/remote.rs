@@ -5,8 +5,9 @@
 //! Protected: the thread's registers, mask, interrupted system call and pending signals. By:
 //! it is stopped before anything is changed, and all is put back before it runs its own code.
 //!
-//! 1. The thread is interrupted. Not taken: one with a signal about to be delivered, or in an
-//!    rseq critical section (running other code would end the section without its abort).
+//! 1. The thread is interrupted, or parked already. Not taken: one that was interrupted with a
+//!    signal about to be delivered, or is in an rseq critical section (running other code would end
+//!    the section without its abort).
 //! 2. Registers and mask are kept; every signal is blocked, so that none is delivered on top
 //!    of registers that are not the thread's own. Signals go to other threads, or wait.
 //! 3. Each call: registers set, the thread run to the entry and to the exit of the call.
@@ -413,7 +414,9 @@ impl Tracer {
             self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);
         };
-        if status.deliverable() != SignalSet::default() || self.in_rseq_section(tid, &registers) {
+        // What is pending for a parked thread waits until that is let go, with or without a loan.
+        let is_signalled = stop != Stop::Parked && status.deliverable() != SignalSet::default();
+        if is_signalled || self.in_rseq_section(tid, &registers) {
             self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);
         }

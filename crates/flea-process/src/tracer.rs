@@ -25,7 +25,7 @@ use flea_symbols::addr::RemoteAddr;
 use nix::errno::Errno;
 
 use crate::batch::Batch;
-use crate::hub::{How, Hub, Newcomer};
+use crate::hub::{How, Hub};
 use crate::hurry::Urgency;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, SignalSet, Tid};
@@ -430,6 +430,7 @@ impl Tracer {
                     && let Ok(child) = Tid::try_from(child)
                     && !self.tasks.contains_key(&child)
                     && !self.held.contains(&child)
+                    && !self.hub.as_ref().is_some_and(|hub| hub.knows(child))
                     && !ptrace::has_ended(child)
                 {
                     self.expected.insert(child);
@@ -444,8 +445,7 @@ impl Tracer {
                 self.execed = true;
                 self.tasks.retain(|&other, task| other == tid || task.foreign);
                 if let Some(hub) = &self.hub {
-                    let (pid, parent, how) = (self.pid, self.pid, How::Executed);
-                    hub.announce(Newcomer { pid, parent, how });
+                    hub.announce(self.pid, self.pid, How::Executed, &self.expected);
                     return Ok(());
                 }
             }
