@@ -4,8 +4,8 @@ use flea_symbols::addr::RemoteAddr;
 
 use crate::plan::PlanError;
 
-/// The step in which sites are found to be other ones than expected.
-pub(crate) const COMPARING: &str = "comparing";
+/// The step in which sites are found to be other ones than expected, or gone.
+pub(crate) const COMPARING: &str = "looking at functions whose library may just have been closed";
 
 /// Why a commit was not made. Unless it says otherwise, the text is as it was before.
 #[derive(Debug, thiserror::Error)]

@@ -47,8 +47,8 @@ pub trait Target {
     /// does at those of earlier calls since [`Target::disarm`].
     fn arm(&mut self, traps: &[Trap]) -> Result<(), Self::Error>;
 
-    /// No breakpoint but a gate's is in the text, and every CPU has seen that: threads that were kept waiting
-    /// because of them go on. There may be others soon.
+    /// No breakpoint but a gate's is in the text, and every CPU has seen that: threads that were
+    /// kept waiting because of the others go on. There may be others soon.
     fn release(&mut self) -> Result<(), Self::Error> {
         Ok(())
     }

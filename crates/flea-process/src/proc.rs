@@ -290,11 +290,16 @@ fn asks_for_shadow_stack(environment: &str) -> bool {
 
 /// The mappings of process `pid`.
 pub fn maps(pid: Pid) -> Result<Vec<Mapping>, ProcError> {
-    // Asked for first: finding out who else has memory takes as long as half of this.
-    match read_text(pid, "maps") {
-        Ok(text) if !text.is_empty() => Ok(parse_maps(&text)),
-        _ => Ok(parse_maps(&read_text(stand_in(pid), "maps")?)),
-    }
+    let of_first = read_text(pid, "maps");
+    let text = match of_first {
+        Ok(text) if !text.is_empty() => text,
+        // It has ended before the others, perhaps, and has no memory any more.
+        of_first => match stand_in(pid) {
+            tid if tid == pid => of_first?,
+            tid => read_text(tid, "maps")?,
+        },
+    };
+    Ok(parse_maps(&text))
 }
 
 /// The path of the executable as the target sees it, without ` (deleted)`.

@@ -25,7 +25,7 @@ use flea_symbols::addr::RemoteAddr;
 use nix::errno::Errno;
 
 use crate::batch::Batch;
-use crate::hub::{How, Hub, Newcomer};
+use crate::hub::{How, Hub};
 use crate::hurry::Urgency;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, SignalSet, Tid};
@@ -80,6 +80,15 @@ pub enum TraceError {
         tid: Tid,
         /// How long we waited.
         waited_ms: u64,
+    },
+    /// No thread could be had for a system call without which nothing may be changed.
+    #[error(
+        "no thread of process {pid} can run a system call now, which keeps what it does on \
+         SIGTRAP; try again"
+    )]
+    NoThread {
+        /// Its number.
+        pid: Pid,
     },
     /// Its memory could not be read or written.
     #[error(transparent)]
@@ -424,6 +433,7 @@ impl Tracer {
                     && let Ok(child) = Tid::try_from(child)
                     && !self.tasks.contains_key(&child)
                     && !self.held.contains(&child)
+                    && !self.hub.as_ref().is_some_and(|hub| hub.knows(child))
                     && !ptrace::has_ended(child)
                 {
                     self.expected.insert(child);
@@ -438,8 +448,7 @@ impl Tracer {
                 self.execed = true;
                 self.tasks.retain(|&other, task| other == tid || task.foreign);
                 if let Some(hub) = &self.hub {
-                    let (pid, parent, how) = (self.pid, self.pid, How::Executed);
-                    hub.announce(Newcomer { pid, parent, how });
+                    hub.announce(self.pid, self.pid, How::Executed, &self.expected);
                     return Ok(());
                 }
             }

@@ -579,12 +579,13 @@ impl Tracer {
         }
     }
 
-    fn release_held(&mut self) -> Result<(), TraceError> {
+    pub(crate) fn release_held(&mut self) -> Result<(), TraceError> {
+        let mut all_gone = Ok(());
         for child in std::mem::take(&mut self.held) {
             self.mirror_text(child);
-            self.part_with(child, How::Forked)?;
+            all_gone = all_gone.and(self.part_with(child, How::Forked));
         }
-        Ok(())
+        all_gone
     }
 }
 
