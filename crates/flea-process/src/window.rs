@@ -96,6 +96,20 @@ pub(crate) struct Parked {
     pub(crate) at_gate: bool,
 }
 
+impl Parked {
+    /// From now on, for no reason in particular.
+    pub(crate) fn now() -> Self {
+        Self {
+            since: Instant::now(),
+            requeue: false,
+            has_left_its_stop: false,
+            has_own: false,
+            is_kept: false,
+            at_gate: false,
+        }
+    }
+}
+
 /// How CPUs are made to refetch instructions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum SyncMethod {
@@ -478,15 +492,9 @@ impl Tracer {
         if blocked {
             self.still_there(tid, "setting the mask", ptrace::set_signal_mask(tid, mask))?;
         }
-        let since = Instant::now();
-        let parked = Parked {
-            since,
-            requeue: swallowed_another,
-            has_left_its_stop,
-            has_own: false,
-            is_kept: false,
-            at_gate: goes_to == regs.pc().offset(-1),
-        };
+        let at_gate = goes_to == regs.pc().offset(-1);
+        let requeue = swallowed_another;
+        let parked = Parked { requeue, has_left_its_stop, at_gate, ..Parked::now() };
         if let Some(task) = self.tasks.get_mut(&tid) {
             task.parked = Some(parked);
         }
