@@ -230,13 +230,12 @@ impl Tracer {
         if self.sync == SyncMethod::Interrupts {
             return self.sync_by_interrupts();
         }
-        match self.membarrier(Lender::Any, MEMBARRIER_SYNC_CORE) {
-            Ok(_) => Ok(()),
-            Err(
-                error @ RemoteError::Trace(TraceError::Gone { .. } | TraceError::Execed { .. }),
-            ) => give_up(error),
-            Err(RemoteError::NoThread { .. }) => self.sync_by_interrupts(),
-            Err(_) => {
+        let Err(error) = self.membarrier(Lender::Any, MEMBARRIER_SYNC_CORE) else {
+            return Ok(());
+        };
+        match unless_over(error)? {
+            RemoteError::NoThread { .. } => self.sync_by_interrupts(),
+            _ => {
                 // It has executed another program since, perhaps. Registering that one has to
                 // wait until no breakpoint is in its text.
                 let _other = REGISTERED.compare_exchange(self.pid, 0, Relaxed, Relaxed);
@@ -280,10 +279,11 @@ impl Tracer {
                 REGISTERED.store(self.pid, Relaxed);
                 SyncMethod::Membarrier
             }
-            Err(
-                error @ RemoteError::Trace(TraceError::Gone { .. } | TraceError::Execed { .. }),
-            ) => return give_up(error),
-            Ok(false) | Err(_) => SyncMethod::Interrupts,
+            Ok(false) => SyncMethod::Interrupts,
+            Err(error) => {
+                unless_over(error)?;
+                SyncMethod::Interrupts
+            }
         };
         Ok(())
     }
@@ -577,10 +577,12 @@ impl Tracer {
     }
 }
 
-/// What a remote call failed for that ends everything.
-fn give_up(error: RemoteError) -> Result<(), TraceError> {
+/// What a remote call failed for, unless the program is no more, which ends everything.
+fn unless_over(error: RemoteError) -> Result<RemoteError, TraceError> {
     match error {
-        RemoteError::Trace(error) => Err(error),
-        _ => Ok(()),
+        RemoteError::Trace(error @ (TraceError::Gone { .. } | TraceError::Execed { .. })) => {
+            Err(error)
+        }
+        other => Ok(other),
     }
 }
