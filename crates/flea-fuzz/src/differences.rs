@@ -2,9 +2,14 @@
 //!
 //! What is counted here has stood the test of [`crate::machines`] as well. A program that the
 //! kernel refuses for something else is an unsafe accept until somebody has looked at it.
+//!
+//! And one fault of Linux's, by which a program that both accept returns something else there:
+//! [`veiled`].
 
 use flea_object::insn::Insn;
 use flea_object::opcode as op;
+
+use crate::minimise::with_behind;
 
 /// An instruction that leaves us with more knowledge than Linux.
 struct Knowledge {
@@ -76,6 +81,40 @@ pub fn by_instructions(insns: &[Insn]) -> Option<&'static str> {
     ALL.iter().find(|k| (k.is_had)(insns)).map(|k| k.why)
 }
 
+/// What [`veiled`] programs of which the kernel gives our result show.
+pub const FETCHED: &str = "a fetch from the stack that Linux takes for a store";
+
+/// The same program, where the kernel's verifier knows nothing of what atomic operations fetch.
+///
+/// Until "bpf: Fix incorrect pruning due to atomic fetch precision tracking" (2026), Linux takes
+/// such an operation for a store when it looks for all that a number was made of. A branch that
+/// hangs on the number then asks nothing of the stack word that it came from: a path with another
+/// word there is found equal to the first one and not followed, and where the first one never
+/// takes the branch, the branch is taken out of the program. 6.18 has this fault.
+///
+/// A quotient by one is the number itself, of which that verifier knows nothing. So if the kernel's
+/// result is ours as soon as there is one, this fault is what made it another. `None` where nothing
+/// is fetched.
+#[must_use]
+pub fn veiled(insns: &[Insn]) -> Option<Vec<Insn>> {
+    insns.iter().find_map(fetched)?;
+    with_behind(insns, |insn| fetched(insn).map(by_one).into_iter().collect())
+}
+
+/// The register that an atomic operation fetches into.
+fn fetched(insn: &Insn) -> Option<u8> {
+    let is_atomic = insn.class() == op::STX && insn.mode() == op::ATOMIC;
+    match insn.imm {
+        op::ATOMIC_CMPXCHG if is_atomic => Some(0),
+        imm if is_atomic && imm & op::ATOMIC_FETCH != 0 => Some(insn.src),
+        _ => None,
+    }
+}
+
+fn by_one(dst: u8) -> Insn {
+    Insn { opcode: op::ALU64 | op::DIV, dst, src: 0, off: 0, imm: 1 }
+}
+
 fn is_remainder(insn: &Insn) -> bool {
     matches!(insn.class(), op::ALU | op::ALU64) && matches!(insn.code(), op::MOD | op::DIV)
 }
@@ -125,8 +164,7 @@ fn is_far_sum(insn: &Insn) -> bool {
 
 /// A load, or an atomic operation that fetches what was there.
 fn is_narrow_read(insn: &Insn) -> bool {
-    let fetches = || insn.mode() == op::ATOMIC && insn.imm & op::ATOMIC_FETCH != 0;
-    let reads = insn.class() == op::LDX || (insn.class() == op::STX && fetches());
+    let reads = insn.class() == op::LDX || fetched(insn).is_some();
     reads && insn.access_bytes() < 8
 }
 
