@@ -86,11 +86,18 @@ const OFFSET: Knowledge = Knowledge {
 /// programs have none, and we take any number from such a function.
 const NO_TYPES: &str = "tail_call is not allowed in subprogs without BTF";
 
+/// Linux has followed a million instructions and says nothing of what the program does. It takes
+/// many seconds for that: such a program is not made smaller.
+const TOO_LARGE: &str = "BPF program is too large";
+
 /// What a program has that explains this reason of the kernel's.
 #[must_use]
 pub fn by_reason(insns: &[Insn], reason: &str) -> Option<&'static str> {
     if reason.contains(NO_TYPES) {
         return Some("what a function with a tail call returns");
+    }
+    if reason.contains(TOO_LARGE) {
+        return Some("more instructions than Linux follows");
     }
     let explains =
         |k: &&Knowledge| k.words.iter().any(|words| reason.contains(words)) && (k.is_had)(insns);
@@ -278,6 +285,13 @@ mod tests {
         assert!(fetched(op::W, op::ATOMIC_OR | op::ATOMIC_FETCH).is_some());
         assert!(fetched(op::W, op::ATOMIC_OR).is_none());
         assert!(fetched(op::DW, op::ATOMIC_OR | op::ATOMIC_FETCH).is_none());
+    }
+
+    #[test]
+    fn a_budget_is_no_fault() {
+        let reason = "BPF program is too large. Processed 1000001 insn";
+        assert!(by_reason(&[], reason).is_some());
+        assert_eq!(by_reason(&[], "R1 invalid mem access 'scalar'"), None);
     }
 
     #[test]
