@@ -25,23 +25,11 @@ fn xtask(args: &[&str]) -> Result<(Output, String)> {
 /// Tests run on busy machines: what counts as a hang here is long.
 const HANG: &str = "30";
 
-/// All targets, some seconds each: they answer right, lose no byte, and keep nothing of ours. But
-/// for the plug-in that is closed and opened while it is patched: docs/PLAN.md.
+/// All targets, some seconds each: they answer right, lose no byte, and keep nothing of ours.
 #[test]
 fn all_targets_live() -> Result<()> {
     let flea = flea()?;
-    let words = [
-        "torture",
-        "--seconds",
-        "32",
-        "--seed",
-        "5",
-        "--hang",
-        HANG,
-        "--without",
-        "plugin",
-        "--flea",
-    ];
+    let words = ["torture", "--seconds", "32", "--seed", "5", "--hang", HANG, "--flea"];
     let flea = flea.to_str().unwrap();
     let (output, text) = xtask(&[&words[..], &[flea]].concat())?;
     assert_eq!(output.status.code(), Some(0), "{text}{}", String::from_utf8_lossy(&output.stderr));

@@ -7,7 +7,8 @@
 //! By: a breakpoint on the first byte while the others change, and the proof that nobody
 //! stands behind it.
 //!
-//! 1. Every site is compared with what is expected. From here on nothing may differ.
+//! 1. Every site is compared with what is expected. From here on nothing may differ: where the
+//!    target's loader has a *gate*, it is shut first, and they are compared again (see `gate`).
 //! 2. *Breakpoints* on all first bytes. A thread that arrives goes on at `trap_to`.
 //! 3. *Sync*: no CPU executes an old first byte any more.
 //! 4. *Evacuation*: threads that stand at an inner instruction are moved to its copy; signal
@@ -15,15 +16,17 @@
 //!    the only way in is the breakpoint.
 //! 5. *Tails*: the bytes behind the breakpoint. 6. *Sync*.
 //! 7. *First bytes*: from this instant, site by site, the new code runs. 8. *Sync*.
-//! 9. *Drain*: no trap is on its way any more; breakpoints are forgotten.
-//! 10. What was written is read back.
+//!    Before it, what was written is read back.
+//! 9. The gate is opened. *Drain*: no trap is on its way any more; breakpoints are forgotten.
 //!
 //! # Batches
 //!
 //! Steps 2 to 8 are done for as many sites at a time as [`Target::sites_at_once`] says. Ten
 //! thousand sites take tens of milliseconds to write, and a thread that runs into a breakpoint
 //! waits for, or is slow in, no more than its own batch. A batch has three syncs, so that the
-//! whole takes little longer than it would in one.
+//! whole takes little longer than it would in one. The gate stays shut for all of them: a library
+//! that came back between two batches would have the changes of one of them only, and what one
+//! batch wrote may be what the file has.
 //!
 //! Where a thread stays in a handler that interrupted it inside a site, the batch is taken back
 //! and tried again, each time with more patience: breakpoints that stay while one waits would
@@ -34,8 +37,8 @@
 //! A batch that fails is taken back, and then those before it, the last one first. A site at
 //! which the new first byte has not been written has nobody inside; one at which it may have
 //! been gets its breakpoint again, and whoever stands inside new instructions (a plan that
-//! restores a function) is waited for. A site that cannot be written, its library closed, does
-//! not keep the others from being put back.
+//! restores a function) is waited for. A site that cannot be written, its memory gone, does not
+//! keep the others from being put back.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -43,11 +46,12 @@ use std::time::{Duration, Instant};
 use flea_process::Trap;
 use flea_symbols::addr::RemoteAddr;
 
-use crate::error::CommitError;
+use crate::error::{COMPARING, CommitError};
+use crate::gate::{Barrier, Gate};
 use crate::plan::{Plan, Poke};
 use crate::target::Target;
 
-const INT3: u8 = 0xcc;
+pub(crate) const INT3: u8 = 0xcc;
 /// How often a batch is begun, and before that, how often to look whether a handler has
 /// interrupted a thread inside one.
 const ATTEMPTS: u32 = 9;
@@ -56,7 +60,11 @@ const PAUSE_OUTSIDE: Duration = Duration::from_millis(5);
 /// How long they may run while breakpoints are there, between two looks. The n-th attempt has
 /// 2^n looks: a handler that takes longer than a quarter of a second is given up on.
 const PAUSE_INSIDE: Duration = Duration::from_micros(500);
+/// The n-th attempt has so many times 2^n looks at whether the loader is at work: two seconds in
+/// all.
+const LOOKS_AT_LOADER: u32 = 4;
 const EVACUATING: &str = "moving threads out of the replaced bytes";
+const SHUTTING: &str = "waiting for the loader";
 
 /// What a commit did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,23 +82,47 @@ pub struct Report {
     pub elapsed: Duration,
 }
 
-/// Makes the changes of `plan`, all of them or none.
+/// As [`commit_behind`], for a process that has no gate.
 pub fn commit<T: Target>(target: &mut T, plan: &Plan) -> Result<Report, CommitError<T::Error>> {
+    commit_behind(target, plan, None)
+}
+
+/// Makes the changes of `plan`, all of them or none; each batch behind the shut gate, if there is
+/// one that can be shut.
+pub fn commit_behind<T: Target>(
+    target: &mut T,
+    plan: &Plan,
+    gate: Option<Gate>,
+) -> Result<Report, CommitError<T::Error>> {
     let started = Instant::now();
     plan.check()?;
-    compare(target, plan)?;
     if plan.pokes.is_empty() {
         return Ok(Report::default());
     }
-    let mut commit =
-        Commit { target, plan, live: Vec::new(), is_armed: false, report: Report::default() };
+    let failed = |source| CommitError::Failed { step: COMPARING, source };
+    compare(target, &plan.pokes).map_err(|setback| setback.into_error(Ok(())))?;
+    let barrier = gate.map(|gate| Barrier::new(target, gate, plan)).transpose().map_err(failed)?;
+    let mut commit = Commit {
+        target,
+        plan,
+        barrier: barrier.flatten(),
+        live: Vec::new(),
+        is_armed: false,
+        overwritten: None,
+        report: Report::default(),
+    };
     let outcome = commit.forward();
-    let mut report = commit.report;
+    let (mut report, overwritten) = (commit.report, commit.overwritten.take());
     if let Err(setback) = outcome {
         let undone = commit.undo();
         return Err(setback.into_error(undone));
     }
-    read_back(target, plan)?;
+    if commit.barrier.is_some() {
+        commit.end()?;
+    }
+    if let Some((site, written, found)) = overwritten {
+        return Err(CommitError::ReadBack { site, written, found });
+    }
     report.n_sites = plan.pokes.len();
     report.elapsed = started.elapsed();
     Ok(report)
@@ -105,6 +137,14 @@ fn trap(poke: &Poke) -> Trap {
 /// Why it does not go on.
 enum Setback<E> {
     Busy(RemoteAddr),
+    /// The loader is at work; the gate.
+    Loading(RemoteAddr),
+    /// Other bytes are there than those expected.
+    Differs {
+        site: RemoteAddr,
+        expected: Vec<u8>,
+        found: Vec<u8>,
+    },
     Error(&'static str, E),
 }
 
@@ -116,17 +156,45 @@ enum Stuck<E> {
 
 impl<E: std::error::Error + 'static> Setback<E> {
     fn into_error(self, undone: Result<(), Stuck<E>>) -> CommitError<E> {
-        match (self, undone) {
-            (Self::Busy(site), Ok(())) => CommitError::Busy { site },
-            (Self::Busy(site), Err(Stuck::Error(undo))) => CommitError::Stranded { site, undo },
-            (Self::Busy(_), Err(Stuck::Inside(site))) => {
-                CommitError::Kept { step: EVACUATING, site }
+        let stuck = match (undone, self) {
+            (Ok(()), setback) => return setback.into_undone(),
+            (Err(Stuck::Error(undo)), Self::Error(step, source)) => {
+                return CommitError::Broken { step, source, undo };
             }
-            (Self::Error(step, source), Ok(())) => CommitError::Failed { step, source },
-            (Self::Error(step, source), Err(Stuck::Error(undo))) => {
-                CommitError::Broken { step, source, undo }
+            (Err(stuck), setback) => (stuck, setback.step(), setback.site()),
+        };
+        match stuck {
+            (Stuck::Inside(site), step, _) => CommitError::Kept { step, site },
+            (Stuck::Error(undo), step, site) => CommitError::Stranded { step, site, undo },
+        }
+    }
+
+    fn into_undone(self) -> CommitError<E> {
+        match self {
+            Self::Busy(site) => CommitError::Busy { site },
+            Self::Loading(_) => CommitError::Loading,
+            Self::Differs { site, expected, found } => {
+                CommitError::Mismatch { site, expected, found }
             }
-            (Self::Error(step, _), Err(Stuck::Inside(site))) => CommitError::Kept { step, site },
+            Self::Error(step, source) => CommitError::Failed { step, source },
+        }
+    }
+
+    fn step(&self) -> &'static str {
+        match self {
+            Self::Busy(_) => EVACUATING,
+            Self::Loading(_) => SHUTTING,
+            Self::Differs { .. } => COMPARING,
+            Self::Error(step, _) => step,
+        }
+    }
+
+    fn site(&self) -> RemoteAddr {
+        match *self {
+            Self::Busy(site) | Self::Loading(site) => site,
+            Self::Differs { site, .. } => site,
+            // Such a one has a source instead.
+            Self::Error(..) => RemoteAddr(0),
         }
     }
 }
@@ -134,6 +202,8 @@ impl<E: std::error::Error + 'static> Setback<E> {
 /// What of a batch may have been written.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
+    /// The gate's breakpoint only.
+    Gate,
     Breakpoints,
     Tails,
     FirstBytes,
@@ -149,9 +219,13 @@ struct Batch {
 struct Commit<'a, T> {
     target: &'a mut T,
     plan: &'a Plan,
+    barrier: Option<Barrier>,
     /// Batches of which something may be in the text, the newest last.
     live: Vec<Batch>,
     is_armed: bool,
+    /// A site that had other bytes than those written as soon as they were: where, those written,
+    /// those found.
+    overwritten: Option<(RemoteAddr, Vec<u8>, Vec<u8>)>,
     report: Report,
 }
 
@@ -160,7 +234,7 @@ fn at<E>(step: &'static str) -> impl Fn(E) -> Setback<E> {
 }
 
 impl<T: Target> Commit<'_, T> {
-    /// Steps 2 to 9.
+    /// Steps 2 to 9; up to the gate's opening, where there is one.
     fn forward(&mut self) -> Result<(), Setback<T::Error>> {
         self.wait_for_handlers()?;
         let n_sites = self.plan.pokes.len();
@@ -172,7 +246,10 @@ impl<T: Target> Commit<'_, T> {
             self.report.n_batches += 1;
             start = end;
         }
-        self.close().map_err(at("closing the window"))
+        match &mut self.barrier {
+            None => self.close().map_err(at("closing the window")),
+            Some(barrier) => barrier.unlock(self.target).map_err(at("letting the loader go on")),
+        }
     }
 
     /// Waits, before the first breakpoint, for handlers that interrupted a thread inside.
@@ -195,7 +272,9 @@ impl<T: Target> Commit<'_, T> {
     fn change(&mut self, sites: &Range<usize>) -> Result<(), Setback<T::Error>> {
         for attempt in 1.. {
             match self.attempt(sites, attempt) {
-                Err(Setback::Busy(_)) if attempt < ATTEMPTS => self.retreat()?,
+                Err(Setback::Busy(_) | Setback::Loading(_)) if attempt < ATTEMPTS => {
+                    self.retreat()?
+                }
                 outcome => return outcome,
             }
         }
@@ -214,15 +293,21 @@ impl<T: Target> Commit<'_, T> {
                 Stuck::Inside(site) => Setback::Busy(site),
             });
         }
+        if self.live.is_empty() {
+            self.open_gate().map_err(at(step))?;
+        }
         self.target.wait_a_moment(PAUSE_OUTSIDE).map_err(at(step))
     }
 
     fn attempt(&mut self, sites: &Range<usize>, attempt: u32) -> Result<(), Setback<T::Error>> {
-        let traps: Vec<Trap> = self.plan.pokes[sites.clone()].iter().map(trap).collect();
+        let mut traps: Vec<Trap> = self.plan.pokes[sites.clone()].iter().map(trap).collect();
+        traps.extend(self.barrier.as_ref().map(Barrier::trap));
         self.target.arm(&traps).map_err(at("arming"))?;
         self.is_armed = true;
+        self.live.push(Batch { sites: sites.clone(), stage: Stage::Gate });
+        self.shut_gate(LOOKS_AT_LOADER << attempt)?;
         let opened = Instant::now();
-        self.live.push(Batch { sites: sites.clone(), stage: Stage::Breakpoints });
+        self.reach(Stage::Breakpoints);
         self.write(sites, |_| INT3.into()).map_err(at("setting breakpoints"))?;
         self.target.sync_core().map_err(at("synchronising after the breakpoints"))?;
         self.evacuate(sites, 1 << attempt)?;
@@ -232,14 +317,69 @@ impl<T: Target> Commit<'_, T> {
         self.target.sync_core().map_err(at("synchronising after the tails"))?;
         self.reach(Stage::FirstBytes);
         self.write(sites, |poke| poke.new[0].into()).map_err(at("writing first bytes"))?;
+        self.read_back(sites);
         self.target.sync_core().map_err(at("synchronising after the first bytes"))?;
         self.report.window = self.report.window.max(opened.elapsed());
         self.target.release().map_err(at("letting threads go on"))
     }
 
+    /// Keeps the loader from unmapping libraries, waits until it is doing so nowhere, and sees that
+    /// all sites are still what they were. They stay that until the gate is opened.
+    fn shut_gate(&mut self, looks: u32) -> Result<(), Setback<T::Error>> {
+        let barrier = self.barrier.as_mut().filter(|barrier| !barrier.is_shut());
+        let Some(barrier) = barrier else { return Ok(()) };
+        barrier.shut(self.target).map_err(at("keeping the loader waiting"))?;
+        let pokes = &self.plan.pokes;
+        let places: Vec<RemoteAddr> = pokes.iter().map(|poke| poke.site).collect();
+        for _ in 0..looks {
+            if barrier.is_quiet(self.target).map_err(at(SHUTTING))? {
+                compare(self.target, pokes)?;
+                if self.target.are_executable(&places).map_err(at(SHUTTING))? {
+                    return Ok(());
+                }
+            }
+            self.target.wait_a_moment(PAUSE_INSIDE).map_err(at(SHUTTING))?;
+        }
+        Err(Setback::Loading(barrier.stop()))
+    }
+
+    /// Lets the loader go on, where it was kept from that.
+    fn open_gate(&mut self) -> Result<(), T::Error> {
+        self.barrier.as_mut().map_or(Ok(()), |barrier| barrier.open(self.target))
+    }
+
+    /// Notes the first site that does not have what has just been written.
+    fn read_back(&mut self, sites: &Range<usize>) {
+        for pokes in self.plan.pokes[sites.clone()].chunks(READ_AT_ONCE) {
+            let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.n_bytes())).collect();
+            for (poke, found) in pokes.iter().zip(self.target.read_each(&parts)) {
+                // Where there is no gate, a library may have been closed: its bytes do not matter.
+                if let Ok(found) = found
+                    && found != poke.new_bytes()
+                {
+                    let written = poke.new_bytes().to_vec();
+                    self.overwritten.get_or_insert((poke.site, written, found));
+                }
+            }
+        }
+    }
+
     fn reach(&mut self, stage: Stage) {
         let newest = self.live.last_mut().expect("it was pushed when its breakpoints were set");
         newest.stage = stage;
+    }
+
+    /// What is left when all is changed and the gate unlocked. From here on nothing can be taken
+    /// back: a library may have been closed, and who knows what has come in its place.
+    fn end(&mut self) -> Result<(), CommitError<T::Error>> {
+        let step = "closing the window when all had been changed";
+        let Err(source) = self.open_and_close() else { return Ok(()) };
+        self.open_and_close().map_err(|undo| CommitError::Broken { step, source, undo })
+    }
+
+    fn open_and_close(&mut self) -> Result<(), T::Error> {
+        self.open_gate()?;
+        self.close()
     }
 
     fn close(&mut self) -> Result<(), T::Error> {
@@ -254,6 +394,9 @@ impl<T: Target> Commit<'_, T> {
         while let Some(batch) = self.live.pop() {
             undone = undone.and(self.undo_batch(&batch));
         }
+        if let Err(error) = self.open_gate() {
+            undone = undone.and(Err(Stuck::Error(error)));
+        }
         match undone {
             // Whoever runs into a breakpoint that is left is still answered, as long as we live.
             Err(Stuck::Error(error)) => Err(Stuck::Error(error)),
@@ -265,6 +408,9 @@ impl<T: Target> Commit<'_, T> {
     fn undo_batch(&mut self, batch: &Batch) -> Result<(), Stuck<T::Error>> {
         let mut sites = Sites { left: batch.sites.clone().collect(), failed: None };
         let mut kept = None;
+        if batch.stage == Stage::Gate {
+            sites.left.clear();
+        }
         if batch.stage == Stage::FirstBytes {
             self.write_each(&mut sites, |_| INT3.into());
             match self.leave_new_bytes(&sites.left) {
@@ -279,7 +425,7 @@ impl<T: Target> Commit<'_, T> {
                 }
             }
         }
-        if batch.stage != Stage::Breakpoints {
+        if matches!(batch.stage, Stage::Tails | Stage::FirstBytes) {
             let tail = |poke: &Poke| Part { skip: 1, bytes: poke.old()[1..].to_vec() };
             self.write_each(&mut sites, tail);
             // Without it a breakpoint is the better thing to run into.
@@ -400,31 +546,14 @@ impl From<u8> for Part {
 /// Sites are compared this many at a time, so that what was read is a moment old.
 const READ_AT_ONCE: usize = 1024;
 
-fn compare<T: Target>(target: &mut T, plan: &Plan) -> Result<(), CommitError<T::Error>> {
-    for pokes in plan.pokes.chunks(READ_AT_ONCE) {
+fn compare<T: Target>(target: &mut T, pokes: &[Poke]) -> Result<(), Setback<T::Error>> {
+    for pokes in pokes.chunks(READ_AT_ONCE) {
         let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.expected.len())).collect();
         for (poke, found) in pokes.iter().zip(target.read_each(&parts)) {
-            let found =
-                found.map_err(|source| CommitError::Failed { step: "comparing", source })?;
+            let found = found.map_err(at(COMPARING))?;
             if found != poke.expected {
                 let expected = poke.expected.clone();
-                return Err(CommitError::Mismatch { site: poke.site, expected, found });
-            }
-        }
-    }
-    Ok(())
-}
-
-fn read_back<T: Target>(target: &mut T, plan: &Plan) -> Result<(), CommitError<T::Error>> {
-    for pokes in plan.pokes.chunks(READ_AT_ONCE) {
-        let parts: Vec<_> = pokes.iter().map(|poke| (poke.site, poke.n_bytes())).collect();
-        for (poke, found) in pokes.iter().zip(target.read_each(&parts)) {
-            // Unmapped by now: the library has been closed, and its bytes do not matter.
-            if let Ok(found) = found
-                && found != poke.new_bytes()
-            {
-                let written = poke.new_bytes().to_vec();
-                return Err(CommitError::ReadBack { site: poke.site, written, found });
+                return Err(Setback::Differs { site: poke.site, expected, found });
             }
         }
     }

@@ -4,6 +4,9 @@ use flea_symbols::addr::RemoteAddr;
 
 use crate::plan::PlanError;
 
+/// The step in which sites are found to be other ones than expected, or gone.
+pub(crate) const COMPARING: &str = "looking at functions whose library may just have been closed";
+
 /// Why a commit was not made. Unless it says otherwise, the text is as it was before.
 #[derive(Debug, thiserror::Error)]
 pub enum CommitError<E: std::error::Error + 'static> {
@@ -32,6 +35,11 @@ pub enum CommitError<E: std::error::Error + 'static> {
         /// The site.
         site: RemoteAddr,
     },
+    /// The target's loader is at work for longer than we wait. Everything has been put back.
+    #[error(
+        "the process is loading or unloading a library, and does not come to an end with it; nothing was changed; try again"
+    )]
+    Loading,
     /// An operation on the process failed; everything has been put back.
     #[error("{step}: {source}; everything was put back")]
     Failed {
@@ -51,11 +59,12 @@ pub enum CommitError<E: std::error::Error + 'static> {
         /// Why putting back failed.
         undo: E,
     },
-    /// As [`CommitError::Busy`], but then putting things back failed.
-    #[error(
-        "a thread stays inside the bytes at {site}, and putting the old bytes back failed: {undo}"
-    )]
+    /// As [`CommitError::Busy`], [`CommitError::Loading`] or [`CommitError::Mismatch`], but then
+    /// putting things back failed.
+    #[error("{step} at {site} failed, and putting the old bytes back as well: {undo}")]
     Stranded {
+        /// What was being done.
+        step: &'static str,
         /// The site.
         site: RemoteAddr,
         /// Why putting back failed.
@@ -87,11 +96,21 @@ pub enum CommitError<E: std::error::Error + 'static> {
 }
 
 impl<E: std::error::Error + 'static> CommitError<E> {
+    /// Whether sites were found to be other ones than the plan says, or not to be there.
+    #[must_use]
+    pub fn is_found_changed(&self) -> bool {
+        matches!(self, Self::Mismatch { .. } | Self::Failed { step: COMPARING, .. })
+    }
+
     /// Whether every site is as it was before.
     #[must_use]
     pub fn is_undone(&self) -> bool {
         match self {
-            Self::Plan(_) | Self::Mismatch { .. } | Self::Busy { .. } | Self::Failed { .. } => true,
+            Self::Plan(_)
+            | Self::Mismatch { .. }
+            | Self::Busy { .. }
+            | Self::Loading
+            | Self::Failed { .. } => true,
             Self::Broken { .. }
             | Self::Stranded { .. }
             | Self::Kept { .. }

@@ -9,11 +9,13 @@
 
 mod commit;
 mod error;
+mod gate;
 mod live;
 mod plan;
 mod target;
 
-pub use commit::{Report, commit};
+pub use commit::{Report, commit, commit_behind};
 pub use error::CommitError;
+pub use gate::Gate;
 pub use plan::{PATCH_BYTES, Plan, PlanError, Poke, SHORT_PATCH_BYTES};
 pub use target::Target;

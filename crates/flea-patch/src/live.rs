@@ -54,6 +54,24 @@ impl Target for Tracer {
         Ok(Self::evacuate(self, moves)?.into_iter().map(|word| word.value).collect())
     }
 
+    fn open_gate(&mut self) -> Result<(), TraceError> {
+        Self::open_gate(self)
+    }
+
+    fn is_gate_taken(&mut self) -> Result<bool, TraceError> {
+        self.pump()?;
+        Ok(Self::is_gate_taken(self))
+    }
+
+    fn are_executable(&mut self, sites: &[RemoteAddr]) -> Result<bool, TraceError> {
+        let maps = flea_process::maps(self.pid())?;
+        let is_code = |site: &RemoteAddr| {
+            let behind = maps.partition_point(|mapping| mapping.end <= *site);
+            maps.get(behind).is_some_and(|m| m.contains(*site) && m.perms.execute)
+        };
+        Ok(sites.iter().all(is_code))
+    }
+
     fn wait_a_moment(&mut self, duration: Duration) -> Result<(), TraceError> {
         Self::wait_a_moment(self, duration)
     }

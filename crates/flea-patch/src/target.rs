@@ -47,8 +47,8 @@ pub trait Target {
     /// does at those of earlier calls since [`Target::disarm`].
     fn arm(&mut self, traps: &[Trap]) -> Result<(), Self::Error>;
 
-    /// No breakpoint is in the text, and every CPU has seen that: threads that were kept waiting
-    /// because of them go on. There may be others soon.
+    /// No breakpoint but a gate's is in the text, and every CPU has seen that: threads that were
+    /// kept waiting because of the others go on. There may be others soon.
     fn release(&mut self) -> Result<(), Self::Error> {
         Ok(())
     }
@@ -64,6 +64,24 @@ pub trait Target {
         &mut self,
         moves: &[(RemoteAddr, RemoteAddr)],
     ) -> Result<Vec<RemoteAddr>, Self::Error>;
+
+    /// The gate's breakpoint has gone, and every CPU has seen that: threads that waited there, or
+    /// because of it, go on.
+    fn open_gate(&mut self) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    /// Whether a thread waits at a gate, a breakpoint that leads to where it stands. It does so
+    /// until [`Target::open_gate`].
+    fn is_gate_taken(&mut self) -> Result<bool, Self::Error> {
+        Ok(false)
+    }
+
+    /// Whether the memory at all of these addresses may be executed.
+    fn are_executable(&mut self, sites: &[RemoteAddr]) -> Result<bool, Self::Error> {
+        let _ = sites;
+        Ok(true)
+    }
 
     /// Lets the target run for a moment.
     fn wait_a_moment(&mut self, duration: Duration) -> Result<(), Self::Error>;

@@ -120,7 +120,7 @@ fn exercise(threads: &str, letters: &str, n_times: usize, per_seizure: usize) ->
                 for plan in [&plan, &reverse(&plan)] {
                     loop {
                         let outcome = commit(tracer, plan);
-                        assert_eq!(sigtrap_disposition(pid), disposition, "after a commit");
+                        assert_eq!(sigtrap_disposition(pid), disposition, "after {outcome:?}");
                         match outcome {
                             Ok(report) => {
                                 in_commit += report.elapsed;

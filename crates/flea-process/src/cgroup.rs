@@ -3,10 +3,9 @@
 //! Memory of ours in the target is charged to the target's group. Where that is full the kernel
 //! reclaims, and then kills: so whoever adds memory asks first.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::proc::Pid;
+use crate::proc::{Pid, read_to_string};
 
 /// What a process's control groups leave it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,8 +20,8 @@ pub struct MemoryLeft {
 /// where they cannot be seen.
 #[must_use]
 pub fn memory_left(pid: Pid) -> Option<MemoryLeft> {
-    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
-    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
+    let groups = read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+    let mounts = read_to_string("/proc/self/mountinfo").ok()?;
     let (hierarchy, root, path) = memory_group(&groups, &mounts)?;
     let mut tightest: Option<MemoryLeft> = None;
     for group in root.join(path.strip_prefix("/").unwrap_or(&path)).ancestors() {
@@ -89,11 +88,11 @@ impl Hierarchy {
             Self::V1 => ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
             Self::V2 => ("memory.max", "memory.current", ""),
         };
-        let number = |name: &str| fs::read_to_string(group.join(name)).ok()?.trim().parse().ok();
+        let number = |name: &str| read_to_string(group.join(name)).ok()?.trim().parse().ok();
         // `max` is no number, and version 1 says the largest one.
         let limit: u64 = number(limit).filter(|limit| *limit < i64::MAX.cast_unsigned() >> 1)?;
         let usage: u64 = number(usage)?;
-        let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
+        let stat = read_to_string(group.join("memory.stat")).unwrap_or_default();
         let cache = |name: &str| {
             let line = stat.lines().find_map(|l| l.strip_prefix(prefix)?.strip_prefix(name));
             line.and_then(|rest| rest.trim().parse::<u64>().ok()).unwrap_or(0)
@@ -106,6 +105,8 @@ impl Hierarchy {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const MOUNTS: &str = "\

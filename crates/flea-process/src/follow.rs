@@ -50,6 +50,8 @@ pub(crate) const FOLLOWER_NAME: &str = "flea-follower";
 /// How long to sleep where nothing happens. Stops and orders wake it; what does not is the end
 /// of the controller.
 const NAP: Duration = Duration::from_millis(50);
+/// The same, where somebody waits.
+const SHORT_NAP: Duration = Duration::from_millis(1);
 /// How often to look whether the follower still lives, while it is waited for.
 const LOOK: Duration = Duration::from_millis(50);
 
@@ -279,11 +281,6 @@ fn prepare(pid: Pid, port: &Port) -> Result<Tracer, SeizeError> {
     let name = CString::new(FOLLOWER_NAME).expect("it has no NUL");
     let named = nix::sys::prctl::set_name(&name);
     debug_assert!(named.is_ok(), "the name is readable");
-    // The controller may ignore it, or hear of ends alone; dispositions are this process's own.
-    // SAFETY: SIG_DFL runs no code of ours.
-    let set =
-        unsafe { nix::sys::signal::signal(Signal::SIGCHLD, nix::sys::signal::SigHandler::SigDfl) };
-    debug_assert!(set.is_ok(), "SIGCHLD has dispositions");
     hurry();
     let tracer = attach(pid)?;
     lock(&port.held).insert(pid);
@@ -327,8 +324,8 @@ impl Following {
             // Where this fails, the process has ended.
             let _ = tracer.let_kept_go();
         }
-        for newcomer in self.hub.take_newcomers() {
-            let _ended = ptrace::detach(newcomer.pid, 0);
+        for pid in self.hub.clear_newcomers() {
+            let _ended = ptrace::detach(pid, 0);
         }
         lock(&self.port.held).clear();
     }
@@ -348,6 +345,13 @@ impl Following {
     }
 
     fn work(&self, pid: Pid, job: Job) {
+        // One that has executed a program has a new tracer soon.
+        while self.hub.is_newcomer(pid) {
+            if !self.answer_stops() {
+                ptrace::wait_for_any_stop(SHORT_NAP);
+            }
+            self.adopt_newcomers();
+        }
         let Some(mut tracer) = self.hub.take(pid) else { return job(None) };
         job(Some(&mut tracer));
         tracer.leave();
@@ -356,7 +360,7 @@ impl Following {
 
     fn adopt_newcomers(&self) {
         for newcomer in self.hub.take_newcomers() {
-            if self.adopt(newcomer).is_none() {
+            if self.adopt(&newcomer).is_none() {
                 // It has been killed, or nobody may look at what it has become.
                 let _ended = ptrace::detach(newcomer.pid, 0);
                 self.part(newcomer.pid);
@@ -365,8 +369,8 @@ impl Following {
     }
 
     /// Makes a tracer for a stopped process.
-    fn adopt(&self, newcomer: Newcomer) -> Option<()> {
-        let Newcomer { pid, parent, how } = newcomer;
+    fn adopt(&self, newcomer: &Newcomer) -> Option<()> {
+        let &Newcomer { pid, parent, how, .. } = newcomer;
         if let Some(before) = self.hub.take(pid) {
             self.adopt_left_behind(before);
         }
@@ -396,6 +400,8 @@ impl Following {
             let mut tracer = Tracer::new(child, memory);
             tracer.tasks.insert(child, Task { foreign: false, ..task });
             lock(&self.port.held).insert(child);
+            // Nobody listens at the end.
+            let _ = self.news.send(Followed::Born { pid: child, parent: before.pid });
             self.hub.put(tracer);
         }
     }
@@ -417,6 +423,7 @@ impl Parked {
             has_left_its_stop: false,
             has_own: false,
             is_kept: true,
+            at_gate: false,
         }
     }
 }

@@ -5,7 +5,7 @@
 //! others; what a process makes (children, other programs in its place) is noted here.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -18,6 +18,8 @@ use crate::tracer::{TraceError, Tracer};
 
 /// A child whose parent does not announce it within that time has none any more.
 const ANNOUNCE_PATIENCE: Duration = Duration::from_millis(100);
+/// A child that has been announced stops as soon as it is given a CPU.
+const BIRTH_PATIENCE: Duration = Duration::from_secs(1);
 /// Stops of other processes answered in a row: those of the present one wait meanwhile.
 const OTHERS_AT_ONCE: u32 = 64;
 
@@ -38,21 +40,27 @@ struct Inner {
 #[derive(Clone, Copy)]
 struct Unclaimed {
     tid: Tid,
+    /// Who has it for a child: mostly, but not surely, the one that it has its memory from.
+    parent: Option<Pid>,
     stop: Stop,
     since: Instant,
 }
 
 /// A stopped process that nobody answers for yet.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Newcomer {
     pub(crate) pid: Pid,
     /// Of whose memory it has, or had before it executed a program, a copy.
     pub(crate) parent: Pid,
     pub(crate) how: How,
+    /// Who has a copy of the memory that it had before, and has not shown up yet: they are told of
+    /// first, for what was attached to that memory is given up when nobody has it.
+    behind: BTreeSet<Tid>,
+    since: Instant,
 }
 
 /// Where a newcomer stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum How {
     /// Before its first instruction, with a copy of its parent's memory.
     Forked,
@@ -91,7 +99,8 @@ impl Hub {
             tracers.find(|(_, tracer)| tracer.is_mine(tid)).map(|(&pid, _)| pid)
         };
         let Some(mut tracer) = owner.and_then(|pid| self.take(pid)) else {
-            let unclaimed = Unclaimed { tid, stop, since: Instant::now() };
+            let (parent, since) = (proc::parent(tid), Instant::now());
+            let unclaimed = Unclaimed { tid, parent, stop, since };
             self.0.borrow_mut().unclaimed.push(unclaimed);
             return;
         };
@@ -115,15 +124,32 @@ impl Hub {
             }
         }
         let mut inner = self.0.borrow_mut();
-        let Inner { unclaimed, newcomers, .. } = &mut *inner;
+        let Inner { tracers, unclaimed, newcomers } = &mut *inner;
         unclaimed.retain(|child| {
             let is_orphan = child.since.elapsed() > ANNOUNCE_PATIENCE;
             if is_orphan {
-                let how = How::Forked;
-                newcomers.push(Newcomer { pid: child.tid, parent: child.tid, how });
+                let parent = child.parent.filter(|parent| tracers.contains_key(parent));
+                newcomers.push(Newcomer {
+                    pid: child.tid,
+                    parent: parent.unwrap_or(child.tid),
+                    how: How::Forked,
+                    behind: BTreeSet::new(),
+                    since: child.since,
+                });
             }
             !is_orphan
         });
+    }
+
+    /// Whether a process is one that is followed already, or is about to be: its parent has announced
+    /// it too late.
+    pub(crate) fn knows(&self, pid: Pid) -> bool {
+        self.0.borrow().tracers.contains_key(&pid) || self.is_newcomer(pid)
+    }
+
+    /// Whether a process stands still until those born before it have been told of.
+    pub(crate) fn is_newcomer(&self, pid: Pid) -> bool {
+        self.0.borrow().newcomers.iter().any(|newcomer| newcomer.pid == pid)
     }
 
     fn take_unclaimed(&self, is_it: impl Fn(Tid) -> bool) -> Option<(Tid, Stop)> {
@@ -133,13 +159,28 @@ impl Hub {
         Some((tid, stop))
     }
 
-    /// Notes a process that is stopped and that nobody answers for.
-    pub(crate) fn announce(&self, newcomer: Newcomer) {
+    /// Notes a process that is stopped and that nobody answers for. `behind` are children that its
+    /// parent expects.
+    pub(crate) fn announce(&self, pid: Pid, parent: Pid, how: How, behind: &BTreeSet<Tid>) {
+        let behind = if how == How::Executed { behind.clone() } else { BTreeSet::new() };
+        let newcomer = Newcomer { pid, parent, how, behind, since: Instant::now() };
         self.0.borrow_mut().newcomers.push(newcomer);
     }
 
+    /// Those that can be answered for now, each behind whoever was born before it.
     pub(crate) fn take_newcomers(&self) -> Vec<Newcomer> {
-        std::mem::take(&mut self.0.borrow_mut().newcomers)
+        let mut inner = self.0.borrow_mut();
+        let Inner { tracers, newcomers, .. } = &mut *inner;
+        let is_ready = |newcomer: &Newcomer| {
+            let tracer = tracers.get(&newcomer.parent);
+            newcomer.since.elapsed() > BIRTH_PATIENCE
+                || tracer.is_none_or(|tracer| tracer.expected.is_disjoint(&newcomer.behind))
+        };
+        let (mut ready, wait) = newcomers.drain(..).partition::<Vec<_>, _>(is_ready);
+        *newcomers = wait;
+        // Who has executed a program stands still: children told of since were born before.
+        ready.sort_by_key(|newcomer| newcomer.how);
+        ready
     }
 
     /// The tracer of a process, to be worked on.
@@ -171,7 +212,11 @@ impl Hub {
         let mut inner = self.0.borrow_mut();
         // Its children are handed over first.
         let gone = |tracer: &Tracer| {
-            tracer.tasks.is_empty() && tracer.expected.is_empty() && tracer.held.is_empty()
+            let is_parent = |child: &Unclaimed| child.parent == Some(tracer.pid);
+            tracer.tasks.is_empty()
+                && tracer.expected.is_empty()
+                && tracer.held.is_empty()
+                && !inner.unclaimed.iter().any(is_parent)
         };
         let ended: Vec<Pid> =
             inner.tracers.iter().filter(|(_, t)| gone(t)).map(|(&pid, _)| pid).collect();
@@ -185,6 +230,13 @@ impl Hub {
     /// Takes out all tracers.
     pub(crate) fn clear(&self) -> Vec<Tracer> {
         std::mem::take(&mut self.0.borrow_mut().tracers).into_values().collect()
+    }
+
+    /// Takes out all who stand still for want of a tracer.
+    pub(crate) fn clear_newcomers(&self) -> Vec<Pid> {
+        let mut inner = self.0.borrow_mut();
+        let newcomers = std::mem::take(&mut inner.newcomers).into_iter().map(|n| n.pid);
+        newcomers.chain(std::mem::take(&mut inner.unclaimed).into_iter().map(|u| u.tid)).collect()
     }
 }
 
@@ -200,7 +252,7 @@ impl Tracer {
     /// Parts with a child that has memory of its own and is stopped: for ever, or with the hub.
     pub(crate) fn part_with(&mut self, child: Pid, how: How) -> Result<(), TraceError> {
         if let Some(hub) = &self.hub {
-            hub.announce(Newcomer { pid: child, parent: self.pid, how });
+            hub.announce(child, self.pid, how, &self.expected);
             return Ok(());
         }
         let detached = ptrace::detach(child, 0);

@@ -1,9 +1,10 @@
 //! What `/proc/PID` says of a process and its threads: read and parsed, never changed.
 
+use std::cell::Cell;
 use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use flea_symbols::addr::RemoteAddr;
 
@@ -289,7 +290,16 @@ fn asks_for_shadow_stack(environment: &str) -> bool {
 
 /// The mappings of process `pid`.
 pub fn maps(pid: Pid) -> Result<Vec<Mapping>, ProcError> {
-    Ok(parse_maps(&read_text(stand_in(pid), "maps")?))
+    let of_first = read_text(pid, "maps");
+    let text = match of_first {
+        Ok(text) if !text.is_empty() => text,
+        // It has ended before the others, perhaps, and has no memory any more.
+        of_first => match stand_in(pid) {
+            tid if tid == pid => of_first?,
+            tid => read_text(tid, "maps")?,
+        },
+    };
+    Ok(parse_maps(&text))
 }
 
 /// The path of the executable as the target sees it, without ` (deleted)`.
@@ -307,7 +317,7 @@ pub fn comm(tid: Tid) -> Result<String, ProcError> {
 
 /// The process that started this one, or who has taken it over since.
 pub(crate) fn parent(pid: Pid) -> Option<Pid> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    let stat = read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name may itself hold any of ") (".
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_whitespace().nth(1)?.parse().ok()
@@ -316,7 +326,7 @@ pub(crate) fn parent(pid: Pid) -> Option<Pid> {
 /// Where thread `tid` of process `pid` is right now.
 #[must_use]
 pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
-    match fs::read_to_string(format!("/proc/{pid}/task/{tid}/syscall")) {
+    match read_to_string(format!("/proc/{pid}/task/{tid}/syscall")) {
         Ok(text) => parse_whereabouts(&text).unwrap_or(Whereabouts::Running),
         Err(_) => Whereabouts::Gone,
     }
@@ -325,14 +335,14 @@ pub fn whereabouts(pid: Pid, tid: Tid) -> Whereabouts {
 /// How often a thread has been given a CPU, where the kernel counts that. One that has the same
 /// number later has not run in between.
 pub fn n_runs(pid: Pid, tid: Tid) -> Option<u64> {
-    let text = fs::read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
+    let text = read_to_string(format!("/proc/{pid}/task/{tid}/schedstat")).ok()?;
     // Time on a CPU, time waited for one, and the number. All are 0 where nothing is counted.
     text.split_whitespace().nth(2)?.parse().ok().filter(|&n| n > 0)
 }
 
 /// When a thread that is off its CPU was last on it. Kernels before 6.15 may not tell.
 pub(crate) fn last_run(pid: Pid, tid: Tid) -> Option<LastRun> {
-    parse_last_run(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/sched")).ok()?)
+    parse_last_run(&read_to_string(format!("/proc/{pid}/task/{tid}/sched")).ok()?)
 }
 
 /// The CPU that a thread is on, or was on last.
@@ -343,7 +353,7 @@ pub(crate) fn last_cpu(pid: Pid, tid: Tid) -> Option<usize> {
 /// Reads the auxiliary vector.
 pub fn auxv(pid: Pid) -> Result<AuxVector, ProcError> {
     let path = format!("/proc/{}/auxv", stand_in(pid));
-    let bytes = fs::read(&path).map_err(|e| explain(pid, &path, e))?;
+    let bytes = read_whole(&path).map_err(|e| explain(pid, &path, e))?;
     let mut found = AuxVector::default();
     for pair in bytes.chunks_exact(16) {
         let (key, value) = pair.split_at(8);
@@ -428,10 +438,40 @@ pub fn check_traceable(pid: Pid) -> Result<Status, ProcError> {
     }
 }
 
+/// All of a file that the kernel makes up as it is read. It says no size beforehand, and a buffer
+/// that grows from a few bytes takes ten system calls where three do.
+fn read_whole(path: impl AsRef<Path>) -> io::Result<Vec<u8>> {
+    /// More than most of them have.
+    const FIRST_BYTES: usize = 8 << 10;
+    let mut file = fs::File::open(path)?;
+    let mut bytes = vec![0; FIRST_BYTES];
+    let mut len = 0;
+    loop {
+        match file.read(&mut bytes[len..]) {
+            Ok(0) => break,
+            Ok(n) => len += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+        if len == bytes.len() {
+            bytes.resize(2 * len, 0);
+        }
+    }
+    bytes.truncate(len);
+    Ok(bytes)
+}
+
+/// The same, of a file that is text.
+pub(crate) fn read_to_string(path: impl AsRef<Path>) -> io::Result<String> {
+    let invalid = |error| io::Error::new(io::ErrorKind::InvalidData, error);
+    String::from_utf8(read_whole(path)?).map_err(invalid)
+}
+
 fn read_text(pid: Pid, file: &str) -> Result<String, ProcError> {
     let path = format!("/proc/{pid}/{file}");
-    let bytes = fs::read(&path).map_err(|e| explain(pid, &path, e))?;
-    Ok(String::from_utf8_lossy(&bytes).into_owned())
+    let bytes = read_whole(&path).map_err(|e| explain(pid, &path, e))?;
+    Ok(String::from_utf8(bytes)
+        .unwrap_or_else(|error| String::from_utf8_lossy(error.as_bytes()).into_owned()))
 }
 
 /// Whether the kernel keeps process `pid` from its own user: files in its directory, though not
@@ -460,24 +500,42 @@ fn explain(pid: Pid, path: &str, reason: io::Error) -> ProcError {
 }
 
 fn parse_status(text: &str) -> Option<Status> {
+    // Looked for in the order of the lines, most of which are not wanted: each search goes on
+    // behind the last one, and begins anew where the kernel has another order.
+    let at = Cell::new(0);
     let field = |name: &str| {
-        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':')).map(str::trim)
+        let from = |start: usize| {
+            let mut end = start;
+            text[start..].split_inclusive('\n').find_map(|line| {
+                end += line.len();
+                let value = line.strip_prefix(name)?.strip_prefix(':')?;
+                at.set(end);
+                Some(value.trim())
+            })
+        };
+        from(at.get()).or_else(|| from(0))
     };
     let set = |name| u64::from_str_radix(field(name)?, 16).ok().map(SignalSet);
     let count = |name| field(name).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
-    let mut uids = [0; 4];
-    for (uid, word) in uids.iter_mut().zip(field("Uid")?.split_whitespace()) {
-        *uid = word.parse().ok()?;
-    }
+    let numbers = |line: &str| -> Option<[u32; 4]> {
+        let mut uids = [0; 4];
+        for (uid, word) in uids.iter_mut().zip(line.split_whitespace()) {
+            *uid = word.parse().ok()?;
+        }
+        Some(uids)
+    };
     Some(Status {
         name: field("Name")?.to_owned(),
         state: field("State")?.chars().next()?,
         tgid: field("Tgid")?.parse().ok()?,
         tracer_tid: field("TracerPid")?.parse().ok()?,
-        uids,
+        uids: numbers(field("Uid")?)?,
         ns_pids: field("NSpid")
             .map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect())
             .unwrap_or_default(),
+        has_memory: field("VmSize").is_some(),
+        locks_memory: field("VmLck").is_some_and(|size| size != "0 kB"),
+        n_threads: field("Threads")?.parse().ok()?,
         pending: set("SigPnd")?,
         shared_pending: set("ShdPnd")?,
         blocked: set("SigBlk")?,
@@ -488,11 +546,8 @@ fn parse_status(text: &str) -> Option<Status> {
             1 => SeccompMode::Strict,
             _ => SeccompMode::Filter,
         },
-        has_memory: field("VmSize").is_some(),
-        locks_memory: field("VmLck").is_some_and(|size| size != "0 kB"),
         shadow_stack: field("x86_Thread_features")
             .is_some_and(|features| features.split_whitespace().any(|f| f == "shstk")),
-        n_threads: field("Threads")?.parse().ok()?,
         switches: count("voluntary_ctxt_switches") + count("nonvoluntary_ctxt_switches"),
     })
 }
@@ -577,6 +632,27 @@ mod tests {
         let expected = status.shadow_stack
             || std::env::var("GLIBC_TUNABLES").is_ok_and(|t| t.contains("shstk"));
         assert_eq!(may_use_shadow_stack(pid).expect("we live"), expected);
+    }
+
+    /// Kernels have not always had this order.
+    #[test]
+    fn a_status_may_have_any_order() {
+        let pid = i32::try_from(std::process::id()).expect("a pid is an i32");
+        let text = read_text(pid, "status").expect("we have one");
+        let backwards: Vec<&str> = text.lines().rev().collect();
+        let status = parse_status(&text).expect("it is a status");
+        assert_eq!(parse_status(&backwards.join("\n")), Some(status));
+        assert_eq!(parse_status(&text.replace("\nTracerPid:", "\nTracer:")), None);
+    }
+
+    #[test]
+    fn files_are_read_to_their_end() {
+        let path = std::env::current_exe().expect("we have one");
+        let expected = fs::read(&path).expect("readable");
+        assert!(read_whole(&path).expect("readable") == expected, "a file of many buffers");
+        assert_eq!(read_whole("/dev/null").expect("readable"), b"");
+        let missing = read_whole("/proc/self/none").expect_err("there is none");
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
     }
 
     #[test]

@@ -5,8 +5,9 @@
 //! Protected: the thread's registers, mask, interrupted system call and pending signals. By:
 //! it is stopped before anything is changed, and all is put back before it runs its own code.
 //!
-//! 1. The thread is interrupted. Not taken: one with a signal about to be delivered, or in an
-//!    rseq critical section (running other code would end the section without its abort).
+//! 1. The thread is interrupted, or parked already. Not taken: one that was interrupted with a
+//!    signal about to be delivered, or is in an rseq critical section (running other code would end
+//!    the section without its abort).
 //! 2. Registers and mask are kept; every signal is blocked, so that none is delivered on top
 //!    of registers that are not the thread's own. Signals go to other threads, or wait.
 //! 3. Each call: registers set, the thread run to the entry and to the exit of the call.
@@ -34,7 +35,8 @@ use crate::x86_64::{Registers, SYSCALL, disturbance};
 
 /// A system call of ours that has not ended by then never will.
 const CALL_PATIENCE: Duration = Duration::from_secs(10);
-/// Threads that do not stop by then sleep uninterruptibly; another one is taken.
+/// Threads that do not stop by then sleep uninterruptibly, or get no CPU; another one is tried. The
+/// next time each has twice as long: one that stops while another is waited for is let go.
 const BORROW_PATIENCE: Duration = Duration::from_millis(30);
 /// How long to look for a thread that can be borrowed.
 const SEARCH_PATIENCE: Duration = Duration::from_secs(2);
@@ -329,10 +331,12 @@ impl Tracer {
         let until = Instant::now() + SEARCH_PATIENCE;
         let mut pace = self.pace();
         let mut filtered = false;
+        let mut patience = BORROW_PATIENCE;
         while Instant::now() < until {
+            let begun = Instant::now();
             self.pump()?;
             for tid in self.candidates(lender) {
-                match self.take(tid)? {
+                match self.take(tid, patience)? {
                     Taken::Loan(loan) => return Ok(*loan),
                     Taken::Unsuitable => {}
                     Taken::Filtered => filtered = true,
@@ -350,6 +354,9 @@ impl Tracer {
                 break;
             }
             pace.rest();
+            if begun.elapsed() >= patience {
+                patience *= 2;
+            }
         }
         Err(RemoteError::NoThread { pid: self.pid })
     }
@@ -391,8 +398,8 @@ impl Tracer {
         ranked.into_iter().map(|(_, tid)| tid).collect()
     }
 
-    fn take(&mut self, tid: Tid) -> Result<Taken, TraceError> {
-        let stop = match self.halt_past_trap(tid, BORROW_PATIENCE) {
+    fn take(&mut self, tid: Tid, patience: Duration) -> Result<Taken, TraceError> {
+        let stop = match self.halt_past_trap(tid, patience) {
             Ok(Some(stop)) => stop,
             Ok(None) | Err(TraceError::Stuck { .. }) => return Ok(Taken::Unsuitable),
             Err(error) => return Err(error),
@@ -407,7 +414,9 @@ impl Tracer {
             self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);
         };
-        if status.deliverable() != SignalSet::default() || self.in_rseq_section(tid, &registers) {
+        // What is pending for a parked thread waits until that is let go, with or without a loan.
+        let is_signalled = stop != Stop::Parked && status.deliverable() != SignalSet::default();
+        if is_signalled || self.in_rseq_section(tid, &registers) {
             self.unhalt(tid, stop)?;
             return Ok(Taken::Unsuitable);
         }

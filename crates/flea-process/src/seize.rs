@@ -18,7 +18,7 @@ use crate::follow;
 use crate::hurry::hurry;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, Tid};
-use crate::ptrace;
+use crate::ptrace::{self, Whose};
 use crate::thread::on_own_thread;
 use crate::tracer::{OPTIONS, Pace, Task, TraceError, Tracer};
 
@@ -32,10 +32,11 @@ const REFUSAL_PATIENCE: Duration = Duration::from_millis(20);
 const LOCK_PATIENCE: Duration = Duration::from_secs(10);
 /// How long to wait, on leaving, for threads that we have interrupted.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
-/// Each round finds the threads born in the last one that were not born of a seized thread.
+/// Each round finds the threads born in the last one that were not born of a seized thread: there
+/// are fewer of them in each, however many the seized ones make.
 const MOST_ROUNDS: u32 = 1000;
-/// Rounds without a thread that was not known, after which there is none whatever the kernel counts.
-const QUIET_ROUNDS: u32 = 100;
+/// Rounds that have found nobody unseized, after which there is none whatever the kernel counts.
+const QUIET_ROUNDS: u32 = 10;
 
 /// Why a process could not be seized. It has not been changed or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -232,6 +233,19 @@ fn wait_until_released(pid: Pid, tracer_tid: Tid) {
     }
 }
 
+/// What a thread was found to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Found {
+    /// Seized now.
+    Free,
+    /// Ours already: born of one that is.
+    Ours,
+    /// It has ended, and nobody knows whom the listing has skipped for that.
+    Gone,
+    /// The first thread, which has ended and stays for as long as the others.
+    EndedFirst,
+}
+
 /// Seizes thread after thread, the first one first (it is the lock), until there is none left.
 pub(crate) fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
     let mut tracer: Option<Tracer> = None;
@@ -239,15 +253,16 @@ pub(crate) fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
     let mut ending: Vec<Tid> = Vec::new();
     let mut n_quiet = 0;
     for _ in 0..MOST_ROUNDS {
-        let mut n_new = 0;
+        let mut is_quiet = true;
         for tid in proc::threads(pid)? {
             if tracer.as_ref().is_some_and(|t| t.tasks.contains_key(&tid)) {
                 continue;
             }
-            if !seize_thread(pid, tid)? {
+            let found = seize_thread(pid, tid)?;
+            is_quiet &= matches!(found, Found::Ours | Found::EndedFirst);
+            if matches!(found, Found::Gone | Found::EndedFirst) {
                 continue;
             }
-            n_new += 1;
             if tracer.is_none() {
                 tracer = open_memory(tid)?.map(|memory| Tracer::new(pid, memory));
             }
@@ -267,7 +282,7 @@ pub(crate) fn attach(pid: Pid) -> Result<Tracer, SeizeError> {
         if tracer_now.pump().is_err() {
             return Err(SeizeError::Gone { pid });
         }
-        n_quiet = if n_new == 0 { n_quiet + 1 } else { 0 };
+        n_quiet = if is_quiet { n_quiet + 1 } else { 0 };
         if n_quiet >= QUIET_ROUNDS
             || n_quiet > 0 && knows_all(tracer_now).map_err(|_| SeizeError::Gone { pid })?
         {
@@ -305,25 +320,23 @@ fn is_no_such_process(reason: &io::Error) -> bool {
     reason.raw_os_error() == Some(libc::ESRCH) || reason.kind() == io::ErrorKind::NotFound
 }
 
-/// Whether the thread is ours now; not if it has ended.
-fn seize_thread(pid: Pid, tid: Tid) -> Result<bool, SeizeError> {
+fn seize_thread(pid: Pid, tid: Tid) -> Result<Found, SeizeError> {
     let since = Instant::now();
     let mut refused_since = None;
     loop {
         let errno = match ptrace::seize(tid, OPTIONS) {
-            Ok(()) => return Ok(true),
-            Err(Errno::ESRCH) => return Ok(false),
+            Ok(()) => return Ok(Found::Free),
+            Err(Errno::ESRCH) => return Ok(Found::Gone),
             Err(errno) => errno,
         };
         let Ok(status) = proc::thread_status(pid, tid) else {
-            return Ok(false);
+            return Ok(Found::Gone);
         };
-        if matches!(status.state, 'Z' | 'X') {
-            return Ok(false);
-        }
         if status.tracer_tid == nix::unistd::gettid().as_raw() {
-            // Born of a thread that is ours.
-            return Ok(true);
+            return Ok(Found::Ours);
+        }
+        if matches!(status.state, 'Z' | 'X') {
+            return Ok(if tid == pid { Found::EndedFirst } else { Found::Gone });
         }
         let tracer_tid = status.tracer_tid;
         let comm = proc::comm(tracer_tid).unwrap_or_default();
@@ -411,8 +424,9 @@ impl Tracer {
     /// Before the thread ends and the kernel lets go of everything: no interrupt of ours may
     /// be on its way, for a thread woken by it and not stopped any more would see `EINTR`.
     pub(crate) fn leave(&mut self) {
-        // Where closing the window fails, the process has ended.
-        drop(self.disarm());
+        if self.disarm().is_err() {
+            self.leave_children();
+        }
         let until = Instant::now() + LEAVE_PATIENCE;
         let mut pace = self.pace();
         loop {
@@ -424,6 +438,28 @@ impl Tracer {
             self.reap_ended();
             pace.rest();
         }
+    }
+
+    /// The program that was traced is no more. Its children are, which were forked while breakpoints
+    /// were there: they have them in their text, and get back what was there before.
+    fn leave_children(&mut self) {
+        let until = Instant::now() + LEAVE_PATIENCE;
+        let mut pace = self.pace();
+        while !self.traps.is_empty() && !self.expected.is_empty() && Instant::now() < until {
+            match self.poll(Whose::Any) {
+                // What cannot be answered has ended.
+                Ok(Some((tid, stop))) => drop(self.answer(tid, stop)),
+                Ok(None) => {
+                    self.reap_ended();
+                    pace.rest();
+                }
+                Err(_) => break,
+            }
+        }
+        // As above.
+        drop(self.release_held());
+        self.traps.clear();
+        self.text_log.clear();
     }
 }
 

@@ -70,6 +70,7 @@ impl Tracer {
         match kept {
             Ok(page) => self.sigtrap.saved_at = Some(page),
             Err(RemoteError::Trace(error)) => return Err(error),
+            Err(RemoteError::NoThread { pid }) => return Err(TraceError::NoThread { pid }),
             // Nothing can be run in it (seccomp). Threads that block SIGTRAP and run into a
             // breakpoint will leave the disposition at its default.
             Err(_) => {}
@@ -118,6 +119,7 @@ impl Tracer {
             has_left_its_stop: false,
             has_own: true,
             is_kept: false,
+            at_gate: false,
         });
         true
     }

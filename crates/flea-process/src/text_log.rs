@@ -56,7 +56,8 @@ impl TextLog {
         self.pages.clear();
     }
 
-    /// Gives `copy`, the memory of a forked child, the bytes that `parent` has now. Not where
+    /// Gives `copy`, the memory of a forked child, the bytes that `parent` has now, or, where that
+    /// has them no more (it has ended, or executed another program), those from before. Not where
     /// it has none that were written: it was forked before the first write, though we hear of
     /// it only now, and perhaps before the memory was there that new bytes lead to.
     pub(crate) fn mirror(&self, parent: &Memory, copy: &Memory) {
@@ -68,12 +69,10 @@ impl TextLog {
             return;
         }
         for (&start, page) in &self.pages {
-            // A page that either of them has not mapped (any more) is executed by neither.
-            let (Ok(wanted), Ok(found)) =
-                (parent.read_vec(start, PAGE_BYTES), copy.read_vec(start, PAGE_BYTES))
-            else {
-                continue;
-            };
+            // A page that it has not mapped (any more) is not executed.
+            let Ok(found) = copy.read_vec(start, PAGE_BYTES) else { continue };
+            let now = parent.read_vec(start, PAGE_BYTES);
+            let wanted = now.as_ref().unwrap_or(&page.original);
             for at in page.written().filter(|&at| wanted[at] != found[at]) {
                 let at_byte = RemoteAddr(start.0 + at as u64);
                 drop(copy.write(at_byte, &wanted[at..=at]));

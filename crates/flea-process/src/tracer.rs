@@ -25,7 +25,7 @@ use flea_symbols::addr::RemoteAddr;
 use nix::errno::Errno;
 
 use crate::batch::Batch;
-use crate::hub::{How, Hub, Newcomer};
+use crate::hub::{How, Hub};
 use crate::hurry::Urgency;
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, SignalSet, Tid};
@@ -80,6 +80,15 @@ pub enum TraceError {
         tid: Tid,
         /// How long we waited.
         waited_ms: u64,
+    },
+    /// No thread could be had for a system call without which nothing may be changed.
+    #[error(
+        "no thread of process {pid} can run a system call now, which keeps what it does on \
+         SIGTRAP; try again"
+    )]
+    NoThread {
+        /// Its number.
+        pid: Pid,
     },
     /// Its memory could not be read or written.
     #[error(transparent)]
@@ -167,6 +176,8 @@ pub struct Tracer {
     /// Forked children with memory of their own, stopped before their first instruction.
     pub(crate) held: BTreeSet<Pid>,
     pub(crate) traps: TrapTable,
+    /// There may be a gate among them that threads are not to pass.
+    pub(crate) is_gate_shut: bool,
     pub(crate) text_log: TextLog,
     /// What [`Tracer::look`] has looked for last, ascending.
     pub(crate) looked_for: Vec<RemoteAddr>,
@@ -201,6 +212,7 @@ impl Tracer {
             expected: BTreeSet::new(),
             held: BTreeSet::new(),
             traps: TrapTable::default(),
+            is_gate_shut: false,
             text_log: TextLog::default(),
             looked_for: Vec::new(),
             sigtrap: SigtrapAction::default(),
@@ -272,7 +284,8 @@ impl Tracer {
     }
 
     pub(crate) fn pace(&self) -> Pace {
-        Pace { rests: 0, hears_stops: self.hears_stops }
+        let is_open = !self.traps.is_empty();
+        Pace { rests: 0, hears_stops: self.hears_stops, is_open }
     }
 
     /// Does what threads of the target have to wait for.
@@ -417,6 +430,7 @@ impl Tracer {
                     && let Ok(child) = Tid::try_from(child)
                     && !self.tasks.contains_key(&child)
                     && !self.held.contains(&child)
+                    && !self.hub.as_ref().is_some_and(|hub| hub.knows(child))
                     && !ptrace::has_ended(child)
                 {
                     self.expected.insert(child);
@@ -431,8 +445,7 @@ impl Tracer {
                 self.execed = true;
                 self.tasks.retain(|&other, task| other == tid || task.foreign);
                 if let Some(hub) = &self.hub {
-                    let (pid, parent, how) = (self.pid, self.pid, How::Executed);
-                    hub.announce(Newcomer { pid, parent, how });
+                    hub.announce(self.pid, self.pid, How::Executed, &self.expected);
                     return Ok(());
                 }
             }
@@ -607,17 +620,24 @@ pub(crate) fn shares_memory(a: Pid, b: Pid) -> bool {
 pub(crate) struct Pace {
     rests: u32,
     hears_stops: bool,
+    /// Threads may wait at breakpoints, and must not for longer than they said: that is told by no
+    /// signal.
+    is_open: bool,
 }
 
 impl Pace {
     const IMMEDIATE: u32 = 4;
     const SHORT: u32 = 60;
+    /// The longest wait for a signal, which is for what no signal tells: that time is up, or a
+    /// thread has fallen asleep.
+    const SELDOM_MICROS: u64 = 1000;
 
     pub(crate) fn rest(&mut self) {
         self.rests += 1;
         let behind = |bound: u32| u64::from(self.rests.saturating_sub(bound));
         let micros = if self.hears_stops {
-            (behind(Self::IMMEDIATE) * 50).min(PUMP_EVERY_MICROS)
+            let most = if self.is_open { PUMP_EVERY_MICROS } else { Self::SELDOM_MICROS };
+            (behind(Self::IMMEDIATE) * 50).min(most)
         } else if self.rests > Self::SHORT {
             behind(Self::SHORT).min(20) * 25
         } else {

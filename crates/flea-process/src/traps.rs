@@ -44,6 +44,15 @@ pub struct Trap {
     pub starts_behind: bool,
 }
 
+impl Trap {
+    /// Whether threads are to wait here until the breakpoint has gone, and then execute what it
+    /// stands in front of.
+    #[must_use]
+    pub fn is_gate(&self) -> bool {
+        self.goes_to == self.site
+    }
+}
+
 /// The breakpoints of one window.
 #[derive(Debug, Default)]
 pub(crate) struct TrapTable {
@@ -72,6 +81,13 @@ impl TrapTable {
     /// Where a thread goes on whose instruction pointer is right behind a breakpoint.
     pub(crate) fn target_behind(&self, pc: RemoteAddr) -> Option<RemoteAddr> {
         self.by_site.get(&pc.offset(-1)).map(|trap| trap.goes_to)
+    }
+
+    /// Whether a thread right behind a gate has certainly run into it: its bytes are the same before
+    /// and after, and nobody comes from its first byte to the one behind it otherwise.
+    pub(crate) fn is_certain_gate_behind(&self, pc: RemoteAddr) -> bool {
+        let trap = self.by_site.get(&pc.offset(-1));
+        trap.is_some_and(|trap| trap.is_gate() && !trap.starts_behind)
     }
 
     pub(crate) fn note_synced(&mut self) {
@@ -142,6 +158,11 @@ mod tests {
         table.add(&[Trap { site: RemoteAddr(32), starts_behind: false, ..trap }]);
         assert!(!table.leads_behind(RemoteAddr(17)), "a wider window needs another evacuation");
         assert!(table.leads_behind(RemoteAddr(33)), "in the middle of an instruction");
+        let gate = Trap { site: RemoteAddr(48), goes_to: RemoteAddr(48), starts_behind: false };
+        table.add(&[gate, Trap { site: RemoteAddr(64), goes_to: RemoteAddr(64), ..trap }]);
+        assert!(table.is_certain_gate_behind(RemoteAddr(49)));
+        assert!(!table.is_certain_gate_behind(RemoteAddr(65)), "it may fall behind itself");
+        assert!(!table.is_certain_gate_behind(RemoteAddr(33)), "no gate");
         table.clear();
         assert!(table.is_empty());
     }

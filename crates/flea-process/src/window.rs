@@ -22,7 +22,9 @@
 //! when [`Tracer::release`] says that no breakpoint is left in the text, or after
 //! [`PARKED_AT_MOST`]. Who changes many sites does so in batches that take not much longer than
 //! that ([`Tracer::sites_at_once`]): then a thread waits once per batch that it runs into. A parked
-//! thread is the first to be borrowed for system calls: it is stopped already.
+//! thread is the first to be borrowed for system calls: it is stopped already. At a *gate*
+//! ([`Trap::is_gate`]) a thread is not to pass while the breakpoint is there: it stays parked until
+//! `open_gate`, for as long as that takes.
 //!
 //! # Why `drain` is enough
 //!
@@ -45,6 +47,7 @@
 //! that the parent has. `drain` also interrupts threads that sleep inside fork itself: such a
 //! thread stops only when the child exists and is known to us.
 
+use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use flea_symbols::addr::RemoteAddr;
@@ -70,6 +73,9 @@ const MEMBARRIER_SYNC_CORE: u64 = 32;
 const MEMBARRIER_REGISTER_SYNC_CORE: u64 = 64;
 /// Which registrations there are (since Linux 6.3).
 const MEMBARRIER_GET_REGISTRATIONS: u64 = 512;
+/// The process that was registered last. No more than a guess, for another one may have that number
+/// by now, or it another program: then the kernel refuses to synchronise it.
+static REGISTERED: AtomicI32 = AtomicI32::new(0);
 /// Threads that are interrupted one by one in a moment.
 const FEW_THREADS: usize = 4;
 
@@ -86,6 +92,8 @@ pub(crate) struct Parked {
     pub(crate) has_own: bool,
     /// Kept where it stands until it is let go of, whatever becomes of windows: see `follow`.
     pub(crate) is_kept: bool,
+    /// It stands at a gate: see [`Trap::is_gate`].
+    pub(crate) at_gate: bool,
 }
 
 /// How CPUs are made to refetch instructions.
@@ -116,6 +124,7 @@ impl Tracer {
         }
         // From here on SIGTRAPs are held, so that those let go before are the last ones.
         self.traps.add(traps);
+        self.is_gate_shut |= traps.iter().any(Trap::is_gate);
         self.tasks.values_mut().for_each(|task| task.seen_outside = false);
         if let Err(error) = self.finish_sigtraps() {
             if opens {
@@ -126,6 +135,20 @@ impl Tracer {
         Ok(())
     }
 
+    /// Lets threads go on that wait at a gate, or because of one. To be called when its breakpoint
+    /// has been overwritten and synced.
+    pub fn open_gate(&mut self) -> Result<(), TraceError> {
+        self.is_gate_shut = false;
+        self.release()
+    }
+
+    /// Whether a thread of the target waits at a gate. It does so until [`Tracer::open_gate`].
+    #[must_use]
+    pub fn is_gate_taken(&self) -> bool {
+        let at_gate = |task: &Task| !task.foreign && task.parked.is_some_and(|p| p.at_gate);
+        self.tasks.values().any(at_gate)
+    }
+
     /// How many sites to change next, so that threads wait no longer than they must.
     #[must_use]
     pub fn sites_at_once(&self) -> usize {
@@ -133,10 +156,14 @@ impl Tracer {
     }
 
     /// Lets threads go on that wait, though the window stays open. To be called when all
-    /// breakpoints have been overwritten and synced, before others are written.
+    /// breakpoints but a gate's have been overwritten and synced, before others are written.
     pub fn release(&mut self) -> Result<(), TraceError> {
         self.batch.end();
         self.pump()?;
+        if self.is_gate_shut {
+            // Whoever runs into the gate resets the disposition.
+            return self.unpark_where(|parked| !parked.has_own && !parked.at_gate);
+        }
         self.unpark_all()?;
         let holds_own = |task: &Task| task.parked.is_some_and(|parked| parked.has_own);
         if !self.tasks.values().any(holds_own) {
@@ -151,6 +178,7 @@ impl Tracer {
 
     /// Closes the window. To be called after [`Tracer::drain`].
     pub fn disarm(&mut self) -> Result<(), TraceError> {
+        self.is_gate_shut = false;
         self.unpark_all()?;
         self.put_back_ignored()?;
         if !self.traps.is_empty() {
@@ -195,6 +223,9 @@ impl Tracer {
             ) => give_up(error),
             Err(RemoteError::NoThread { .. }) => self.sync_by_interrupts(),
             Err(_) => {
+                // It has executed another program since, perhaps. Registering that one has to
+                // wait until no breakpoint is in its text.
+                let _other = REGISTERED.compare_exchange(self.pid, 0, Relaxed, Relaxed);
                 self.sync = SyncMethod::Interrupts;
                 self.sync_by_interrupts()
             }
@@ -205,8 +236,15 @@ impl Tracer {
     /// kernel's RCU needs for a grace period, milliseconds, if it has several threads: so it is
     /// done before the first breakpoint, in a thread that sleeps anyway. Where none does and
     /// interrupting all of them is as quick, that will do this time.
+    ///
+    /// Nor is one asked twice in a row: borrowing a thread for it is a fifth of what a small change
+    /// takes.
     fn prepare_sync(&mut self) -> Result<(), TraceError> {
         if self.sync != SyncMethod::Unknown {
+            return Ok(());
+        }
+        if REGISTERED.load(Relaxed) == self.pid {
+            self.sync = SyncMethod::Membarrier;
             return Ok(());
         }
         let register = MEMBARRIER_REGISTER_SYNC_CORE;
@@ -224,7 +262,10 @@ impl Tracer {
             }
         };
         self.sync = match done {
-            Ok(true) => SyncMethod::Membarrier,
+            Ok(true) => {
+                REGISTERED.store(self.pid, Relaxed);
+                SyncMethod::Membarrier
+            }
             Err(
                 error @ RemoteError::Trace(TraceError::Gone { .. } | TraceError::Execed { .. }),
             ) => return give_up(error),
@@ -444,6 +485,7 @@ impl Tracer {
             has_left_its_stop,
             has_own: false,
             is_kept: false,
+            at_gate: goes_to == regs.pc().offset(-1),
         };
         if let Some(task) = self.tasks.get_mut(&tid) {
             task.parked = Some(parked);
@@ -456,6 +498,9 @@ impl Tracer {
     fn has_certainly_trapped(&self, tid: Tid, pc: RemoteAddr) -> bool {
         let seen_outside = self.tasks.get(&tid).is_some_and(|task| task.seen_outside);
         let mut at_site = [0];
+        if self.traps.is_certain_gate_behind(pc) {
+            return true;
+        }
         (seen_outside || self.traps.leads_behind(pc))
             && self.memory.read(pc.offset(-1), &mut at_site).is_ok()
             && never_falls_behind_itself(at_site[0])
@@ -494,7 +539,8 @@ impl Tracer {
         if self.traps.is_empty() {
             return Ok(());
         }
-        self.unpark_where(|parked| !parked.has_own && parked.since.elapsed() > PARKED_AT_MOST)
+        let may_go_on = |parked: Parked| !parked.has_own && !parked.at_gate;
+        self.unpark_where(|parked| may_go_on(parked) && parked.since.elapsed() > PARKED_AT_MOST)
     }
 
     fn unpark_where(&mut self, due: impl Fn(Parked) -> bool) -> Result<(), TraceError> {
@@ -513,12 +559,13 @@ impl Tracer {
         }
     }
 
-    fn release_held(&mut self) -> Result<(), TraceError> {
+    pub(crate) fn release_held(&mut self) -> Result<(), TraceError> {
+        let mut all_gone = Ok(());
         for child in std::mem::take(&mut self.held) {
             self.mirror_text(child);
-            self.part_with(child, How::Forked)?;
+            all_gone = all_gone.and(self.part_with(child, How::Forked));
         }
-        Ok(())
+        all_gone
     }
 }
 

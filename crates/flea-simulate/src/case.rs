@@ -19,7 +19,7 @@ use crate::trouble::{Trouble, What};
 const DATA: u64 = 0x8000_0000;
 const DATA_STRIDE: u64 = 0x100_0000;
 /// What another tool writes: `mov eax, 1`.
-const FOREIGN: [u8; 5] = [0xb8, 1, 0, 0, 0];
+pub(crate) const FOREIGN: [u8; 5] = [0xb8, 1, 0, 0, 0];
 /// Looks at whether everything has come to its end.
 const MAX_LAST_SESSIONS: usize = 64;
 
@@ -41,7 +41,7 @@ pub struct Outcome {
 pub fn run(seed: u64, fault: Option<Fault>, size: Size, traced: bool) -> Outcome {
     let machine = Machine::new(seed, size, traced);
     let world = World { machine, registry: RegistryMemory::new(false), dead: Vec::new() };
-    let mut case = Case { world, fault, foreign: None, n_sessions: 0 };
+    let mut case = Case { world, fault, foreign: None, n_sessions: 0, began: 0 };
     let n_sessions = (2 + case.world.machine.dice.index(7)).min(size.sessions);
     let mut goes_on = true;
     for _ in 0..n_sessions {
@@ -70,6 +70,8 @@ struct Case {
     /// The function that another tool has changed.
     foreign: Option<usize>,
     n_sessions: u64,
+    /// When the last one began.
+    began: u64,
 }
 
 /// What a controller comes for.
@@ -106,6 +108,7 @@ impl Case {
         let now = self.world.machine.text.from(site).map(|now| now[..5].to_vec());
         let has_one_nop = layout.lens == [5] && now.as_deref() == Some(&layout.bytes[..5]);
         if has_one_nop
+            && !self.world.machine.loader.is_closed(function)
             && self.registry().is_some_and(|r| r.functions.iter().all(|f| f.site.0 != site))
         {
             self.world.machine.text.allow(site, &FOREIGN, &FOREIGN);
@@ -181,6 +184,7 @@ impl Case {
     /// A controller does what it came for. Whether there is a process that goes on.
     fn come(&mut self, intent: Intent, mut trouble: Trouble) -> bool {
         self.n_sessions += 1;
+        self.began = self.world.machine.now;
         let pid = i32::try_from(self.n_sessions).expect("a few sessions");
         if let Intent::TakeOff(ids) = &intent {
             self.doubt(ids);
@@ -244,10 +248,15 @@ impl Case {
 
     /// Whether something was the matter that a controller may fail of.
     fn explains(&self, error: &AttachError, trouble: &Trouble) -> bool {
+        let has_reopened = self.world.machine.loader.has_reopened_any(self.began);
         let lasts = matches!(trouble.what, What::Fails { for_ever: true, .. });
         match error {
             AttachError::Commit(CommitError::Busy { .. } | CommitError::Kept { .. }) => true,
-            AttachError::Commit(CommitError::Mismatch { .. }) => self.foreign.is_some(),
+            AttachError::Commit(CommitError::Mismatch { .. }) => {
+                self.foreign.is_some() || has_reopened
+            }
+            // The loader is a reason for a first failure, and the trouble for the second.
+            AttachError::Commit(CommitError::Stranded { .. }) if has_reopened => trouble.has_struck,
             AttachError::Commit(CommitError::Broken { .. } | CommitError::Stranded { .. }) => {
                 trouble.has_struck && lasts
             }
@@ -258,7 +267,11 @@ impl Case {
     /// All went well: registry and text agree, and it is known what is attached.
     fn compare(&mut self) {
         let Some(registry) = self.registry() else { return };
-        for function in self.world.machine.functions.clone() {
+        for (i, function) in self.world.machine.functions.clone().into_iter().enumerate() {
+            // Whoever comes next finds that out.
+            if self.world.machine.loader.has_reopened(i, self.began) {
+                continue;
+            }
             let known = registry.functions.iter().find(|f| f.site.0 == function.site);
             let expected = match (known, self.foreign) {
                 (Some(f), _) => f.patched.to_vec(),
@@ -276,8 +289,11 @@ impl Case {
         }
         let present: Vec<usize> = self.keys(&registry).iter().map(|(_, key)| *key).collect();
         let now = self.world.machine.now;
-        for (key, body) in self.world.machine.bodies.iter_mut().enumerate() {
+        let machine = &mut self.world.machine;
+        for (key, body) in machine.bodies.iter_mut().enumerate() {
+            let has_reopened = machine.loader.has_reopened(body.function, self.began);
             match present.contains(&key) {
+                true if has_reopened => {}
                 true => body.firm_since = body.firm_since.or(Some(now)),
                 false => body.gone_since = body.gone_since.or(Some(now)),
             }

@@ -10,6 +10,8 @@ pub enum Fault {
     TailsFirst,
     /// First bytes are written before the tails.
     FirstBytesFirst,
+    /// The loader is not kept from what it does while sites change.
+    NoGate,
     /// Breakpoints are not written.
     NoBreakpoints,
     /// Nobody is looked for inside the bytes that change.
@@ -43,12 +45,13 @@ pub enum Fault {
 }
 
 /// All of them, by name.
-pub const FAULTS: [(&str, Fault); 20] = [
+pub const FAULTS: [(&str, Fault); 21] = [
     ("no-first-sync", Fault::NoSync(0)),
     ("no-second-sync", Fault::NoSync(1)),
     ("no-third-sync", Fault::NoSync(2)),
     ("tails-first", Fault::TailsFirst),
     ("first-bytes-first", Fault::FirstBytesFirst),
+    ("no-gate", Fault::NoGate),
     ("no-breakpoints", Fault::NoBreakpoints),
     ("no-evacuation", Fault::NoEvacuation),
     ("no-handlers", Fault::NoHandlers),

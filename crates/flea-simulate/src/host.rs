@@ -7,11 +7,12 @@ use std::ops::Range;
 use flea::RemoteError;
 use flea::registry::{Controller, Registry};
 use flea::simulate::{Bytes, Host, REGISTRY_BYTES};
-use flea_patch::{CommitError, Plan};
+use flea_patch::{CommitError, Gate, Plan};
 use flea_process::{Holder, Mapping, MemoryError, Perms, StackWord, TraceError};
 use flea_symbols::addr::{FileOffset, RemoteAddr};
 
 use crate::fault::Fault;
+use crate::loader::R_DEBUG;
 use crate::machine::Machine;
 use crate::patcher::Patcher;
 use crate::text::Arena;
@@ -283,13 +284,17 @@ impl Host for Hold<'_> {
         drop(machine);
         let before = self.bytes_of(plan);
         self.trouble.borrow_mut().begin_commit();
-        let outcome = flea_patch::commit(&mut Patcher::new(self, plan), plan).map(drop);
+        let began = self.machine().now;
+        let gate = self.gate();
+        let outcome =
+            flea_patch::commit_behind(&mut Patcher::new(self, plan), plan, gate).map(drop);
         self.trouble.borrow_mut().in_commit = false;
         let after = self.bytes_of(plan);
         let mut machine = self.machine();
         machine.note(|| format!("controller: the commit's outcome is {outcome:?}"));
         let is_undone = outcome.as_ref().is_err_and(CommitError::is_undone);
-        if is_undone && !machine.is_gone && before != after {
+        let is_as_it_was = before == after || machine.loader.has_reopened_any(began);
+        if is_undone && !machine.is_gone && !is_as_it_was {
             machine.violate(format!("a commit failed and left {after:02x?}, not {before:02x?}"));
         }
         outcome
@@ -358,6 +363,10 @@ impl Host for Hold<'_> {
         Ok(maps)
     }
 
+    fn written(&self, _: &Mapping, range: Range<u64>) -> Vec<Range<u64>> {
+        vec![range]
+    }
+
     fn read_to_hole(&self, at: RemoteAddr, into: &mut [u8]) -> Result<usize, MemoryError> {
         self.op(Op::Read).map_err(|d| memory_error(d, "reading", at, into.len()))?;
         let machine = self.machine();
@@ -405,6 +414,11 @@ impl Host for Hold<'_> {
 }
 
 impl Hold<'_> {
+    fn gate(&self) -> Option<Gate> {
+        let stop = RemoteAddr(self.machine().loader.gate);
+        (!self.has(Fault::NoGate)).then_some(Gate { stop, r_debug: RemoteAddr(R_DEBUG) })
+    }
+
     /// Whether the registry says what is not there yet.
     fn is_announcement(&self) -> bool {
         let machine = self.machine();

@@ -25,6 +25,7 @@ mod execute;
 pub mod fault;
 mod functions;
 mod host;
+mod loader;
 pub mod machine;
 mod patcher;
 mod text;

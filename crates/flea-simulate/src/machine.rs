@@ -12,6 +12,7 @@ use flea_process::Trap;
 use crate::context::{Call, Context, Doing, HANDLER, OUTSIDE, RBP, RBX, RSP};
 use crate::dice::Dice;
 use crate::functions::{Function, LAYOUTS};
+use crate::loader::Loader;
 use crate::text::Text;
 
 /// Handlers of signals on one stack.
@@ -74,6 +75,8 @@ pub struct Machine {
     pub functions: Vec<Function>,
     /// Code, as CPUs see it.
     pub text: Text,
+    /// What takes functions away and brings them back.
+    pub loader: Loader,
     /// The threads.
     pub threads: Vec<Thread>,
     /// Coroutines without a thread.
@@ -115,6 +118,7 @@ impl Machine {
         let others = n_threads..n_threads + n_coroutines;
         let mut machine = Self {
             dice,
+            loader: Loader::new(functions.len()),
             functions,
             text,
             threads,
@@ -165,6 +169,9 @@ impl Machine {
             self.now += 1;
             let i = self.dice.index(self.threads.len());
             self.step(i);
+            if self.dice.one_in(3) {
+                self.step_loader();
+            }
         }
     }
 
@@ -268,6 +275,9 @@ impl Machine {
 
     fn call(&mut self, i: usize) {
         let function = self.dice.index(self.functions.len());
+        if self.loader.is_closed(function) {
+            return;
+        }
         let entry = self.functions[function].entry();
         let context = &mut self.threads[i].context;
         let kept = [RSP, RBP, RBX].map(|register| context.regs[register]);

@@ -9,6 +9,7 @@ use flea_symbols::addr::RemoteAddr;
 use crate::context::Doing;
 use crate::fault::Fault;
 use crate::host::Hold;
+use crate::loader::{R_DEBUG, R_DEBUG_BYTES};
 use crate::text::INT3;
 use crate::trouble::{Op, trace_error};
 
@@ -76,6 +77,12 @@ impl Target for Patcher<'_, '_> {
             return Ok(());
         }
         let machine = self.hold.machine();
+        if let Some(at) = at.0.checked_sub(R_DEBUG).filter(|at| *at < R_DEBUG_BYTES) {
+            let r_debug = machine.loader.r_debug();
+            let place = usize::try_from(at).expect("a few bytes");
+            into.copy_from_slice(&r_debug[place..][..into.len()]);
+            return Ok(());
+        }
         let bytes = machine.text.from(at.0).and_then(|bytes| bytes.get(..into.len()));
         let bytes = bytes.ok_or_else(|| trace_error(crate::trouble::Denied { gone: false }))?;
         into.copy_from_slice(bytes);
@@ -119,11 +126,23 @@ impl Target for Patcher<'_, '_> {
         self.op(Op::Release)
     }
 
+    fn open_gate(&mut self) -> Result<(), TraceError> {
+        self.op(Op::Release)?;
+        self.hold.machine().loader.let_go();
+        Ok(())
+    }
+
+    fn is_gate_taken(&mut self) -> Result<bool, TraceError> {
+        self.op(Op::Look)?;
+        Ok(self.hold.machine().loader.is_waiting())
+    }
+
     fn sync_core(&mut self) -> Result<(), TraceError> {
         self.op(Op::Sync)?;
         self.n_syncs += 1;
-        // Three for each batch.
-        if self.hold.has(Fault::NoSync((self.n_syncs - 1) % 3)) {
+        // One with the gate, then three for each batch.
+        let which = self.n_syncs.checked_sub(2).map(|behind| behind % 3);
+        if which.is_some_and(|which| self.hold.has(Fault::NoSync(which))) {
             return Ok(());
         }
         let mut machine = self.hold.machine();
@@ -161,7 +180,9 @@ impl Target for Patcher<'_, '_> {
 
     fn disarm(&mut self) -> Result<(), TraceError> {
         self.op(Op::Disarm)?;
-        self.hold.machine().traps.clear();
+        let mut machine = self.hold.machine();
+        machine.traps.clear();
+        machine.loader.let_go();
         Ok(())
     }
 

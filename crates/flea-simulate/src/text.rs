@@ -10,6 +10,7 @@ use crate::functions::{Function, STRIDE, TEXT};
 
 /// The breakpoint.
 pub const INT3: u8 = 0xcc;
+const RET: u8 = 0xc3;
 /// The longest instruction.
 pub const INSN_BYTES: usize = 15;
 
@@ -64,7 +65,10 @@ impl Text {
     /// The text of `functions`, on so many CPUs.
     pub fn new(functions: &[Function], n_cpus: usize) -> Self {
         let stride = usize::try_from(STRIDE).expect("functions are small");
-        let mut bytes = vec![INT3; functions.len() * stride];
+        // Behind them, the function that the loader calls: `ret`.
+        let gate = functions.len() * stride;
+        let mut bytes = vec![INT3; gate + stride];
+        bytes[gate] = RET;
         let mut legal = Vec::with_capacity(64);
         let mut changing = Vec::with_capacity(16);
         for (i, function) in functions.iter().enumerate() {
@@ -139,6 +143,12 @@ impl Text {
         let at = stale[which].0;
         let first = stale.iter().position(|(place, _)| *place == at).unwrap_or(which);
         stale.remove(first);
+    }
+
+    /// `cpu` sees what has been written to these bytes.
+    pub fn forget_stale(&mut self, cpu: usize, from: u64, n_bytes: usize) {
+        let range = from..from + n_bytes as u64;
+        self.stale[cpu].retain(|(at, _)| !range.contains(at));
     }
 
     /// `cpu` sees all that has been written.

@@ -14,6 +14,7 @@ use crate::btf::TypeInfo;
 use crate::dwarf::DebugInfo;
 use crate::function::{self, Function};
 use crate::unwind::UnwindIndex;
+use crate::unwinder::Unwinder;
 use crate::x86_64::sweep::Sweep;
 
 /// What the kernel rounds mappings to.
@@ -100,6 +101,7 @@ pub struct Module<'data> {
     pub(crate) sweep: OnceLock<Sweep>,
     pub(crate) debug_info: OnceLock<DebugInfo<'data>>,
     type_info: OnceLock<TypeInfo<'data>>,
+    pub(crate) unwinder: OnceLock<Unwinder>,
 }
 
 /// A stretch of executable bytes.
@@ -159,6 +161,7 @@ impl<'data> Module<'data> {
             sweep: OnceLock::new(),
             debug_info: OnceLock::new(),
             type_info: OnceLock::new(),
+            unwinder: OnceLock::new(),
         })
     }
 

@@ -57,6 +57,10 @@ impl Module<'_> {
     /// Which unwinder the module has.
     #[must_use]
     pub fn unwinder(&self) -> Unwinder {
+        self.unwinder.get_or_init(|| self.find_unwinder()).clone()
+    }
+
+    fn find_unwinder(&self) -> Unwinder {
         let seen = self.unwinder_symbols();
         match seen {
             Seen { llvm: true, entry: true, .. } => Unwinder::Other,

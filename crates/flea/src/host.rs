@@ -13,6 +13,8 @@ use flea_symbols::addr::RemoteAddr;
 
 use crate::{
     error::RemoteError,
+    gate,
+    pages::Pages,
     registry::{self, Controller, DataArena, Registry},
     remote::Ground,
 };
@@ -46,7 +48,7 @@ pub trait Host: Bytes {
     /// It has: written into the process as well.
     fn note_made(&mut self) -> Result<(), RemoteError>;
 
-    /// Swaps the sites: [`flea_patch::commit`].
+    /// Swaps the sites: [`flea_patch::commit_behind`].
     fn commit(&mut self, plan: &Plan) -> Result<(), CommitError<TraceError>>;
 
     /// More room for code near `near`.
@@ -63,6 +65,10 @@ pub trait Host: Bytes {
 
     /// The memory map.
     fn maps(&self) -> Result<Vec<Mapping>, RemoteError>;
+
+    /// The stretches of `range`, which is in `mapping`, that can hold something that was written:
+    /// all of it, where that is not known.
+    fn written(&self, mapping: &Mapping, range: Range<u64>) -> Vec<Range<u64>>;
 
     /// Fills as much of `into` as can be read without a hole, and says how much.
     fn read_to_hole(&self, at: RemoteAddr, into: &mut [u8]) -> Result<usize, MemoryError>;
@@ -120,7 +126,9 @@ impl Host for Ground<'_> {
     }
 
     fn commit(&mut self, plan: &Plan) -> Result<(), CommitError<TraceError>> {
-        flea_patch::commit(self.tracer, plan).map(drop)
+        // A process of which that cannot be told has none that we know of.
+        let gate = gate::find(self.tracer.pid(), self.tracer.memory()).unwrap_or_default();
+        flea_patch::commit_behind(self.tracer, plan, gate).map(drop)
     }
 
     fn add_code_arena(&mut self, near: RemoteAddr) -> Result<(), RemoteError> {
@@ -142,6 +150,10 @@ impl Host for Ground<'_> {
 
     fn maps(&self) -> Result<Vec<Mapping>, RemoteError> {
         Ok(flea_process::maps(self.tracer.pid())?)
+    }
+
+    fn written(&self, mapping: &Mapping, range: Range<u64>) -> Vec<Range<u64>> {
+        self.pages.get_or_init(|| Pages::open(self.tracer.pid())).existing(mapping, range)
     }
 
     fn read_to_hole(&self, at: RemoteAddr, into: &mut [u8]) -> Result<usize, MemoryError> {

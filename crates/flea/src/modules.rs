@@ -67,6 +67,12 @@ pub enum OpenError {
         /// Why.
         source: io::Error,
     },
+    /// It was in the memory map a moment ago.
+    #[error("{path}: the process has closed it since it was looked for; try again")]
+    Closed {
+        /// The path in the target's view.
+        path: String,
+    },
     /// Another file has that path now.
     #[error(
         "{path}: the file was replaced since the process mapped it; restart the process, or \
@@ -115,7 +121,12 @@ pub(crate) fn list(pid: Pid) -> Result<Vec<Arc<Module>>, ProcError> {
         let open_path = if is_main {
             PathBuf::from(format!("/proc/{}/exe", flea_process::stand_in(pid)))
         } else {
-            flea_process::module_file_path(pid, &mapping)?
+            match flea_process::module_file_path(pid, &mapping) {
+                Ok(open_path) => open_path,
+                // It has been closed meanwhile.
+                Err(_) if !flea_process::maps(pid)?.contains(&mapping) => continue,
+                Err(error) => return Err(error),
+            }
         };
         let parsed = Arc::default();
         modules.push(Module { path, open_path, mapping, is_main, has_shadow_stack, parsed });
@@ -246,7 +257,13 @@ impl Module {
     }
 
     fn open(&self) -> Result<ParsedFiles, OpenError> {
-        let io = |source| OpenError::Io { path: self.path.clone(), source };
+        let io = |source: io::Error| match source.kind() {
+            // The link is there for as long as the mapping.
+            io::ErrorKind::NotFound if self.open_path.iter().any(|part| part == "map_files") => {
+                OpenError::Closed { path: self.path.clone() }
+            }
+            _ => OpenError::Io { path: self.path.clone(), source },
+        };
         let file = flea_process::open_regular(&self.open_path).map_err(io)?;
         if file.metadata().map_err(io)?.ino() != self.mapping.inode {
             return Err(OpenError::Replaced { path: self.path.clone() });

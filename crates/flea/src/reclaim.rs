@@ -39,6 +39,8 @@ use crate::{
 /// retired exit code.
 const MAX_SCAN_BYTES: u64 = 8 << 30;
 const CHUNK_BYTES: usize = 1 << 20;
+/// The kernel is asked for so much at a time which pages there are.
+const PART_BYTES: usize = 64 << 20;
 
 /// Frees what can be freed. The caller stores the registry.
 pub(crate) fn run<H: Host>(ground: &mut H) -> Result<(), RemoteError> {
@@ -161,37 +163,59 @@ fn scan_memory<H: Host>(
     let mut buffer = vec![0; CHUNK_BYTES];
     let mut n_scanned = 0u64;
     for mapping in maps.iter().filter(|m| may_hold_stacks(m)) {
-        let mut at = mapping.start;
         // A signal frame has rip, eflags and the segments in a row.
         let mut before = [0; 2];
-        while at < mapping.end {
-            let left = mapping.end.0 - at.0;
-            let want = usize::try_from(left).unwrap_or(CHUNK_BYTES).min(CHUNK_BYTES);
-            let got = ground.read_to_hole(at, &mut buffer[..want])?;
-            for chunk in buffer[..got].chunks_exact(8) {
-                let word = u64::from_le_bytes(chunk.try_into().expect("chunks of 8"));
-                if (lowest..=highest).contains(&word)
-                    && let Some(&i) = returns.get(&word)
-                {
-                    uses.in_use[i] = true;
-                }
-                let [rip, eflags] = before;
-                if word == flea_process::SIGNAL_FRAME_SEGMENTS && (lowest..=highest).contains(&rip)
-                {
-                    uses.executes(RemoteAddr(rip));
-                }
-                before = [eflags, word];
+        let mut see = |word: u64| {
+            if (lowest..=highest).contains(&word)
+                && let Some(&i) = returns.get(&word)
+            {
+                uses.in_use[i] = true;
             }
-            // A page that cannot be read (a guard, a hole in a file) holds no stack.
-            at = RemoteAddr(at.0 + (got as u64).next_multiple_of(4096).max(4096));
-            n_scanned += want as u64;
-        }
-        if n_scanned > MAX_SCAN_BYTES {
-            for (used, r) in uses.in_use.iter_mut().zip(retired) {
-                *used |= r.calls_original;
+            let [rip, eflags] = before;
+            if word == flea_process::SIGNAL_FRAME_SEGMENTS && (lowest..=highest).contains(&rip) {
+                uses.executes(RemoteAddr(rip));
             }
-            return Ok(());
+            before = [eflags, word];
+        };
+        for part in parts(mapping) {
+            for written in ground.written(mapping, part) {
+                n_scanned += written.end - written.start;
+                if n_scanned > MAX_SCAN_BYTES {
+                    for (used, r) in uses.in_use.iter_mut().zip(retired) {
+                        *used |= r.calls_original;
+                    }
+                    return Ok(());
+                }
+                for_each_word(ground, written, &mut buffer, &mut see)?;
+            }
         }
+    }
+    Ok(())
+}
+
+/// A mapping in parts of which it is asked at a time what was written.
+fn parts(mapping: &Mapping) -> impl Iterator<Item = Range<u64>> + use<> {
+    let Range { start, end } = mapping.start.0..mapping.end.0;
+    let starts = (start..end).step_by(PART_BYTES);
+    starts.map(move |at| at..at.saturating_add(PART_BYTES as u64).min(end))
+}
+
+/// Calls `see` with each word of `range` that can be read.
+fn for_each_word<H: Host>(
+    ground: &H,
+    range: Range<u64>,
+    buffer: &mut [u8],
+    see: &mut impl FnMut(u64),
+) -> Result<(), RemoteError> {
+    let mut at = range.start;
+    while at < range.end {
+        let want = usize::try_from(range.end - at).unwrap_or(buffer.len()).min(buffer.len());
+        let got = ground.read_to_hole(RemoteAddr(at), &mut buffer[..want])?;
+        for chunk in buffer[..got].chunks_exact(8) {
+            see(u64::from_le_bytes(chunk.try_into().expect("chunks of 8")));
+        }
+        // A page that cannot be read (a guard, a hole in a file) holds no stack.
+        at += (got as u64).next_multiple_of(4096).max(4096);
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 //! on first use, given back when nothing is left in it.
 
 use std::{
+    cell::OnceCell,
     fs::File,
     os::{
         fd::{BorrowedFd, IntoRawFd as _, RawFd},
@@ -18,6 +19,7 @@ use flea_symbols::addr::RemoteAddr;
 use crate::{
     error::RemoteError,
     frames_file,
+    pages::Pages,
     registry::{self, CodeArena, Controller, DataArena, LoadedObject, Registry, Runtime, Storage},
 };
 
@@ -48,6 +50,8 @@ pub(crate) struct Ground<'t> {
     stored: Option<Registry>,
     /// The sites are what the stored registry says, unless their modules are other ones by now.
     pub(crate) is_made: bool,
+    /// Which of the target's memory exists, once somebody has asked.
+    pub(crate) pages: OnceCell<Pages>,
 }
 
 /// Fails where `bytes` more of memory, and what our ground takes, might be more than the target's
@@ -89,7 +93,8 @@ impl<'t> Ground<'t> {
         let registry = storage.load(tracer.memory())?;
         let stored = Some(registry.clone());
         let is_made = storage.is_made(tracer.memory())?;
-        let mut ground = Self { tracer, storage, registry, stored, is_made };
+        let pages = OnceCell::new();
+        let mut ground = Self { tracer, storage, registry, stored, is_made, pages };
         ground.bring_runtime()?;
         Ok(Some(ground))
     }
@@ -127,7 +132,8 @@ impl<'t> Ground<'t> {
         let (at, size_bytes) = (arena.base, arena.size_bytes);
         match Self::furnish(tracer, arena) {
             Ok((storage, registry)) => {
-                Ok(Self { tracer, storage, registry, stored: None, is_made: true })
+                let pages = OnceCell::new();
+                Ok(Self { tracer, storage, registry, stored: None, is_made: true, pages })
             }
             Err(error) => {
                 // What failed first is what is told.

@@ -69,6 +69,8 @@ const BYTES_PER_FUNCTION: u64 = 16 << 10;
 const MAX_NEW_ARENAS: usize = 64;
 /// How often another controller may be faster.
 pub(crate) const MAX_ATTEMPTS: usize = 16;
+/// How often a library may be closed while a change is made, one time after the other.
+const MAX_CLOSED: usize = 16;
 /// How long a detach waits for threads to leave what was taken off.
 const LEAVE_PATIENCE: Duration = Duration::from_secs(1);
 /// How long it waits for threads to return from traced functions, which may take for ever: on
@@ -276,7 +278,7 @@ pub(crate) fn take_off(
             return Ok(());
         };
         settle(&mut ground)?;
-        change(&mut ground, &[], |change| change.remove(&gone).map(drop))?;
+        change_settled(&mut ground, &[], |change| change.remove(&gone).map(drop))?;
         let since = Instant::now();
         loop {
             tidy(&mut ground)?;
@@ -380,7 +382,7 @@ pub(crate) fn change_and_tidy<H: Host, R>(
     unwinders: &[Unwinder],
     edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
 ) -> Result<R, AttachError> {
-    let outcome = change(ground, unwinders, edit);
+    let outcome = change_settled(ground, unwinders, edit);
     if !is_known(&outcome) {
         return outcome;
     }
@@ -429,6 +431,27 @@ pub(crate) fn tidy<H: Host>(ground: &mut H) -> Result<(), AttachError> {
     }
     change_once(ground, Change::leave_unwinders)?;
     Ok(reclaim::run(ground)?)
+}
+
+/// As [`change`]. Done once more where a library has been closed since [`settle`]: what was
+/// attached there has gone with it.
+fn change_settled<H: Host, R>(
+    ground: &mut H,
+    unwinders: &[Unwinder],
+    mut edit: impl FnMut(&mut Change) -> Result<R, AttachError>,
+) -> Result<R, AttachError> {
+    for _ in 0..MAX_CLOSED {
+        let outcome = change(ground, unwinders, &mut edit);
+        if !matches!(&outcome, Err(AttachError::Commit(error)) if error.is_found_changed()) {
+            return outcome;
+        }
+        let n_functions = ground.registry().functions.len();
+        settle(ground)?;
+        if ground.registry().functions.len() == n_functions {
+            return outcome;
+        }
+    }
+    change(ground, unwinders, edit)
 }
 
 /// Steps 2 to 5 for one change of the registry; on failure everything is as before, but that
@@ -562,12 +585,13 @@ pub(crate) fn settle<H: Host>(ground: &mut H) -> Result<(), AttachError> {
 
 /// Whether the module of `f`, where `now` stands instead of our jump, is not the one that was
 /// patched: something else is mapped there, or the same file for the second time. The latter has
-/// the bytes of a site whose author died before he swapped it; but had he, that was noted.
+/// the bytes of a site whose author died before he swapped it; but had he, that was noted, or there
+/// were others than the file's before.
 fn is_mapped_anew<H: Host>(ground: &H, f: &FunctionState, now: [u8; 5], maps: &[Mapping]) -> bool {
     let there = maps.iter().find(|mapping| mapping.contains(f.site));
     let there = there.map(|mapping| SiteFile::at(f.site, mapping));
     let is_another = f.file.is_some() && f.file != there;
-    is_another || ground.is_made() && now[..] == f.original[..5]
+    is_another || now[..] == f.original[..5] && (ground.is_made() || now != f.previous)
 }
 
 /// Drops the switches that were thrown; whether there are others that should have been.

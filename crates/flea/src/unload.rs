@@ -14,7 +14,7 @@
 //! What shows up by accident keeps the object as well, until the next time. An object that has
 //! imported one of [`HIDES_ADDRESSES`] is never searched for: it stays.
 
-use std::{collections::HashMap, fs::File, ops::Range, os::unix::fs::FileExt as _, sync::Arc};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use flea_process::{FrozenThread, Mapping, Memory, Pid, Whereabouts};
 use flea_symbols::addr::RemoteAddr;
@@ -22,6 +22,7 @@ use flea_symbols::addr::RemoteAddr;
 use crate::{
     error::RemoteError,
     modules::{self, Module},
+    pages::Pages,
     registry::{LoadedObject, MAPS_PATH, Registry},
     remote::Ground,
 };
@@ -51,7 +52,6 @@ const MAX_FROZEN_BYTES: u64 = 64 << 20;
 /// As [`MAX_FROZEN_BYTES`], while it runs.
 const MAX_SEARCH_BYTES: u64 = 8 << 30;
 const CHUNK_BYTES: u64 = 1 << 20;
-const PAGE: u64 = 4096;
 /// How far below a thread's stack pointer what is left of earlier calls is known to be dead.
 const DEAD_STACK_BYTES: u64 = 256 << 10;
 /// A leaf function may use this much below its stack pointer (psABI).
@@ -61,8 +61,6 @@ const MAX_GUARD_BYTES: u64 = 64 << 10;
 /// `struct kernel_sigaction` begins with the handler and ends within this many bytes.
 const SIGACTION_BYTES: usize = 32;
 const SIGSET_BYTES: u64 = 8;
-/// Entries of /proc/PID/pagemap: in memory, or swapped out.
-const PAGE_EXISTS: u64 = 0b11 << 62;
 
 /// Takes out what can be. The caller stores the registry.
 pub(crate) fn run(ground: &mut Ground<'_>) -> Result<(), RemoteError> {
@@ -278,42 +276,6 @@ fn may_hold_pointers(mapping: &Mapping) -> bool {
     let device = mapping.path.starts_with("/dev/")
         && !["/dev/shm/", "/dev/zero"].iter().any(|path| mapping.path.starts_with(path));
     mapping.perms.write && mapping.perms.read && !mapping.path.starts_with(MAPS_PATH) && !device
-}
-
-/// Which pages exist at all: most of a stack or an arena never was touched.
-struct Pages {
-    pagemap: Option<File>,
-}
-
-impl Pages {
-    fn open(pid: Pid) -> Self {
-        Self { pagemap: File::open(format!("/proc/{}/pagemap", flea_process::stand_in(pid))).ok() }
-    }
-
-    /// The stretches of `range` that can hold something that was written. Of a shared mapping
-    /// all: its pages may be in the file alone.
-    fn existing(&self, mapping: &Mapping, range: Range<u64>) -> Vec<Range<u64>> {
-        let everything = vec![range.clone()];
-        let (false, Some(pagemap)) = (mapping.perms.shared, &self.pagemap) else {
-            return everything;
-        };
-        let n_pages = (range.end - range.start).div_ceil(PAGE);
-        let mut entries = vec![0; usize::try_from(n_pages * 8).unwrap_or(0)];
-        if pagemap.read_exact_at(&mut entries, range.start / PAGE * 8).is_err() {
-            return everything;
-        }
-        let mut runs: Vec<Range<u64>> = Vec::new();
-        for (at, entry) in (range.start..).step_by(4096).zip(words(&entries)) {
-            if entry & PAGE_EXISTS == 0 {
-                continue;
-            }
-            match runs.last_mut() {
-                Some(last) if last.end == at => last.end = at + PAGE,
-                _ => runs.push(at..at + PAGE),
-            }
-        }
-        runs
-    }
 }
 
 #[cfg(test)]

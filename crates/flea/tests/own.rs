@@ -147,8 +147,6 @@ fn threads_come_and_go_while_sites_do() {
             scope.spawn(|| {
                 while !stop.load(Ordering::Relaxed) {
                     thread::spawn(|| ()).join().unwrap();
-                    // Without a pause, seizing can give up: docs/PLAN.md.
-                    thread::sleep(std::time::Duration::from_micros(500));
                 }
             });
         }

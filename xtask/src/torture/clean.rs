@@ -18,6 +18,8 @@ use super::target::Target;
 
 /// How long threads may need to leave what was traced.
 const PATIENCE: Duration = Duration::from_secs(15);
+/// How many controllers come, at least: on a busy machine each takes seconds.
+const MIN_VISITS: u32 = 10;
 
 /// Takes everything off, and looks. How many processes keep memory of ours, because a thread of
 /// theirs waits in a function that was traced.
@@ -46,9 +48,11 @@ fn check_one(bout: &Bout<'_>, pid: Pid, files: &mut HashMap<PathBuf, Vec<u8>>) -
     ensure!(left.is_empty(), "attached after `flea detach`: {left:?}");
     let begun = Instant::now();
     let mut ours = our_mappings(pid)?;
-    while !ours.is_empty() && begun.elapsed() < PATIENCE {
+    let mut n_came = 0;
+    while !ours.is_empty() && (begun.elapsed() < PATIENCE || n_came < MIN_VISITS) {
         // The next controller that comes frees what nobody is in any more.
         come_and_go(pid)?;
+        n_came += 1;
         ours = our_mappings(pid)?;
         std::thread::sleep(Duration::from_millis(20));
     }

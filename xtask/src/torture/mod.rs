@@ -175,9 +175,14 @@ fn bouts(
     while begun.elapsed() < options.length {
         let mut n_started = 0;
         for (name, total) in targets.iter().zip(totals) {
+            let Some(target) = start(name, &options.without).transpose() else { continue };
+            // Its time begins here: compiling the target may take longer.
             let times = (length, options.hang);
             let bout = Bout::new(seed, options.flea.clone(), times, &machine, interrupted);
-            let Some(outcome) = one(&bout, name, &options.without, refusals) else { continue };
+            let outcome = match target {
+                Ok(target) => one(&bout, name, target, refusals),
+                Err(error) => Err(format!("starting it: {error:#}")),
+            };
             total.join(&bout.numbers);
             if let Err(failure) = outcome {
                 let without = options.without.iter().map(|part| format!(" --without {part}"));
@@ -202,17 +207,13 @@ fn bouts(
     Ok(None)
 }
 
-/// One bout; `None` where the target is not installed.
+/// One bout.
 fn one(
     bout: &Bout<'_>,
     name: &str,
-    without: &[String],
+    mut target: Box<dyn Target>,
     refusals: &Refusals,
-) -> Option<Result<(), String>> {
-    let mut target = match start(name, without) {
-        Ok(target) => target?,
-        Err(error) => return Some(Err(format!("starting it: {error:#}"))),
-    };
+) -> Result<(), String> {
     let begun = Instant::now();
     thread::scope(|scope| all_at_once(scope, bout, &*target, refusals));
     let kept = finish(bout, &mut *target);
@@ -220,11 +221,11 @@ fn one(
     if let Some(failure) = bout.failure() {
         let last = bout.last_events().join("\n    ");
         let words = target.last_words();
-        return Some(Err(format!("{failure}\n  done last:\n    {last}\n  the target: {words}")));
+        return Err(format!("{failure}\n  done last:\n    {last}\n  the target: {words}"));
     }
     let kept = kept.unwrap_or_default();
     println!("{name} (seed {seed}, {:.0?}): {}, {kept} keep memory", begun.elapsed(), bout.numbers);
-    Some(Ok(()))
+    Ok(())
 }
 
 /// Clients, controllers and signals, each in a thread of its own.

@@ -10,6 +10,8 @@ const KNOWN: &[(&str, &str)] = &[
     ("nothing like that is attached", "another took it off before"),
     ("nothing was changed", "no function of the pattern can be attached to"),
     ("`libtorture_plugin.so:", "it is not loaded at the moment"),
+    ("the process has closed it since", "a library that was just being closed"),
+    ("whose library may just have been closed", "the same, a moment later"),
     ("another flea (thread", "it waited ten seconds for its turn, on a busy machine"),
     ("no thread of process", "all of them were stopped or had signals at that moment"),
     ("not attached:", "some functions cannot be attached to"),
