@@ -417,14 +417,7 @@ impl Following {
 impl Parked {
     /// Until it is let go of.
     fn kept() -> Self {
-        Self {
-            since: Instant::now(),
-            requeue: false,
-            has_left_its_stop: false,
-            has_own: false,
-            is_kept: true,
-            at_gate: false,
-        }
+        Self { is_kept: true, ..Self::now() }
     }
 }
 

@@ -5,6 +5,7 @@ use std::fs;
 use std::io::{self, Read};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use flea_symbols::addr::RemoteAddr;
 
@@ -318,9 +319,14 @@ pub fn comm(tid: Tid) -> Result<String, ProcError> {
 /// The process that started this one, or who has taken it over since.
 pub(crate) fn parent(pid: Pid) -> Option<Pid> {
     let stat = read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name may itself hold any of ") (".
+    stat_field(&stat, 1)
+}
+
+/// A number in `/proc/PID/stat`; the first field behind the name has index 0.
+fn stat_field<T: FromStr>(stat: &str, index: usize) -> Option<T> {
+    // The name is in parentheses and may itself hold any of ") (".
     let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_whitespace().nth(1)?.parse().ok()
+    fields.split_whitespace().nth(index)?.parse().ok()
 }
 
 /// Where thread `tid` of process `pid` is right now.
@@ -399,9 +405,7 @@ pub fn module_file_path(pid: Pid, mapping: &Mapping) -> Result<PathBuf, ProcErro
 /// `PF_KTHREAD` is one (include/linux/sched.h).
 fn is_kernel_thread(stat: &str) -> bool {
     const PF_KTHREAD: u64 = 0x0020_0000;
-    // The second field is the name in parentheses and may itself hold any of ") (".
-    let flags = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(6));
-    flags.and_then(|flags| flags.parse().ok()).is_some_and(|flags: u64| flags & PF_KTHREAD != 0)
+    stat_field(stat, 6).is_some_and(|flags: u64| flags & PF_KTHREAD != 0)
 }
 
 /// Whether `pid` is a live 64-bit program of this machine.

@@ -424,8 +424,15 @@ impl Tracer {
     /// Before the thread ends and the kernel lets go of everything: no interrupt of ours may
     /// be on its way, for a thread woken by it and not stopped any more would see `EINTR`.
     pub(crate) fn leave(&mut self) {
+        // A window is open here only where what was begun has failed, and mostly, then, because the
+        // program is no more.
+        if !self.traps.is_empty() && self.drain().is_err() {
+            self.leave_children();
+        }
         if self.disarm().is_err() {
             self.leave_children();
+            self.traps.clear();
+            self.text_log.clear();
         }
         let until = Instant::now() + LEAVE_PATIENCE;
         let mut pace = self.pace();
@@ -458,8 +465,6 @@ impl Tracer {
         }
         // As above.
         drop(self.release_held());
-        self.traps.clear();
-        self.text_log.clear();
     }
 }
 

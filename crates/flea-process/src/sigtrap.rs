@@ -22,8 +22,6 @@
 //! `drain` has shown that there are none, and until then SIG_DFL can be seen by whoever asks.
 //! Children born meanwhile would keep it, across exec as well: theirs is put back at birth.
 
-use std::time::Instant;
-
 use flea_symbols::addr::RemoteAddr;
 
 use crate::proc::{self, Pid, Status, Tid, Whereabouts};
@@ -112,15 +110,7 @@ impl Tracer {
         let Some(task) = self.tasks.get_mut(&tid).filter(|task| !task.foreign) else {
             return false;
         };
-        let since = Instant::now();
-        task.parked = Some(Parked {
-            since,
-            requeue: true,
-            has_left_its_stop: false,
-            has_own: true,
-            is_kept: false,
-            at_gate: false,
-        });
+        task.parked = Some(Parked { requeue: true, has_own: true, ..Parked::now() });
         true
     }
 

@@ -96,6 +96,20 @@ pub(crate) struct Parked {
     pub(crate) at_gate: bool,
 }
 
+impl Parked {
+    /// From now on, for no reason in particular.
+    pub(crate) fn now() -> Self {
+        Self {
+            since: Instant::now(),
+            requeue: false,
+            has_left_its_stop: false,
+            has_own: false,
+            is_kept: false,
+            at_gate: false,
+        }
+    }
+}
+
 /// How CPUs are made to refetch instructions.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum SyncMethod {
@@ -216,13 +230,12 @@ impl Tracer {
         if self.sync == SyncMethod::Interrupts {
             return self.sync_by_interrupts();
         }
-        match self.membarrier(Lender::Any, MEMBARRIER_SYNC_CORE) {
-            Ok(_) => Ok(()),
-            Err(
-                error @ RemoteError::Trace(TraceError::Gone { .. } | TraceError::Execed { .. }),
-            ) => give_up(error),
-            Err(RemoteError::NoThread { .. }) => self.sync_by_interrupts(),
-            Err(_) => {
+        let Err(error) = self.membarrier(Lender::Any, MEMBARRIER_SYNC_CORE) else {
+            return Ok(());
+        };
+        match unless_over(error)? {
+            RemoteError::NoThread { .. } => self.sync_by_interrupts(),
+            _ => {
                 // It has executed another program since, perhaps. Registering that one has to
                 // wait until no breakpoint is in its text.
                 let _other = REGISTERED.compare_exchange(self.pid, 0, Relaxed, Relaxed);
@@ -266,10 +279,11 @@ impl Tracer {
                 REGISTERED.store(self.pid, Relaxed);
                 SyncMethod::Membarrier
             }
-            Err(
-                error @ RemoteError::Trace(TraceError::Gone { .. } | TraceError::Execed { .. }),
-            ) => return give_up(error),
-            Ok(false) | Err(_) => SyncMethod::Interrupts,
+            Ok(false) => SyncMethod::Interrupts,
+            Err(error) => {
+                unless_over(error)?;
+                SyncMethod::Interrupts
+            }
         };
         Ok(())
     }
@@ -478,15 +492,9 @@ impl Tracer {
         if blocked {
             self.still_there(tid, "setting the mask", ptrace::set_signal_mask(tid, mask))?;
         }
-        let since = Instant::now();
-        let parked = Parked {
-            since,
-            requeue: swallowed_another,
-            has_left_its_stop,
-            has_own: false,
-            is_kept: false,
-            at_gate: goes_to == regs.pc().offset(-1),
-        };
+        let at_gate = goes_to == regs.pc().offset(-1);
+        let requeue = swallowed_another;
+        let parked = Parked { requeue, has_left_its_stop, at_gate, ..Parked::now() };
         if let Some(task) = self.tasks.get_mut(&tid) {
             task.parked = Some(parked);
         }
@@ -569,10 +577,12 @@ impl Tracer {
     }
 }
 
-/// What a remote call failed for that ends everything.
-fn give_up(error: RemoteError) -> Result<(), TraceError> {
+/// What a remote call failed for, unless the program is no more, which ends everything.
+fn unless_over(error: RemoteError) -> Result<RemoteError, TraceError> {
     match error {
-        RemoteError::Trace(error) => Err(error),
-        _ => Ok(()),
+        RemoteError::Trace(error @ (TraceError::Gone { .. } | TraceError::Execed { .. })) => {
+            Err(error)
+        }
+        other => Ok(other),
     }
 }
