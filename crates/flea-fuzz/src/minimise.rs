@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use flea_object::insn::{Insn, PSEUDO_CALL};
+use flea_object::insn::{Insn, PSEUDO_CALL, PSEUDO_FUNC};
 use flea_object::opcode as op;
 
 use crate::text::{starts, target};
@@ -98,6 +98,24 @@ pub fn minimise(insns: &[Insn], mut fails: impl FnMut(&[Insn]) -> bool) -> Vec<I
     parts.linked(&keep).unwrap_or_else(|| insns.to_vec())
 }
 
+/// The same program with more instructions behind some of them; jumps lead where they led. `None`
+/// where that cannot be written.
+pub fn with_behind(insns: &[Insn], behind: impl Fn(&Insn) -> Vec<Insn>) -> Option<Vec<Insn>> {
+    // A callback's distance is in its `lddw`, which is linked by nobody.
+    if insns.iter().any(|insn| insn.is_lddw() && insn.src == PSEUDO_FUNC) {
+        return None;
+    }
+    let mut parts = Parts::of(insns)?;
+    for (part, target) in parts.insns.iter_mut().zip(&parts.targets) {
+        // What is behind a jump or call of a function would be linked in its place.
+        if let ([insn], None) = (part.as_slice(), target) {
+            let more = behind(insn);
+            part.extend(more);
+        }
+    }
+    parts.linked(&vec![true; parts.len()])
+}
+
 #[cfg(test)]
 mod tests {
     use flea_object::asm::{AluOp, Asm, JmpOp, Reg::*};
@@ -141,5 +159,23 @@ mod tests {
         assert_eq!(result(&small), Some(10));
         // Registers start out as 0 in the interpreter.
         assert_eq!(small.len(), 3, "{small:?}");
+    }
+
+    #[test]
+    fn what_is_put_behind_moves_the_rest() {
+        let mut asm = Asm::new();
+        let (top, out, function) = (asm.new_label(), asm.new_label(), asm.new_label());
+        asm.mov64_imm(R0, 0).lddw(R2, 3).bind(top).alu64(AluOp::Add, R0, 1);
+        asm.jump_if(JmpOp::Lt, R0, 10, top).call_local(function).jump(out);
+        asm.mov64_imm(R0, 3).bind(out).exit();
+        asm.bind(function).alu64(AluOp::Add, R0, 1).exit();
+        let insns = asm.finish().expect("a program");
+        assert_eq!(result(&insns), Some(11));
+        let is_sum = |insn: &Insn| insn.class() == op::ALU64 && insn.code() == op::ADD;
+        let twice = with_behind(&insns, |insn| vec![*insn; usize::from(is_sum(insn))]);
+        let twice = twice.expect("a program");
+        assert_eq!(twice.len(), insns.len() + 2);
+        assert_eq!(result(&twice), Some(12));
+        assert_eq!(with_behind(&insns, |_| Vec::new()), Some(insns));
     }
 }

@@ -22,6 +22,11 @@ use crate::value::{Pointer, PointerKind, Value};
 /// Largest number of bytes that a helper may be asked to read or write.
 const MAX_SIZE: u64 = access::MAX_OFFSET.unsigned_abs();
 
+/// References that are held at once, at most. The registers and stack words of all functions hold
+/// fewer pointers (8 times 75), so one that nothing leads to is among more: no path gives it back.
+/// Without a limit, a loop that takes one each round fills memory with lists of them.
+const MAX_REFERENCES: usize = 1024;
+
 /// What the arguments have shown so far.
 #[derive(Default)]
 struct Seen {
@@ -392,6 +397,7 @@ impl Machine<'_> {
                 or_null(id, kind)
             }
             (Ret::RecordOrNull, _) => {
+                check_room(state)?;
                 let size_bytes = constants[1].and_then(|s| u32::try_from(s).ok()).unwrap_or(0);
                 let reference = self.fresh_id();
                 let callback = state.innermost_callback();
@@ -406,6 +412,16 @@ impl Machine<'_> {
             (Ret::Cookie, _) => Value::pointer(PointerKind::Cookie),
             (Ret::Number | Ret::ValueOrNull, _) => Value::UNKNOWN,
         })
+    }
+}
+
+/// Refuses what [`MAX_REFERENCES`] shows to leak.
+fn check_room(state: &State) -> Result<(), Fault> {
+    match state.references() {
+        [held, ..] if state.references().len() >= MAX_REFERENCES => {
+            Err(Fault::new(held.unreleased()).hint("submit or discard each record in its round"))
+        }
+        _ => Ok(()),
     }
 }
 

@@ -167,8 +167,9 @@ pub(crate) fn exit(state: &mut State) -> Result<Flow, Fault> {
     }
     let own = state.references().iter().find(|r| r.callback == state.depth());
     if let Some(held) = own {
-        let text = format!("Unreleased reference id={} alloc_insn={}", held.id, held.insn_idx);
-        return Err(Fault::new(text).hint("a callback gives back what it took, in each round"));
+        return Err(
+            Fault::new(held.unreleased()).hint("a callback gives back what it took, in each round")
+        );
     }
     Ok(state.leave().map_or(Flow::End, Flow::To))
 }

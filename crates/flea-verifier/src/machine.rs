@@ -555,11 +555,9 @@ fn exit(state: &mut State) -> Result<Flow, Fault> {
         }
     }
     if let Some(held) = state.references().first() {
-        return Err(Fault::new(format!(
-            "Unreleased reference id={} alloc_insn={}",
-            held.id, held.insn_idx
-        ))
-        .hint("submit or discard the record on every path"));
+        return Err(
+            Fault::new(held.unreleased()).hint("submit or discard the record on every path")
+        );
     }
     lock::check_exit(state)?;
     Ok(Flow::End)

@@ -57,6 +57,13 @@ pub(crate) struct Reference {
     pub(crate) callback: usize,
 }
 
+impl Reference {
+    /// Linux's words for one that is not given back.
+    pub(crate) fn unreleased(&self) -> String {
+        format!("Unreleased reference id={} alloc_insn={}", self.id, self.insn_idx)
+    }
+}
+
 impl Frame {
     fn new(depth: usize, function: usize, call_idx: Option<usize>) -> Self {
         let mut regs = [Value::NotInit; 11];
