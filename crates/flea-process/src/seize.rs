@@ -15,7 +15,7 @@ use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
 
 use crate::apart::in_own_process;
 use crate::follow;
-use crate::hurry::hurry;
+use crate::hurry::{Hurried, hurry};
 use crate::memory::{Memory, MemoryError};
 use crate::proc::{self, Pid, ProcError, Tid};
 use crate::ptrace::{self, Whose};
@@ -213,6 +213,7 @@ fn seize_from<R: Send>(
         });
         (nix::unistd::gettid().as_raw(), seized)
     };
+    let _hurried = Hurried::begin();
     let traced = match place {
         Place::Apart => in_own_process(trace),
         Place::Thread => on_own_thread(trace),
