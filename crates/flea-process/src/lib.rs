@@ -33,6 +33,7 @@ mod sigtrap;
 mod sleep;
 mod spawn;
 mod survey;
+mod sync;
 mod text_log;
 mod thread;
 mod tracer;

@@ -32,9 +32,10 @@ use crate::proc::{self, Pid, ProcError, SignalSet, Tid};
 use crate::ptrace::{self, Stop, Whose};
 use crate::sigtrap::SigtrapAction;
 use crate::sleep::{Asleep, CpuClocks};
+use crate::sync::SyncMethod;
 use crate::text_log::TextLog;
 use crate::traps::TrapTable;
-use crate::window::{Parked, SyncMethod};
+use crate::window::Parked;
 use crate::x86_64::Registers;
 
 /// What every thread is seized with. No PTRACE_O_EXITKILL: if we die, the target lives.

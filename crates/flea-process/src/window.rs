@@ -47,7 +47,6 @@
 //! that the parent has. `drain` also interrupts threads that sleep inside fork itself: such a
 //! thread stops only when the child exists and is known to us.
 
-use std::sync::atomic::{AtomicI32, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use flea_symbols::addr::RemoteAddr;
@@ -56,7 +55,6 @@ use crate::hub::How;
 use crate::memory::Memory;
 use crate::proc::{self, Pid, Tid, Whereabouts};
 use crate::ptrace::{self, Stop, Whose};
-use crate::remote::{Lender, RemoteError};
 use crate::tracer::{Task, TraceError, Tracer};
 use crate::traps::{Trap, was_blocked};
 use crate::x86_64::{Registers, is_fork, never_falls_behind_itself};
@@ -68,22 +66,7 @@ const HALT_PATIENCE: Duration = Duration::from_secs(5);
 /// How long to wait before looking whether the thread has fallen asleep.
 const HALT_ROUND: Duration = Duration::from_millis(50);
 /// Longest pause of a thread at a breakpoint (as far as the machine is not busy otherwise).
-const PARKED_AT_MOST: Duration = Duration::from_micros(300);
-const MEMBARRIER_SYNC_CORE: u64 = 32;
-const MEMBARRIER_REGISTER_SYNC_CORE: u64 = 64;
-/// Which registrations there are (since Linux 6.3).
-const MEMBARRIER_GET_REGISTRATIONS: u64 = 512;
-/// The process that was registered last. No more than a guess, for another one may have that number
-/// by now, or it another program: then the kernel refuses to synchronise it.
-static REGISTERED: AtomicI32 = AtomicI32::new(0);
-/// Threads that are interrupted one by one in a moment.
-const FEW_THREADS: usize = 4;
-/// Threads of which it is quickly said who runs.
-const SEEN_AT_A_GLANCE: usize = 16;
-/// Interrupting as many, one stop each, takes less than borrowing one for a system call, which
-/// has four.
-const FEW_RUNNING: usize = 2;
-
+pub(crate) const PARKED_AT_MOST: Duration = Duration::from_micros(300);
 /// A thread that waits for the window to close.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Parked {
@@ -113,19 +96,6 @@ impl Parked {
             at_gate: false,
         }
     }
-}
-
-/// How CPUs are made to refetch instructions.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) enum SyncMethod {
-    /// Not tried yet.
-    #[default]
-    Unknown,
-    /// membarrier(2), run in one thread of the target.
-    Membarrier,
-    /// Each running thread is interrupted once: its return to user code is an `iret`, which
-    /// serialises. For kernels before 4.16 and targets whose seccomp filter forbids.
-    Interrupts,
 }
 
 impl Tracer {
@@ -220,90 +190,6 @@ impl Tracer {
         self.memory.write(at, bytes)?;
         self.batch.note_writing(began.elapsed());
         self.pump_when_due()
-    }
-
-    /// Returns once every CPU that runs the target has refetched its instructions.
-    pub fn sync_core(&mut self) -> Result<(), TraceError> {
-        self.refetch()?;
-        self.traps.note_synced();
-        self.pump()
-    }
-
-    fn refetch(&mut self) -> Result<(), TraceError> {
-        self.pump()?;
-        self.prepare_sync()?;
-        if self.sync == SyncMethod::Interrupts {
-            return self.sync_by_interrupts();
-        }
-        if !self.has_slow_stops && self.do_few_run() {
-            let began = Instant::now();
-            self.sync_by_interrupts()?;
-            // They wait for a CPU, perhaps behind others: a thread that sleeps is served first.
-            self.has_slow_stops = began.elapsed() > PARKED_AT_MOST;
-            return Ok(());
-        }
-        let Err(error) = self.membarrier(Lender::Any, MEMBARRIER_SYNC_CORE) else {
-            return Ok(());
-        };
-        match unless_over(error)? {
-            RemoteError::NoThread { .. } => self.sync_by_interrupts(),
-            _ => {
-                // It has executed another program since, perhaps. Registering that one has to
-                // wait until no breakpoint is in its text.
-                let _other = REGISTERED.compare_exchange(self.pid, 0, Relaxed, Relaxed);
-                self.sync = SyncMethod::Interrupts;
-                self.sync_by_interrupts()
-            }
-        }
-    }
-
-    /// Registers the target for membarrier(2), once in its life. That takes as long as the
-    /// kernel's RCU needs for a grace period, milliseconds, if it has several threads: so it is
-    /// done before the first breakpoint, in a thread that sleeps anyway. Where none does and
-    /// interrupting all of them is as quick, that will do this time.
-    ///
-    /// Nor is one asked twice in a row: borrowing a thread for it is a fifth of what a small change
-    /// takes.
-    fn prepare_sync(&mut self) -> Result<(), TraceError> {
-        if self.sync != SyncMethod::Unknown {
-            return Ok(());
-        }
-        if REGISTERED.load(Relaxed) == self.pid {
-            self.sync = SyncMethod::Membarrier;
-            return Ok(());
-        }
-        let register = MEMBARRIER_REGISTER_SYNC_CORE;
-        let done = if self.tasks.len() == 1 {
-            self.membarrier(Lender::Any, register).map(|_| true)
-        } else {
-            match self.membarrier(Lender::Sleeper, register) {
-                Err(RemoteError::NoThread { .. }) if self.tasks.len() <= FEW_THREADS => self
-                    .membarrier(Lender::Any, MEMBARRIER_GET_REGISTRATIONS)
-                    .map(|registered| registered & register != 0),
-                Err(RemoteError::NoThread { .. }) => {
-                    self.membarrier(Lender::Any, register).map(|_| true)
-                }
-                outcome => outcome.map(|_| true),
-            }
-        };
-        self.sync = match done {
-            Ok(true) => {
-                REGISTERED.store(self.pid, Relaxed);
-                SyncMethod::Membarrier
-            }
-            Ok(false) => SyncMethod::Interrupts,
-            Err(error) => {
-                unless_over(error)?;
-                SyncMethod::Interrupts
-            }
-        };
-        Ok(())
-    }
-
-    fn membarrier(&mut self, lender: Lender, command: u64) -> Result<u64, RemoteError> {
-        self.with_lender(lender, |thread| {
-            thread.syscall(libc::SYS_membarrier, [command, 0, 0, 0, 0, 0])
-        })
     }
 
     /// Waits until no thread can still be on its way into one of our breakpoints, which must
@@ -444,26 +330,6 @@ impl Tracer {
         proc::whereabouts(if foreign { tid } else { self.pid }, tid)
     }
 
-    /// Whether no more threads run than are interrupted in less time than one is borrowed. In an
-    /// idle process that is nobody, and nothing has to be stopped at all.
-    fn do_few_run(&self) -> bool {
-        let runs = |tid: &&Tid| self.whereabouts(**tid) == Whereabouts::Running;
-        self.tasks.len() <= SEEN_AT_A_GLANCE
-            && self.tasks.keys().filter(runs).nth(FEW_RUNNING).is_none()
-    }
-
-    fn sync_by_interrupts(&mut self) -> Result<(), TraceError> {
-        for tid in self.threads() {
-            if self.whereabouts(tid) != Whereabouts::Running {
-                continue;
-            }
-            if let Some(stop) = self.halt_unless_asleep(tid)? {
-                self.unhalt(tid, stop)?;
-            }
-        }
-        Ok(())
-    }
-
     fn note_masks(&mut self) {
         let pid = self.pid;
         for (&tid, task) in &mut self.tasks {
@@ -594,15 +460,5 @@ impl Tracer {
             all_gone = all_gone.and(self.part_with(child, How::Forked));
         }
         all_gone
-    }
-}
-
-/// What a remote call failed for, unless the program is no more, which ends everything.
-fn unless_over(error: RemoteError) -> Result<RemoteError, TraceError> {
-    match error {
-        RemoteError::Trace(error @ (TraceError::Gone { .. } | TraceError::Execed { .. })) => {
-            Err(error)
-        }
-        other => Ok(other),
     }
 }
