@@ -319,17 +319,22 @@ fn a_lock_that_is_not_given_back_for_long() -> Result<()> {
     let Some(Map::RingBuf(mut notes)) = bench.object.map("notes") else { panic!("no notes") };
     let accounts = ACCOUNTS.get_or_init(|| accounts);
     let link = bench.attach(&["deposit", "note"])?;
-    // SAFETY: the handler allocates, but what it interrupts does not.
+    // SAFETY: the handler allocates, but what it interrupts does not: no signal is sent before the
+    // thread is in its loop.
     unsafe { libc::signal(libc::SIGUSR2, stay_in_a_change as *const () as libc::sighandler_t) };
     let stop = AtomicBool::new(false);
+    let n_deposits = AtomicU64::new(0);
     let owner = thread::spawn({
-        let stop = as_static(&stop);
+        let (stop, n_deposits) = (as_static(&stop), as_static(&n_deposits));
         move || {
             while !stop.load(Relaxed) {
-                inner_deposit(1);
+                inner_deposit(n_deposits.fetch_add(1, Relaxed));
             }
         }
     });
+    while n_deposits.load(Relaxed) == 0 {
+        thread::yield_now();
+    }
     let mut n_sent = 0u64;
     while !WAITING.load(Relaxed) {
         // SAFETY: the thread is joined below.
