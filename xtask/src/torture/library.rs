@@ -53,8 +53,10 @@ impl<'a> Library<'a> {
             let outcome = if known.is_some() { self.compare() } else { self.round(pid) };
             match outcome {
                 Ok(()) => {}
-                // A process of a server may end at any time; the one that is known does not.
-                Err(_) if known.is_none() && !is_alive(pid) => drop(self.sessions.remove(&pid)),
+                // A process of a server may end at any time; the one that is known, with the bout.
+                Err(_) if !is_alive(pid) && (known.is_none() || !self.bout.goes_on()) => {
+                    drop(self.sessions.remove(&pid));
+                }
                 Err(error) if self.refusals.all_known(&[format!("{error:#}")]) => {}
                 Err(error) => return Err(error),
             }
