@@ -145,6 +145,8 @@ enum Setback<E> {
         expected: Vec<u8>,
         found: Vec<u8>,
     },
+    /// What is there is no code any more.
+    Closed(RemoteAddr),
     Error(&'static str, E),
 }
 
@@ -176,6 +178,7 @@ impl<E: std::error::Error + 'static> Setback<E> {
             Self::Differs { site, expected, found } => {
                 CommitError::Mismatch { site, expected, found }
             }
+            Self::Closed(site) => CommitError::Closed { site },
             Self::Error(step, source) => CommitError::Failed { step, source },
         }
     }
@@ -184,14 +187,14 @@ impl<E: std::error::Error + 'static> Setback<E> {
         match self {
             Self::Busy(_) => EVACUATING,
             Self::Loading(_) => SHUTTING,
-            Self::Differs { .. } => COMPARING,
+            Self::Differs { .. } | Self::Closed(_) => COMPARING,
             Self::Error(step, _) => step,
         }
     }
 
     fn site(&self) -> RemoteAddr {
         match *self {
-            Self::Busy(site) | Self::Loading(site) => site,
+            Self::Busy(site) | Self::Loading(site) | Self::Closed(site) => site,
             Self::Differs { site, .. } => site,
             // Such a one has a source instead.
             Self::Error(..) => RemoteAddr(0),
@@ -552,6 +555,9 @@ fn compare<T: Target>(target: &mut T, pokes: &[Poke]) -> Result<(), Setback<T::E
         for (poke, found) in pokes.iter().zip(target.read_each(&parts)) {
             let found = found.map_err(at(COMPARING))?;
             if found != poke.expected {
+                if !target.are_executable(&[poke.site]).map_err(at(COMPARING))? {
+                    return Err(Setback::Closed(poke.site));
+                }
                 let expected = poke.expected.clone();
                 return Err(Setback::Differs { site: poke.site, expected, found });
             }

@@ -26,6 +26,15 @@ pub enum CommitError<E: std::error::Error + 'static> {
         /// Bytes there.
         found: Vec<u8>,
     },
+    /// There is no code any more: the process has closed the library since. Nothing has been
+    /// written there.
+    #[error(
+        "at {site} is no code any more: its library was just closed; nothing was changed; try again"
+    )]
+    Closed {
+        /// The site.
+        site: RemoteAddr,
+    },
     /// A thread stays between the replaced instructions (in a signal handler that
     /// interrupted it there). Everything has been put back.
     #[error(
@@ -99,7 +108,10 @@ impl<E: std::error::Error + 'static> CommitError<E> {
     /// Whether sites were found to be other ones than the plan says, or not to be there.
     #[must_use]
     pub fn is_found_changed(&self) -> bool {
-        matches!(self, Self::Mismatch { .. } | Self::Failed { step: COMPARING, .. })
+        matches!(
+            self,
+            Self::Mismatch { .. } | Self::Closed { .. } | Self::Failed { step: COMPARING, .. }
+        )
     }
 
     /// Whether every site is as it was before.
@@ -108,6 +120,7 @@ impl<E: std::error::Error + 'static> CommitError<E> {
         match self {
             Self::Plan(_)
             | Self::Mismatch { .. }
+            | Self::Closed { .. }
             | Self::Busy { .. }
             | Self::Loading
             | Self::Failed { .. } => true,

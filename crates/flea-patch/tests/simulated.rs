@@ -101,6 +101,8 @@ struct World {
     fault_stays: bool,
     /// A CPU that is never synchronised: the simulator must notice.
     sync_is_broken: bool,
+    /// The library has been closed, and its memory is no code any more.
+    is_closed: bool,
     /// Nobody is moved: the simulator must notice that, too.
     evacuation_is_broken: bool,
     longest_handler: u64,
@@ -134,6 +136,7 @@ impl World {
             fault_in: None,
             fault_stays: false,
             sync_is_broken: false,
+            is_closed: false,
             evacuation_is_broken: false,
             longest_handler: 4,
             sites_at_once: usize::MAX,
@@ -266,6 +269,10 @@ fn new_bytes() -> [u8; PATCH_BYTES] {
 
 impl Target for World {
     type Error = Fault;
+
+    fn are_executable(&mut self, _: &[RemoteAddr]) -> Result<bool, Fault> {
+        Ok(!self.is_closed)
+    }
 
     fn read(&mut self, at: RemoteAddr, into: &mut [u8]) -> Result<(), Fault> {
         self.run(3);
@@ -490,6 +497,12 @@ fn other_bytes_are_left_alone() {
     let CommitError::Mismatch { site, expected, found } = error else { panic!("{error}") };
     assert_eq!((site, found[4]), (last, 0x77));
     assert_eq!(expected.len(), found.len());
+    assert_eq!(world.bytes, before);
+
+    world.is_closed = true;
+    let error = commit(&mut world, &plan).unwrap_err();
+    assert!(matches!(error, CommitError::Closed { site } if site == last), "{error}");
+    assert!(error.is_found_changed() && error.is_undone());
     assert_eq!(world.bytes, before);
 }
 

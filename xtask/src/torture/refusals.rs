@@ -12,6 +12,7 @@ const KNOWN: &[(&str, &str)] = &[
     ("`libtorture_plugin.so:", "it is not loaded at the moment"),
     ("the process has closed it since", "a library that was just being closed"),
     ("whose library may just have been closed", "the same, a moment later"),
+    ("its library was just closed", "the same, and something else is there now"),
     ("another flea (thread", "it waited ten seconds for its turn, on a busy machine"),
     ("no thread of process", "all of them were stopped or had signals at that moment"),
     ("not attached:", "some functions cannot be attached to"),
