@@ -69,7 +69,7 @@ fn unwinders(pid: Pid) -> Result<Vec<u64>> {
     let names = ["_Unwind_Find_FDE", "_dl_find_object"];
     // A process that has none of a name has no such function.
     let functions = names.iter().flat_map(|name| session.find(name).unwrap_or_default());
-    Ok(functions.map(|function| function.address().0).collect())
+    Ok(functions.filter_map(|function| Some(function.site().ok()?.address.0)).collect())
 }
 
 /// One attachment, on and off.
