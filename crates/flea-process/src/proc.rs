@@ -353,7 +353,8 @@ pub(crate) fn last_run(pid: Pid, tid: Tid) -> Option<LastRun> {
 
 /// The CPU that a thread is on, or was on last.
 pub(crate) fn last_cpu(pid: Pid, tid: Tid) -> Option<usize> {
-    parse_last_cpu(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?)
+    const LAST_CPU_INDEX: usize = 36;
+    stat_field(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?, LAST_CPU_INDEX)
 }
 
 /// Reads the auxiliary vector.
@@ -576,12 +577,6 @@ fn parse_last_run(text: &str) -> Option<LastRun> {
     })
 }
 
-fn parse_last_cpu(stat: &str) -> Option<usize> {
-    // The name may itself hold any of ") (".
-    let (_, fields) = stat.rsplit_once(')')?;
-    fields.split_whitespace().nth(36)?.parse().ok()
-}
-
 fn parse_whereabouts(text: &str) -> Option<Whereabouts> {
     let words: Vec<&str> = text.split_whitespace().collect();
     let hex = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
@@ -690,8 +685,8 @@ mod tests {
     fn last_cpus() {
         let text = "9 (a) b) S 7 1 1 0 -1 4194304 100 0 1 0 2 3 4 5 20 0 1 0 9 8192 512 \
             18446744073709551615 1 2 3 4 5 0 0 4096 0 1 0 0 17 6 0 0 0 0 0 1 2 3 4 5 6 7 0\n";
-        assert_eq!(parse_last_cpu(text), Some(6));
-        assert_eq!(parse_last_cpu("9 (a) b) S 7"), None);
+        assert_eq!(stat_field(text, 36), Some(6));
+        assert_eq!(stat_field::<usize>("9 (a) b) S 7", 36), None);
     }
 
     #[test]
