@@ -323,7 +323,7 @@ pub(crate) fn parent(pid: Pid) -> Option<Pid> {
 }
 
 /// A number in `/proc/PID/stat`; the first field behind the name has index 0.
-fn stat_field<T: FromStr>(stat: &str, index: usize) -> Option<T> {
+pub(crate) fn stat_field<T: FromStr>(stat: &str, index: usize) -> Option<T> {
     // The name is in parentheses and may itself hold any of ") (".
     let (_, fields) = stat.rsplit_once(')')?;
     fields.split_whitespace().nth(index)?.parse().ok()
@@ -354,7 +354,7 @@ pub(crate) fn last_run(pid: Pid, tid: Tid) -> Option<LastRun> {
 /// The CPU that a thread is on, or was on last.
 pub(crate) fn last_cpu(pid: Pid, tid: Tid) -> Option<usize> {
     const LAST_CPU_INDEX: usize = 36;
-    stat_field(&fs::read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?, LAST_CPU_INDEX)
+    stat_field(&read_to_string(format!("/proc/{pid}/task/{tid}/stat")).ok()?, LAST_CPU_INDEX)
 }
 
 /// Reads the auxiliary vector.

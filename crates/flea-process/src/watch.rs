@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 
-use crate::proc::Pid;
+use crate::proc::{Pid, read_to_string, stat_field};
 use crate::spawn::Exit;
 
 /// `PIDFD_GET_INFO`: `_IOWR(0xff, 11, struct pidfd_info)` with the first version's 64 bytes
@@ -54,12 +54,9 @@ impl Watch {
     }
 
     fn of_zombie(&self) -> Option<Exit> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
-        // The name may itself hold any of ") (".
-        let (_, fields) = stat.rsplit_once(')')?;
-        let mut fields = fields.split_whitespace();
-        let is_zombie = matches!(fields.next(), Some("Z" | "X"));
-        let status = fields.nth(STAT_EXIT_CODE - 1)?.parse().ok()?;
+        let stat = read_to_string(format!("/proc/{}/stat", self.pid)).ok()?;
+        let is_zombie = matches!(stat_field(&stat, 0), Some('Z' | 'X'));
+        let status = stat_field(&stat, STAT_EXIT_CODE)?;
         is_zombie.then(|| decode(status))
     }
 }
